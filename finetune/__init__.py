@@ -1,0 +1,1 @@
+"""Fine-tuning of pre-trained video models; imports pretrain, never the reverse."""

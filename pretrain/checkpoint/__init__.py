@@ -1,0 +1,1 @@
+"""Write, verify, publish, resume, retain."""

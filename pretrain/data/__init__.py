@@ -1,0 +1,1 @@
+"""Shards, order, streaming, decoding, sampling, transforms, masks, packing."""

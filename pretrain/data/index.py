@@ -1,0 +1,138 @@
+"""The index beside the shards.
+
+A data set is a folder (any fsspec URL) of plain tar shards, readable by upstream webdataset without us, and
+
+- `index.json`: one entry a shard (name, samples, bytes, sha256) and a fingerprint of the whole; small, read at start;
+- `<shard>.members.json` beside each shard: key, offset and size of every sample in it, read when the shard is.
+
+Member tables are apart because a data set of 100 million samples must start in seconds (docs/decisions.md).
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.errors import DataError, StorageError
+from pretrain.runtime import storage
+
+INDEX_NAME = "index.json"
+INDEX_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: name relative to the data set's folder, number of samples, size in bytes, sha256 of the file."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Members:
+    """Where each sample of one shard lies: members of one sample are adjacent, `sizes` includes headers and padding."""
+
+    keys: tuple[str, ...]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A data set: its folder's URL and its shards, in the order of the index."""
+
+    url: str
+    shards: tuple[Shard, ...]
+
+    @functools.cached_property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Samples of each shard."""
+        return np.array([shard.samples for shard in self.shards], dtype=np.int64)
+
+    @property
+    def samples(self) -> int:
+        """Samples of the whole data set."""
+        return int(self.counts.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names, counts and content hashes: equal fingerprints mean equal data in equal order."""
+        text = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def members_name(shard: str) -> str:
+    """Name of the member table that belongs to a shard."""
+    return shard.removesuffix(".tar") + ".members.json"
+
+
+def load_index(url: str) -> ShardIndex:
+    """Read `index.json` from the folder `url`.
+
+    Raises:
+        DataError: no index there, or one that this version can't read.
+    """
+    where = storage.join(url, INDEX_NAME)
+    try:
+        content = json.loads(storage.read_bytes(where))
+    except StorageError as error:
+        raise DataError(
+            f"{where}: no readable index ({error}). Pack videos with launch/pack.py, or index shards that are "
+            f"already there with: python launch/pack.py --index-only {url}"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); write it again with launch/pack.py --index-only") from error
+    return _parse_index(url, where, content)
+
+
+def _parse_index(url: str, where: str, content: Any) -> ShardIndex:
+    if not isinstance(content, dict) or content.get("version") != INDEX_VERSION:
+        found = content.get("version") if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{where}: index version {found!r}, this release reads {INDEX_VERSION}; index again")
+    try:
+        index = ShardIndex(url, tuple(Shard(**entry) for entry in content["shards"]))
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where}: damaged entry ({error}); write it again with launch/pack.py --index-only") from error
+    if content.get("fingerprint") != index.fingerprint:
+        raise DataError(
+            f"{where}: fingerprint {content.get('fingerprint')} does not match its entries ({index.fingerprint}): "
+            "the file was edited or cut; write it again with launch/pack.py --index-only"
+        )
+    return index
+
+
+def write_index(index: ShardIndex) -> None:
+    """Write `index.json` into the data set's folder; comes last, after all shards and member tables."""
+    content = {
+        "version": INDEX_VERSION,
+        "fingerprint": index.fingerprint,
+        "samples": index.samples,
+        "shards": [asdict(shard) for shard in index.shards],
+    }
+    storage.write_bytes(storage.join(index.url, INDEX_NAME), json.dumps(content, indent=1).encode())
+
+
+def load_members(url: str, shard: str) -> Members:
+    """Read the member table of one shard."""
+    where = storage.join(url, members_name(shard))
+    try:
+        content = json.loads(storage.read_bytes(where))
+        return Members(
+            tuple(content["keys"]),
+            np.array(content["offsets"], dtype=np.int64),
+            np.array(content["sizes"], dtype=np.int64),
+        )
+    except (StorageError, ValueError, KeyError) as error:
+        raise DataError(f"{where}: no readable member table ({error}); run launch/pack.py --index-only {url}") from error
+
+
+def write_members(url: str, shard: str, members: Members) -> None:
+    """Write the member table of one shard."""
+    content = {"keys": members.keys, "offsets": members.offsets.tolist(), "sizes": members.sizes.tolist()}
+    storage.write_bytes(storage.join(url, members_name(shard)), json.dumps(content).encode())

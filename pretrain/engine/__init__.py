@@ -1,0 +1,1 @@
+"""The step, the loop, optimiser, schedules, precision, guards."""

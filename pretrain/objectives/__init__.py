@@ -1,0 +1,1 @@
+"""One file a self-supervised method: per-view tensors, targets and loss."""

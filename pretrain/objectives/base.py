@@ -1,0 +1,45 @@
+"""What the engine and the data workers ask of a self-supervised method.
+
+A method is one file pretrain/objectives/<name>.py with
+
+- `Config`: a dataclass of its options (the recipe's `objective:` section), its first field `name`;
+- `check(recipe) -> list[str]`: what in the recipe it can't work with;
+- `view_tensors(recipe) -> ViewTensors`: what a data worker draws for one view, mask indices for example;
+- `build(recipe) -> Objective`: the module;
+- `cost(recipe) -> dict[str, float]`: multiply-accumulates of one clip's forward pass, by part.
+
+Nothing in it knows of ranks, DeepSpeed or files.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+#: A micro-batch: `video` uint8 [B, T, H, W, 3], the objective's index tensors [B, ...], and lists such as `key`.
+Batch = dict[str, Any]
+
+#: Maps a generator factory (purpose -> generator of this sample and view) to named arrays for one view.
+ViewTensors = Callable[[Callable[[str], np.random.Generator]], dict[str, np.ndarray]]
+
+
+@dataclass
+class Output:
+    """Result of one forward pass: `loss` is a scalar with gradient, `metrics` are detached scalars by name."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(nn.Module):
+    """A self-supervised method around a model."""
+
+    def forward(self, batch: Batch) -> Output:
+        """Loss of a micro-batch that lies on the model's device."""
+        raise NotImplementedError
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Videos to look at, uint8 [B, T, H, W, 3] by name in display order (original, masked, reconstructed)."""
+        raise NotImplementedError

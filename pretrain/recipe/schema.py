@@ -1,0 +1,215 @@
+"""The recipe: one typed dataclass a component.
+
+The string under each field is its documentation: meaning and unit, one line. `--print` shows it beside the value, so
+it is written for someone who reads a recipe, not this file. `model` and `objective` are completed by the `Config`
+dataclass of the file they name (pretrain/models/<name>.py, pretrain/objectives/<name>.py).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+
+@dataclass
+class Source:
+    """One data set of packed shards."""
+
+    shards: str = MISSING
+    """folder (any fsspec URL) that holds index.json and the tar shards"""
+    weight: float | None = None
+    """share of the epoch's samples, relative to the other sources; null: in proportion to its size"""
+    stride: int | None = None
+    """frames between two sampled frames; null: data.stride"""
+
+
+@dataclass
+class Data:
+    """What the model sees: sources, clips, order, decoding."""
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    """data sets by name"""
+    frames: int = 16
+    """frames of a clip, T"""
+    stride: int = 4
+    """frames of the video between two frames of the clip"""
+    height: int = 224
+    """height of a clip after crop and resize, pixels"""
+    width: int = 224
+    """width of a clip after crop and resize, pixels"""
+    views: int = 1
+    """crops and masks drawn from each decoded clip (repeated augmentation)"""
+    crop: Literal["multiscale", "center"] = "multiscale"
+    """multiscale: the official MultiScaleCrop; center: short side resized, centre cut"""
+    epoch_samples: int | None = None
+    """videos in one epoch over all sources; null: as many as the sources hold"""
+    lanes: int = 256
+    """virtual lanes of the epoch order; part of the order, so never change it in a running job"""
+    shuffle_window: int = 1024
+    """neighbouring samples of a lane that are shuffled among each other"""
+    decoder: Literal["decord", "pyav", "torchcodec"] = "decord"
+    """library that decodes video"""
+    workers: int = 8
+    """data worker processes of each rank; 0 decodes in the training process"""
+    prefetch: int = 2
+    """micro-batches that each worker prepares ahead"""
+    readahead: int = 16
+    """samples that each worker fetches ahead of decoding, undecoded"""
+    cache_dir: str | None = None
+    """local folder for whole shards; null: read ranges straight from the source"""
+    cache_gb: float = 100.0
+    """most bytes that cache_dir may hold, GB"""
+    bad_rate: float = 0.01
+    """share of unusable samples, per source, above which the run stops"""
+    bad_minimum: int = 20
+    """unusable samples of a source below which bad_rate is not applied"""
+    bad_attempts: int = 10
+    """substitutes tried for one unusable sample"""
+    deadline_s: float = 300.0
+    """longest time that one read may take, retries included, seconds"""
+
+
+@dataclass
+class Batch:
+    """How many videos make one optimiser step."""
+
+    samples: int = 2048
+    """decoded videos of one optimiser step over all ranks; clips = samples x data.views"""
+    micro: int = 32
+    """decoded videos of one forward pass of one rank; accumulation = samples / (micro x ranks)"""
+
+
+@dataclass
+class Optim:
+    """AdamW and its learning rate."""
+
+    base_lr: float = 1.5e-4
+    """learning rate for base_batch videos; actual peak = base_lr x batch.samples / base_batch"""
+    base_batch: int = 256
+    """batch size that base_lr and base_min_lr are stated for"""
+    base_min_lr: float = 1e-5
+    """learning rate at the end of the cosine, for base_batch videos"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments"""
+    eps: float = 1e-8
+    """AdamW's epsilon"""
+    weight_decay: float = 0.05
+    """decoupled weight decay, for tensors of two or more dimensions"""
+    clip_grad: float | None = None
+    """largest global gradient norm; null: no clipping"""
+
+
+@dataclass
+class Schedule:
+    """How long, and the shape of the learning rate."""
+
+    epochs: float = 800
+    """passes over the data, counted in decoded videos (effective epochs = epochs x data.views)"""
+    warmup_epochs: float = 40
+    """epochs of linear warm-up from zero"""
+    max_steps: int | None = None
+    """stop after this many optimiser steps, without changing the schedule; null: run to the end"""
+
+
+@dataclass
+class Precision:
+    """Number formats."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """format of weights and activations in forward and backward; optimiser states are float32"""
+    matmul: Literal["highest", "high", "medium"] = "high"
+    """float32 matrix multiplication on the accelerator (torch.set_float32_matmul_precision)"""
+
+
+@dataclass
+class Zero:
+    """DeepSpeed ZeRO."""
+
+    stage: int = 1
+    """what is sharded over ranks: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights"""
+    offload: Literal["none", "cpu"] = "none"
+    """where optimiser states live: none = on the accelerator"""
+    init: Literal["auto", "always", "never"] = "auto"
+    """build the model sharded (deepspeed.zero.Init); auto: stage 3 and more than 500 M parameters"""
+    bucket_mb: int = 200
+    """size of a communication bucket, MB"""
+    overlap: bool = True
+    """communicate gradients while the backward pass goes on (accelerators only)"""
+
+
+@dataclass
+class Checkpoint:
+    """When a checkpoint is written and which are kept."""
+
+    every_steps: int | None = None
+    """optimiser steps between two checkpoints; null: by every_epochs"""
+    every_epochs: float = 5
+    """epochs between two checkpoints, where every_steps is null"""
+    keep_last: int = 2
+    """newest checkpoints that are kept"""
+    keep_every_epochs: float | None = None
+    """a checkpoint of every so many epochs is kept for good; null: none but the last ones"""
+
+
+@dataclass
+class Guard:
+    """What happens when a step's loss or gradient is not finite."""
+
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """skip: leave the update out; stop: end the run with exit code 1"""
+    max_skips: int = 10
+    """steps in a row that may be skipped before the run stops"""
+
+
+@dataclass
+class Log:
+    """What is written while training."""
+
+    every_steps: int = 10
+    """optimiser steps between two console and wandb lines; metrics.jsonl has every step"""
+    pictures_every_steps: int | None = None
+    """optimiser steps between two reconstruction pictures; null: once an epoch; 0: none"""
+    pictures: int = 4
+    """clips in one reconstruction picture"""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with an API key, else offline into the run folder"""
+    wandb_project: str = "tubelet"
+    """wandb project"""
+    peak_tflops: float | None = None
+    """matmul rate that MFU is measured against, TFLOP/s a device; null: measured at start"""
+
+
+@dataclass
+class Run:
+    """The run itself."""
+
+    name: str = "${recipe_name:}"
+    """name of the run, also in wandb"""
+    dir: str = "runs/${run.name}"
+    """folder that receives everything the run writes"""
+    seed: int = 0
+    """seed of weights, order, clips, crops and masks"""
+    time_limit_minutes: float | None = None
+    """stop with a checkpoint this long after the start; null: SLURM_JOB_END_TIME if set, else none"""
+    init_weights: str | None = None
+    """checkpoint to start from (official, Hugging Face, or ours), weights only; null: random"""
+
+
+@dataclass
+class Recipe:
+    """A pre-training run, resolved."""
+
+    model: Any = MISSING
+    """architecture: pretrain/models/<name>.py"""
+    objective: Any = MISSING
+    """self-supervised method: pretrain/objectives/<name>.py"""
+    data: Data = field(default_factory=Data)
+    batch: Batch = field(default_factory=Batch)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    precision: Precision = field(default_factory=Precision)
+    zero: Zero = field(default_factory=Zero)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    guard: Guard = field(default_factory=Guard)
+    log: Log = field(default_factory=Log)
+    run: Run = field(default_factory=Run)

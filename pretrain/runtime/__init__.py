@@ -1,0 +1,1 @@
+"""Processes, signals, storage, logging, metrics, pictures."""
