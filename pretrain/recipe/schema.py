@@ -112,13 +112,17 @@ class Schedule:
 
 
 @dataclass
-class Precision:
-    """Number formats."""
+class Compute:
+    """Number formats and how a step is computed."""
 
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """format of weights and activations in forward and backward; optimiser states are float32"""
     matmul: Literal["highest", "high", "medium"] = "high"
     """float32 matrix multiplication on the accelerator (torch.set_float32_matmul_precision)"""
+    activation_checkpointing: bool = False
+    """recompute each block's activations in the backward pass: less memory, about a third more compute"""
+    compile: bool = False
+    """torch.compile the objective"""
 
 
 @dataclass
@@ -207,7 +211,7 @@ class Recipe:
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
-    precision: Precision = field(default_factory=Precision)
+    compute: Compute = field(default_factory=Compute)
     zero: Zero = field(default_factory=Zero)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guard: Guard = field(default_factory=Guard)
