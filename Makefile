@@ -1,0 +1,45 @@
+# Two commands do everything on a machine that has Python >= 3.11, a C++ compiler and git:
+#   make demo    pack real video, pre-train a small VideoMAE on it, kill it, resume it, look at the result
+#   make test    lint, types, tests
+# Both create .venv on first use and reuse it.
+PYTHON ?= python3
+BIN := .venv/bin
+CONSTRAINTS := .ci/constraints.txt
+# Tests and tools that a variable selects from outside: make test TESTS=tests/models
+TESTS ?= tests
+
+.PHONY: help install demo test lint types bench clean
+
+help:
+	@echo "make demo   run the main job end to end on this machine (about 10 minutes)"
+	@echo "make test   ruff, mypy, pytest (TESTS=path to select)"
+	@echo "make lint   ruff and hadolint only"
+	@echo "make types  mypy only"
+	@echo "make clean  remove what demo made (.cache/demo, runs/demo); .venv stays"
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml $(CONSTRAINTS)
+	@echo "== installing into .venv (once; a few minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed, $$($(PYTHON) --version) found: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch torchvision
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,s3,hf]'
+	@touch $@
+
+demo: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
+
+test: lint types
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/hadolint Dockerfile
+
+types: install
+	$(BIN)/mypy
+
+clean:
+	rm -rf .cache/demo runs/demo
