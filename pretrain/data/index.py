@@ -129,7 +129,9 @@ def load_members(url: str, shard: str) -> Members:
             np.array(content["sizes"], dtype=np.int64),
         )
     except (StorageError, ValueError, KeyError) as error:
-        raise DataError(f"{where}: no readable member table ({error}); run launch/pack.py --index-only {url}") from error
+        raise DataError(
+            f"{where}: no readable member table ({error}); run launch/pack.py --index-only {url}"
+        ) from error
 
 
 def write_members(url: str, shard: str, members: Members) -> None:

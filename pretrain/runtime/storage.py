@@ -81,7 +81,9 @@ def _retried(call: Callable[[], T], what: str, deadline_s: float) -> T:
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(deadline_s),
         wait=tenacity.wait_exponential_jitter(initial=0.2, max=20),
-        retry=tenacity.retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, (*PERMANENT, StorageError))),
+        retry=tenacity.retry_if_exception(
+            lambda e: isinstance(e, Exception) and not isinstance(e, (*PERMANENT, StorageError))
+        ),
         before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
         reraise=True,
     )
