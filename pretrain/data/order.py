@@ -53,9 +53,7 @@ def epoch_quotas(shapes: list[SourceShape], epoch_samples: int | None) -> list[i
     """
     for shape in shapes:
         if shape.samples == 0:
-            raise DataError(
-                f"data.sources.{shape.name}: its index lists no samples; pack videos into it or remove it"
-            )
+            raise DataError(f"data.sources.{shape.name}: its index lists no samples; pack videos into it or remove it")
     weights = _weights(shapes)
     if weights is None and epoch_samples is None:
         return [shape.samples for shape in shapes]
@@ -80,9 +78,7 @@ def _weights(shapes: list[SourceShape]) -> list[float] | None:
         )
     wrong = [f"{shape.name}={shape.weight}" for shape in shapes if not (shape.weight or 0) > 0]
     if wrong:
-        raise RecipeError(
-            f"data.sources: weight of {', '.join(wrong)}: a weight is above 0; remove unused sources"
-        )
+        raise RecipeError(f"data.sources: weight of {', '.join(wrong)}: a weight is above 0; remove unused sources")
     return weights
 
 
@@ -114,9 +110,7 @@ class EpochOrder:
         self.lane_length = total // lanes
         self._shape_ends = [np.cumsum(shape.counts) for shape in shapes]
         units = [_units(s, shape, quotas[s], seed, epoch) for s, shape in enumerate(shapes)]
-        self._units = np.concatenate(units, axis=1)[
-            :, generator(seed, epoch, "units").permutation(_width(units))
-        ]
+        self._units = np.concatenate(units, axis=1)[:, generator(seed, epoch, "units").permutation(_width(units))]
         self._starts = np.cumsum(self._units[4]) - self._units[4]
         self._windows: dict[int, tuple[int, Ints]] = {}
 
@@ -128,9 +122,7 @@ class EpochOrder:
         """Where the samples of some positions lie; `positions` is one-dimensional, each in [0, len(self))."""
         position = np.asarray(positions, dtype=np.int64)
         if position.size and not (0 <= position.min() and position.max() < len(self)):
-            raise IndexError(
-                f"positions {position.min()}..{position.max()} outside of an epoch of {len(self)}"
-            )
+            raise IndexError(f"positions {position.min()}..{position.max()} outside of an epoch of {len(self)}")
         lane, step = position % self.lanes, position // self.lanes
         window, inside = step // self.window, step % self.window
         shuffled = np.fromiter(
@@ -184,7 +176,5 @@ def _units(source: int, shape: SourceShape, quota: int, seed: int, epoch: int) -
         low, high = np.maximum(starts, begin), np.minimum(ends, end)
         used = high > low
         first, rows = (low - starts)[used], (high - low)[used]
-        columns.append(
-            np.stack([np.full_like(first, source), np.full_like(first, number), order[used], first, rows])
-        )
+        columns.append(np.stack([np.full_like(first, source), np.full_like(first, number), order[used], first, rows]))
     return np.concatenate(columns, axis=1) if columns else np.empty((5, 0), dtype=np.int64)
