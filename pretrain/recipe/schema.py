@@ -21,12 +21,16 @@ class Source:
     """share of the epoch's samples, relative to the other sources; null: in proportion to its size"""
     stride: int | None = None
     """frames between two sampled frames; null: data.stride"""
+    expected_samples: int | None = None
+    """videos of the published data set; the dry run counts with it until the shards are there, then compares"""
 
 
 @dataclass
 class Data:
     """What the model sees: sources, clips, order, decoding."""
 
+    root: str = "${oc.env:TUBELET_DATA,shards}"
+    """folder (any fsspec URL) that recipes find their sources in, as ${data.root}/<name>; default: $TUBELET_DATA"""
     sources: dict[str, Source] = field(default_factory=dict)
     """data sets by name"""
     frames: int = 16
@@ -77,6 +81,8 @@ class Batch:
     """decoded videos of one optimiser step over all ranks; clips = samples x data.views"""
     micro: int = 32
     """decoded videos of one forward pass of one rank; accumulation = samples / (micro x ranks)"""
+    ranks: int | None = None
+    """ranks of the published run, for the dry run's arithmetic only; training takes the ranks that were launched"""
 
 
 @dataclass
@@ -187,8 +193,8 @@ class Log:
 class Run:
     """The run itself."""
 
-    name: str = "${recipe_name:}"
-    """name of the run, also in wandb"""
+    name: str = ""
+    """name of the run, also in wandb; empty: the recipe's file name"""
     dir: str = "runs/${run.name}"
     """folder that receives everything the run writes"""
     seed: int = 0

@@ -1,0 +1,137 @@
+"""Command line of launch/pretrain.py: a recipe, `key=value` overrides, and what to do with them."""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from pretrain.errors import RecipeError, TubeletError
+from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.recipe.files import recipe_names
+from pretrain.recipe.load import read_recipe
+from pretrain.recipe.schema import Recipe
+
+EXAMPLES = """\
+examples:
+  deepspeed launch/pretrain.py --recipe vit_b_dual
+      train on every accelerator of this machine; the same command again continues where the run stopped
+  deepspeed launch/pretrain.py --recipe vit_b_dual data.root=s3://bucket/video batch.micro=16 run.name=first
+      read shards from elsewhere, smaller forward passes, another run folder (runs/first)
+  python launch/pretrain.py --recipe vit_g_dual --dry-run
+      parameters, cost, batch, learning rate, schedule, data and memory; no accelerator needed
+  python launch/pretrain.py --recipe ./mine.yaml --print
+      the resolved recipe, each key with its meaning and unit; itself a recipe
+
+exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 75 stopped on purpose: start the same command again
+recipes and keys: docs/recipes.md
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    first_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        return _dispatch(arguments, first_rank)
+    except SystemExit as leave:  # argparse: --help or wrong usage
+        return int(leave.code or 0)
+    except RecipeError as error:
+        if first_rank:
+            print(_problem_list(error.problems), file=sys.stderr)
+        return 2
+    except TubeletError as error:
+        # Every rank may fail on its own (one lost node, one bad disk), so other ranks tell theirs in one line.
+        rank = "" if first_rank else f"rank {os.environ['RANK']}: "
+        print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: argparse.Namespace, first_rank: bool) -> int:
+    reading = read_recipe(arguments.recipe, arguments.overrides)
+    recipe, problems = reading.recipe, reading.problems
+    if recipe is not None:
+        # A bad value was replaced by its default, so what a check says about its key would mislead.
+        problems = problems + [
+            problem for problem in check_recipe(recipe) if not any(key in problem for key in reading.bad_keys)
+        ]
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    if first_rank:
+        for warning in recipe_warnings(recipe):
+            print(f"warning: {warning}", file=sys.stderr)
+    if arguments.print or arguments.check or arguments.dry_run:
+        return _inspect(arguments, recipe) if first_rank else 0
+    from pretrain.engine.train import train
+
+    return train(recipe, resume=arguments.resume)
+
+
+def _inspect(arguments: argparse.Namespace, recipe: Recipe) -> int:
+    """What looks at a recipe without running it; the launcher starts many ranks, one of them answers."""
+    if arguments.print:
+        from pretrain.recipe.show import show_recipe
+
+        print(show_recipe(recipe), end="")
+    elif arguments.check:
+        print(f"{arguments.recipe}: no problems found")
+    else:
+        from pretrain.engine.dry_run import dry_run
+
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        dry_run(recipe)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py",
+        usage="%(prog)s --recipe NAME|PATH [key=value ...] [--print | --check | --dry-run] [--resume auto|never|PATH]",
+        description="Pre-train a video model as a recipe says.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        metavar="NAME|PATH",
+        help=f"a file of recipes/ by name, or any YAML file by path; names: {', '.join(recipe_names())}",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a value of the recipe (YAML)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--print", action="store_true", help="write the resolved recipe with its documentation")
+    instead.add_argument("--check", action="store_true", help="report everything that is wrong with the recipe")
+    instead.add_argument("--dry-run", action="store_true", help="everything up to the first step, without training")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): continue from the run folder's newest checkpoint that verifies, or start; "
+        "never: start, and refuse a run folder that holds checkpoints; PATH: continue from this checkpoint",
+    )
+    # The deepspeed launcher puts it first; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(known)}"
+        parser.error(f"unknown option {' '.join(unknown)}; {hint} Values of the recipe are set with key=value")
+    return arguments
+
+
+def _problem_list(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"recipe: {problems[0]}"
+    return "\n".join([f"recipe: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

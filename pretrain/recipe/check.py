@@ -1,0 +1,152 @@
+"""Checks across sections: what can't work (problems) and what does nothing (warnings), all in one go."""
+
+import importlib.util
+import os
+
+from pretrain.recipe.components import load_component
+from pretrain.recipe.schema import Recipe
+
+
+def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
+    """Everything in a well-typed recipe that can't work; empty when it can.
+
+    Args:
+        recipe: as `load_recipe` returns it.
+        ranks: processes of the run; None: WORLD_SIZE if a launcher set it, else the checks that need it are left out.
+    """
+    if ranks is None and "WORLD_SIZE" in os.environ:
+        ranks = int(os.environ["WORLD_SIZE"])
+    return [
+        *_check_ranges(recipe),
+        *_check_sources(recipe),
+        *_check_batch(recipe, ranks),
+        *_check_schedule(recipe),
+        *_check_decoder(recipe),
+        *load_component("objectives", recipe.objective.name).check(recipe),
+    ]
+
+
+def recipe_warnings(recipe: Recipe) -> list[str]:
+    """Options that have no effect in this recipe, or that are likely not meant."""
+    data, warnings = recipe.data, []
+    if data.cache_dir is None and data.cache_gb != type(data)().cache_gb:
+        warnings.append(f"data.cache_gb={data.cache_gb:g} has no effect: data.cache_dir is null")
+    if recipe.zero.stage == 0 and recipe.zero.offload != "none":
+        warnings.append("zero.offload has no effect: zero.stage 0 shards no optimiser; use stage 1 or more")
+    if recipe.zero.init == "always" and recipe.zero.stage != 3:
+        warnings.append(f"zero.init=always has no effect: zero.stage is {recipe.zero.stage}, and only 3 shards weights")
+    if recipe.checkpoint.every_steps is not None and recipe.checkpoint.every_epochs != 5:
+        warnings.append("checkpoint.every_epochs has no effect: checkpoint.every_steps is set")
+    if recipe.log.pictures_every_steps == 0 and recipe.log.pictures != 4:
+        warnings.append("log.pictures has no effect: log.pictures_every_steps is 0")
+    if recipe.batch.samples > 1 and data.workers == 0 and recipe.batch.micro > 8:
+        warnings.append("data.workers=0 decodes in the training process: the accelerator waits for every batch")
+    return warnings
+
+
+def _check_ranges(recipe: Recipe) -> list[str]:
+    """Numbers that must be positive, or lie in a range."""
+    positive = {
+        "data": ("frames", "stride", "height", "width", "views", "lanes", "shuffle_window", "prefetch", "cache_gb",
+                 "deadline_s", "epoch_samples"),
+        "batch": ("samples", "micro", "ranks"),
+        "optim": ("base_lr", "base_batch", "eps", "clip_grad"),
+        "schedule": ("epochs", "max_steps"),
+        "checkpoint": ("every_steps", "every_epochs", "keep_last", "keep_every_epochs"),
+        "zero": ("bucket_mb",),
+        "log": ("every_steps", "pictures", "peak_tflops"),
+        "run": ("time_limit_minutes",),
+    }  # fmt: skip
+    not_negative = {
+        "data": ("workers", "readahead", "bad_rate", "bad_minimum", "bad_attempts"),
+        "optim": ("base_min_lr", "weight_decay"),
+        "schedule": ("warmup_epochs",),
+        "guard": ("max_skips",),
+        "log": ("pictures_every_steps",),
+        "run": ("seed",),
+    }
+    problems = []
+    for allowed, keys in (("more than 0", positive), ("0 or more", not_negative)):
+        for section, names in keys.items():
+            for name in names:
+                value = getattr(getattr(recipe, section), name)
+                if value is not None and (value < 0 or (value == 0 and keys is positive)):
+                    problems.append(f"{section}.{name}: found {value}, allowed: {allowed}")
+    if recipe.zero.stage not in (0, 1, 2, 3):
+        problems.append(f"zero.stage: found {recipe.zero.stage}, allowed: 0, 1, 2 or 3")
+    if not all(0 <= beta < 1 for beta in recipe.optim.betas):
+        problems.append(f"optim.betas: found {list(recipe.optim.betas)}, allowed: two numbers from 0 to below 1")
+    if recipe.data.bad_rate > 1:
+        problems.append(f"data.bad_rate: found {recipe.data.bad_rate}, allowed: a share from 0 to 1")
+    return problems
+
+
+def _check_sources(recipe: Recipe) -> list[str]:
+    sources, problems = recipe.data.sources, []
+    if not sources:
+        problems.append(
+            "data.sources: none; name at least one: data.sources.mine.shards=FOLDER (packed by launch/pack.py)"
+        )
+    weighted = [name for name, source in sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        bare = ", ".join(name for name in sources if name not in weighted)
+        problems.append(
+            f"data.sources: {', '.join(weighted)} have a weight and {bare} have none; "
+            "give every source one, or none (then each counts by its size)"
+        )
+    for name, source in sources.items():
+        if source.weight is not None and source.weight <= 0:
+            problems.append(
+                f"data.sources.{name}.weight: found {source.weight:g}, allowed: more than 0; "
+                f"leave the source out with data.sources.{name}=null"
+            )
+        if source.stride is not None and source.stride < 1:
+            problems.append(f"data.sources.{name}.stride: found {source.stride}, allowed: 1 or more frames")
+    return problems
+
+
+def _check_batch(recipe: Recipe, ranks: int | None) -> list[str]:
+    samples, micro, problems = recipe.batch.samples, recipe.batch.micro, []
+    if min(samples, micro) < 1:
+        return []  # reported as out of range
+    known = [("ranks were launched", ranks)] if ranks else [("is batch.ranks", recipe.batch.ranks)]
+    for origin, count in known:
+        if count and samples % (micro * count):
+            fitting = [m for m in range(1, samples // count + 1) if samples % count == 0 and samples % (m * count) == 0]
+            near = min(fitting, key=lambda m: abs(m - micro), default=None)
+            fix = f"batch.micro={near} fits" if near else f"batch.samples must be a multiple of {count}"
+            problems.append(
+                f"batch.samples: {samples} is no multiple of batch.micro x ranks = {micro} x {count} "
+                f"({count} {origin}); {fix}"
+            )
+    if samples % micro:
+        problems.append(f"batch.micro: found {micro}, allowed: a divisor of batch.samples = {samples}")
+    epoch = recipe.data.epoch_samples
+    if epoch is not None and 0 < epoch < samples:
+        problems.append(f"data.epoch_samples: {epoch} videos are less than one step of batch.samples = {samples}")
+    return problems
+
+
+def _check_schedule(recipe: Recipe) -> list[str]:
+    schedule, problems = recipe.schedule, []
+    if schedule.warmup_epochs > schedule.epochs:
+        problems.append(
+            f"schedule.warmup_epochs: {schedule.warmup_epochs:g} is more than schedule.epochs = {schedule.epochs:g}"
+        )
+    if recipe.optim.base_min_lr > recipe.optim.base_lr:
+        problems.append(
+            f"optim.base_min_lr: {recipe.optim.base_min_lr:g} is more than optim.base_lr = {recipe.optim.base_lr:g}, "
+            "and the cosine goes down; lower it"
+        )
+    return problems
+
+
+def _check_decoder(recipe: Recipe) -> list[str]:
+    module, hint = {
+        "decord": ("decord", "pip install decord (Linux x86-64 only), or data.decoder=pyav"),
+        "pyav": ("av", "pip install av"),
+        "torchcodec": ("torchcodec", "pip install 'tubelet[torchcodec]', or data.decoder=pyav"),
+    }[recipe.data.decoder]
+    if importlib.util.find_spec(module) is None:
+        return [f"data.decoder: {recipe.data.decoder} is not installed here; {hint}"]
+    return []

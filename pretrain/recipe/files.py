@@ -1,0 +1,140 @@
+"""Recipe files: where they are, what is in them, on which line."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from pretrain.errors import RecipeError
+
+#: recipes/ lies beside pretrain/ in a checkout and in an installation alike.
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@dataclass
+class Layer:
+    """One origin of values, a file or the command line; later layers win.
+
+    Attributes:
+        lines: line of each dotted key in the file.
+        whole: keys whose mapping replaces what lies below instead of adding to it. A file states `data.sources`
+            whole, or the sources of its base would be mixed in.
+    """
+
+    origin: str
+    content: dict[str, Any]
+    lines: dict[str, int] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset({"data.sources"})
+
+    def where(self, key: str) -> str:
+        """`file:line: key` of a dotted key, or of the nearest section above it that has a line."""
+        above = key
+        while above and above not in self.lines:
+            above = above.rpartition(".")[0]
+        line = f":{self.lines[above]}" if above else ""
+        return f"{self.origin}{line}: {key}"
+
+
+def recipe_names() -> list[str]:
+    """Names that `--recipe` takes: the files of recipes/."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(name_or_path: str, beside: Path | None = None) -> Path:
+    """The file of a recipe: a name in recipes/, or a path (with a slash or .yaml), relative to `beside` if given.
+
+    Raises:
+        RecipeError: no such file; lists near names.
+    """
+    if "/" not in name_or_path and not name_or_path.endswith((".yaml", ".yml")):
+        path = RECIPES / f"{name_or_path}.yaml"
+        if path.is_file():
+            return path
+        names = recipe_names()
+        near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.5)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise RecipeError(
+            f"--recipe: no recipe {name_or_path!r}; {meant}There is: {', '.join(names)}. "
+            "A recipe of your own is given by its path, for example ./mine.yaml"
+        )
+    path = (beside or Path()) / Path(name_or_path).expanduser()
+    if not path.is_file():
+        raise RecipeError(f"--recipe: no file {path}; names without a slash are looked up in {RECIPES}")
+    return path
+
+
+def read_layers(name_or_path: str) -> list[Layer]:
+    """The recipe's file, preceded by the file that its `base:` names."""
+    path = recipe_path(name_or_path)
+    layer = _read(path)
+    base = layer.content.pop("base", None)
+    if base is None:
+        return [layer]
+    below = _read(recipe_path(str(base), beside=path.parent))
+    if "base" in below.content:
+        raise RecipeError(
+            f"{below.where('base')}: {below.origin} is itself the base of {layer.origin}, and bases go one level deep; "
+            f"write what {layer.origin} needs from {below.content['base']!r} into it"
+        )
+    return [below, layer]
+
+
+def override_layer(overrides: list[str]) -> tuple[Layer, list[str]]:
+    """The command line's `key=value` words, and what is wrong with them.
+
+    Values are YAML, so `[1, 2]`, `null` and `1e-3` mean what they do in a file.
+    """
+    problems, good = [], []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            problems.append(f"command line: {word!r} is neither an option nor key=value, such as optim.base_lr=1e-3")
+            continue
+        try:
+            OmegaConf.from_dotlist([word])
+            good.append(word)
+        except yaml.YAMLError:
+            problems.append(f"command line: {key}: {value!r} is not a YAML value; quote text with ' or \"")
+    whole = frozenset(word.partition("=")[0] for word in good)
+    return Layer("command line", _plain(OmegaConf.from_dotlist(good)), whole=whole), problems
+
+
+def _read(path: Path) -> Layer:
+    origin = _display(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = OmegaConf.create(text or "{}")
+        lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{origin}:{line}: not valid YAML: {error.problem}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{origin}: can't be read: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise RecipeError(f"{origin}: a recipe is a mapping of sections, this is a {type(content).__name__}")
+    return Layer(origin, _plain(content), lines)
+
+
+def _plain(content: Any) -> dict[str, Any]:
+    plain = OmegaConf.to_container(content, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _display(path: Path) -> str:
+    """Path as a person at this prompt would type it."""
+    resolved, here = path.resolve(), Path.cwd()
+    return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(resolved)
+
+
+def _key_lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+    lines: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            dotted = f"{prefix}{key.value}"
+            lines[dotted] = key.start_mark.line + 1
+            lines.update(_key_lines(value, f"{dotted}."))
+    return lines

@@ -1,0 +1,206 @@
+"""From a recipe's name and `key=value` words to a typed Recipe, with everything that is wrong reported at once."""
+
+from dataclasses import dataclass, field, is_dataclass
+from types import ModuleType
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from pretrain.errors import RecipeError
+from pretrain.recipe.components import Kind, component_names, load_component
+from pretrain.recipe.describe import all_keys, allowed_values, field_types, key_suggestion
+from pretrain.recipe.files import Layer, override_layer, read_layers, recipe_path
+from pretrain.recipe.schema import Recipe, Source
+
+#: Sections whose schema is the `Config` of the file that they name.
+COMPONENTS: dict[str, Kind] = {"model": "models", "objective": "objectives"}
+
+
+@dataclass
+class Reading:
+    """What came out of reading a recipe: `recipe` is complete where nothing is wrong."""
+
+    recipe: Recipe | None = None
+    problems: list[str] = field(default_factory=list)
+    bad_keys: set[str] = field(default_factory=set)
+
+    def add(self, key: str, problem: str) -> None:
+        self.problems.append(problem)
+        self.bad_keys.add(key)
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe `recipes/<name>.yaml` or the file at a path, with overrides, types checked and presets filled in.
+
+    `recipe.model` and `recipe.objective` are instances of the `Config` dataclass of the files that they name.
+
+    Args:
+        name_or_path: a name in recipes/, or a path (anything with a slash or ending in .yaml).
+        overrides: `dotted.key=value` words; values are YAML.
+
+    Raises:
+        RecipeError: its `problems` holds everything found: unknown keys, wrong types, missing values.
+    """
+    reading = read_recipe(name_or_path, overrides)
+    if reading.problems or reading.recipe is None:
+        raise RecipeError(reading.problems)
+    return reading.recipe
+
+
+def read_recipe(name_or_path: str, overrides: list[str] | None = None) -> Reading:
+    """As `load_recipe`, but a recipe with bad values still comes back, with defaults in their place.
+
+    So cross-field checks can be reported together with the bad values. `recipe` is None where a section can't be built.
+    """
+    reading = Reading()
+    try:
+        layers = read_layers(name_or_path)
+    except RecipeError as error:
+        return Reading(problems=error.problems)
+    from_command_line, wrong_words = override_layer(overrides or [])
+    layers.append(from_command_line)
+    reading.problems += wrong_words
+    config = OmegaConf.structured(Recipe)
+    modules = _open_components(config, layers, reading)
+    for layer in layers:
+        _Merge(config, layer, reading).mapping("", layer.content)
+    if not config.run.name:
+        config.run.name = recipe_path(name_or_path).stem
+    if _check_values(config, layers, reading) and len(modules) == len(COMPONENTS):
+        reading.recipe = _to_object(config, modules, reading)
+    return reading
+
+
+def _open_components(config: DictConfig, layers: list[Layer], reading: Reading) -> dict[str, ModuleType]:
+    """Put the schema of the named model and objective into the configuration."""
+    modules = {}
+    for section, kind in COMPONENTS.items():
+        naming = [layer for layer in layers if "name" in (layer.content.get(section) or {})]
+        if not naming:
+            there = ", ".join(component_names(kind))
+            reading.add(section, f"{section}.name: missing; name one of pretrain/{kind}/: {there}")
+            continue
+        try:
+            modules[section] = load_component(kind, str(naming[-1].content[section]["name"]))
+        except RecipeError as error:
+            reading.add(section, f"{naming[-1].where(f'{section}.name')}: {error}")
+            continue
+        config[section] = OmegaConf.structured(modules[section].Config)
+    return modules
+
+
+class _Merge:
+    """Assigns one layer value by value, because OmegaConf's own merge stops at the first thing that is wrong."""
+
+    def __init__(self, config: DictConfig, layer: Layer, reading: Reading) -> None:
+        self.config, self.layer, self.reading = config, layer, reading
+
+    def mapping(self, key: str, content: dict[str, Any]) -> None:
+        """Assign the entries of a section."""
+        node = OmegaConf.select(self.config, key) if key else self.config
+        schema = OmegaConf.get_type(node)
+        for name, value in content.items():
+            below = f"{key}.{name}" if key else str(name)
+            if is_dataclass(schema) and name not in field_types(schema):
+                self.unknown(below, list(field_types(schema)))
+            elif below in self.reading.bad_keys and below in COMPONENTS:
+                continue  # the section's file is unknown, and so is what it may hold
+            else:
+                self.value(below, value)
+
+    def value(self, key: str, value: Any) -> None:
+        """Assign one entry: a leaf, a section, or the named entries of data.sources."""
+        node = OmegaConf.select(self.config, key, throw_on_missing=False)
+        if key == "data.sources" and isinstance(value, dict):
+            if key in self.layer.whole:
+                self.config.data.sources = {}
+            self.mapping(key, value)
+        elif key.startswith("data.sources.") and key.count(".") == 2:
+            self.source(key, value)
+        elif isinstance(node, DictConfig) and isinstance(value, dict):
+            self.mapping(key, value)
+        else:
+            self.leaf(key, value)
+
+    def source(self, key: str, value: Any) -> None:
+        """Assign a named source; null takes one of the recipe's away."""
+        name = key.rpartition(".")[2]
+        if value is None:
+            self.config.data.sources.pop(name, None)
+            return
+        if not isinstance(value, dict):
+            self.reading.add(key, f"{self.layer.where(key)}: {value!r} is not a section with at least `shards:`")
+            return
+        if name not in self.config.data.sources:
+            self.config.data.sources[name] = OmegaConf.structured(Source)
+        self.mapping(key, value)
+
+    def leaf(self, key: str, value: Any) -> None:
+        before = OmegaConf.select(self.config, key, throw_on_missing=False)
+        try:
+            OmegaConf.update(self.config, key, value)
+        except (OmegaConfBaseException, TypeError, ValueError):
+            if before is not None and not isinstance(before, DictConfig):
+                OmegaConf.update(self.config, key, before)
+            allowed = allowed_values(_annotation(self.config, key))
+            self.reading.add(key, f"{self.layer.where(key)}: found {value!r}, allowed: {allowed}")
+
+    def unknown(self, key: str, siblings: list[str]) -> None:
+        components = {
+            section: type(OmegaConf.to_object(self.config[section]))
+            for section in COMPONENTS
+            if not OmegaConf.is_missing(self.config, section)
+        }
+        hint = key_suggestion(key, siblings, list(all_keys(Recipe, components)))
+        self.reading.add(key, f"{self.layer.where(key)}: no such key{hint}")
+
+
+def _annotation(config: DictConfig, key: str) -> Any:
+    parent, _, name = key.rpartition(".")
+    schema = OmegaConf.get_type(OmegaConf.select(config, parent) if parent else config)
+    return field_types(schema)[name] if is_dataclass(schema) else dict
+
+
+def _check_values(config: DictConfig, layers: list[Layer], reading: Reading) -> bool:
+    """Report values that are still missing, and `${...}` that lead nowhere; false where there are such."""
+    lost = []
+    for key in _leaves(config):
+        if key in reading.bad_keys:
+            continue
+        layer = next((layer for layer in reversed(layers) if key in layer.lines), layers[-2 if layers[1:] else 0])
+        try:
+            OmegaConf.select(config, key, throw_on_missing=True)
+        except MissingMandatoryValue:
+            lost.append((key, f"{layer.where(key)}: missing, and there is no default"))
+        except OmegaConfBaseException as error:
+            lost.append((key, f"{layer.where(key)}: {str(error).splitlines()[0]}"))
+    for key, problem in lost:
+        reading.add(key, problem)
+    return not lost
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name in map(str, node):
+        below = node._get_node(name)
+        if isinstance(below, DictConfig) and not below._is_missing() and not below._is_none():
+            keys += _leaves(below, f"{prefix}{name}.")
+        elif f"{prefix}{name}" not in COMPONENTS:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _to_object(config: DictConfig, modules: dict[str, ModuleType], reading: Reading) -> Recipe | None:
+    try:
+        recipe = OmegaConf.to_object(config)
+        assert isinstance(recipe, Recipe)
+        recipe.model = modules["model"].resolve(recipe.model)
+    except RecipeError as error:
+        for problem in error.problems:
+            reading.add("model", problem)
+        return None
+    except (OmegaConfBaseException, ValueError) as error:
+        reading.add("model", str(error).splitlines()[0])
+        return None
+    return recipe
