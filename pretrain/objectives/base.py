@@ -6,7 +6,8 @@ A method is one file pretrain/objectives/<name>.py with
 - `check(recipe) -> list[str]`: what in the recipe it can't work with;
 - `view_tensors(recipe) -> ViewTensors`: what a data worker draws for one view, mask indices for example;
 - `build(recipe) -> Objective`: the module;
-- `cost(recipe) -> dict[str, float]`: multiply-accumulates of one clip's forward pass, by part.
+- `cost(recipe) -> dict[str, float]`: multiply-accumulates of one clip's forward pass as publications count them, by
+  part; a part named `skipped: ...` belongs to that count but is not executed here.
 
 Nothing in it knows of ranks, DeepSpeed or files.
 """

@@ -1,0 +1,244 @@
+"""VideoMAE's space-time ViT encoder and its decoder (Tong et al. 2022; Wang et al. 2023), official parameter names.
+
+A model file offers `Config`, `resolve`, `check`, `build`, `cost`; an objective finds it by its name in the recipe.
+Sizes and details: systems/videomae.md sections 2 and 3, from MCG-NJU/VideoMAE and OpenGVLab/VideoMAEv2.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.errors import RecipeError
+from pretrain.models.cubes import Grid, grid_of, grid_problems
+from pretrain.models.positions import SinCosPositions
+from pretrain.models.vit import Block, CubeEmbedding, Linear, drop_path_rates, run_blocks
+
+
+@dataclass
+class Config:
+    """A size and what departs from it; null means: as the size has it."""
+
+    name: str = "videomae"
+    """architecture: pretrain/models/<name>.py"""
+    size: Literal["small", "base", "large", "huge", "giant", "custom"] = "base"
+    """published size; custom: every field below that is null must be given"""
+    patch_size: int | None = None
+    """side of a cube, pixels"""
+    tubelet: int = 2
+    """frames of a cube"""
+    dim: int | None = None
+    """channels of the encoder"""
+    depth: int | None = None
+    """blocks of the encoder"""
+    heads: int | None = None
+    """attention heads of the encoder"""
+    mlp_ratio: float | None = None
+    """hidden channels of an MLP = int(channels x mlp_ratio), encoder and decoder alike"""
+    decoder_dim: int | None = None
+    """channels of the decoder"""
+    decoder_depth: int | None = None
+    """blocks of the decoder"""
+    decoder_heads: int | None = None
+    """attention heads of the decoder"""
+    cosine_attention: bool = False
+    """L2-normalised queries and keys with a learned scale"""
+    layer_scale: float = 0.0
+    """initial value of the residual branches' learned scale; 0: no such parameters"""
+    drop_path: float = 0.0
+    """stochastic depth rate of the last block, rising linearly from 0; encoder and decoder"""
+    norm_eps: float = 1e-6
+    """epsilon of every layer norm (Hugging Face models: 1e-12)"""
+    decoder_norm_eps: float | None = None
+    """epsilon of the decoder's last layer norm; null: norm_eps (Hugging Face models: 1e-5)"""
+
+
+#: What a size fixes, in the order of the fields above. Decoders as in V2; V1's L has depth 12, its H 640 channels too.
+PRESET_FIELDS = ("patch_size", "dim", "depth", "heads", "mlp_ratio", "decoder_dim", "decoder_depth", "decoder_heads")
+PRESETS: dict[str, tuple[int | float, ...]] = {
+    "small": (16, 384, 12, 6, 4.0, 192, 4, 3),
+    "base": (16, 768, 12, 12, 4.0, 384, 4, 6),
+    "large": (16, 1024, 24, 16, 4.0, 512, 4, 8),
+    "huge": (16, 1280, 32, 16, 4.0, 512, 4, 8),
+    "giant": (14, 1408, 40, 16, 48 / 11, 512, 4, 8),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A resolved configuration, nothing left open."""
+
+    patch_size: int
+    tubelet: int
+    dim: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    decoder_dim: int
+    decoder_depth: int
+    decoder_heads: int
+
+    @property
+    def cube(self) -> int:
+        """Elements of one cube, 3 x tubelet x patch^2."""
+        return 3 * self.tubelet * self.patch_size**2
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with every null filled in from its size."""
+    defaults = dict(zip(PRESET_FIELDS, PRESETS.get(config.size, ()), strict=False))
+    filled: dict[str, Any] = {key: value for key, value in defaults.items() if getattr(config, key) is None}
+    eps = config.norm_eps if config.decoder_norm_eps is None else config.decoder_norm_eps
+    return replace(config, decoder_norm_eps=eps, **filled)
+
+
+def check(config: Config, frames: int, height: int, width: int) -> list[str]:
+    """What keeps this model from being built for clips of frames x height x width."""
+    full = resolve(config)
+    missing = [f"model.{key}: null, but model.size=custom has no default for it" for key in _unset(full)]
+    if missing:
+        return missing
+    shape = shape_of(full)
+    problems = [
+        f"model.{heads_key}={heads}: does not divide model.{dim_key}={dim}"
+        for heads_key, heads, dim_key, dim in (
+            ("heads", shape.heads, "dim", shape.dim),
+            ("decoder_heads", shape.decoder_heads, "decoder_dim", shape.decoder_dim),
+        )
+        if heads < 1 or dim % heads
+    ]
+    if not 0 <= config.drop_path < 1:
+        problems.append(f"model.drop_path={config.drop_path}: a probability from 0 to below 1 is needed")
+    return problems + grid_problems(frames, height, width, shape.tubelet, shape.patch_size)
+
+
+def _unset(config: Config) -> list[str]:
+    return [key for key in PRESET_FIELDS if getattr(config, key) is None]
+
+
+def shape_of(config: Config) -> Shape:
+    """Sizes of a resolved configuration."""
+    full = resolve(config)
+    values = {key: getattr(full, key) for key in PRESET_FIELDS}
+    return Shape(tubelet=full.tubelet, **values)
+
+
+class Encoder(nn.Module):
+    """ViT over the visible cubes only."""
+
+    def __init__(self, config: Config, shape: Shape, grid: Grid) -> None:
+        super().__init__()
+        self.patch_embed = CubeEmbedding(shape.dim, shape.tubelet, shape.patch_size)
+        self.positions = SinCosPositions(grid.tokens, shape.dim)
+        self.blocks = _blocks(config, shape, shape.dim, shape.depth, shape.heads)
+        self.norm = nn.LayerNorm(shape.dim, eps=config.norm_eps)
+
+    def forward(self, cubes: Tensor, index: Tensor, recompute: bool = False) -> Tensor:
+        """Cubes [B, n, cube] that lie at tokens `index` [B, n] to features [B, n, C]."""
+        tokens = self.patch_embed(cubes)
+        tokens = tokens + self.positions(index).to(tokens.dtype)
+        return self.norm(run_blocks(self.blocks, tokens, recompute))
+
+
+class Decoder(nn.Module):
+    """Narrow ViT that predicts the pixels of mask tokens."""
+
+    def __init__(self, config: Config, shape: Shape, grid: Grid) -> None:
+        super().__init__()
+        eps = config.norm_eps if config.decoder_norm_eps is None else config.decoder_norm_eps
+        self.positions = SinCosPositions(grid.tokens, shape.decoder_dim)
+        self.blocks = _blocks(config, shape, shape.decoder_dim, shape.decoder_depth, shape.decoder_heads)
+        self.norm = nn.LayerNorm(shape.decoder_dim, eps=eps)
+        self.head = Linear(shape.decoder_dim, shape.cube)
+
+    def forward(self, tokens: Tensor, predicted: int, recompute: bool = False) -> Tensor:
+        """Tokens [B, n, D] with positions to pixels [B, predicted, cube] of the last `predicted` of them."""
+        tokens = run_blocks(self.blocks, tokens, recompute)
+        return self.head(self.norm(tokens[:, -predicted:]))
+
+
+def _blocks(config: Config, shape: Shape, dim: int, depth: int, heads: int) -> nn.ModuleList:
+    hidden = int(dim * shape.mlp_ratio)
+    rates = drop_path_rates(config.drop_path, depth)
+    return nn.ModuleList(
+        Block(dim, heads, hidden, config.norm_eps, config.cosine_attention, config.layer_scale, rate) for rate in rates
+    )
+
+
+class VideoMAE(nn.Module):
+    """Masked autoencoder: encodes visible cubes, predicts cubes at the asked tokens.
+
+    Args:
+        config: model section of the recipe.
+        frames, height, width: size of a clip, pixels.
+        activation_checkpointing: recompute each block in the backward pass.
+
+    Raises:
+        RecipeError: the configuration can't be built for this clip size.
+    """
+
+    def __init__(
+        self, config: Config, frames: int, height: int, width: int, activation_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        problems = check(config, frames, height, width)
+        if problems:
+            raise RecipeError(problems)
+        self.config = resolve(config)
+        self.shape = shape_of(config)
+        self.grid = grid_of(frames, height, width, self.shape.tubelet, self.shape.patch_size)
+        self.activation_checkpointing = activation_checkpointing
+        self.encoder = Encoder(config, self.shape, self.grid)
+        self.decoder = Decoder(config, self.shape, self.grid)
+        self.encoder_to_decoder = nn.Linear(self.shape.dim, self.shape.decoder_dim, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.shape.decoder_dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+
+    def forward(self, cubes: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
+        """Predict cubes.
+
+        Args:
+            cubes: normalised pixels of the visible cubes, [B, Nv, cube]; cast to the weights' type here.
+            visible: their tokens, int64 [B, Nv], ascending.
+            targets: tokens to predict, int64 [B, M].
+
+        Returns:
+            Predictions [B, M, cube] in the weights' type, element order as in `cut_cubes`.
+        """
+        recompute = self.activation_checkpointing
+        encoded = self.encoder(cubes.to(self.mask_token.dtype), visible, recompute)
+        seen = self.encoder_to_decoder(encoded)
+        seen = seen + self.decoder.positions(visible).to(seen.dtype)
+        asked = self.mask_token + self.decoder.positions(targets).to(seen.dtype)
+        return self.decoder(torch.cat((seen, asked), dim=1), targets.shape[1], recompute)
+
+
+def build(config: Any, frames: int, height: int, width: int, activation_checkpointing: bool = False) -> VideoMAE:
+    """The module; see `VideoMAE`."""
+    return VideoMAE(config, frames, height, width, activation_checkpointing)
+
+
+def cost(config: Config, grid: Grid, visible: int, targets: int) -> dict[str, float]:
+    """Multiply-accumulates of one clip's forward pass, by part, counted as publications do.
+
+    Published numbers embed all cubes; the last part, `skipped: ...`, is what this code saves by embedding visible ones.
+    Element-wise work (norms, GELU, softmax) is not counted.
+    """
+    shape = shape_of(config)
+    embedding = shape.cube * shape.dim
+    encoder = shape.depth * _block_cost(visible, shape.dim, shape.mlp_ratio)
+    decoder = shape.decoder_depth * _block_cost(visible + targets, shape.decoder_dim, shape.mlp_ratio)
+    return {
+        "cube embedding": float(visible * embedding),
+        "encoder": float(encoder),
+        "encoder to decoder": float(visible * shape.dim * shape.decoder_dim),
+        "decoder": float(decoder),
+        "prediction head": float(targets * shape.decoder_dim * shape.cube),
+        "skipped: embedding of hidden cubes": float((grid.tokens - visible) * embedding),
+    }
+
+
+def _block_cost(tokens: int, dim: int, mlp_ratio: float) -> int:
+    projections = tokens * (4 * dim * dim + 2 * dim * int(dim * mlp_ratio))
+    return projections + 2 * tokens * tokens * dim
