@@ -103,7 +103,7 @@ def tube_visible(plan: MaskPlan, rng: np.random.Generator) -> Index:
 def running_cell_maps(time: int, height: int, width: int, ratio: float) -> npt.NDArray[np.uint8]:
     """The four running-cell masks [4, T', H'*W']; 1 = not reconstructed, first index = start of the queue.
 
-    mask[s, t, y, x] = queue[(2*(y mod 2) + x mod 2 + s + t + 1) mod 4]; the queue holds int(4*ratio) ones, then zeros (V2).
+    mask[s, t, y, x] = queue[(2*(y mod 2) + x mod 2 + s + t + 1) mod 4], queue = int(4*ratio) ones, then zeros.
 
     Raises:
         DataError: odd grid, or a ratio other than 0.25, 0.5, 0.75. (Official code builds a smaller map, silently.)
