@@ -16,14 +16,17 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
     """
     if ranks is None and "WORLD_SIZE" in os.environ:
         ranks = int(os.environ["WORLD_SIZE"])
-    return [
-        *_check_ranges(recipe),
+    out_of_range = _check_ranges(recipe)
+    problems = [
+        *out_of_range,
         *_check_sources(recipe),
         *_check_batch(recipe, ranks),
         *_check_schedule(recipe),
         *_check_decoder(recipe),
-        *load_component("objectives", recipe.objective.name).check(recipe),
     ]
+    if not any(problem.startswith("data.") for problem in out_of_range):  # zero frames can't be cut into cubes
+        problems += load_component("objectives", recipe.objective.name).check(recipe)
+    return problems
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:

@@ -28,13 +28,6 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def class_doc(cls: type) -> str:
-    """First line of a dataclass' docstring without the full stop; empty when it has none of its own."""
-    text = cls.__doc__ or ""
-    generated = text.startswith(f"{cls.__name__}(")  # dataclasses write the signature where a docstring is missing
-    return "" if generated else text.strip().splitlines()[0].rstrip(".") if text.strip() else ""
-
-
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Annotation of each field, by name."""
