@@ -1,0 +1,105 @@
+"""Decoding behind one small interface: the same frames for the same indices, whichever library decodes.
+
+Index i is the i-th frame in presentation order, whatever its time stamp (variable frame rate included), upright
+(rotation metadata applied). One reader serves one sample, decodes with one thread (workers are the parallelism) and
+only what the asked frames need: from the key frame before them.
+"""
+
+import abc
+import importlib
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.errors import DataError, SampleError
+
+Decoder = Literal["decord", "pyav", "torchcodec"]
+
+#: What to install for each decoder.
+INSTALL = {
+    "decord": "pip install decord (x86_64 only), or set data.decoder=pyav",
+    "pyav": "pip install av",
+    "torchcodec": "pip install 'tubelet[torchcodec]' and FFmpeg's shared libraries (apt-get install ffmpeg)",
+}
+
+
+class VideoReader(abc.ABC):
+    """An opened video. Close it, or use it as a context manager: readers that stay alive are what leaks memory.
+
+    Attributes:
+        num_frames: Frames of the video.
+        fps: Mean frames per second.
+    """
+
+    num_frames: int
+    fps: float
+
+    def frames(self, indices: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+        """Decode some frames, in the order asked for, repetitions allowed.
+
+        Args:
+            indices: Frame numbers in presentation order, one-dimensional, each in [0, num_frames).
+
+        Returns:
+            RGB, uint8 [len(indices), H, W, 3].
+
+        Raises:
+            SampleError: "too_short" for an index beyond the end, "decode" for damaged data.
+        """
+        wanted, inverse = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
+        if wanted[0] < 0 or wanted[-1] >= self.num_frames:
+            raise SampleError("too_short", f"frames {wanted[0]}..{wanted[-1]} asked of a video of {self.num_frames}")
+        decoded = self._decode(wanted.tolist())
+        if decoded.shape[0] != len(wanted) or decoded.ndim != 4 or decoded.shape[3] != 3:
+            raise SampleError("decode", f"{len(wanted)} RGB frames asked, an array {decoded.shape} delivered")
+        return decoded if len(wanted) == len(inverse) and _sorted(inverse) else decoded[inverse]
+
+    @abc.abstractmethod
+    def _decode(self, wanted: list[int]) -> npt.NDArray[np.uint8]:
+        """Decode frames with increasing, different numbers; uint8 [len(wanted), H, W, 3]."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free the decoder; the reader can't be used afterwards."""
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_video(data: bytes, decoder: str = "decord") -> VideoReader:
+    """Open a video that lies in memory.
+
+    Args:
+        data: The whole file.
+        decoder: "decord", "pyav" or "torchcodec".
+
+    Raises:
+        SampleError: "empty" without data or frames, "open" for something that is no video, "decode" for damage.
+        DataError: the decoder is unknown or not installed.
+    """
+    if decoder not in INSTALL:
+        raise DataError(f"data.decoder={decoder!r}: allowed are {', '.join(INSTALL)}")
+    try:
+        module = importlib.import_module(f"{__name__}.{decoder}_reader")
+    except (ImportError, OSError, RuntimeError) as error:
+        # torchcodec raises RuntimeError where FFmpeg's libraries can't be loaded.
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"data.decoder={decoder}: can't be imported ({reason}); {INSTALL[decoder]}") from error
+    if not data:
+        raise SampleError("empty", "no bytes")
+    reader: VideoReader = module.open_reader(data)
+    if reader.num_frames < 1:
+        reader.close()
+        raise SampleError("empty", "a video without frames")
+    return reader
+
+
+def _sorted(inverse: npt.NDArray[np.int64]) -> bool:
+    return bool((np.diff(inverse) > 0).all())
