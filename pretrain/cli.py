@@ -6,12 +6,16 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pretrain.errors import RecipeError, TubeletError
 from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.files import recipe_names
 from pretrain.recipe.load import read_recipe
 from pretrain.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from pretrain.engine.dry_run import Section
 
 EXAMPLES = """\
 examples:
@@ -80,8 +84,29 @@ def _inspect(arguments: argparse.Namespace, recipe: Recipe) -> int:
         from pretrain.engine.dry_run import dry_run
 
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-        dry_run(recipe)
+        _print_sections(dry_run(recipe))
     return 0
+
+
+def _print_sections(sections: "list[Section]") -> None:
+    """Tables in colour on a terminal; elsewhere one line a row, so that a log can be searched."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for section in sections:
+        if not console.is_terminal:
+            print(section.title)
+            for name, value, remark in section.rows:
+                print(f"  {name:<36} {value:<28} {remark}".rstrip())
+            continue
+        table = Table(title=section.title, title_justify="left", title_style="bold", box=None, show_header=False)
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(style="dim")
+        for row in section.rows:
+            table.add_row(*(text.replace("[", r"\[") for text in row))
+        console.print(table, "")
 
 
 def _parser() -> argparse.ArgumentParser:

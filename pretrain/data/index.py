@@ -72,15 +72,15 @@ def members_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".members.json"
 
 
-def load_index(url: str) -> ShardIndex:
-    """Read `index.json` from the folder `url`.
+def load_index(url: str, deadline_s: float = 300.0) -> ShardIndex:
+    """Read `index.json` from the folder `url`, retrying for at most `deadline_s` seconds.
 
     Raises:
         DataError: no index there, or one that this version can't read.
     """
     where = storage.join(url, INDEX_NAME)
     try:
-        content = json.loads(storage.read_bytes(where))
+        content = json.loads(storage.read_bytes(where, deadline_s=deadline_s))
     except StorageError as error:
         raise DataError(
             f"{where}: no readable index ({error}). Pack videos with launch/pack.py, or index shards that are "

@@ -1,0 +1,293 @@
+"""Everything up to the first step, without an accelerator: what a recipe builds, costs, reads and needs.
+
+The model is built on the meta device, so a billion parameters take seconds and no memory.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pretrain.data.index import ShardIndex, load_index
+from pretrain.data.order import SourceShape, epoch_quotas
+from pretrain.data.randomness import generator
+from pretrain.errors import DataError, StorageError
+from pretrain.objectives.base import Objective
+from pretrain.recipe.components import load_component
+from pretrain.recipe.schema import Recipe, Source
+
+#: Longest time that the search for one source's index may take: a dry run answers in seconds.
+INDEX_DEADLINE_S = 10.0
+#: A forward pass costs one, a backward pass two of it; recomputing activations adds another.
+BACKWARD_COST = 2
+
+
+@dataclass
+class Section:
+    """A table of the report: rows of name, value and remark."""
+
+    title: str
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, name: str, value: str, remark: str = "") -> None:
+        """Append a row."""
+        self.rows.append((name, value, remark))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers that several sections share."""
+
+    ranks: int
+    ranks_from: str
+    parameters: int
+    epoch_videos: int | None
+    steps_per_epoch: int | None
+
+
+def dry_run(recipe: Recipe) -> list[Section]:
+    """The report, section by section.
+
+    Missing data is reported, not raised: a published recipe is looked at before its data is there.
+    """
+    objective = _meta_objective(recipe)
+    data, indices = _data_section(recipe)
+    plan = _plan(recipe, objective, indices)
+    return [
+        _model_section(objective),
+        _cost_section(recipe),
+        data,
+        _batch_section(recipe, plan),
+        _learning_rate_section(recipe, plan),
+        _schedule_section(recipe, plan),
+        _memory_section(recipe, plan),
+        _checkpoint_section(recipe, plan),
+    ]
+
+
+def _meta_objective(recipe: Recipe) -> Objective:
+    with torch.device("meta"):
+        module: Objective = load_component("objectives", recipe.objective.name).build(recipe)
+    return module
+
+
+def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | None]) -> Plan:
+    if "WORLD_SIZE" in os.environ:
+        ranks, origin = int(os.environ["WORLD_SIZE"]), "launched"
+    elif recipe.batch.ranks:
+        ranks, origin = recipe.batch.ranks, "batch.ranks, the published run"
+    else:
+        ranks, origin = 1, "nothing launched, batch.ranks is null"
+    videos = _epoch_videos(recipe, indices)
+    steps = videos // recipe.batch.samples if videos else None
+    parameters = sum(parameter.numel() for parameter in objective.parameters())
+    return Plan(ranks, origin, parameters, videos, steps)
+
+
+def _epoch_videos(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> int | None:
+    """Videos of one epoch that are served: lanes have equal length. None while a source's size is unknown."""
+    if recipe.data.epoch_samples is not None:
+        total = recipe.data.epoch_samples
+    else:
+        sizes = [_source_size(source, indices[name]) for name, source in recipe.data.sources.items()]
+        if not all(sizes):
+            return None
+        total = sum(size for size in sizes if size)
+    return total // recipe.data.lanes * recipe.data.lanes
+
+
+def _source_size(source: Source, index: ShardIndex | None) -> int | None:
+    return index.samples if index else source.expected_samples
+
+
+def _model_section(objective: Objective) -> Section:
+    section = Section("model")
+    module = getattr(objective, "model", objective)
+    section.add("parameters", f"{sum(p.numel() for p in objective.parameters()):,}", type(module).__name__)
+    for name, child in module.named_children():
+        count = sum(parameter.numel() for parameter in child.parameters())
+        if count:
+            section.add(f"  {name}", f"{count:,}")
+    for name, parameter in module.named_parameters(recurse=False):
+        section.add(f"  {name}", f"{parameter.numel():,}")
+    return section
+
+
+def _cost_section(recipe: Recipe) -> Section:
+    method = load_component("objectives", recipe.objective.name)
+    section, data = Section("one clip"), recipe.data
+    section.add("pixels", f"{data.frames} x {data.height} x {data.width}", f"every {data.stride} frames of the video")
+    for name, value in _tokens(recipe).items():
+        section.add(f"{name} tokens", f"{value:,}")
+    parts = method.cost(recipe)
+    total = sum(parts.values())
+    section.add("forward pass", _macs(total), "as publications count; parts `skipped` are not executed")
+    for name, macs in parts.items():
+        section.add(f"  {name}", _macs(macs))
+    return section
+
+
+def _tokens(recipe: Recipe) -> dict[str, int]:
+    """Sizes of what a data worker draws for one view; of weights, how many count."""
+    draw = load_component("objectives", recipe.objective.name).view_tensors(recipe)
+    arrays = draw(lambda purpose: generator(recipe.run.seed, 0, 0, 0, purpose))
+    names = {"targets": "reconstructed", "weight": "counted"}
+    return {
+        names.get(name, name): int(np.count_nonzero(array)) if name == "weight" else len(array)
+        for name, array in arrays.items()
+    }
+
+
+def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]]:
+    section = Section("data")
+    indices: dict[str, ShardIndex | None] = {}
+    unusable: list[tuple[str, str]] = []
+    for name, source in recipe.data.sources.items():
+        try:
+            indices[name] = load_index(source.shards, deadline_s=INDEX_DEADLINE_S)
+        except DataError as error:
+            indices[name] = None
+            absent = isinstance(error.__cause__, StorageError) and "FileNotFoundError" in str(error)
+            unusable.append((f"  {name}", f"no index.json in {source.shards}" if absent else str(error)))
+    for name, share in _shares(recipe, indices).items():
+        section.add(name, _found(recipe.data.sources[name], indices[name]), share)
+    if unusable:
+        section.add("MISSING", f"{len(unusable)} of {len(indices)}", "training needs every source")
+        section.rows += [(name, problem, "") for name, problem in unusable]
+        section.add(
+            "  to pack videos", f"python launch/pack.py VIDEOS {next(iter(recipe.data.sources.values())).shards}"
+        )
+        section.add("  if they lie elsewhere", "data.root=FOLDER_OR_URL, or TUBELET_DATA in the environment")
+        section.add("  to do without one", f"data.sources.{unusable[-1][0].strip()}=null")
+    return section, indices
+
+
+def _found(source: Source, index: ShardIndex | None) -> str:
+    if index is None:
+        expected = f", {source.expected_samples:,} videos expected" if source.expected_samples else ""
+        return f"not there{expected}"
+    size = sum(shard.bytes for shard in index.shards)
+    text = f"{index.samples:,} videos in {len(index.shards):,} shards, {_gigabytes(size)}, {index.fingerprint}"
+    if source.expected_samples and source.expected_samples != index.samples:
+        text += f" ({source.expected_samples:,} expected)"
+    return text
+
+
+def _shares(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> dict[str, str]:
+    """What each source gives to an epoch, in words."""
+    sources = recipe.data.sources
+    sizes = {name: _source_size(source, indices[name]) for name, source in sources.items()}
+    strides = {name: source.stride or recipe.data.stride for name, source in sources.items()}
+    if not all(sizes.values()):
+        return {name: f"stride {strides[name]}" for name in sources}
+    shapes = [
+        SourceShape(name, np.array([sizes[name]], dtype=np.int64), source.weight) for name, source in sources.items()
+    ]
+    quotas = epoch_quotas(shapes, recipe.data.epoch_samples)
+    return {
+        shape.name: f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes), "
+        f"stride {strides[shape.name]}"
+        for shape, quota in zip(shapes, quotas, strict=True)
+    }
+
+
+def _batch_section(recipe: Recipe, plan: Plan) -> Section:
+    section, batch, views = Section("one optimiser step"), recipe.batch, recipe.data.views
+    section.add("videos", f"{batch.samples:,}", "batch.samples, over all ranks")
+    section.add("clips", f"{batch.samples * views:,}", f"{batch.samples:,} videos x {views} views")
+    section.add("ranks", f"{plan.ranks}", plan.ranks_from)
+    per_pass = batch.micro * plan.ranks
+    section.add(
+        "accumulation",
+        f"{batch.samples / per_pass:g}",
+        f"{batch.samples:,} / ({batch.micro} micro x {plan.ranks} ranks); {batch.micro * views} clips a forward pass",
+    )
+    parts = load_component("objectives", recipe.objective.name).cost(recipe)
+    macs = sum(count for name, count in parts.items() if not name.startswith("skipped"))
+    passes = 1 + BACKWARD_COST + int(recipe.compute.activation_checkpointing)
+    section.add(
+        "work",
+        _flops(2 * macs * passes * batch.samples * views),
+        f"2 x {_macs(macs)} executed x {passes} passes x {batch.samples * views:,} clips",
+    )
+    return section
+
+
+def _learning_rate_section(recipe: Recipe, plan: Plan) -> Section:
+    section, optim, samples = Section("learning rate"), recipe.optim, recipe.batch.samples
+    formula = "{:g} x {} videos / {}"
+    for name, base in (("peak", optim.base_lr), ("end", optim.base_min_lr)):
+        value = base * samples / optim.base_batch
+        section.add(name, f"{value:.4g}", formula.format(base, samples, optim.base_batch))
+    if recipe.data.views > 1:
+        section.add("views", "not counted", "the official scaling counts videos, not clips")
+    return section
+
+
+def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
+    section, schedule, views = Section("schedule"), recipe.schedule, recipe.data.views
+    effective = f"{schedule.epochs * views:g} effective, with {views} views" if views > 1 else ""
+    section.add("epochs", f"{schedule.epochs:g}", effective)
+    if plan.epoch_videos is None or plan.steps_per_epoch is None:
+        section.add("steps", "unknown", "a source is missing and has no expected_samples")
+        return section
+    section.add("videos an epoch", f"{plan.epoch_videos:,}", f"a multiple of data.lanes = {recipe.data.lanes}")
+    section.add("steps an epoch", f"{plan.steps_per_epoch:,}")
+    section.add("steps", f"{int(schedule.epochs * plan.steps_per_epoch):,}")
+    section.add("warm-up steps", f"{int(schedule.warmup_epochs * plan.steps_per_epoch):,}", "linear from 0")
+    if schedule.max_steps is not None:
+        section.add("stops after", f"{schedule.max_steps:,} steps", "schedule.max_steps")
+    section.add("hours", "unknown", "needs a measured rate: the console of a short run shows it")
+    return section
+
+
+def _memory_section(recipe: Recipe, plan: Plan) -> Section:
+    """DeepSpeed's model states: what ZeRO shards, and over how many ranks."""
+    section = Section(f"memory of one rank (ZeRO {recipe.zero.stage}, {recipe.compute.dtype})")
+    low = 4 if recipe.compute.dtype == "fp32" else 2
+    optimizer_bytes = 8 if recipe.compute.dtype == "fp32" and recipe.zero.stage == 0 else 12
+    remark = "float32 copy and two moments" if optimizer_bytes == 12 else "two moments"
+    parts = (("weights", low, 3, ""), ("gradients", low, 2, ""), ("optimiser", optimizer_bytes, 1, remark))
+    total = 0.0
+    for name, width, stage, text in parts:
+        sharded = plan.ranks if recipe.zero.stage >= stage else 1
+        size = plan.parameters * width / sharded
+        where = ", in host memory" if name == "optimiser" and recipe.zero.offload == "cpu" else ""
+        total += 0 if where else size
+        how = f"{width} bytes a parameter" + (f", over {sharded} ranks" if sharded > 1 else ", whole on each rank")
+        section.add(name, _gigabytes(size), ", ".join(filter(None, [how, text])) + where)
+    section.add("together", _gigabytes(total), "activations and communication buckets come on top")
+    return section
+
+
+def _checkpoint_section(recipe: Recipe, plan: Plan) -> Section:
+    section, checkpoint = Section("checkpoints"), recipe.checkpoint
+    section.add("folder", f"{recipe.run.dir}/checkpoints")
+    if checkpoint.every_steps is not None:
+        section.add("every", f"{checkpoint.every_steps:,} steps")
+    else:
+        steps = round(checkpoint.every_epochs * plan.steps_per_epoch) if plan.steps_per_epoch else None
+        section.add("every", f"{checkpoint.every_epochs:g} epochs", f"{steps:,} steps" if steps else "")
+    width = 12 if recipe.compute.dtype == "fp32" else 14
+    section.add("size", f"about {_gigabytes(plan.parameters * width)}", f"{width} bytes a parameter")
+    for_good = int(recipe.schedule.epochs / checkpoint.keep_every_epochs) if checkpoint.keep_every_epochs else 0
+    kept = (
+        f"and one every {checkpoint.keep_every_epochs:g} epochs for good: {for_good}"
+        if checkpoint.keep_every_epochs
+        else ""
+    )
+    section.add("kept", f"the last {checkpoint.keep_last}", kept)
+    return section
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _macs(count: float) -> str:
+    return f"{count / 1e9:.1f} GMAC" if count >= 1e9 else f"{count / 1e6:.1f} MMAC"
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e15:,.1f} PFLOP" if count >= 1e14 else f"{count / 1e9:,.1f} GFLOP"
