@@ -1,0 +1,103 @@
+"""DeepSpeed's configuration, derived from the recipe."""
+
+import torch
+
+from pretrain.errors import RecipeError
+from pretrain.recipe.schema import Recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+#: Parameters above which `zero.init: auto` builds a stage-3 model in shards.
+ZERO_INIT_PARAMETERS = 500_000_000
+
+Config = dict[str, object]
+
+
+def accumulation_steps(recipe: Recipe, world_size: int) -> int:
+    """Micro-batches that each rank adds up for one optimiser step.
+
+    Raises:
+        RecipeError: batch.samples is not a multiple of batch.micro x ranks.
+    """
+    at_once = recipe.batch.micro * world_size
+    if recipe.batch.samples % at_once:
+        fits = [m for m in range(1, recipe.batch.samples + 1) if recipe.batch.samples % (m * world_size) == 0]
+        hint = f"batch.micro can be {', '.join(map(str, fits[-8:]))}" if fits else "change the number of ranks"
+        raise RecipeError(
+            f"batch.samples: {recipe.batch.samples} is not a multiple of batch.micro x ranks = "
+            f"{recipe.batch.micro} x {world_size} = {at_once}; {hint}"
+        )
+    return recipe.batch.samples // at_once
+
+
+def deepspeed_config(recipe: Recipe, world_size: int, parameters: int, on_cpu: bool) -> Config:
+    """The dictionary for deepspeed.initialize.
+
+    Args:
+        recipe: The run.
+        world_size: Number of ranks.
+        parameters: Parameters of the model; buckets larger than the model would only waste memory.
+        on_cpu: No accelerator: nothing to overlap, no pinned memory.
+    """
+    config: Config = {
+        "train_batch_size": recipe.batch.samples,
+        "train_micro_batch_size_per_gpu": recipe.batch.micro,
+        "gradient_accumulation_steps": accumulation_steps(recipe, world_size),
+        "gradient_clipping": recipe.optim.clip_grad or 0.0,
+        "zero_optimization": _zero(recipe, parameters, on_cpu),
+        # AdamW is torch's own everywhere, also with offload: DeepSpeedCPUAdam would have to be compiled on the machine.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if recipe.compute.dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    if recipe.compute.dtype == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "min_loss_scale": 1}
+    if recipe.compute.dtype == "bf16" and recipe.zero.stage > 0:
+        # Micro-batches are added up in float32: bf16 keeps 8 bits, and small gradients would vanish in the sum.
+        # Without ZeRO DeepSpeed has no such option.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _zero(recipe: Recipe, parameters: int, on_cpu: bool) -> Config:
+    zero = recipe.zero
+    element_bytes = DTYPES[recipe.compute.dtype].itemsize
+    bucket = max(1, min(zero.bucket_mb * 2**20 // element_bytes, parameters))
+    section: Config = {
+        "stage": zero.stage,
+        "overlap_comm": zero.overlap and not on_cpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if zero.stage > 0 and zero.offload == "cpu":
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
+    if zero.stage == 3:
+        section["stage3_prefetch_bucket_size"] = bucket
+    return section
+
+
+def builds_sharded(recipe: Recipe, parameters: int) -> bool:
+    """Whether the model is built inside deepspeed.zero.Init, so that no rank ever holds all of it."""
+    if recipe.zero.stage < 3 or recipe.zero.init == "never":
+        return False
+    return recipe.zero.init == "always" or parameters > ZERO_INIT_PARAMETERS
+
+
+def describe(recipe: Recipe, config: Config, world_size: int) -> list[str]:
+    """What is printed at the start: batch, precision and ZeRO in one line each."""
+    zero, batch = recipe.zero, recipe.batch
+    sharded = {0: "nothing", 1: "optimiser", 2: "optimiser + gradients", 3: "optimiser + gradients + weights"}[
+        zero.stage
+    ]
+    accumulated = " in bf16" if recipe.compute.dtype == "bf16" and zero.stage == 0 else " in float32"
+    if recipe.compute.dtype == "fp16":
+        accumulated = " in fp16"
+    return [
+        f"batch: {batch.samples} videos a step = {batch.micro} x {world_size} ranks x "
+        f"{config['gradient_accumulation_steps']} accumulated; {batch.samples * recipe.data.views} clips",
+        f"precision: {recipe.compute.dtype}, gradients accumulated{accumulated}, AdamW in float32",
+        f"ZeRO stage {zero.stage}: shards {sharded} over {world_size} ranks; offload {zero.offload}; "
+        f"DeepSpeed: {config['zero_optimization']}",
+    ]
