@@ -10,14 +10,14 @@ from pretrain.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
 
-#: Tensors that never decay although they have two or more dimensions (systems/videomae.md, section 7).
+#: Tensors that never decay although they have two or more dimensions (VideoMAEv2, optim_factory.get_parameter_groups).
 NO_DECAY_NAMES = frozenset({"pos_embed", "cls_token", "mask_token"})
 
 
 def plain_name(name: str) -> str:
     """A parameter's name without the pieces that torch.compile puts into it.
 
-    The official code compares compiled names, so its mask_token silently decays (systems/videomae.md, section 7).
+    The official code compares compiled names, so its mask_token silently decays (VideoMAEv2, optim_factory.get_parameter_groups).
     """
     return name.replace("_orig_mod.", "")
 

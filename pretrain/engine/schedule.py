@@ -1,7 +1,7 @@
 """How many steps, and the learning rate of each: pure functions of the recipe and the step, so nothing has to be saved.
 
 timm's CosineLRScheduler is not used: its warm-up is `lr * t / W`, which never reaches the peak at t = W - 1, while the
-official one is linspace(0, lr, W) with both ends included (VideoMAE utils.cosine_scheduler; systems/videomae.md, section 7).
+official one is linspace(0, lr, W) with both ends included (VideoMAE and VideoMAEv2, utils.cosine_scheduler).
 """
 
 import math
@@ -47,7 +47,7 @@ def build_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     """The schedule of a recipe whose data gives `steps_per_epoch` steps a pass.
 
     Both rates scale with the batch: rate = base rate x batch.samples / optim.base_batch. data.views does not count
-    (systems/videomae.md, section 12, item 7).
+    (VideoMAEv2, run_mae_pretraining.py: total_batch_size leaves num_sample out).
 
     Raises:
         RecipeError: no step in an epoch, or a warm-up as long as the whole run.
