@@ -17,7 +17,8 @@ NO_DECAY_NAMES = frozenset({"pos_embed", "cls_token", "mask_token"})
 def plain_name(name: str) -> str:
     """A parameter's name without the pieces that torch.compile puts into it.
 
-    The official code compares compiled names, so its mask_token silently decays (VideoMAEv2, optim_factory.get_parameter_groups).
+    The official code compares compiled names, so its mask_token silently decays
+    (VideoMAEv2, optim_factory.get_parameter_groups).
     """
     return name.replace("_orig_mod.", "")
 

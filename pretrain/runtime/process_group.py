@@ -1,0 +1,168 @@
+"""Who this process is among its ranks, and joining them."""
+
+import logging
+import os
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pretrain.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: A rank that never shows up ends the others after this; torch would wait for 30 minutes.
+JOIN_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: global rank, number of ranks, rank on this machine, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+
+def launch_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as the launcher meant them.
+
+    The deepspeed launcher and torchrun set these five. Under Slurm (srun without a launcher) they come from SLURM_*.
+    Otherwise this is one process on its own, and a free port is chosen.
+
+    Raises:
+        TrainingError: some but not all are set. Going on alone would train several copies of the same run.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return _from_launcher(environ)
+    if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+        return _from_slurm(environ)
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+
+
+def _from_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in names if name not in environ]
+    if missing:
+        raise TrainingError(
+            f"environment: {', '.join(missing)} not set beside {', '.join(n for n in names if n in environ)}; start with "
+            "`deepspeed launch/pretrain.py`, `torchrun`, `srun`, or unset them all for a single process"
+        )
+    return {name: environ[name] for name in names}
+
+
+def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
+    """Ranks of an srun step. The first host of the step is the meeting point, the port follows from the job's number."""
+    first_host = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", ""))
+    address = environ.get("MASTER_ADDR") or environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    if not address or int(environ.get("SLURM_NNODES", "1")) > 1 and "MASTER_ADDR" not in environ:
+        address = _first_of_nodelist(first_host)
+    port = environ.get("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ["SLURM_NTASKS"],
+        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": address or "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+
+
+def _first_of_nodelist(nodelist: str) -> str:
+    """`node[003-007,9],other` -> `node003`."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return nodelist.partition(",")[0]
+    return head + rest.partition("]")[0].split(",")[0].split("-")[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> Ranks:
+    """Join all ranks of this run and choose the device.
+
+    `environ` (default: os.environ) gets the five variables of `launch_environment`.
+
+    Raises:
+        TrainingError: not all ranks came within `timeout_s`, or there are more ranks than accelerators.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    environ = os.environ if environ is None else environ
+    environ.update(launch_environment(environ))
+    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    accelerator = get_accelerator()
+    device = _device(accelerator.device_name(), int(environ["LOCAL_RANK"]), accelerator.device_count())
+    accelerator.set_device(device.index or 0)
+    meeting = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+    try:
+        deepspeed.init_distributed(
+            accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
+        dist.barrier()
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"rank {rank} of {world_size} on {socket.gethostname()} could not meet the other ranks at {meeting} within "
+            f"{timeout_s:.0f} s ({str(error).splitlines()[0]}). Check that every rank started, that MASTER_ADDR is "
+            "reachable from all hosts and that no firewall closes the port"
+        ) from error
+    return Ranks(rank, world_size, int(environ["LOCAL_RANK"]), device)
+
+
+def _device(kind: str, local_rank: int, count: int) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise TrainingError(
+            f"local rank {local_rank} has no accelerator: this machine shows {count}; start at most {count} ranks here "
+            "or check CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device(kind, local_rank)
+
+
+def leave() -> None:
+    """Close the process group, so that nothing hangs in its destructor."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather_objects(ranks: Ranks, value: object) -> list[object]:
+    """`value` of every rank, on every rank."""
+    if ranks.world_size == 1:
+        return [value]
+    gathered: list[object] = [None] * ranks.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def from_first(ranks: Ranks, value: T) -> T:
+    """Rank 0's `value` on every rank."""
+    if ranks.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,22 @@
+"""Seeds of everything that is random outside of the data.
+
+Weights come from the run's seed. Stochastic depth and dropout are seeded anew before every forward pass from (seed, step,
+micro-batch, rank), so a resumed run draws what the uninterrupted one would have drawn and no generator state is saved.
+"""
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices), the same on every rank: all ranks build the same weights."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_forward(seed: int, step: int, micro: int, rank: int) -> None:
+    """Seed torch for one forward pass of one rank."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0] >> 1))

@@ -1,0 +1,83 @@
+"""Reasons to stop before the end: signals, the stop file, the wall clock.
+
+Each rank only notes that it was asked to; the step agrees on it with all ranks (engine/step.py), so all save at the same
+step. The deepspeed launcher passes SIGTERM on to its ranks one after another, 30 s apart, then kills: a signal sent to the
+launcher reaches some ranks too late. Touch the stop file instead, or signal a rank itself; one is enough.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+#: "Stopped as asked, start the same command again": EX_TEMPFAIL of sysexits.h, so that no shell or Python uses it.
+EXIT_REQUEUE = 75
+
+STOP_FILE = "stop"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+#: Least time before the wall-clock limit at which a run stops, seconds; a save that took longer counts double.
+LEAST_MARGIN_S = 30.0
+
+
+class StopWatch:
+    """Notes requests to stop.
+
+    Args:
+        run_dir: Folder whose file `stop` asks for a stop.
+        first: Whether this is rank 0, which looks for the file and at the clock.
+        time_limit_minutes: Stop this long after `started`; None: at SLURM_JOB_END_TIME where set.
+        started: Start of the run, seconds of the epoch.
+        environ: For tests; default os.environ.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        first: bool,
+        time_limit_minutes: float | None,
+        started: float | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.reason: str | None = None
+        self._file = run_dir / STOP_FILE
+        self._first = first
+        self._deadline = _deadline(time_limit_minutes, started or time.time(), environ or os.environ)
+        self._save_s = 0.0
+        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        if first:
+            self._file.unlink(missing_ok=True)
+
+    def saved_in(self, seconds: float) -> None:
+        """Remember how long a save took: the run stops early enough for another one."""
+        self._save_s = max(self._save_s, seconds)
+
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        if self.reason is None and self._first:
+            if self._file.exists():
+                self.reason = f"stop file {self._file}"
+            elif time.time() > self._deadline - max(LEAST_MARGIN_S, 2 * self._save_s):
+                self.reason = "wall-clock limit"
+        return self.reason is not None
+
+    def close(self) -> None:
+        """Give the signals back and remove the stop file, so that the next start does not stop at once."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._first:
+            self._file.unlink(missing_ok=True)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+
+
+def _deadline(time_limit_minutes: float | None, started: float, environ: Mapping[str, str]) -> float:
+    if time_limit_minutes is not None:
+        return started + 60 * time_limit_minutes
+    return float(environ.get("SLURM_JOB_END_TIME", "inf"))
