@@ -62,14 +62,14 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     missing = [name for name in names if name not in environ]
     if missing:
         raise TrainingError(
-            f"environment: {', '.join(missing)} not set beside {', '.join(n for n in names if n in environ)}; start with "
-            "`deepspeed launch/pretrain.py`, `torchrun`, `srun`, or unset them all for a single process"
+            f"environment: {', '.join(missing)} not set beside {', '.join(n for n in names if n in environ)}; "
+            "start with `deepspeed launch/pretrain.py`, `torchrun` or `srun`, or unset them all for a single process"
         )
     return {name: environ[name] for name in names}
 
 
 def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
-    """Ranks of an srun step. The first host of the step is the meeting point, the port follows from the job's number."""
+    """Ranks of an srun step. They meet on its first host, at a port that follows from the job's number."""
     first_host = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", ""))
     address = environ.get("MASTER_ADDR") or environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
     if not address or int(environ.get("SLURM_NNODES", "1")) > 1 and "MASTER_ADDR" not in environ:

@@ -1,7 +1,8 @@
 """Seeds of everything that is random outside of the data.
 
-Weights come from the run's seed. Stochastic depth and dropout are seeded anew before every forward pass from (seed, step,
-micro-batch, rank), so a resumed run draws what the uninterrupted one would have drawn and no generator state is saved.
+Weights come from the run's seed. Stochastic depth and dropout are seeded anew before every forward pass from (seed,
+step, micro-batch, rank), so a resumed run draws what the uninterrupted one would have drawn and no generator state has
+to be saved.
 """
 
 import random

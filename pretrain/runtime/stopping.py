@@ -1,8 +1,8 @@
 """Reasons to stop before the end: signals, the stop file, the wall clock.
 
-Each rank only notes that it was asked to; the step agrees on it with all ranks (engine/step.py), so all save at the same
-step. The deepspeed launcher passes SIGTERM on to its ranks one after another, 30 s apart, then kills: a signal sent to the
-launcher reaches some ranks too late. Touch the stop file instead, or signal a rank itself; one is enough.
+Each rank only notes that it was asked to; the step agrees on it with all ranks (engine/step.py), so all save at the
+same step. The deepspeed launcher passes SIGTERM on to its ranks one after another, 30 s apart, then kills: a signal
+sent to the launcher reaches some ranks too late. Touch the stop file instead, or signal a rank itself; one is enough.
 """
 
 import logging
