@@ -77,6 +77,56 @@ def exists(url: str, deadline_s: float = 60.0) -> bool:
     return _retried(look, f"looking for {url}", deadline_s)
 
 
+def upload(local: str, url: str, deadline_s: float = 3600.0) -> None:
+    """Copy the local file `local` to `url`, whole or not at all; large files go up in parts where the store can."""
+
+    def put() -> None:
+        fs, path = filesystem(url)
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        target = path + ".partial" if "file" in fs.protocol else path
+        fs.put_file(local, target)
+        if target != path:
+            fs.mv(target, path)
+
+    _retried(put, f"writing {url}", deadline_s)
+
+
+def size(url: str, deadline_s: float = 60.0) -> int:
+    """Size of the file at `url`, bytes."""
+
+    def look() -> int:
+        fs, path = filesystem(url)
+        return int(fs.info(path)["size"])
+
+    return _retried(look, f"looking for {url}", deadline_s)
+
+
+def find(url: str, deadline_s: float = 600.0) -> dict[str, int]:
+    """Every file below the folder `url`, at any depth: path relative to it -> bytes; sorted; empty without a folder."""
+
+    def look() -> dict[str, int]:
+        fs, path = filesystem(url)
+        fs.invalidate_cache()
+        root = path.rstrip("/") + "/"
+        found = fs.find(path, detail=True)
+        return {name.removeprefix(root): int(found[name]["size"]) for name in sorted(found) if name != path}
+
+    return _retried(look, f"listing {url}", deadline_s)
+
+
+def remove(url: str, deadline_s: float = 60.0) -> None:
+    """Delete the file at `url`; fine when there is none."""
+
+    def delete() -> None:
+        fs, path = filesystem(url)
+        try:
+            fs.rm_file(path)
+        except FileNotFoundError:
+            pass
+
+    _retried(delete, f"deleting {url}", deadline_s)
+
+
 def _retried(call: Callable[[], T], what: str, deadline_s: float) -> T:
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(deadline_s),

@@ -1,0 +1,15 @@
+"""Pack videos into shards: python launch/pack.py --help."""
+
+import sys
+from pathlib import Path
+
+if (
+    not __package__
+):  # run as a file: the script's folder would hide the packages, so the repository's root takes its place
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != root / "launch")]
+
+if __name__ == "__main__":
+    from pretrain.data.pack.command import main
+
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Verify a data set: hashes, member tables, sample json, and that every video decodes to the frames it states."""
+
+import functools
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from io import BytesIO
+
+from webdataset.tariterators import base_plus_ext
+
+from pretrain.data.index import Members, Shard, load_index, load_members
+from pretrain.data.pack.pool import OrderedPool
+from pretrain.data.pack.scan import VIDEO_EXTENSIONS, scan_shard
+from pretrain.data.pack.verify import check_random_reads, sequential_signatures
+from pretrain.errors import SampleError, TubeletError
+from pretrain.runtime import storage
+
+READS = 6
+
+
+def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = ()) -> Iterator[str]:
+    """Every problem of the data set at `url`, one line each, as they are found.
+
+    Args:
+        url: folder with index.json and shards.
+        workers: processes, each with a shard at a time; 0 checks in this one.
+        decoders: which must read random frames exactly; () decodes in sequence only, None decodes nothing.
+
+    Raises:
+        DataError: there is no readable index.
+    """
+    index = load_index(url)
+    known = {shard.name for shard in index.shards}
+    for name in storage.find(url):
+        if name.endswith(".tar") and name not in known:
+            yield f"{storage.join(url, name)}: not in the index; index again with --index-only, or delete it"
+    check = functools.partial(check_shard, url, decoders=decoders)
+    pool: OrderedPool[Shard, list[str]] = OrderedPool(check, functools.partial(_crashed, url), workers)
+    for problems in pool.map(index.shards):
+        yield from problems
+
+
+def _crashed(url: str, shard: Shard) -> list[str]:
+    return [f"{storage.join(url, shard.name)}: a video in it kills the process that decodes it"]
+
+
+def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> list[str]:
+    """Problems of one shard."""
+    where = storage.join(url, shard.name)
+    problems: list[str] = []
+    try:
+        found, members, _ = scan_shard(url, shard.name)
+        if found.bytes != shard.bytes:
+            problems.append(f"{where}: {found.bytes} bytes, the index says {shard.bytes}")
+        elif found.sha256 != shard.sha256:
+            problems.append(f"{where}: sha256 {found.sha256[:12]}..., the index says {shard.sha256[:12]}...")
+        if found.samples != shard.samples:
+            problems.append(f"{where}: {found.samples} samples, the index says {shard.samples}")
+        problems += _check_members(where, members, load_members(url, shard.name))
+    except TubeletError as error:
+        return [*problems, str(error)]
+    if decoders is not None:
+        for number, key in enumerate(members.keys):
+            problems += _check_sample(where, key, int(members.offsets[number]), int(members.sizes[number]), decoders)
+    return problems
+
+
+def _check_members(where: str, found: Members, stored: Members) -> list[str]:
+    same = found.keys == stored.keys and found.offsets.tolist() == stored.offsets.tolist()
+    if same and found.sizes.tolist() == stored.sizes.tolist():
+        return []
+    return [f"{where}: its member table does not match the tar; index again with --index-only"]
+
+
+def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[str, ...]) -> list[str]:
+    try:
+        video, facts = _read_sample(storage.read_bytes(where, offset, offset + size))
+        with tempfile.NamedTemporaryFile(suffix=".video") as file:
+            file.write(video)
+            file.flush()
+            signatures = sequential_signatures(file.name)
+        stated = facts.get("frames")
+        if isinstance(stated, int) and stated != len(signatures):
+            raise SampleError("frames", f"{len(signatures)} frames decode, its json says {stated}")
+        for decoder in decoders:
+            check_random_reads(video, signatures, decoder, READS, key)
+    except (TubeletError, ValueError, tarfile.TarError) as error:
+        return [f"{where}: sample {key!r}: {error}"]
+    return []
+
+
+def _read_sample(data: bytes) -> tuple[bytes, dict[str, object]]:
+    """The video and the json (empty without) out of the tar members of one sample."""
+    video, facts = b"", {}
+    with tarfile.open(fileobj=BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            extension = (base_plus_ext(member.name)[1] or "").lower()
+            if file is not None and os.path.splitext("." + extension)[1].lstrip(".") in VIDEO_EXTENSIONS:
+                video = video or file.read()
+            elif file is not None and extension == "json":
+                content = json.loads(file.read())
+                facts = content if isinstance(content, dict) else {}
+    return video, facts

@@ -1,0 +1,290 @@
+"""Writing mp4 files: re-encoding (upright, square pixels, 8 bits), encoding frame folders, and copying streams."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from pretrain.data.pack.options import ENCODERS, Options
+from pretrain.data.pack.probe import Facts, video_stream
+from pretrain.errors import SampleError
+
+#: Share of coded frames that may be lost or concealed before a video counts as damaged.
+DAMAGE_TOLERANCE = 0.05
+#: Time base of videos that keep uneven time stamps: the usual MPEG clock.
+CLOCK = Fraction(1, 90_000)
+#: Sound codecs that an mp4 file can hold as they are; others become AAC.
+MP4_AUDIO = frozenset({"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"})
+#: Without version strings, so that bytes depend on content only; index in front, so that it streams.
+MP4_OPTIONS = {"movflags": "+faststart", "fflags": "+bitexact"}
+
+
+@dataclass
+class Losses:
+    """What went missing while decoding."""
+
+    failed: int = 0
+    corrupt: int = 0
+    delivered: int = 0
+
+    def check(self, expected: int) -> None:
+        """Raise SampleError("damaged") when more is lost than DAMAGE_TOLERANCE."""
+        lost = max(expected - self.delivered, self.failed) + self.corrupt
+        if lost > max(1, DAMAGE_TOLERANCE * expected):
+            raise SampleError(
+                "damaged",
+                f"{self.delivered} of {expected} coded frames decode ({self.corrupt} of them flawed): "
+                "the file is cut or overwritten; fetch it again",
+            )
+
+
+def decode(container: Any, streams: list[Any], losses: Losses) -> Iterator[Any]:
+    """Video frames, and packets of other streams, in file order; counts what does not decode."""
+    import av
+
+    for packet in container.demux(streams):
+        if packet.stream.type != "video":
+            yield packet
+            continue
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            losses.failed += 1
+            continue
+        for frame in frames:
+            losses.delivered += 1
+            losses.corrupt += bool(frame.is_corrupt)
+            yield frame
+
+
+def encode_video(source: str, facts: Facts, target: str, options: Options) -> None:
+    """Re-encode the video `source` to `target`.
+
+    Raises:
+        SampleError: "damaged", or "encode" when FFmpeg refuses.
+    """
+    import av
+
+    losses = Losses()
+    try:
+        with av.open(source) as container, av.open(target, "w", format="mp4", options=MP4_OPTIONS) as out:
+            video = video_stream(container)
+            video.codec_context.thread_count = 1
+            sink = _Sink(out, facts, options)
+            sound = _Sound(out, container, facts.start) if options.audio and facts.audio else None
+            clock = _Clock(facts)
+            streams = [video, sound.source] if sound else [video]
+            for got in decode(container, streams, losses):
+                if isinstance(got, av.VideoFrame):
+                    sink.write(clock.stamp(got, video.time_base))
+                elif sound:
+                    sound.write(got)
+            sink.finish()
+            if sound:
+                sound.finish()
+    except av.error.FFmpegError as error:
+        raise SampleError("encode", str(error)) from error
+    losses.check(facts.packets)
+
+
+def encode_images(images: Iterable[Any], target: str, options: Options) -> None:
+    """Encode PIL pictures, all of one size, at `options.image_fps`.
+
+    Raises:
+        SampleError: "damaged" when their sizes differ.
+    """
+    import av
+
+    sink = facts = None
+    with av.open(target, "w", format="mp4", options=MP4_OPTIONS) as out:
+        for number, image in enumerate(images):
+            if sink is None or facts is None:
+                facts = _image_facts(image, options)
+                sink = _Sink(out, facts, options)
+            if image.size != (facts.width, facts.height):
+                raise SampleError(
+                    "damaged", f"picture {number} is {image.size}, the first is {(facts.width, facts.height)}"
+                )
+            frame = av.VideoFrame.from_image(image.convert("RGB"))
+            frame.pts, frame.time_base = number, 1 / facts.fps
+            sink.write(frame)
+        if sink is not None:
+            sink.finish()
+
+
+def copy_stream(source: str, target: str, audio: bool) -> None:
+    """Put the video stream of `source`, and its sound if wanted, into an mp4 file as they are.
+
+    Raises:
+        SampleError: "copy" when mp4 can't hold the codec or the time stamps are unusable.
+    """
+    import av
+
+    try:
+        with av.open(source) as container, av.open(target, "w", format="mp4", options=MP4_OPTIONS) as out:
+            streams = [video_stream(container)]
+            streams += [s for s in container.streams.audio[:1] if audio and s.codec_context.name in MP4_AUDIO]
+            copies = {stream.index: out.add_stream_from_template(stream) for stream in streams}
+            for packet in container.demux(streams):
+                if packet.dts is not None:
+                    packet.stream = copies[packet.stream.index]
+                    out.mux(packet)
+    except (av.error.FFmpegError, ValueError) as error:
+        raise SampleError("copy", str(error)) from error
+
+
+def output_size(facts: Facts, short_side: int | None) -> tuple[int, int]:
+    """(width, height) of the encoded video: upright, square pixels, short side at most `short_side`, both even."""
+    width, height = Fraction(facts.width) * facts.pixel_aspect, Fraction(facts.height)
+    if facts.rotation in (90, 270):
+        width, height = height, width
+    scale = min(Fraction(1), Fraction(short_side) / min(width, height)) if short_side else Fraction(1)
+    return _even(width * scale), _even(height * scale)
+
+
+def _even(length: Fraction) -> int:
+    return max(2, 2 * round(length / 2))
+
+
+def _image_facts(image: Any, options: Options) -> Facts:
+    return Facts(
+        container="images", codec=str(image.format).lower(), pix_fmt="rgb24", width=image.width, height=image.height,
+        rotation=0, pixel_aspect=Fraction(1), fps=options.image_fps, packets=0, start=0.0, duration=0.0, vfr=False,
+        audio=None,
+    )  # fmt: skip
+
+
+class _Clock:
+    """Time stamps for the encoder: frame numbers where frames are evenly spaced, else the original times from zero."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.vfr, self.start = facts.vfr, facts.start
+        self.base = CLOCK if facts.vfr else 1 / facts.fps
+        self.next = 0
+
+    def stamp(self, frame: Any, stream_base: Fraction) -> Any:
+        time = self.next
+        if self.vfr and frame.pts is not None:
+            time = max(time, round((frame.pts * stream_base - Fraction(self.start)) / self.base))
+        frame.pts, frame.time_base, self.next = time, self.base, time + 1
+        return frame
+
+
+class _Sink:
+    """Filter graph (rotate, frame rate, scale, 8 bits) and encoder."""
+
+    def __init__(self, out: Any, facts: Facts, options: Options) -> None:
+        self.out, self.facts, self.options = out, facts, options
+        self.width, self.height = output_size(facts, options.short_side)
+        encoder = ENCODERS[options.codec]
+        self.stream = out.add_stream(encoder.name, rate=options.fps or facts.fps, options=_encoder_options(options))
+        context = self.stream.codec_context
+        context.width, context.height, context.pix_fmt = self.width, self.height, "yuv420p"
+        context.thread_count = 1
+        self.base = 1 / options.fps if options.fps else (CLOCK if facts.vfr else 1 / facts.fps)
+        context.time_base = self.base
+        if options.codec == "hevc":
+            context.codec_tag = "hvc1"
+        self.graph: Any = None
+        self.input: tuple[int, int, str] | None = None
+
+    def write(self, frame: Any) -> None:
+        if self.graph is None:
+            self._build(frame)
+        if (frame.width, frame.height, frame.format.name) != self.input:  # the stream changed its mind on the way
+            assert self.input is not None
+            width, height, pix_fmt = self.input
+            pts, base = frame.pts, frame.time_base
+            frame = frame.reformat(width=width, height=height, format=pix_fmt)
+            frame.pts, frame.time_base = pts, base
+        self.graph.vpush(frame)
+        self._drain()
+
+    def finish(self) -> None:
+        if self.graph is not None:
+            self.graph.vpush(None)
+            self._drain()
+            self.out.mux(self.stream.encode(None))
+
+    def _build(self, frame: Any) -> None:
+        import av
+
+        self.input = (frame.width, frame.height, frame.format.name)
+        context = self.stream.codec_context
+        context.color_range, context.colorspace = 1, frame.colorspace  # 1 = limited range, what every player assumes
+        context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
+        self.graph = av.filter.Graph()
+        self.graph.threads = 1
+        nodes = [
+            self.graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+            )
+        ]
+        nodes += [self.graph.add(name, arguments) for name, arguments in self._filters()]
+        self.graph.link_nodes(*nodes, self.graph.add("buffersink")).configure()
+
+    def _filters(self) -> list[tuple[str, str]]:
+        turns = {
+            0: [],
+            90: [("transpose", "cclock")],
+            180: [("hflip", ""), ("vflip", "")],
+            270: [("transpose", "clock")],
+        }
+        rate = [("fps", f"fps={self.options.fps}")] if self.options.fps else []
+        size = f"{self.width}:{self.height}:flags=bicubic+accurate_rnd:out_range=tv"
+        return [*turns.get(self.facts.rotation, []), *rate, ("scale", size), ("setsar", "1"), ("format", "yuv420p")]
+
+    def _drain(self) -> None:
+        import av
+
+        while True:
+            try:
+                frame = self.graph.vpull()
+            except (av.error.BlockingIOError, av.error.EOFError):
+                return
+            frame.pict_type = 0  # the original's picture types would force key frames where they were
+            self.out.mux(self.stream.encode(frame))
+
+
+def _encoder_options(options: Options) -> dict[str, str]:
+    encoder = ENCODERS[options.codec]
+    chosen = {
+        "crf": str(options.crf if options.crf is not None else encoder.crf),
+        encoder.preset_option: options.preset or encoder.preset,
+        "g": str(options.gop),
+        "threads": "1",
+        **dict(encoder.extra),
+    }
+    return chosen | ({"tune": options.tune} if options.tune else {})
+
+
+class _Sound:
+    """Copies the first sound track, or turns it into AAC where mp4 can't hold it."""
+
+    def __init__(self, out: Any, container: Any, start: float) -> None:
+        self.out, self.start = out, start
+        self.source = container.streams.audio[0]
+        self.copied = self.source.codec_context.name in MP4_AUDIO
+        if self.copied:
+            self.stream = out.add_stream_from_template(self.source)
+        else:
+            self.stream = out.add_stream("aac", rate=self.source.codec_context.sample_rate)
+
+    def write(self, packet: Any) -> None:
+        if packet.dts is None or packet.pts is None:
+            return
+        shift = round(Fraction(self.start) / packet.time_base)
+        if packet.pts < shift:  # sound before the first picture
+            return
+        if self.copied:
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            packet.stream = self.stream
+            self.out.mux(packet)
+            return
+        for frame in packet.decode():
+            frame.pts = None
+            self.out.mux(self.stream.encode(frame))
+
+    def finish(self) -> None:
+        if not self.copied:
+            self.out.mux(self.stream.encode(None))

@@ -1,0 +1,63 @@
+"""What the command line decides about packing, in one picklable object."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+Codec = Literal["h264", "hevc", "av1", "vp9"]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An FFmpeg encoder and what a codec needs with it; one thread, since x264's bytes depend on the thread count."""
+
+    name: str
+    crf: int
+    preset: str
+    preset_option: str = "preset"
+    extra: tuple[tuple[str, str], ...] = ()
+
+
+ENCODERS: dict[Codec, Encoder] = {
+    "h264": Encoder("libx264", 23, "medium"),
+    "hevc": Encoder(
+        "libx265", 26, "medium", extra=(("x265-params", "pools=none:frame-threads=1:open-gop=0:log-level=error"),)
+    ),
+    "av1": Encoder("libsvtav1", 35, "8", extra=(("svtav1-params", "lp=1"),)),
+    "vp9": Encoder("libvpx-vp9", 32, "4", "cpu-used", (("b", "0"), ("row-mt", "0"), ("deadline", "good"))),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that changes the bytes of a shard; hashed into the plan's fingerprint.
+
+    Attributes:
+        copy: keep the original stream where it reads exactly, re-encode only what doesn't.
+        short_side: short side of the encoded video, pixels; smaller originals keep theirs; None keeps all.
+        fps: constant frame rate to convert to; None keeps the original time stamps.
+        gop: frames from one key frame to the next.
+        codec, crf, preset, tune: the encoder's; None takes the codec's default.
+        audio: keep the sound.
+        image_fps: frame rate of frame folders.
+        min_frames: shorter videos are rejected.
+        decoders: which decoders must read random frames exactly.
+        reads: random frames compared with a sequential decode, for each decoder.
+        shard_bytes, shard_samples: a shard is closed when it reaches one of them.
+    """
+
+    copy: bool = False
+    short_side: int | None = 320
+    fps: Fraction | None = None
+    gop: int = 32
+    codec: Codec = "h264"
+    crf: int | None = None
+    preset: str | None = None
+    tune: str | None = None
+    audio: bool = False
+    image_fps: Fraction = Fraction(24)
+    min_frames: int = 1
+    decoders: tuple[str, ...] = ("decord", "pyav")
+    reads: int = 6
+    shard_bytes: int = 512_000_000
+    shard_samples: int | None = None

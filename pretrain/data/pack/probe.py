@@ -1,0 +1,119 @@
+"""What a video file holds: read from its packets, without decoding more than one frame."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from pretrain.errors import SampleError
+
+#: A frame may lie this far off an even grid, in frame periods, before its video counts as of variable frame rate.
+GRID_TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A video as it came.
+
+    Attributes:
+        container, codec, pix_fmt, audio: FFmpeg's names; audio is None without sound.
+        width, height: of the coded picture, before rotation, pixels.
+        rotation: degrees counter-clockwise that a player turns the picture by: 0, 90, 180 or 270.
+        pixel_aspect: width of a pixel over its height.
+        fps: frames a second, the average where it varies.
+        packets: coded frames in the file.
+        start: time stamp of the first frame, seconds.
+        duration: seconds, the last frame's own duration included.
+        vfr: frames are not evenly spaced in time.
+    """
+
+    container: str
+    codec: str
+    pix_fmt: str
+    width: int
+    height: int
+    rotation: int
+    pixel_aspect: Fraction
+    fps: Fraction
+    packets: int
+    start: float
+    duration: float
+    vfr: bool
+    audio: str | None
+
+
+def probe(path: str) -> Facts:
+    """Look into the local video file `path`.
+
+    Raises:
+        SampleError: "unreadable", "no-video" or "no-frames".
+    """
+    import av
+
+    try:
+        with av.open(path) as container:
+            video = video_stream(container)
+            stamps, packets = _time_stamps(container, video)
+        with av.open(path) as container:
+            video = video_stream(container)
+            frame = next(container.decode(video), None)
+            if frame is None:
+                raise SampleError("no-frames", f"the {video.codec_context.name} stream decodes to nothing")
+            fps, vfr = _rate(stamps, packets, video)
+            audio = next((stream.codec_context.name for stream in container.streams.audio), None)
+            return Facts(
+                container=container.format.name,
+                codec=video.codec_context.name,
+                pix_fmt=video.codec_context.pix_fmt or frame.format.name,
+                width=frame.width,
+                height=frame.height,
+                rotation=frame.rotation % 360,
+                pixel_aspect=Fraction(video.sample_aspect_ratio or 1),
+                fps=fps,
+                packets=packets,
+                start=float(stamps[0]) if stamps.size else 0.0,
+                duration=float(stamps[-1] - stamps[0] + 1 / fps) if stamps.size else float(packets / fps),
+                vfr=vfr,
+                audio=audio,
+            )
+    except (av.error.FFmpegError, UnicodeDecodeError, ValueError) as error:
+        raise SampleError("unreadable", str(error)) from error
+
+
+def video_stream(container: Any) -> Any:
+    """The first stream that is a film, not the cover picture of a song."""
+    import av
+
+    cover = av.stream.Disposition.attached_pic
+    for stream in container.streams.video:
+        if not stream.disposition & cover and stream.codec_context is not None:
+            return stream
+    kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
+    raise SampleError("no-video", f"the file holds {', '.join(kinds)} but no video stream")
+
+
+def _time_stamps(container: Any, video: Any) -> tuple[np.ndarray, int]:
+    """Presentation times in order, seconds (empty where the container has none), and the number of coded frames."""
+    stamps: list[int] = []
+    packets = 0
+    for packet in container.demux(video):
+        if packet.size == 0 or packet.is_discard:
+            continue
+        packets += 1
+        if packet.pts is not None:
+            stamps.append(packet.pts)
+    complete = stamps if len(stamps) == packets else []
+    return np.sort(np.array(complete, dtype=np.float64)) * float(video.time_base), packets
+
+
+def _rate(stamps: np.ndarray, packets: int, video: Any) -> tuple[Fraction, bool]:
+    stated = video.average_rate or video.guessed_rate or Fraction(25)
+    if len(stamps) < 2 or stamps[-1] <= stamps[0]:
+        return Fraction(stated), False
+    measured = (len(stamps) - 1) / float(stamps[-1] - stamps[0])
+    grid = stamps[0] + np.arange(len(stamps)) / measured
+    vfr = bool(np.abs(stamps - grid).max() * measured > GRID_TOLERANCE)
+    if abs(measured - stated) < 0.002 * measured:
+        return Fraction(stated), vfr
+    return Fraction(measured).limit_denominator(1001), vfr

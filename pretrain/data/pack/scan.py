@@ -1,0 +1,171 @@
+"""Index tar shards by reading their headers: our own after writing, foreign WebDataset shards in place.
+
+One code path for both, so that a shard's entry never depends on who wrote it.
+"""
+
+import hashlib
+import logging
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from webdataset.tariterators import base_plus_ext
+
+from pretrain.data.index import Members, Shard, ShardIndex, load_index, write_index, write_members
+from pretrain.errors import DataError, TubeletError
+from pretrain.runtime import storage
+
+logger = logging.getLogger(__name__)
+
+#: Last part of a member's extension that makes its sample a video sample.
+VIDEO_EXTENSIONS = frozenset(
+    "mp4 m4v mov avi mkv webm mpg mpeg ts mts m2ts wmv flv ogv 3gp vob divx y4m gif".split()  # what FFmpeg demuxes
+)
+CHUNK = 32 << 20
+BLOCK = 512
+
+
+class HashingReader:
+    """A forward-only file over `url` that hashes all it hands out; each range read is retried by storage.
+
+    Attributes:
+        sha256: hash of everything read so far.
+        bytes: size of the whole file.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.bytes = storage.size(url)
+        self.sha256 = hashlib.sha256()
+        self._next = 0
+        self._chunk = memoryview(b"")
+
+    def read(self, count: int = -1) -> bytes:
+        """Up to `count` bytes (all that is left for -1), fewer only at the end."""
+        parts = []
+        while count and (self._chunk or self._fill()):
+            piece = self._chunk if count < 0 else self._chunk[:count]
+            self._chunk = self._chunk[len(piece) :]
+            count -= len(piece) if count > 0 else 0
+            parts.append(piece)
+        return b"".join(parts)
+
+    def _fill(self) -> bool:
+        end = min(self._next + CHUNK, self.bytes)
+        if self._next == end:
+            return False
+        data = storage.read_bytes(self.url, self._next, end)
+        self.sha256.update(data)
+        self._chunk, self._next = memoryview(data), end
+        return True
+
+
+@dataclass
+class _Sample:
+    key: str
+    start: int
+    end: int
+    extensions: list[str] = field(default_factory=list)
+
+    @property
+    def has_video(self) -> bool:
+        return any(extension.rsplit(".", 1)[-1].lower() in VIDEO_EXTENSIONS for extension in self.extensions)
+
+
+def scan_shard(url: str, name: str) -> tuple[Shard, Members, int]:
+    """Read the tar `name` in the folder `url` once: its entry, where its samples lie, and how many have no video.
+
+    Raises:
+        DataError: not a readable tar file, compressed, or a sample's members are not adjacent.
+    """
+    where = storage.join(url, name)
+    reader = HashingReader(where)
+    samples = list(_samples(where, reader))
+    _check_unique(where, samples)
+    while reader.read(CHUNK):  # what follows the end marker belongs to the hash
+        pass
+    kept = [sample for sample in samples if sample.has_video]
+    members = Members(
+        tuple(sample.key for sample in kept),
+        np.array([sample.start for sample in kept], dtype=np.int64),
+        np.array([sample.end - sample.start for sample in kept], dtype=np.int64),
+    )
+    return Shard(name, len(kept), reader.bytes, reader.sha256.hexdigest()), members, len(samples) - len(kept)
+
+
+def _samples(where: str, reader: HashingReader) -> Iterator[_Sample]:
+    current: _Sample | None = None
+    try:
+        with tarfile.open(fileobj=cast(Any, reader), mode="r|", bufsize=1 << 20) as tar:
+            remembered = cast(Any, tar)
+            for member in tar:
+                key, extension = base_plus_ext(member.name)
+                if not member.isreg() or key is None:
+                    continue
+                if current is None or current.key != key:
+                    if current is not None:
+                        yield current
+                    current = _Sample(key, member.offset, 0)
+                current.extensions.append(extension)
+                current.end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                remembered.members.clear()  # tarfile remembers every member otherwise
+    except tarfile.TarError as error:
+        raise DataError(
+            f"{where}: not a plain, whole tar file ({error}); compressed shards must be unpacked first, "
+            "a cut one must be copied again"
+        ) from error
+    if current is not None:
+        yield current
+
+
+def _check_unique(where: str, samples: list[_Sample]) -> None:
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.key in seen:
+            raise DataError(
+                f"{where}: the files of sample {sample.key!r} do not lie next to each other (or the key occurs twice); "
+                "webdataset can't group them either: write the shard again with tar --sort=name"
+            )
+        seen.add(sample.key)
+
+
+def index_folder(url: str, threads: int = 8) -> tuple[ShardIndex, list[str]]:
+    """Index every `*.tar` below the folder `url` in place; the shards themselves are not touched.
+
+    Returns:
+        The index, as written to `index.json`, and one line for each oddity (samples without a video).
+
+    Raises:
+        DataError: no shards there, or unusable ones: all of them are listed.
+    """
+    names = [name for name in storage.find(url) if name.endswith(".tar")]
+    if not names:
+        raise DataError(f"{url}: no .tar files below it; give the folder that holds the shards")
+    problems: list[str] = []
+    notes: list[str] = []
+    shards: list[Shard] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for name, result in zip(names, pool.map(lambda name: _try_scan(url, name), names), strict=True):
+            if isinstance(result, str):
+                problems.append(result)
+                continue
+            shard, members, without = result
+            write_members(url, name, members)
+            shards.append(shard)
+            if without:
+                notes.append(f"{name}: {without} of {without + shard.samples} samples hold no video and are left out")
+    if problems:
+        raise DataError("\n".join(problems))
+    index = ShardIndex(url, tuple(shards))
+    write_index(index)
+    return load_index(url), notes
+
+
+def _try_scan(url: str, name: str) -> tuple[Shard, Members, int] | str:
+    try:
+        return scan_shard(url, name)
+    except TubeletError as error:
+        return str(error)

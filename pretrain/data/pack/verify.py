@@ -1,0 +1,106 @@
+"""Does a video decode, and do random reads give the frames that a sequential decode gives?
+
+Some files can't be read at random exactly: packed B frames in AVI, MPEG program streams, open GOPs cut out of longer
+ones. A training clip from them silently holds other frames than it says.
+"""
+
+import logging
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.data.pack.encode import Losses, decode
+from pretrain.data.pack.probe import video_stream
+from pretrain.data.randomness import generator
+from pretrain.errors import SampleError
+
+logger = logging.getLogger(__name__)
+
+#: A frame is compared by the means of a GRID x GRID raster of its picture: 3 kB a frame instead of megabytes.
+GRID = 16
+#: Decoders convert colours a little differently; beyond this mean difference (of 255) it is another picture.
+SAME_PICTURE = 10.0
+#: A read frame may be this much (of 255) closer to another frame than to its own: stills differ by noise only.
+TIE = 0.05
+
+Signatures = npt.NDArray[np.float32]
+
+
+def sequential_signatures(path: str) -> Signatures:
+    """Decode the whole local file and sum up every frame, upright, in presentation order: [frames, GRID² x 3].
+
+    Raises:
+        SampleError: "damaged" when a frame does not decode cleanly.
+    """
+    import av
+
+    losses = Losses()
+    signatures: list[npt.NDArray[np.float32]] = []
+    try:
+        with av.open(path) as container:
+            video = video_stream(container)
+            video.codec_context.thread_count = 1
+            for frame in decode(container, [video], losses):
+                picture = np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90 % 4)
+                signatures.append(signature(picture))
+    except av.error.FFmpegError as error:
+        raise SampleError("damaged", str(error)) from error
+    if losses.failed or losses.corrupt or not signatures:
+        raise SampleError(
+            "damaged", f"{losses.failed} packets fail and {losses.corrupt} of {losses.delivered} frames are flawed"
+        )
+    return np.stack(signatures)
+
+
+def signature(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Means of a GRID x GRID raster of a picture [H, W, 3], flattened; small pictures are used as they are."""
+    rows = np.linspace(0, picture.shape[0], min(GRID, picture.shape[0]), endpoint=False).astype(int)
+    columns = np.linspace(0, picture.shape[1], min(GRID, picture.shape[1]), endpoint=False).astype(int)
+    sums = np.add.reduceat(np.add.reduceat(picture, rows, axis=0, dtype=np.float32), columns, axis=1)
+    heights = np.diff([*rows, picture.shape[0]])
+    widths = np.diff([*columns, picture.shape[1]])
+    return np.asarray(sums / (heights[:, None, None] * widths[:, None]), dtype=np.float32).ravel()
+
+
+def check_random_reads(data: bytes, signatures: Signatures, decoder: str, reads: int, key: str) -> None:
+    """Read frames at random with `decoder` and compare them with the sequential decode.
+
+    Args:
+        data: the video file.
+        signatures: of all its frames, from `sequential_signatures`.
+        decoder: name of a decoder in pretrain/data/decoders.
+        reads: how many frames; which ones depends on `key` alone.
+
+    Raises:
+        SampleError: "inexact" when another number of frames or another frame comes back, or the decoder fails.
+    """
+    from pretrain.data.decoders import open_video
+
+    count = len(signatures)
+    rng = generator(key, "pack-check")
+    chosen = np.unique(np.append(rng.choice(count, min(reads, count), replace=False), count - 1))
+    order = [chosen.tolist(), [int(chosen[0])]]  # a clip, then a seek backwards
+    try:
+        with open_video(data, decoder) as reader:
+            if reader.num_frames != count:
+                raise SampleError("inexact", f"{decoder} counts {reader.num_frames} frames, {count} decode")
+            for indices in order:
+                _compare(reader.frames(indices), indices, signatures, decoder)
+    except SampleError as error:
+        if error.reason == "inexact":
+            raise
+        raise SampleError("inexact", f"{decoder} fails on random reads: {error}") from error
+
+
+def _compare(pictures: npt.NDArray[np.uint8], indices: list[int], signatures: Signatures, decoder: str) -> None:
+    for index, picture in zip(indices, pictures, strict=True):
+        found = signature(picture)
+        if found.shape != signatures[index].shape:
+            raise SampleError("inexact", f"{decoder} delivers pictures of {picture.shape[:2]}: not those of the stream")
+        distances = np.abs(signatures - found).mean(axis=1)
+        nearest = int(distances.argmin())
+        if distances[index] > SAME_PICTURE or distances[index] > distances[nearest] + TIE:
+            raise SampleError(
+                "inexact",
+                f"frame {index} read by {decoder} is off by {distances[index]:.1f} levels; nearest is frame {nearest}",
+            )
