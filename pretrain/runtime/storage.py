@@ -1,11 +1,17 @@
 """Reads and writes on any fsspec URL, with retries under one deadline.
 
-Object-store clients retry by themselves, nested, for up to half an hour; the deadline here bounds the whole.
+Object-store clients retry by themselves, nested, for up to half an hour on a server that hangs; the deadline here
+bounds the whole, and no call returns later.
 """
 
 import logging
 import posixpath
+import shutil
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -17,12 +23,26 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: Errors that trying again can't cure.
-PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError)
+PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+#: Packages whose errors are those of a network or a server, so that trying again may help.
+CLIENTS = ("aiohttp", "aiobotocore", "botocore", "s3fs", "gcsfs", "adlfs", "azure", "google", "requests", "urllib3")
+
+#: Errors of these packages that are wrong settings.
+SETTINGS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError")
+
+#: Shortest time that one attempt on a remote store is given, seconds, unless the deadline comes first.
+ATTEMPT_S = 30.0
 
 
 def join(url: str, *parts: str) -> str:
     """Append path parts to a URL or local path."""
     return posixpath.join(url, *parts)
+
+
+def parent(url: str) -> str:
+    """The folder of a URL or local path."""
+    return posixpath.dirname(url.rstrip("/"))
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -33,6 +53,13 @@ def filesystem(url: str) -> tuple[Any, str]:
         extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}.get(url.split("://")[0])
         hint = f"pip install 'tubelet[{extra}]'" if extra else str(error)
         raise StorageError(f"{url}: no client for this kind of storage is installed; {hint}") from error
+    except ValueError as error:
+        raise StorageError(f"{url}: {error}") from error
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is on a mounted file system, where files are renamed and locked."""
+    return fsspec.utils.get_protocol(url) in ("file", "local")
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None, deadline_s: float = 300.0) -> bytes:
@@ -46,10 +73,12 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None, deadl
         fs, path = filesystem(url)
         data: bytes = fs.cat_file(path, start=start, end=end)
         if start is not None and end is not None and len(data) != end - start:
-            raise OSError(f"{len(data)} bytes instead of {end - start}: the object is shorter than its index says")
+            raise StorageError(
+                f"{url}: {len(data)} bytes from {start} on instead of {end - start}: shorter than its index says"
+            )
         return data
 
-    return _retried(read, f"reading {url}", deadline_s)
+    return _retried(read, url, "reading", deadline_s)
 
 
 def write_bytes(url: str, data: bytes, deadline_s: float = 300.0) -> None:
@@ -57,14 +86,14 @@ def write_bytes(url: str, data: bytes, deadline_s: float = 300.0) -> None:
 
     def write() -> None:
         fs, path = filesystem(url)
-        fs.makedirs(posixpath.dirname(path), exist_ok=True)
-        if "file" in fs.protocol:
+        if is_local(url):
+            fs.makedirs(parent(path), exist_ok=True)
             fs.pipe_file(path + ".partial", data)
-            fs.mv(path + ".partial", path)
+            Path(path + ".partial").replace(path)
         else:
             fs.pipe_file(path, data)
 
-    _retried(write, f"writing {url}", deadline_s)
+    _retried(write, url, "writing", deadline_s)
 
 
 def exists(url: str, deadline_s: float = 60.0) -> bool:
@@ -74,31 +103,34 @@ def exists(url: str, deadline_s: float = 60.0) -> bool:
         fs, path = filesystem(url)
         return bool(fs.exists(path))
 
-    return _retried(look, f"looking for {url}", deadline_s)
-
-
-def upload(local: str, url: str, deadline_s: float = 3600.0) -> None:
-    """Copy the local file `local` to `url`, whole or not at all; large files go up in parts where the store can."""
-
-    def put() -> None:
-        fs, path = filesystem(url)
-        fs.makedirs(posixpath.dirname(path), exist_ok=True)
-        target = path + ".partial" if "file" in fs.protocol else path
-        fs.put_file(local, target)
-        if target != path:
-            fs.mv(target, path)
-
-    _retried(put, f"writing {url}", deadline_s)
+    return _retried(look, url, "looking for", deadline_s)
 
 
 def size(url: str, deadline_s: float = 60.0) -> int:
-    """Size of the file at `url`, bytes."""
+    """Size of a file in bytes."""
 
     def look() -> int:
         fs, path = filesystem(url)
-        return int(fs.info(path)["size"])
+        return int(fs.size(path))
 
-    return _retried(look, f"looking for {url}", deadline_s)
+    return _retried(look, url, "looking for", deadline_s)
+
+
+def list_names(url: str, deadline_s: float = 60.0) -> list[str]:
+    """Names (without folder) of what lies directly in the folder `url`, sorted; a missing folder is empty."""
+
+    def look() -> list[str]:
+        fs, path = filesystem(url)
+        # Listings are cached by object-store clients; what another process wrote must be seen.
+        fs.invalidate_cache()
+        try:
+            found = fs.ls(path, detail=False)
+        except FileNotFoundError:
+            return []
+        own = path.rstrip("/")
+        return sorted(posixpath.basename(name.rstrip("/")) for name in found if name.rstrip("/") != own)
+
+    return _retried(look, url, "listing", deadline_s)
 
 
 def find(url: str, deadline_s: float = 600.0) -> dict[str, int]:
@@ -111,35 +143,133 @@ def find(url: str, deadline_s: float = 600.0) -> dict[str, int]:
         found = fs.find(path, detail=True)
         return {name.removeprefix(root): int(found[name]["size"]) for name in sorted(found) if name != path}
 
-    return _retried(look, f"listing {url}", deadline_s)
+    return _retried(look, url, "listing", deadline_s)
 
 
-def remove(url: str, deadline_s: float = 60.0) -> None:
-    """Delete the file at `url`; fine when there is none."""
+def glob(pattern: str, deadline_s: float = 60.0) -> list[str]:
+    """URLs that match a shell pattern, sorted."""
 
-    def delete() -> None:
+    def look() -> list[str]:
+        fs, path = filesystem(pattern)
+        return sorted(name if is_local(pattern) else fs.unstrip_protocol(name) for name in fs.glob(path))
+
+    return _retried(look, pattern, "listing", deadline_s)
+
+
+def make_folder(url: str, deadline_s: float = 60.0) -> None:
+    """Make a folder and those above it, where the storage knows folders."""
+
+    def make() -> None:
         fs, path = filesystem(url)
-        try:
-            fs.rm_file(path)
-        except FileNotFoundError:
-            pass
+        if is_local(url):
+            fs.makedirs(path, exist_ok=True)
 
-    _retried(delete, f"deleting {url}", deadline_s)
+    _retried(make, url, "making", deadline_s)
 
 
-def _retried(call: Callable[[], T], what: str, deadline_s: float) -> T:
+def remove(url: str, deadline_s: float = 300.0) -> None:
+    """Remove a file, or a folder with all it holds; nothing there is fine."""
+
+    def drop() -> None:
+        fs, path = filesystem(url)
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    _retried(drop, url, "removing", deadline_s)
+
+
+def move(source: str, target: str, deadline_s: float = 300.0) -> None:
+    """Rename a file or folder: atomic on a local file system, copy and delete on an object store."""
+
+    def rename() -> None:
+        fs, path = filesystem(source)
+        _, new_path = filesystem(target)
+        if is_local(source):
+            Path(path).rename(new_path)
+        else:
+            fs.mv(path, new_path, recursive=True)
+
+    _retried(rename, source, f"moving to {target}", deadline_s)
+
+
+def upload(path: str, url: str, deadline_s: float = 3600.0) -> None:
+    """Copy a local file to `url`; a reader never sees a part of it."""
+
+    def send() -> None:
+        fs, target = filesystem(url)
+        if is_local(url):
+            fs.makedirs(parent(target), exist_ok=True)
+            shutil.copyfile(path, target + ".partial")
+            Path(target + ".partial").replace(target)
+        else:
+            fs.put_file(path, target)
+
+    _retried(send, url, "writing", deadline_s, attempt_s=deadline_s)
+
+
+def download(url: str, path: str, expected: int | None = None, deadline_s: float = 3600.0) -> None:
+    """Copy `url` to a local file, over what is there.
+
+    Raises:
+        StorageError: also where the file does not have the `expected` number of bytes.
+    """
+
+    def receive() -> None:
+        fs, source = filesystem(url)
+        fs.get_file(source, path)
+        found = Path(path).stat().st_size
+        if expected is not None and found != expected:
+            raise StorageError(f"{url}: {found} bytes, its index says {expected}; index the data set again")
+
+    _retried(receive, url, "reading", deadline_s, attempt_s=deadline_s)
+
+
+def transient(error: BaseException) -> bool:
+    """Whether trying again may cure an error: those of networks and servers, not ours and not wrong settings."""
+    if isinstance(error, OSError):
+        return not isinstance(error, PERMANENT)
+    kind = type(error)
+    return kind.__module__.split(".")[0] in CLIENTS and kind.__name__ not in SETTINGS
+
+
+def _retried(call: Callable[[], T], url: str, what: str, deadline_s: float, attempt_s: float | None = None) -> T:
+    end = time.monotonic() + deadline_s
+    longest = max(ATTEMPT_S, deadline_s / 4) if attempt_s is None else attempt_s
+    # Only network clients can hang for ever; a local or in-memory call needs no thread to be given up on.
+    remote = fsspec.utils.get_protocol(url) not in ("file", "local", "memory")
+
+    def attempt() -> T:
+        return _within(call, min(longest, max(end - time.monotonic(), 0.1))) if remote else call()
+
     retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_delay(deadline_s),
+        stop=tenacity.stop_after_delay(deadline_s) | tenacity.stop_before_delay(deadline_s),
         wait=tenacity.wait_exponential_jitter(initial=0.2, max=20),
-        retry=tenacity.retry_if_exception(
-            lambda e: isinstance(e, Exception) and not isinstance(e, (*PERMANENT, StorageError))
-        ),
+        retry=tenacity.retry_if_exception(transient),
         before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
         reraise=True,
     )
     try:
-        return retrying(call)
+        return retrying(attempt)
     except StorageError:
         raise
     except Exception as error:
-        raise StorageError(f"{what}: {type(error).__name__}: {error}") from error
+        raise StorageError(f"{what} {url}: {type(error).__name__}: {error}") from error
+
+
+def _within(call: Callable[[], T], seconds: float) -> T:
+    """Run `call` and give up on it after `seconds`; a daemon thread, because a hung one must not keep the process."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="storage").start()
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError as error:
+        if future.done():
+            raise
+        raise TimeoutError(f"no answer for {seconds:.0f} s") from error

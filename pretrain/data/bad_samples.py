@@ -1,0 +1,114 @@
+"""What happens to samples that can't be used: recorded one by one, counted by source and reason, stopped above a rate.
+
+Workers replace a bad sample and send a record along with the micro-batch; the rank keeps the ledger.
+"""
+
+import json
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "bad_samples.jsonl"
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One unusable sample: attempt 0 is the sample of the order itself, attempt n its n-th substitute."""
+
+    source: str
+    shard: str
+    key: str
+    epoch: int
+    position: int
+    attempt: int
+    reason: str
+    detail: str
+
+
+class BadSampleLedger:
+    """Counts what was tried and what was unusable, by source and reason; writes every record to the run folder.
+
+    Args:
+        run_dir: The run folder; all ranks append to one bad_samples.jsonl, a line at a time. None: nothing is written.
+        sources: Names of the sources, in the recipe's order.
+        rate: data.bad_rate, the share of unusable samples of a source above which the run stops.
+        minimum: data.bad_minimum, unusable samples of a source below which the rate is not applied.
+    """
+
+    def __init__(self, run_dir: str | Path | None, sources: Iterable[str], rate: float, minimum: int) -> None:
+        self._path = None if run_dir is None else Path(run_dir) / FILE_NAME
+        self._sources = list(sources)
+        self._rate, self._minimum = rate, minimum
+        self.tried: Counter[str] = Counter()
+        self.bad: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+    def record(self, batch: dict[str, Any]) -> None:
+        """Take note of a micro-batch of the stream.
+
+        Raises:
+            DataError: a source has more unusable samples than the recipe allows.
+        """
+        samples = batch["source"][batch["view"] == 0].tolist()
+        self.tried.update(self._sources[source] for source in samples)
+        records: list[BadSample] = batch["bad"]
+        for bad in records:
+            self._note(bad)
+        self._write(records)
+        for source in {bad.source for bad in records}:
+            self._check(source)
+
+    @property
+    def total(self) -> int:
+        """Unusable samples so far, all sources."""
+        return sum(counts.total() for counts in self.bad.values())
+
+    def state(self) -> dict[str, Any]:
+        """Counts for a checkpoint, as plain numbers; counts of several ranks are added by loading them in turn."""
+        return {"tried": dict(self.tried), "bad": {source: dict(counts) for source, counts in self.bad.items()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Add the counts of a checkpoint."""
+        self.tried.update(state["tried"])
+        for source, counts in state["bad"].items():
+            self.bad[source].update(counts)
+
+    def _note(self, bad: BadSample) -> None:
+        counts = self.bad[bad.source]
+        self.tried[bad.source] += 1
+        counts[bad.reason] += 1
+        if counts[bad.reason] == 1:
+            logger.warning(
+                "unusable sample replaced (%s; further ones only in %s): source %s, shard %s, key %s: %s",
+                *(bad.reason, FILE_NAME, bad.source, bad.shard, bad.key, bad.detail),
+            )
+
+    def _check(self, source: str) -> None:
+        bad, tried = self.bad[source].total(), self.tried[source]
+        if bad < self._minimum or bad <= self._rate * tried:
+            return
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.bad[source].most_common(3))
+        where = f"; keys and shards are in {self._path}" if self._path else ""
+        raise DataError(
+            f"source {source}: {bad} of {tried} samples unusable ({bad / tried:.1%}, data.bad_rate allows "
+            f"{self._rate:.1%}); most frequent reasons: {reasons}{where}. Repack the source "
+            "(launch/pack.py --check finds what does not decode), or raise data.bad_rate"
+        )
+
+    def _write(self, records: list[BadSample]) -> None:
+        if self._path is None or not records:
+            return
+        lines = "".join(json.dumps(asdict(bad)) + "\n" for bad in records)
+        # One write in append mode, so that lines of several ranks don't mix.
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, lines.encode())
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,99 @@
+"""From a location (source, shard, row) to the bytes of one sample, read ahead by threads.
+
+A sample's members are adjacent in its shard, so one range read fetches it, whatever the storage.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pretrain.data.cache import ShardCache
+from pretrain.data.index import Members, ShardIndex, load_members
+from pretrain.errors import DataError, SampleError, StorageError
+from pretrain.runtime import storage
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: Reads in flight at once, most.
+THREADS = 16
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it lies in the shard: the key that the index promises, the shard's URL, whole tar members."""
+
+    key: str
+    url: str
+    data: bytes
+
+
+class SampleReader:
+    """Reads samples of several data sets; safe to use from many threads.
+
+    Args:
+        indexes: The data sets, in the recipe's order.
+        cache: Local cache for whole shards, or None to read ranges straight from the source.
+        deadline_s: Longest time of one read, retries included, seconds.
+        tables: Member tables kept in memory.
+    """
+
+    def __init__(
+        self, indexes: list[ShardIndex], cache: ShardCache | None, deadline_s: float, tables: int = 512
+    ) -> None:
+        self._indexes, self._cache, self._deadline_s = indexes, cache, deadline_s
+        self._members = functools.lru_cache(maxsize=tables)(self._load_members)
+
+    def read(self, source: int, shard: int, row: int) -> RawSample:
+        """Fetch one sample.
+
+        Raises:
+            SampleError: "index" where the member table is missing or does not fit, "read" where reading failed.
+        """
+        index = self._indexes[source]
+        entry = index.shards[shard]
+        url = storage.join(index.url, entry.name)
+        try:
+            members = self._members(source, shard)
+            begin, end = int(members.offsets[row]), int(members.offsets[row] + members.sizes[row])
+            where = url if self._cache is None else self._cache.local_path(url, entry, self._deadline_s)
+            return RawSample(members.keys[row], url, storage.read_bytes(where, begin, end, self._deadline_s))
+        except StorageError as error:
+            raise SampleError("read", str(error)) from error
+        except DataError as error:
+            raise SampleError("index", str(error)) from error
+
+    def key(self, source: int, shard: int, row: int) -> str:
+        """Key of a sample by the member table, or its row where the table can't be read; for reports."""
+        try:
+            return self._members(source, shard).keys[row]
+        except DataError:
+            return f"row {row}"
+
+    def _load_members(self, source: int, shard: int) -> Members:
+        index = self._indexes[source]
+        entry = index.shards[shard]
+        members = load_members(index.url, entry.name)
+        if not len(members.keys) == len(members.offsets) == len(members.sizes) == entry.samples:
+            raise DataError(
+                f"{entry.name}: the member table lists {len(members.keys)} samples, index.json {entry.samples}; "
+                f"run launch/pack.py --index-only {index.url}"
+            )
+        return members
+
+
+def read_ahead(items: Iterable[T], read: Callable[[T], R], depth: int) -> Iterator[tuple[T, Future[R]]]:
+    """Pair every item with the future of its read; up to `depth` reads run or lie ready ahead of the consumer."""
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    pool = ThreadPoolExecutor(min(depth, THREADS), thread_name_prefix="fetch")
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(read, item)))
+            if len(waiting) >= depth:
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

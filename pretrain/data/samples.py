@@ -1,0 +1,162 @@
+"""One sample from bytes to the views of a batch: tar parsing, decoding once, then a crop and masks for each view."""
+
+import functools
+import io
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pretrain.data import sampling, transforms
+from pretrain.data.bad_samples import BadSample
+from pretrain.data.decoders import open_video
+from pretrain.data.fetch import RawSample, SampleReader
+from pretrain.data.order import EpochOrder
+from pretrain.data.randomness import generator
+from pretrain.errors import DataError, SampleError
+from pretrain.recipe.schema import Data
+
+#: An objective's draws for one view: (purpose -> generator of this sample and view) -> named arrays.
+ViewTensors = Callable[[Callable[[str], np.random.Generator]], dict[str, np.ndarray]]
+
+#: Endings of the members that hold the video.
+VIDEO_ENDINGS = ("mp4", "webm", "mkv", "mov", "m4v", "avi", "mpg", "mpeg", "flv", "wmv", "ts")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A position of the order and where its sample lies."""
+
+    epoch: int
+    position: int
+    source: int
+    shard: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A finished sample: arrays [views, ...] by name, and a record of every unusable sample that came before it."""
+
+    place: Place
+    key: str
+    arrays: dict[str, np.ndarray]
+    bad: list[BadSample]
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What making a sample needs to know of its source: name, names of the shards, stride in frames."""
+
+    name: str
+    shards: tuple[str, ...]
+    stride: int
+
+
+def parse_sample(raw: RawSample) -> dict[str, Any]:
+    """Members of a sample by ending, with webdataset's own tar reading and grouping.
+
+    Raises:
+        SampleError: "index" where the bytes are not the one sample that the index promises.
+    """
+    try:
+        files = tar_file_expander([{"url": raw.url, "stream": io.BytesIO(raw.data)}])
+        found: list[dict[str, Any]] = list(group_by_keys(files))
+    except Exception as error:  # tarfile and webdataset raise many kinds; all mean that these bytes are no sample
+        raise SampleError("index", f"{raw.url}: the range of {raw.key} is no tar member: {error.args[0]}") from error
+    keys = [sample["__key__"] for sample in found]
+    if keys != [raw.key]:
+        raise SampleError("index", f"{raw.url}: {raw.key} promised by the index, {keys} found; index the shard again")
+    return found[0]
+
+
+def video_bytes(members: dict[str, Any]) -> bytes:
+    """The video among a sample's members."""
+    for ending, data in members.items():
+        if ending.rsplit(".", 1)[-1] in VIDEO_ENDINGS:
+            return bytes(data)
+    endings = [ending for ending in members if not ending.startswith("__")]
+    raise SampleError("index", f"no video member (.mp4 or another of {VIDEO_ENDINGS}) among {endings}")
+
+
+class SampleMaker:
+    """Makes samples; replaces those that can't be used.
+
+    Args:
+        data: The recipe's data section.
+        seed: The recipe's run.seed.
+        sources: The sources, in the recipe's order.
+        reader: Fetches substitutes.
+        view_tensors: The objective's draws for one view.
+    """
+
+    def __init__(
+        self, data: Data, seed: int, sources: list[SourceInfo], reader: SampleReader, view_tensors: ViewTensors
+    ) -> None:
+        self._data, self._seed, self._sources = data, seed, sources
+        self._reader, self._view_tensors = reader, view_tensors
+
+    def make(self, place: Place, order: EpochOrder, fetched: Callable[[], RawSample]) -> Sample:
+        """The sample of a place, or its first usable substitute.
+
+        Args:
+            place: Position and location.
+            order: Order of the place's epoch, which knows the substitutes.
+            fetched: Gives the bytes of the place's own sample, or raises SampleError.
+
+        Raises:
+            DataError: all data.bad_attempts substitutes are unusable as well.
+        """
+        bad: list[BadSample] = []
+        shard, row, read = place.shard, place.row, fetched
+        for attempt in range(self._data.bad_attempts + 1):
+            if attempt:
+                shard, row = order.substitute(place.source, place.position, attempt)
+                read = functools.partial(self._reader.read, place.source, shard, row)
+            try:
+                raw = read()
+                return Sample(place, raw.key, self._views(place, raw), bad)
+            except SampleError as error:
+                bad.append(self._record(place, shard, row, attempt, error))
+        reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(b.reason for b in bad).most_common())
+        raise DataError(
+            f"source {bad[0].source}: the sample at position {place.position} of epoch {place.epoch} (shard "
+            f"{bad[0].shard}, key {bad[0].key}) and its {self._data.bad_attempts} substitutes are all unusable "
+            f"({reasons}; last: {bad[-1].detail}); check the source with launch/pack.py --check"
+        )
+
+    def _record(self, place: Place, shard: int, row: int, attempt: int, error: SampleError) -> BadSample:
+        source = self._sources[place.source]
+        key = self._reader.key(place.source, shard, row)
+        detail = str(error).removeprefix(f"{error.reason}: ")
+        return BadSample(
+            source.name, source.shards[shard], key, place.epoch, place.position, attempt, error.reason, detail
+        )
+
+    def _views(self, place: Place, raw: RawSample) -> dict[str, np.ndarray]:
+        clip = self._clip(place, video_bytes(parse_sample(raw)))
+        views = [self._view(place, view, clip) for view in range(self._data.views)]
+        return {name: np.stack([view[name] for view in views]) for name in views[0]}
+
+    def _clip(self, place: Place, video: bytes) -> transforms.Clip:
+        """Decode one clip, [T, h, w, 3]; its start is drawn once for all views (repeated augmentation)."""
+        data, stride = self._data, self._sources[place.source].stride
+        rng = generator(self._seed, place.epoch, place.position, 0, "clip")
+        with open_video(video, data.decoder) as reader:
+            starts = sampling.clip_starts(reader.num_frames, data.frames, stride)
+            start = int(rng.integers(starts))
+            return reader.frames(sampling.clip_frames(reader.num_frames, data.frames, stride, start))
+
+    def _view(self, place: Place, view: int, clip: transforms.Clip) -> dict[str, np.ndarray]:
+        draw = functools.partial(generator, self._seed, place.epoch, place.position, view)
+        return {"video": self._crop(clip, draw("crop")), **self._view_tensors(draw)}
+
+    def _crop(self, clip: transforms.Clip, rng: np.random.Generator) -> transforms.Clip:
+        data = self._data
+        if data.crop == "center":
+            return transforms.centre_crop(clip, data.width, data.height)
+        box = transforms.multiscale_box(clip.shape[2], clip.shape[1], data.width, data.height, rng)
+        return transforms.crop_resize(clip, box, data.width, data.height)
