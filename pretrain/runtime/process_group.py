@@ -150,11 +150,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def gather_objects(ranks: Ranks, value: object) -> list[object]:
+def gather_objects(ranks: Ranks, value: T) -> list[T]:
     """`value` of every rank, on every rank."""
     if ranks.world_size == 1:
         return [value]
-    gathered: list[object] = [None] * ranks.world_size
+    gathered = [value] * ranks.world_size
     dist.all_gather_object(gathered, value)
     return gathered
 

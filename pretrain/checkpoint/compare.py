@@ -1,0 +1,81 @@
+"""Whether a run may go on under a recipe that differs from the one it was started with."""
+
+from dataclasses import asdict
+from typing import Any
+
+from pretrain.errors import CheckpointError
+from pretrain.recipe.schema import Recipe
+
+#: Keys, or sections, that change speed, place or what is written, but not what is learnt.
+HARMLESS = (
+    "batch.ranks",
+    "checkpoint",
+    "compute.activation_checkpointing",
+    "compute.compile",
+    "compute.matmul",
+    "data.bad_attempts",
+    "data.bad_minimum",
+    "data.bad_rate",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.deadline_s",
+    "data.prefetch",
+    "data.readahead",
+    "data.root",
+    "data.workers",
+    "guard",
+    "log",
+    "run.dir",
+    "run.init_weights",
+    "run.name",
+    "run.time_limit_minutes",
+    "schedule.max_steps",
+    "zero.bucket_mb",
+    "zero.init",
+    "zero.overlap",
+)
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys; lists stay values."""
+    items: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        items |= flat(value, f"{name}.") if isinstance(value, dict) else {name: _plain(value)}
+    return items
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a run goes on when this key differs. Where a source lies may change: its fingerprint is compared."""
+    if key.startswith("data.sources.") and key.endswith((".shards", ".expected_samples")):
+        return True
+    return any(key == entry or key.startswith(entry + ".") for entry in HARMLESS)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with the old and the new value."""
+    old, new = flat(before), flat(now)
+    return {
+        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    }
+
+
+def check_same_run(before: dict[str, Any], recipe: Recipe, where: str) -> list[str]:
+    """Compare the recipe stored in a checkpoint with the present one; returns the harmless differences.
+
+    Raises:
+        CheckpointError: lists every difference that would make it another run.
+    """
+    lines = {key: f"{key}: {old!r} -> {new!r}" for key, (old, new) in differences(before, asdict(recipe)).items()}
+    serious = [line for key, line in lines.items() if not is_harmless(key)]
+    if serious:
+        raise CheckpointError(
+            "\n  - ".join([f"{where} belongs to another recipe; these keys change what is learnt:", *serious])
+            + "\nGive the old values to continue, or another run.dir (or run.name) to start a new run "
+            "(run.init_weights takes over the weights)"
+        )
+    return [line for key, line in lines.items() if is_harmless(key)]

@@ -1,0 +1,108 @@
+"""manifest.json: what a checkpoint consists of. Written last, so a folder without one was never finished."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pretrain.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: path relative to the checkpoint, size in bytes, sha256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Step (optimiser steps done) and files of a checkpoint."""
+
+    step: int
+    files: tuple[FileEntry, ...]
+
+
+def describe_file(folder: Path, relative: str) -> FileEntry:
+    """Size and hash of a file as it lies on disk, after making sure that it does."""
+    with (folder / relative).open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(relative, file.tell(), digest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest` into `folder` and make it durable."""
+    content = {"version": VERSION, "step": manifest.step, "files": [asdict(entry) for entry in manifest.files]}
+    write_durably(folder / MANIFEST, json.dumps(content, indent=1))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise CheckpointError(f"{path}: version {content['version']}, this release reads {VERSION}")
+        return Manifest(content["step"], tuple(FileEntry(**entry) for entry in content["files"]))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no {MANIFEST}, so the checkpoint was never finished") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: unreadable ({type(error).__name__}: {error})") from error
+
+
+def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, empty where it verifies.
+
+    Sizes of all files are compared, and the hashes of every `parts`-th file from `part` on, so that ranks share the
+    reading.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    found = []
+    for entry in manifest.files:
+        path = folder / entry.path
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            found.append(f"{path}: missing")
+        elif size != entry.bytes:
+            found.append(f"{path}: {size} bytes instead of {entry.bytes}")
+    if not found:
+        found = [
+            f"{folder / entry.path}: content differs from its sha256"
+            for entry in manifest.files[part::parts]
+            if describe_file(folder, entry.path) != entry
+        ]
+    return found
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small text file: whole or not at all, on disk when this returns."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
