@@ -98,8 +98,8 @@ def check_layout(found: Resumable, world_size: int, zero_stage: int) -> None:
         return
     raise CheckpointError(
         f"{found.folder}: written by {old_size} ranks with zero.stage {old_stage}, this run has {world_size} "
-        f"ranks with zero.stage {zero_stage}. Its optimiser states are sharded for the former: start {old_size} ranks with "
-        f"zero.stage={old_stage}, or a new run.dir with run.init_weights={found.folder}"
+        f"ranks with zero.stage {zero_stage}. Its optimiser states are sharded for the former: start {old_size} ranks "
+        f"with zero.stage={old_stage}, or a new run.dir with run.init_weights={found.folder}"
     )
 
 
