@@ -1,0 +1,164 @@
+"""Key names of Hugging Face's VideoMAE, both ways (systems/videomae.md section 11).
+
+Hugging Face splits `qkv` in three and has had two spellings of the query and value bias: `q_bias`, `v_bias` in hub
+files and transformers below 5, `query.bias`, `value.bias` in modules from 5 on. Early releases of 5 read the old
+spelling as zeros without an error, so both are read here, and the new one is written, which every 5.x reads right.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import WeightsError
+from pretrain.models.videomae import Config, Shape, resolve, shape_of
+
+#: Outside of blocks, official prefix -> Hugging Face prefix. The longest prefix that fits counts.
+STEMS = {
+    "encoder.patch_embed.proj.": "videomae.embeddings.patch_embeddings.projection.",
+    "encoder.blocks.": "videomae.encoder.layer.",
+    "encoder.norm.": "videomae.layernorm.",
+    "decoder.blocks.": "decoder.decoder_layers.",
+}
+#: Inside a block.
+PARTS = {
+    "attn.proj.": "attention.output.dense.",
+    "attn.q_bias": "attention.attention.query.bias",
+    "attn.v_bias": "attention.attention.value.bias",
+    "norm1.": "layernorm_before.",
+    "norm2.": "layernorm_after.",
+    "mlp.fc1.": "intermediate.dense.",
+    "mlp.fc2.": "output.dense.",
+}
+OLD_BIAS = {"attention.attention.q_bias": "attn.q_bias", "attention.attention.v_bias": "attn.v_bias"}
+QKV = ("query", "key", "value")
+BLOCK = re.compile(r"^((?:encoder|decoder)\.blocks\.\d+\.)(.*)$")
+#: Epsilon of the decoder's last norm in transformers, not configurable there.
+DECODER_NORM_EPS = 1e-5
+
+
+def is_huggingface(keys: Iterable[str]) -> bool:
+    """Whether these are key names of transformers' VideoMAE."""
+    return any(key.startswith(("videomae.", "decoder.decoder_layers.")) for key in keys)
+
+
+def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official names for a Hugging Face state; keys without a counterpart keep their name and so are reported later."""
+    found: dict[str, Tensor] = {}
+    projections: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name = _official_name(key)
+        projection = re.fullmatch(r"(.*\.)attention\.attention\.(query|key|value)\.weight", name)
+        if projection:
+            projections.setdefault(projection[1], {})[projection[2]] = value
+        elif name in found:
+            raise WeightsError(f"{key}: a second spelling of {name} in one file; delete one of them")
+        else:
+            found[name] = value
+    for block, parts in projections.items():
+        absent = [part for part in QKV if part not in parts]
+        if absent:
+            raise WeightsError(f"{block}attention: {', '.join(absent)} weight is missing beside {', '.join(parts)}")
+        found[block + "attn.qkv.weight"] = torch.cat([parts[part] for part in QKV])
+    return found
+
+
+def _official_name(key: str) -> str:
+    for official, foreign in STEMS.items():
+        if key.startswith(foreign):
+            key = official + key.removeprefix(foreign)
+            break
+    block = BLOCK.match(key)
+    if not block:
+        return key
+    for official, foreign in [*PARTS.items(), *((new, old) for old, new in OLD_BIAS.items())]:
+        if block[2].startswith(foreign):
+            return block[1] + official + block[2].removeprefix(foreign)
+    return key
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face names for an official pre-training state; every key must have a counterpart."""
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        block = BLOCK.match(key)
+        if block and block[2] == "attn.qkv.weight":
+            for part, rows in zip(QKV, value.chunk(3), strict=True):
+                found[f"{_stem(block[1])}attention.attention.{part}.weight"] = rows.contiguous()
+        elif block:
+            found[_stem(block[1]) + _part(key, block[2])] = value
+        else:
+            found[_stem(key)] = value
+    return found
+
+
+def _stem(key: str) -> str:
+    for official, foreign in STEMS.items():
+        if key.startswith(official):
+            return foreign + key.removeprefix(official)
+    return key
+
+
+def _part(key: str, name: str) -> str:
+    for official, foreign in PARTS.items():
+        if name.startswith(official):
+            return foreign + name.removeprefix(official)
+    raise WeightsError(f"{key}: transformers' VideoMAE has no such parameter")
+
+
+def huggingface_config(config: Config, frames: int, height: int, width: int, normalize_targets: bool) -> dict[str, Any]:
+    """The content of config.json for `VideoMAEForPreTraining`.
+
+    Raises:
+        WeightsError: transformers' VideoMAE can't express this model.
+    """
+    full, shape = resolve(config), shape_of(config)
+    refused = {"cosine attention": config.cosine_attention, "layer scale": config.layer_scale > 0}
+    refused |= {f"clips that are not square ({height}x{width})": height != width}
+    if any(refused.values()):
+        found = ", ".join(name for name, is_so in refused.items() if is_so)
+        raise WeightsError(
+            f"transformers' VideoMAE knows no {found}; export the official layout or safetensors instead"
+        )
+    return {
+        "architectures": ["VideoMAEForPreTraining"],
+        "model_type": "videomae",
+        "dtype": "float32",
+        "image_size": height,
+        "num_frames": frames,
+        "norm_pix_loss": normalize_targets,
+        "layer_norm_eps": full.norm_eps,
+        "initializer_range": 0.02,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "num_channels": 3,
+        "qv_bias": True,
+        "use_mean_pooling": False,
+    } | _sizes(shape)
+
+
+def _sizes(shape: Shape) -> dict[str, int]:
+    return {
+        "patch_size": shape.patch_size,
+        "tubelet_size": shape.tubelet,
+        "hidden_size": shape.dim,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": int(shape.dim * shape.mlp_ratio),
+        "decoder_hidden_size": shape.decoder_dim,
+        "decoder_num_hidden_layers": shape.decoder_depth,
+        "decoder_num_attention_heads": shape.decoder_heads,
+        "decoder_intermediate_size": int(shape.decoder_dim * shape.mlp_ratio),
+    }
+
+
+def config_problems(content: Mapping[str, Any], shape: Shape) -> list[str]:
+    """Where a config.json contradicts the model: numbers of heads fit any weights and would change results silently."""
+    return [
+        f"config.json says {key}={content[key]}, the model has {expected}"
+        for key, expected in _sizes(shape).items()
+        if content.get(key, expected) != expected
+    ]

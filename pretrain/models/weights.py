@@ -1,0 +1,237 @@
+"""Reads weights of other people and other runs into our models, strictly and with a report.
+
+Layouts: official VideoMAE V1 and V2 pre-training checkpoints, also compiled (`_orig_mod.`), from DDP or DeepSpeed
+(`module.`, containers `model`, `module`, `state_dict`), with or without optimiser; Hugging Face VideoMAE; our own.
+"""
+
+import argparse
+import fnmatch
+import json
+import logging
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pretrain.errors import WeightsError
+from pretrain.models import huggingface
+from pretrain.runtime import storage
+
+logger = logging.getLogger(__name__)
+
+#: Where checkpoints keep the weights, in the order of preference (official fine-tuning code looks in the same order).
+CONTAINERS = ("model", "module", "state_dict")
+#: What wrappers put in front of every key.
+WRAPPERS = ("_orig_mod.", "module.", "model.")
+#: Files in a folder, best first.
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SHOWN_KEYS = 12
+
+
+@dataclass
+class LoadReport:
+    """What happened to each key, in official names."""
+
+    source: str
+    layout: str
+    matched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """in the model, not in the file"""
+    unexpected: list[str] = field(default_factory=list)
+    """in the file, not in the model"""
+    reshaped: list[str] = field(default_factory=list)
+    """loaded after adding or dropping axes of size one"""
+    mismatched: list[str] = field(default_factory=list)
+    """not loadable: another shape"""
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} ({self.layout} layout): {len(self.matched)} tensors matched"]
+        for name in ("missing", "unexpected", "reshaped", "mismatched"):
+            keys = getattr(self, name)
+            shown = ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
+            lines.append(f"  {name}: {len(keys)}" + (f" ({shown})" if keys else ""))
+        return "\n".join(lines)
+
+
+def load_weights(
+    module: nn.Module, path: str, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
+) -> LoadReport:
+    """Copy weights into `module` (official key names), on its device and in its type; also under ZeRO stage 3.
+
+    Args:
+        module: the model, materialised.
+        path: file or folder (Hugging Face, ours), any fsspec URL.
+        allow_missing: glob patterns of keys that may keep their value, for example `decoder.*`.
+        allow_unexpected: glob patterns of keys in the file that may be ignored.
+
+    Raises:
+        WeightsError: unreadable, or anything else is missing, unexpected or of another shape; nothing is loaded then.
+    """
+    raw = read_raw(path)
+    layout = "Hugging Face" if huggingface.is_huggingface(strip_wrappers(raw)) else "official"
+    state = official_state(raw)
+    targets = dict(module.named_parameters())
+    report = _compare(LoadReport(str(path), layout), state, {key: _shape(value) for key, value in targets.items()})
+    refused = [f"missing: {key}" for key in _outside(report.missing, allow_missing)]
+    refused += [f"unexpected: {key}" for key in _outside(report.unexpected, allow_unexpected)]
+    refused += [f"mismatched: {text}" for text in report.mismatched]
+    refused += [f"config: {text}" for text in _config_problems(module, path)]
+    if any(parameter.is_meta for parameter in targets.values()):
+        refused.append("the model lies on the meta device; materialise it before loading")
+    if refused:
+        raise WeightsError(
+            f"{report}\nnothing was loaded. Refused because of:\n  " + "\n  ".join(refused[: 2 * SHOWN_KEYS]) + "\n"
+            "Check model.size and its overrides, or name the keys that may be missing or ignored (glob patterns)."
+        )
+    for key in report.matched:
+        _copy(targets[key], state[key])
+    logger.info("%s", report)
+    return report
+
+
+def read_state(path: str) -> dict[str, Tensor]:
+    """Weights of a file or folder under official key names, whatever layout they have.
+
+    Raises:
+        WeightsError: nothing readable there.
+    """
+    return official_state(read_raw(path))
+
+
+def official_state(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official key names for weights in any known layout."""
+    state = strip_wrappers(raw)
+    return huggingface.to_official(state) if huggingface.is_huggingface(state) else state
+
+
+def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Key names without what torch.compile, DDP, DeepSpeed or an objective put in front of all of them."""
+    named = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    if len(named) < len(state):
+        raise WeightsError("some weights occur both with and without the prefix _orig_mod.; keep one copy of each")
+    while named:
+        prefix = next((wrapper for wrapper in WRAPPERS if all(key.startswith(wrapper) for key in named)), None)
+        if prefix is None:
+            break
+        named = {key.removeprefix(prefix): value for key, value in named.items()}
+    return named
+
+
+def read_raw(path: str) -> dict[str, Tensor]:
+    """Tensors of a file or folder under the names they have there, containers opened."""
+    fs, inner = storage.filesystem(str(path))
+    if not fs.exists(inner):
+        raise WeightsError(f"{path}: no such file or folder")
+    if not fs.isdir(inner):
+        return _read_file(str(path))
+    name = next((name for name in FOLDER_FILES if fs.exists(storage.join(inner, name))), None)
+    if name is None:
+        raise WeightsError(f"{path}: a folder without any of {', '.join(FOLDER_FILES)}")
+    if not name.endswith(".index.json"):
+        return _read_file(storage.join(str(path), name))
+    parts = json.loads(storage.read_bytes(storage.join(str(path), name)))["weight_map"].values()
+    return {key: value for part in sorted(set(parts)) for key, value in _read_file(storage.join(path, part)).items()}
+
+
+def _read_file(url: str) -> dict[str, Tensor]:
+    if url.endswith(".safetensors"):
+        try:
+            return safetensors.torch.load(storage.read_bytes(url))
+        except safetensors.SafetensorError as error:
+            raise WeightsError(f"{url}: not a safetensors file ({error})") from error
+    return _tensors(url, _unpickle_tensors(url))
+
+
+def _unpickle_tensors(url: str) -> Any:
+    """Read a .pth file without running code from it.
+
+    Official files hold their arguments as an `argparse.Namespace`; that class, which only stores attributes, is the one
+    exception to torch's list of allowed types.
+    """
+    try:
+        with fsspec.open(url, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(
+            f"{url}: can't be read as plain tensors ({str(error).splitlines()[0]}). If it holds other objects, load it "
+            "where you trust it and save its state dict as safetensors; code from files is never run here."
+        ) from error
+
+
+def _tensors(url: str, content: Any) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint's containers."""
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"{url}: no state dict at the top or below {', '.join(CONTAINERS)}")
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _compare(report: LoadReport, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> LoadReport:
+    report.missing = [key for key in shapes if key not in state]
+    report.unexpected = [key for key in state if key not in shapes]
+    for key in [key for key in shapes if key in state]:
+        found, wanted = tuple(state[key].shape), shapes[key]
+        if _squeezed(found) != _squeezed(wanted):
+            report.mismatched.append(f"{key} {list(found)} in the file, {list(wanted)} in the model")
+            continue
+        report.matched.append(key)
+        if found != wanted:
+            report.reshaped.append(key)
+    return report
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Full shape; a parameter that ZeRO stage 3 has partitioned shows none itself."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _outside(keys: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    return [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)]
+
+
+@torch.no_grad()
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(value.reshape(parameter.shape))
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(value.reshape(parameter.shape))
+
+
+def _config_problems(module: nn.Module, path: str) -> list[str]:
+    """Contradictions between the model and a config.json beside the weights."""
+    where = storage.join(str(path), "config.json")
+    shape = getattr(module, "shape", None)
+    fs, inner = storage.filesystem(where)
+    if shape is None or not fs.exists(inner):
+        return []
+    content = json.loads(storage.read_bytes(where))
+    eps = (content.get("layer_norm_eps"), huggingface.DECODER_NORM_EPS)
+    ours = (module.config.norm_eps, module.config.decoder_norm_eps)  # type: ignore[union-attr]
+    if eps[0] is not None and eps != ours:
+        logger.warning(
+            "%s: its layer norm epsilons are %s (last decoder norm %s), this model has %s and %s; outputs differ by "
+            "about 1e-5. Set model.norm_eps and model.decoder_norm_eps for equal ones.",
+            path, *eps, *ours,
+        )  # fmt: skip
+    return huggingface.config_problems(content, shape)

@@ -1,0 +1,85 @@
+"""Finds parity cases: every meta.json below the folder that TUBELET_GOLDENS names (default: tests/goldens).
+
+A test module states which kinds it covers in `KINDS`; its tests that take `case` run once for each case of these kinds.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+GOLDENS = Path(os.environ.get("TUBELET_GOLDENS") or Path(__file__).parents[1] / "goldens")
+
+#: What the `system` entry of a meta.json starts with, and the kind that it means, for what is built so far.
+SYSTEMS = {
+    "VideoMAE V1 pre-training": "videomae_v1_pretrain",
+    "VideoMAE V2 dual-masking pre-training": "videomae_v2_pretrain",
+    "Hugging Face VideoMAEForPreTraining": "videomae_hf_pretrain",
+    "VideoMAE V2 frame and crop index rules": "videomae_sampling",
+}
+NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One folder with meta.json and the tensors beside it."""
+
+    folder: Path
+    meta: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.folder.relative_to(GOLDENS))
+
+    @property
+    def system(self) -> str:
+        return str(self.meta.get("system") or self.meta.get("what") or "unnamed")
+
+    @property
+    def kind(self) -> str | None:
+        """Kind of a case that can be run, or None."""
+        found = next((kind for start, kind in SYSTEMS.items() if self.system.startswith(start)), None)
+        cosine = found == "videomae_v2_pretrain" and "cosine attention" in self.system
+        return f"{found}_cosattn" if cosine else found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Inputs and outputs."""
+        return safetensors.torch.load_file(self.folder / "io.safetensors")
+
+    @property
+    def weights(self) -> str:
+        return str(self.folder / "weights.safetensors")
+
+    def tolerance(self, quantity: str) -> dict[str, float]:
+        """rtol and atol that the meta file states for `outputs` or `gradients`."""
+        text = str(self.meta["tolerance"])
+        found = re.search(rf"{quantity}[^:;]*:\s*rtol {NUMBER}, atol {NUMBER}", text)
+        assert found, f"{self.name}: no tolerance for {quantity} in {text!r}"
+        return {"rtol": float(found[1]), "atol": float(found[2])}
+
+
+@pytest.fixture
+def built_kinds() -> set[str]:
+    """Every kind that the finder recognises."""
+    return {*SYSTEMS.values(), "videomae_v2_pretrain_cosattn"}
+
+
+def find_cases() -> list[Case]:
+    """Every case below the folder, in a fixed order."""
+    return [Case(path.parent, json.loads(path.read_text())) for path in sorted(GOLDENS.rglob("meta.json"))]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kinds = getattr(metafunc.module, "KINDS", ())
+    if "case" in metafunc.fixturenames:
+        cases = [case for case in find_cases() if case.kind in kinds]
+        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+    if "unbuilt_case" in metafunc.fixturenames:
+        cases = [case for case in find_cases() if case.kind is None]
+        metafunc.parametrize("unbuilt_case", cases, ids=[case.name for case in cases])
