@@ -6,6 +6,7 @@ by their number; micro-batches and ranks are then averaged equally, as officiall
 whole batch where T' is a multiple of 4 or `decoder_mask` is none or frame; else counts differ slightly by sample.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,13 +56,12 @@ def check(recipe: Any) -> list[str]:
 
 
 def view_tensors(recipe: Any) -> ViewTensors:
-    """Draws `visible`, `targets` and `weight` of one view."""
-    plan = mask_plan(recipe)
+    """Draws `visible`, `targets` and `weight` of one view; picklable, because data workers are spawned."""
+    return functools.partial(_draw_view, mask_plan(recipe))
 
-    def draw_view(generator: Callable[[str], np.random.Generator]) -> dict[str, np.ndarray]:
-        return dict(draw(plan, generator("encoder_mask"), generator("decoder_mask")))
 
-    return draw_view
+def _draw_view(plan: MaskPlan, generator: Callable[[str], np.random.Generator]) -> dict[str, np.ndarray]:
+    return dict(draw(plan, generator("encoder_mask"), generator("decoder_mask")))
 
 
 def build(recipe: Any) -> "VideoMAEObjective":

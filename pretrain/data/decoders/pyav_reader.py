@@ -58,8 +58,8 @@ class PyAVReader(VideoReader):
         # only be counted, from the beginning.
         exact = exact and self._container.format.name not in UNSTAMPED
         self._stamps: list[int] | None = stamps if exact else None
-        keys = [(packet.pts, packet.dts) for packet in packets if packet.is_keyframe and exact]
-        self._keys = sorted((pts, pts if dts is None else dts) for pts, dts in keys)
+        keys = [(packet.pts, packet.dts) for packet in packets if packet.is_keyframe]
+        self._keys = sorted((pts, pts if dts is None else dts) for pts, dts in keys if pts is not None)
 
     def _decode(self, wanted: list[int]) -> npt.NDArray[np.uint8]:
         try:
@@ -112,8 +112,7 @@ class PyAVReader(VideoReader):
             raise SampleError("decode", f"damaged frame at time stamp {frame.pts}")
         if frame.rotation % 360:
             frame = self._turned(frame)
-        array: npt.NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-        return array
+        return np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
 
     def _turned(self, frame: av.VideoFrame) -> av.VideoFrame:
         """Turn before the conversion to RGB, as the other decoders do: chroma is interpolated along other axes."""

@@ -13,7 +13,7 @@ class TorchCodecReader(VideoReader):
 
     def __init__(self, data: bytes) -> None:
         try:
-            self._decoder = torchcodec.decoders.VideoDecoder(
+            self._decoder: torchcodec.decoders.VideoDecoder | None = torchcodec.decoders.VideoDecoder(
                 data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
             )
         except (RuntimeError, ValueError, IndexError) as error:
@@ -22,6 +22,7 @@ class TorchCodecReader(VideoReader):
         self.fps = float(self._decoder.metadata.average_fps or 0)
 
     def _decode(self, wanted: list[int]) -> npt.NDArray[np.uint8]:
+        assert self._decoder is not None, "the reader is closed"
         try:
             frames: npt.NDArray[np.uint8] = self._decoder.get_frames_at(wanted).data.numpy()
         except (RuntimeError, ValueError, IndexError) as error:

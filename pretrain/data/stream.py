@@ -1,0 +1,253 @@
+"""The stream of micro-batches: the same samples in the same order for any number of ranks and workers, from any step.
+
+    plan -> places of this worker -> range reads ahead -> decode, crop, masks -> micro-batch
+
+Worker w of W makes the rank's micro-batches w, w + W, ...; torch's DataLoader takes them in turn. No worker ever ends,
+so none can run dry before another, and a resume is nothing but another first number.
+"""
+
+import functools
+import itertools
+import logging
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import DataLoader, get_worker_info
+
+from pretrain.data.cache import ShardCache
+from pretrain.data.fetch import RawSample, SampleReader, read_ahead
+from pretrain.data.plan import OpenSource, StreamPlan, open_sources
+from pretrain.data.samples import Place, Sample, SampleMaker, SourceInfo, ViewTensors
+from pretrain.errors import DataError, TubeletError
+from pretrain.recipe.schema import Recipe
+
+__all__ = ["OpenSource", "StreamPlan", "TrainStream", "open_sources"]
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks of a worker at whether its rank still lives.
+WATCH_S = 5.0
+
+
+class WorkerPipeline:
+    """The stages that run in a data worker; sent to it by pickle, so all that opens files is made there."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: list[OpenSource],
+        view_tensors: ViewTensors,
+        rank: int,
+        world_size: int,
+        start_step: int,
+    ) -> None:
+        self._recipe, self._sources, self._view_tensors = recipe, sources, view_tensors
+        self._rank, self._world_size, self._start_step = rank, world_size, start_step
+
+    def dataset(self) -> webdataset.DataPipeline:
+        """The stages as a webdataset pipeline."""
+        return webdataset.DataPipeline(self.places, self.samples, self.batches)
+
+    @functools.cached_property
+    def _plan(self) -> StreamPlan:
+        return StreamPlan(self._recipe, self._sources)
+
+    def places(self) -> Iterator[Place]:
+        """Where this worker's samples lie, micro-batch by micro-batch, for ever."""
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        plan = self._plan
+        first = self._start_step * plan.accumulation(self._world_size)
+        for number in itertools.count(first + worker, workers):
+            epoch, positions = plan.positions(number, self._rank, self._world_size)
+            location = plan.order(epoch).locate(positions)
+            columns = (positions.tolist(), location.source.tolist(), location.shard.tolist(), location.row.tolist())
+            for position, source, shard, row in zip(*columns, strict=True):
+                yield Place(epoch, position, source, shard, row)
+
+    def samples(self, places: Iterable[Place]) -> Iterator[Sample | TubeletError]:
+        """Read ahead, decode, cut; an error that ends the run travels as an item, free of this process's traceback."""
+        reader = self._reader()
+        infos = [SourceInfo(s.name, tuple(shard.name for shard in s.index.shards), s.stride) for s in self._sources]
+        maker = SampleMaker(self._recipe.data, self._recipe.run.seed, infos, reader, self._view_tensors)
+
+        def read(place: Place) -> RawSample:
+            return reader.read(place.source, place.shard, place.row)
+
+        place: Place
+        future: Future[RawSample]
+        for place, future in read_ahead(places, read, self._recipe.data.readahead):
+            try:
+                yield maker.make(place, self._plan.order(place.epoch), future.result)
+            except TubeletError as error:
+                yield error
+                return
+
+    def batches(self, samples: Iterable[Sample | TubeletError]) -> Iterator[dict[str, Any]]:
+        """Collate samples to micro-batches."""
+        waiting: list[Sample] = []
+        for sample in samples:
+            if isinstance(sample, TubeletError):
+                yield {"error": str(sample)}
+                return
+            waiting.append(sample)
+            if len(waiting) == self._recipe.batch.micro:
+                yield collate(waiting)
+                waiting = []
+
+    def _reader(self) -> SampleReader:
+        data = self._recipe.data
+        cache = None if data.cache_dir is None else ShardCache(data.cache_dir, int(data.cache_gb * 1e9))
+        # Two tables a lane: a window of the order may lie across the border of two shards.
+        tables = max(2 * data.lanes, 64)
+        return SampleReader([source.index for source in self._sources], cache, data.deadline_s, tables)
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """A micro-batch: the views of each sample lie next to each other, B = samples x views.
+
+    Returns:
+        `video` uint8 [B, T, H, W, 3] and the objective's tensors [B, ...]; `position`, `view`, `source`, `epoch` int64
+        [B]; `key` list of B; `bad` the records of unusable samples.
+    """
+    views = len(samples[0].arrays["video"])
+
+    def each(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64).repeat_interleave(views)
+
+    batch: dict[str, Any] = {
+        name: torch.from_numpy(np.concatenate([sample.arrays[name] for sample in samples]))
+        for name in samples[0].arrays
+    }
+    batch["position"] = each([sample.place.position for sample in samples])
+    batch["epoch"] = each([sample.place.epoch for sample in samples])
+    batch["source"] = each([sample.place.source for sample in samples])
+    batch["view"] = torch.arange(views, dtype=torch.int64).repeat(len(samples))
+    batch["key"] = [sample.key for sample in samples for _ in range(views)]
+    batch["bad"] = [bad for sample in samples for bad in sample.bad]
+    return batch
+
+
+class TrainStream:
+    """Micro-batches of one rank, in the exact order of the plan, for ever.
+
+    Args:
+        recipe: The resolved recipe.
+        sources: `open_sources(recipe)`.
+        view_tensors: The objective's draws for one view; picklable, because workers are spawned.
+        rank: This rank.
+        world_size: Number of ranks.
+        start_step: Optimiser step (over all epochs) that the stream starts at.
+
+    Raises:
+        RecipeError: batch.samples does not divide into micro-batches of the ranks.
+        DataError: not enough data for the order, or `view_tensors` can't travel to a worker.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: list[OpenSource],
+        view_tensors: ViewTensors,
+        rank: int,
+        world_size: int,
+        start_step: int = 0,
+    ) -> None:
+        self.plan = StreamPlan(recipe, sources)
+        self.steps_per_epoch = self.plan.steps_per_epoch
+        self.accumulation = self.plan.accumulation(world_size)
+        self._workers = recipe.data.workers
+        if self._workers:
+            _check_picklable(view_tensors)
+        _warn_of_small_cache(recipe, sources)
+        pipeline = WorkerPipeline(recipe, sources, view_tensors, rank, world_size, start_step)
+        self._loader = DataLoader(
+            pipeline.dataset(),
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=recipe.data.prefetch if self._workers else None,
+            pin_memory=torch.cuda.is_available(),
+            # A forked worker would inherit locks of file system, CUDA and process group threads in any state.
+            multiprocessing_context="spawn" if self._workers else None,
+            worker_init_fn=prepare_worker,
+        )
+        self._batches: Iterator[dict[str, Any]] | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """The next micro-batch.
+
+        Raises:
+            DataError: a worker met an error that ends the run, or died.
+        """
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise DataError(
+                f"a data worker died ({error}). Killed for memory? Then lower data.workers, data.prefetch or "
+                "data.readahead; the kernel log (dmesg) names the process"
+            ) from error
+        if "error" in batch:
+            raise DataError(batch["error"])
+        return batch
+
+    def close(self) -> None:
+        """End the workers."""
+        self._batches = None
+
+
+def prepare_worker(worker: int) -> None:
+    """Make a data worker safe: stop signals are the rank's business, and an orphan does not live on.
+
+    The `deepspeed` launcher and Slurm signal whole process trees; a worker that obeyed would end the run before the
+    rank has saved. Only a SIGTERM of the rank itself, with which the DataLoader ends its workers, is obeyed.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="watch").start()
+
+
+def _watch(rank: int) -> None:
+    while True:
+        received = signal.sigtimedwait({signal.SIGTERM}, WATCH_S)
+        if os.getppid() != rank or (received is not None and received.si_pid == rank):
+            # At once and without cleaning up: the main thread may be waiting for a read that never returns.
+            os._exit(0)
+
+
+def _check_picklable(view_tensors: ViewTensors) -> None:
+    try:
+        pickle.dumps(view_tensors)
+    except Exception as error:
+        raise DataError(
+            f"the objective's view_tensors can't be sent to a data worker ({error}): return a functools.partial of a "
+            "function of the module, or set data.workers=0"
+        ) from error
+
+
+def _warn_of_small_cache(recipe: Recipe, sources: list[OpenSource]) -> None:
+    if recipe.data.cache_dir is None:
+        return
+    largest = max(shard.bytes for source in sources for shard in source.index.shards)
+    needed = largest * min(recipe.data.lanes, sum(len(source.index.shards) for source in sources))
+    if needed > recipe.data.cache_gb * 1e9:
+        logger.warning(
+            "data.cache_gb=%g is less than the %.1f GB of shards that the lanes read at once: shards will be fetched "
+            "again and again; raise it, lower data.lanes, or set data.cache_dir=null",
+            *(recipe.data.cache_gb, needed / 1e9),
+        )
