@@ -3,8 +3,9 @@
 import io
 import os
 
-# decord waits for a frame that never comes this many times; its default of 10240 looks like a hang.
-os.environ.setdefault("DECORD_EOF_RETRY_MAX", "128")
+# How often decord asks its decoding thread for a frame before it gives up. The default of 10240 looks like a hang on
+# some broken files; 128 fails on sound ones whenever the thread is slow (bikes.mp4, frame 0, on a busy machine).
+os.environ.setdefault("DECORD_EOF_RETRY_MAX", "4096")
 
 import decord
 import numpy as np
