@@ -102,7 +102,7 @@ def _print_sections(sections: "list[Section]") -> None:
             continue
         table = Table(title=section.title, title_justify="left", title_style="bold", box=None, show_header=False)
         table.add_column(style="cyan", no_wrap=True)
-        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         table.add_column(style="dim")
         for row in section.rows:
             table.add_row(*(text.replace("[", r"\[") for text in row))

@@ -12,6 +12,7 @@ import torch
 from pretrain.data.index import ShardIndex, load_index
 from pretrain.data.order import SourceShape, epoch_quotas
 from pretrain.data.randomness import generator
+from pretrain.engine.schedule import Schedule, build_schedule, every_steps
 from pretrain.errors import DataError, StorageError
 from pretrain.objectives.base import Objective
 from pretrain.recipe.components import load_component
@@ -43,7 +44,7 @@ class Plan:
     ranks_from: str
     parameters: int
     epoch_videos: int | None
-    steps_per_epoch: int | None
+    schedule: Schedule | None
 
 
 def dry_run(recipe: Recipe) -> list[Section]:
@@ -59,7 +60,7 @@ def dry_run(recipe: Recipe) -> list[Section]:
         _cost_section(recipe),
         data,
         _batch_section(recipe, plan),
-        _learning_rate_section(recipe, plan),
+        _learning_rate_section(recipe),
         _schedule_section(recipe, plan),
         _memory_section(recipe, plan),
         _checkpoint_section(recipe, plan),
@@ -80,9 +81,9 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
     else:
         ranks, origin = 1, "nothing launched, batch.ranks is null"
     videos = _epoch_videos(recipe, indices)
-    steps = videos // recipe.batch.samples if videos else None
+    schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos else None
     parameters = sum(parameter.numel() for parameter in objective.parameters())
-    return Plan(ranks, origin, parameters, videos, steps)
+    return Plan(ranks, origin, parameters, videos, schedule)
 
 
 def _epoch_videos(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> int | None:
@@ -214,30 +215,33 @@ def _batch_section(recipe: Recipe, plan: Plan) -> Section:
     return section
 
 
-def _learning_rate_section(recipe: Recipe, plan: Plan) -> Section:
+def _learning_rate_section(recipe: Recipe) -> Section:
     section, optim, samples = Section("learning rate"), recipe.optim, recipe.batch.samples
-    formula = "{:g} x {} videos / {}"
     for name, base in (("peak", optim.base_lr), ("end", optim.base_min_lr)):
         value = base * samples / optim.base_batch
-        section.add(name, f"{value:.4g}", formula.format(base, samples, optim.base_batch))
+        section.add(name, f"{value:.4g}", f"{base:g} x {samples:,} videos / {optim.base_batch}")
     if recipe.data.views > 1:
         section.add("views", "not counted", "the official scaling counts videos, not clips")
     return section
 
 
 def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
-    section, schedule, views = Section("schedule"), recipe.schedule, recipe.data.views
-    effective = f"{schedule.epochs * views:g} effective, with {views} views" if views > 1 else ""
-    section.add("epochs", f"{schedule.epochs:g}", effective)
-    if plan.epoch_videos is None or plan.steps_per_epoch is None:
+    section, views = Section("schedule"), recipe.data.views
+    effective = f"{recipe.schedule.epochs * views:g} effective, with {views} views" if views > 1 else ""
+    section.add("epochs", f"{recipe.schedule.epochs:g}", effective)
+    if plan.schedule is None:
         section.add("steps", "unknown", "a source is missing and has no expected_samples")
         return section
+    schedule = plan.schedule
     section.add("videos an epoch", f"{plan.epoch_videos:,}", f"a multiple of data.lanes = {recipe.data.lanes}")
-    section.add("steps an epoch", f"{plan.steps_per_epoch:,}")
-    section.add("steps", f"{int(schedule.epochs * plan.steps_per_epoch):,}")
-    section.add("warm-up steps", f"{int(schedule.warmup_epochs * plan.steps_per_epoch):,}", "linear from 0")
-    if schedule.max_steps is not None:
-        section.add("stops after", f"{schedule.max_steps:,} steps", "schedule.max_steps")
+    section.add("steps an epoch", f"{schedule.steps_per_epoch:,}")
+    section.add("steps", f"{schedule.total:,}")
+    section.add("warm-up steps", f"{schedule.warmup:,}", "linear from 0")
+    if schedule.last < schedule.total:
+        section.add("stops after", f"{schedule.last:,} steps", "schedule.max_steps")
+    marks = [schedule.warmup + (schedule.total - schedule.warmup) * part // 4 for part in range(5)]
+    for step in sorted({0, schedule.warmup // 2, *marks[:-1], schedule.total - 1}):
+        section.add(f"  learning rate at step {step:,}", f"{schedule.lr(step):.4g}")
     section.add("hours", "unknown", "needs a measured rate: the console of a short run shows it")
     return section
 
@@ -264,11 +268,8 @@ def _memory_section(recipe: Recipe, plan: Plan) -> Section:
 def _checkpoint_section(recipe: Recipe, plan: Plan) -> Section:
     section, checkpoint = Section("checkpoints"), recipe.checkpoint
     section.add("folder", f"{recipe.run.dir}/checkpoints")
-    if checkpoint.every_steps is not None:
-        section.add("every", f"{checkpoint.every_steps:,} steps")
-    else:
-        steps = round(checkpoint.every_epochs * plan.steps_per_epoch) if plan.steps_per_epoch else None
-        section.add("every", f"{checkpoint.every_epochs:g} epochs", f"{steps:,} steps" if steps else "")
+    steps = f"{every_steps(recipe, plan.schedule):,} steps" if plan.schedule else "steps of an epoch unknown"
+    section.add("every", steps, f"{checkpoint.every_epochs:g} epochs" if checkpoint.every_steps is None else "")
     width = 12 if recipe.compute.dtype == "fp32" else 14
     section.add("size", f"about {_gigabytes(plan.parameters * width)}", f"{width} bytes a parameter")
     for_good = int(recipe.schedule.epochs / checkpoint.keep_every_epochs) if checkpoint.keep_every_epochs else 0

@@ -8,7 +8,9 @@ A method is one file pretrain/objectives/<name>.py with
   (a functools.partial of a module's function, say), because workers are spawned;
 - `build(recipe) -> Objective`: the module;
 - `cost(recipe) -> dict[str, float]`: multiply-accumulates of one clip's forward pass as publications count them, by
-  part; a part named `skipped: ...` belongs to that count but is not executed here.
+  part; a part named `skipped: ...` belongs to that count but is not executed here;
+
+and, where it has any to give, `warnings(recipe) -> list[str]`: options that have no effect.
 
 Nothing in it knows of ranks, DeepSpeed or files.
 """

@@ -55,6 +55,14 @@ def check(recipe: Any) -> list[str]:
     return problems or mask_plan(recipe).problems()
 
 
+def warnings(recipe: Any) -> list[str]:
+    """Options of this method that have no effect in the recipe."""
+    options = recipe.objective
+    if options.decoder_mask == "none" and options.decoder_mask_ratio != Config.decoder_mask_ratio:
+        return [f"objective.decoder_mask_ratio={options.decoder_mask_ratio:g} has no effect: decoder_mask is none"]
+    return []
+
+
 def view_tensors(recipe: Any) -> ViewTensors:
     """Draws `visible`, `targets` and `weight` of one view; picklable, because data workers are spawned."""
     return functools.partial(_draw_view, mask_plan(recipe))

@@ -1,6 +1,7 @@
 """Checks across sections: what can't work (problems) and what does nothing (warnings), all in one go."""
 
 import importlib.util
+import math
 import os
 
 from pretrain.recipe.components import load_component
@@ -14,8 +15,7 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
         recipe: as `load_recipe` returns it.
         ranks: processes of the run; None: WORLD_SIZE if a launcher set it, else the checks that need it are left out.
     """
-    if ranks is None and "WORLD_SIZE" in os.environ:
-        ranks = int(os.environ["WORLD_SIZE"])
+    ranks = ranks or _launched_ranks()
     out_of_range = _check_ranges(recipe)
     problems = [
         *out_of_range,
@@ -44,7 +44,18 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append("log.pictures has no effect: log.pictures_every_steps is 0")
     if recipe.batch.samples > 1 and data.workers == 0 and recipe.batch.micro > 8:
         warnings.append("data.workers=0 decodes in the training process: the accelerator waits for every batch")
-    return warnings
+    ranks = _launched_ranks() or recipe.batch.ranks
+    if ranks and data.lanes % ranks:
+        warnings.append(
+            f"data.lanes={data.lanes} is no multiple of {ranks} ranks: a rank reads from "
+            f"{data.lanes // math.gcd(data.lanes, ranks)} lanes' shards, and others read the same"
+        )
+    method = load_component("objectives", recipe.objective.name)
+    return warnings + (method.warnings(recipe) if hasattr(method, "warnings") else [])
+
+
+def _launched_ranks() -> int | None:
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
 def _check_ranges(recipe: Recipe) -> list[str]:
@@ -132,9 +143,9 @@ def _check_batch(recipe: Recipe, ranks: int | None) -> list[str]:
 
 def _check_schedule(recipe: Recipe) -> list[str]:
     schedule, problems = recipe.schedule, []
-    if schedule.warmup_epochs > schedule.epochs:
+    if 0 < schedule.epochs <= schedule.warmup_epochs:
         problems.append(
-            f"schedule.warmup_epochs: {schedule.warmup_epochs:g} is more than schedule.epochs = {schedule.epochs:g}"
+            f"schedule.warmup_epochs: {schedule.warmup_epochs:g} is not less than schedule.epochs = {schedule.epochs:g}"
         )
     if recipe.optim.base_min_lr > recipe.optim.base_lr:
         problems.append(

@@ -23,7 +23,8 @@ def show_recipe(recipe: Recipe) -> str:
 
 
 def _section_lines(section: Any, indent: str) -> list[str]:
-    docs = field_docs(type(section))
+    schema: type = type(section)
+    docs = field_docs(schema)
     lines = []
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)

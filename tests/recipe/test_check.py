@@ -1,0 +1,80 @@
+"""Cross-field checks: each finds its own mistake, names key and remedy, and leaves a good recipe alone."""
+
+import pytest
+
+from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.recipe.load import load_recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["batch.micro=5"], "batch.micro: found 5, allowed: a divisor of batch.samples"),
+        (["batch.samples=0"], "batch.samples: found 0, allowed: more than 0"),
+        (["data.sources={}"], "data.sources: none"),
+        (["data.sources.actions.weight=1"], "actions have a weight and camera have none"),
+        (["data.sources.actions.weight=-1", "data.sources.camera.weight=1"], "data.sources.actions.weight: found -1"),
+        (["data.sources.camera.stride=0"], "data.sources.camera.stride: found 0"),
+        (["data.stride=0"], "data.stride: found 0, allowed: more than 0"),
+        (["data.frames=0"], "data.frames: found 0"),
+        (["data.epoch_samples=3"], "data.epoch_samples: 3 videos are less than one step"),
+        (["schedule.warmup_epochs=500"], "schedule.warmup_epochs: 500"),
+        (["optim.base_min_lr=1"], "optim.base_min_lr: 1 is more than optim.base_lr"),
+        (["optim.betas=[0.9, 1]"], "optim.betas: found [0.9, 1.0]"),
+        (["zero.stage=4"], "zero.stage: found 4"),
+        (["run.seed=-1"], "run.seed: found -1, allowed: 0 or more"),
+        (["data.bad_rate=2"], "data.bad_rate: found 2"),
+        (["data.height=100"], "data.height=100"),
+        (["data.frames=15"], "data.frames=15"),
+        (["data.height=80"], "running_cell needs an even number"),
+        (["objective.decoder_mask_ratio=0.4"], "objective.decoder_mask_ratio=0.4"),
+        (["objective.mask_ratio=1"], "objective.mask_ratio=1.0"),
+        (["model.heads=5"], "model.heads=5"),
+        (["model.dim=null"], "model.dim: null"),
+    ],
+)
+def test_mistake_is_found(overrides: list[str], expected: str) -> None:
+    problems = check_recipe(load_recipe("demo", overrides))
+    assert any(expected in problem for problem in problems), problems
+
+
+def test_several_mistakes_are_one_list() -> None:
+    recipe = load_recipe("demo", ["batch.micro=5", "run.seed=-1", "model.heads=5", "data.sources={}"])
+    assert (
+        len([p for p in check_recipe(recipe) if p.startswith(("batch.micro", "run.", "model.", "data.sources"))]) == 4
+    )
+
+
+def test_batch_must_divide_over_the_launched_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("demo", ["batch.samples=48", "batch.micro=8", "batch.ranks=null"])
+    assert check_recipe(recipe) == [] == check_recipe(recipe, ranks=3)
+    (problem,) = check_recipe(recipe, ranks=4)
+    assert "48 is no multiple of batch.micro x ranks = 8 x 4" in problem and "batch.micro=6 fits" in problem
+    (problem,) = check_recipe(recipe, ranks=5)
+    assert "batch.samples must be a multiple of 5" in problem
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert len(check_recipe(recipe)) == 1
+
+
+def test_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (problem,) = check_recipe(load_recipe("demo", ["data.decoder=torchcodec"]))
+    assert "not installed" in problem and "pip install 'tubelet[torchcodec]'" in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.cache_gb=3"], "data.cache_gb"),
+        (["zero.stage=0", "zero.offload=cpu"], "zero.offload"),
+        (["zero.init=always"], "zero.init"),
+        (["checkpoint.every_steps=3", "checkpoint.every_epochs=2"], "checkpoint.every_epochs"),
+        (["log.pictures_every_steps=0", "log.pictures=9"], "log.pictures"),
+        (["objective.decoder_mask=none", "objective.decoder_mask_ratio=0.25"], "objective.decoder_mask_ratio"),
+        (["batch.ranks=3"], "lanes"),
+    ],
+)
+def test_option_without_effect_is_a_warning(overrides: list[str], expected: str) -> None:
+    before = recipe_warnings(load_recipe("demo", ["checkpoint.every_epochs=5"]))
+    after = recipe_warnings(load_recipe("demo", overrides))
+    assert before == [] and len(after) == 1 and expected in after[0]

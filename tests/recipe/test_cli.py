@@ -1,0 +1,68 @@
+"""The command line: what it prints where, and its exit codes."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pretrain.cli import main
+from pretrain.recipe.files import RECIPES
+
+
+def test_print_check_and_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "demo", "--print", "run.seed=5"]) == 0
+    assert "  seed: 5 " in capsys.readouterr().out
+    assert main(["--local_rank=0", "run.seed=5", "--recipe", "demo", "--check", "run.name=x"]) == 0
+    assert "no problems" in capsys.readouterr().out
+    assert main(["--recipe", "vit_g_dual", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "1,026,306,560" in out and "1,011,610,752" in out and "241.6 GMAC" in out
+    assert "no index.json in shards/k710" in out and "launch/pack.py" in out
+
+
+def test_check_reports_values_and_cross_checks_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "demo", "--check", "compute.dtype=fp8", "run.sed=1", "batch.micro=5"]) == 2
+    error = capsys.readouterr().err
+    assert "compute.dtype" in error and "did you mean 'seed'?" in error and "batch.micro: found 5" in error
+    assert "Traceback" not in error
+
+
+def test_bad_value_is_not_blamed_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "demo", "--check", "batch.samples=many"]) == 2  # the default, 2048, would fit no less
+    assert capsys.readouterr().err.count("batch.samples") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--recipe", "demo", "--dryrun"], "did you mean --dry-run?"),
+        (["--recipe", "demo", "--base_lr", "3"], "Values of the recipe are set with key=value"),
+        (["--recipe", "demo", "--print", "--check"], "not allowed with"),
+        (["--check"], "--recipe"),
+        (["--recipe", "demo", "--check", "optim.base_lr", "3"], "neither an option nor key=value"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_other_ranks_stay_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--recipe", "demo", "--dry-run"]) == 0
+    assert main(["--recipe", "demo", "run.sed=3"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_dry_run_starts_fast_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from pretrain.cli import main; main(['--recipe', 'vit_g_dual', '--dry-run']); "
+        "heavy = {'deepspeed', 'timm', 'torchvision', 'wandb', 'decord', 'av', 'webdataset'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    start = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], cwd=RECIPES.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - start < 30  # 2.6 s on an idle machine

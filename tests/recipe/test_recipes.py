@@ -1,0 +1,74 @@
+"""Every file of recipes/ loads, has nothing wrong with it, and can be planned; published numbers are as published."""
+
+import re
+
+import pytest
+
+from pretrain.engine.dry_run import dry_run
+from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.recipe.files import RECIPES, recipe_names
+from pretrain.recipe.load import load_recipe
+
+#: Model and encoder parameters, GMAC of a clip, actual learning rate, effective epochs: systems/videomae.md, 2 and 7.
+PUBLISHED = {
+    "vit_s_dual": ("24,029,376", "21,879,936", "7.8", 4e-3, 800),
+    "vit_b_dual": ("94,210,944", "86,227,200", "25.8", 4e-3, 800),
+    "vit_l_dual": ("317,782,016", "303,860,736", "68.3", 6e-3, 1200),
+    "vit_h_dual": ("645,659,392", "631,607,040", "122.1", 8e-3, 1200),
+    "vit_g_dual": ("1,026,306,560", "1,011,610,752", "241.6", 4.8e-3, 1200),
+    "vit_s_v1_k400": ("24,029,376", "21,879,936", "11.5", 6e-4, 1600),
+    "vit_b_v1_k400": ("94,210,944", "86,227,200", "35.4", 1.2e-3, 1600),
+    "vit_l_v1_k400": ("342,996,992", "303,860,736", None, 3e-4, 1600),
+    "vit_h_v1_k400": ("692,487,296", "631,607,040", None, 6e-4, 1600),
+    "vit_s_v1_ssv2": ("24,029,376", "21,879,936", "11.5", 1.2e-3, 2400),
+    "vit_b_v1_ssv2": ("94,210,944", "86,227,200", "35.4", 1.2e-3, 2400),
+    "vit_b_v1_ucf101": ("94,210,944", "86,227,200", None, 2.25e-4, 3200),
+    "vit_b_v1_hmdb51": ("94,210,944", "86,227,200", None, 2.25e-4, 4800),
+}
+
+
+def report(name: str) -> dict[str, str]:
+    """Values of the dry run by the row's name; the first section that has a name gives its value."""
+    rows = [(row.strip(), value) for section in dry_run(load_recipe(name)) for row, value, _ in section.rows]
+    return dict(reversed(rows))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_is_sound(name: str) -> None:
+    recipe = load_recipe(name)
+    assert check_recipe(recipe) == []
+    assert recipe_warnings(recipe) == []
+    assert report(name)["accumulation"] == "1"
+    header = (RECIPES / f"{name}.yaml").read_text().split("\n\n")[0]
+    assert header.startswith("# "), "a recipe starts with what it is and where its numbers come from"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers(name: str) -> None:
+    parameters, encoder, gmac, rate, epochs = PUBLISHED[name]
+    recipe, values = load_recipe(name), report(name)
+    assert (values["parameters"], values["encoder"]) == (parameters, encoder)
+    assert gmac is None or values["forward pass"] == f"{gmac} GMAC"
+    assert float(values["peak"]) == pytest.approx(rate)
+    assert recipe.schedule.epochs * recipe.data.views == epochs
+    assert int(values["steps"].replace(",", "")) > 0
+
+
+def test_every_recipe_but_the_demo_is_a_row_of_the_table() -> None:
+    assert set(recipe_names()) == {*PUBLISHED, "demo"}
+
+
+def test_giant_is_the_published_run() -> None:
+    recipe, values = load_recipe("vit_g_dual"), report("vit_g_dual")
+    assert (values["clips"], values["steps an epoch"], recipe.optim.clip_grad) == ("8,192", "659", 0.02)
+    assert (values["visible tokens"], values["reconstructed tokens"], values["counted tokens"]) == (
+        "208",
+        "1,024",
+        "920",
+    )
+    strides = {name: source.stride or recipe.data.stride for name, source in recipe.data.sources.items()}
+    assert strides == {"k710": 4, "ssv2": 2, "ava": 4, "webvid2m": 4, "selfcollected": 4}
+
+
+def test_names_follow_the_pattern() -> None:
+    assert all(re.fullmatch(r"demo|vit_[sblhg]_(dual|v1(_[a-z0-9]+))", name) for name in recipe_names())
