@@ -3,9 +3,14 @@
 Weights are initialised inside the constructor of the module that owns them, because `deepspeed.zero.Init` partitions a
 module's parameters as soon as that constructor returns: a later walk over the model would find empty tensors.
 Shapes: B clips, N tokens, C channels, h heads, d = C/h.
+
+Fine-tuning attaches to a block through slots that hold nothing in pre-training: `Linear.update` (a low-rank update) and
+`Block.adaptmlp` (a bottleneck beside or behind the MLP). Attaching so keeps every other parameter's official name.
 """
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +21,50 @@ from torch.utils.checkpoint import checkpoint
 MAX_LOG_SCALE = 4.6052
 
 
+#: Fills a weight in place.
+Initializer = Callable[[Tensor], Tensor]
+
+
+def xavier(weight: Tensor) -> Tensor:
+    """Xavier-uniform: the official pre-training models."""
+    return nn.init.xavier_uniform_(weight)
+
+
+def truncated_normal(weight: Tensor) -> Tensor:
+    """Deviation 0.02, cut at an absolute 2: the official classifiers and image models."""
+    return nn.init.trunc_normal_(weight, std=0.02)
+
+
 class Linear(nn.Linear):
-    """Linear layer with Xavier-uniform weight and zero bias."""
+    """Linear layer with zero bias and a slot `update` whose output is added to its own."""
+
+    update: nn.Module | None
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, init: Initializer = xavier) -> None:
+        self.init = init  # before the base class, whose constructor calls reset_parameters
+        super().__init__(inputs, outputs, bias)
+        self.register_module("update", None)
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
+        self.init(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self._updated(x, F.linear(x, self.weight, self.bias))
+
+    def _updated(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.update is None else y + self.update(x)
+
 
 class JointProjection(Linear):
-    """Query, key and value projection [3C, C], drawn as one matrix; the bias comes from the attention that owns it."""
+    """Query, key and value projection [3C, C], drawn as one matrix; without an own bias it is given one."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, 3 * dim, bias=False)
+    def __init__(self, dim: int, bias: bool = False, init: Initializer = xavier) -> None:
+        super().__init__(dim, 3 * dim, bias, init)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, self.weight, bias)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._updated(x, F.linear(x, self.weight, self.bias if bias is None else bias))
 
 
 class CubeProjection(nn.Module):
@@ -63,46 +95,77 @@ class CubeEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with query and value bias but none for keys (official `Attention`, `CosAttention`).
+    """Multi-head self-attention (official `Attention`, `CosAttention`).
 
     Args:
         dim: channels, a multiple of `heads`.
         heads: attention heads.
         cosine: L2-normalise queries and keys and multiply scores by exp(min(scale, 4.6052)), `scale` [h, 1, 1] learned.
+        bias: `query_value`: parameters `q_bias`, `v_bias` and none for keys (VideoMAE); `all`: `qkv.bias` (image ViTs).
+        dropout: rate behind the output projection.
+        attention_dropout: rate on attention weights.
+        init: of the weights.
     """
 
-    def __init__(self, dim: int, heads: int, cosine: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        cosine: bool = False,
+        bias: Literal["query_value", "all"] = "query_value",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        init: Initializer = xavier,
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = JointProjection(dim)
-        self.q_bias = nn.Parameter(torch.zeros(dim))
-        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.attention_dropout = attention_dropout
+        self.qkv = JointProjection(dim, bias == "all", init)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "query_value" else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "query_value" else None
         self.scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0))) if cosine else None
-        self.proj = Linear(dim, dim)
+        self.proj = Linear(dim, dim, init=init)
+        self.dropout = dropout_layer(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.mix(*self.project(x))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, h, N, d] of tokens [B, N, C]; normalised and scaled with cosine attention."""
         batch, tokens, dim = x.shape
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = self.qkv(x, bias).reshape(batch, tokens, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.scale is None:
-            mixed = F.scaled_dot_product_attention(query, key, value)
-        else:
+        if self.scale is not None:
             query = F.normalize(query, dim=-1) * self.scale.clamp(max=MAX_LOG_SCALE).exp()
-            mixed = F.scaled_dot_product_attention(query, F.normalize(key, dim=-1), value, scale=1.0)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
+            key = F.normalize(key, dim=-1)
+        return query, key, value
+
+    @property
+    def score_scale(self) -> float | None:
+        """What products of queries and keys are multiplied by; None: d^-0.5."""
+        return None if self.scale is None else 1.0
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention output [B, N, C] of what `project` gave."""
+        rate = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, scale=self.score_scale)
+        return self.dropout(self.proj(mixed.transpose(1, 2).flatten(2)))
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, Linear."""
+    """Linear, exact GELU, Linear, dropout."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.0, init: Initializer = xavier) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden, init=init)
+        self.fc2 = Linear(hidden, dim, init=init)
+        self.dropout = dropout_layer(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.dropout(self.fc2(F.gelu(self.fc1(x))))
 
 
 class Block(nn.Module):
@@ -116,25 +179,59 @@ class Block(nn.Module):
         cosine: cosine attention.
         layer_scale: initial value of the branch scales; 0 leaves them out.
         drop_path: probability that a sample skips a residual branch while training.
+        bias: biases of the attention's projection, see `Attention`.
+        dropout: rate behind both branches' last linear layer.
+        attention_dropout: rate on attention weights.
+        init: of the weights.
+
+    The slot `adaptmlp` takes a module called with the residual stream after attention and the MLP's branch, whose
+    output replaces that branch.
     """
 
+    adaptmlp: nn.Module | None
+
     def __init__(
-        self, dim: int, heads: int, hidden: int, eps: float, cosine: bool, layer_scale: float, drop_path: float
+        self,
+        dim: int,
+        heads: int,
+        hidden: int,
+        eps: float,
+        cosine: bool = False,
+        layer_scale: float = 0.0,
+        drop_path: float = 0.0,
+        *,
+        bias: Literal["query_value", "all"] = "query_value",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        init: Initializer = xavier,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, heads, cosine)
+        self.attn = Attention(dim, heads, cosine, bias, dropout, attention_dropout, init)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, hidden)
+        self.mlp = Mlp(dim, hidden, dropout, init)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.drop_path = stochastic_depth(drop_path)
+        self.register_module("adaptmlp", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        attended, gamma_1, gamma_2 = self.attn(self.norm1(x)), self.gamma_1, self.gamma_2
-        x = x + self.drop_path(attended if gamma_1 is None else gamma_1 * attended)
+        return self.transform(self.attend(x, self.attn(self.norm1(x))))
+
+    def attend(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream `x` plus the attention branch, whose output `attended` is."""
+        return x + self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The residual stream `x` plus the MLP branch; tokens may have been taken away since `attend`."""
         changed = self.mlp(self.norm2(x))
-        return x + self.drop_path(changed if gamma_2 is None else gamma_2 * changed)
+        changed = self.drop_path(changed if self.gamma_2 is None else self.gamma_2 * changed)
+        return x + (changed if self.adaptmlp is None else self.adaptmlp(x, changed))
+
+
+def dropout_layer(rate: float) -> nn.Module:
+    """Dropout, or the identity where the rate is 0."""
+    return nn.Dropout(rate) if rate > 0 else nn.Identity()
 
 
 def stochastic_depth(rate: float) -> nn.Module:
