@@ -72,22 +72,24 @@ class PyAVReader(VideoReader):
         decoding: Iterator[av.VideoFrame] = iter(())
         reached: int | None = None
         for index in wanted:
-            key, start = self._key_before(stamps[index])
-            if reached is None or reached < key:
-                decoding = self._from(start)
-            frame = next((frame for frame in decoding if frame.pts is not None and frame.pts >= stamps[index]), None)
-            if frame is None or frame.pts != stamps[index]:
-                # A container whose seek lands behind the key frame: decode from the beginning.
-                decoding = self._from(None)
-                frame = next((frame for frame in decoding if frame.pts == stamps[index]), None)
+            stamp = stamps[index]
+            starts = self._starts(stamp)
+            frame = None
+            if reached is not None and (starts[0] is None or reached >= starts[0]):
+                frame = _frame_at(decoding, stamp)
+            while frame is None and starts:
+                decoding = self._from(starts.pop(0))
+                frame = _frame_at(decoding, stamp)
             if frame is None:
                 raise SampleError("decode", f"frame {index} of {self.num_frames} was not delivered")
-            reached = frame.pts
+            reached = stamp
             yield frame
 
-    def _key_before(self, stamp: int) -> tuple[int, int | None]:
+    def _starts(self, stamp: int) -> list[int | None]:
+        """Where to start decoding for a frame: the key frame before it, and what to try where a container's seek
+        lands behind that (some go by decoding time): its decoding time, then the beginning."""
         place = bisect.bisect_right(self._keys, stamp, key=lambda key: key[0]) - 1
-        return self._keys[place] if place >= 0 else (stamp, None)
+        return [*self._keys[place], None] if place >= 0 else [None]
 
     def _counted(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
         frames = self._from(None)
@@ -102,7 +104,7 @@ class PyAVReader(VideoReader):
                 raise SampleError("decode", f"frame {index} of {self.num_frames} was not delivered")
 
     def _from(self, start: int | None) -> Iterator[av.VideoFrame]:
-        """Frames from the key frame with decoding time stamp `start` on; None: from the beginning."""
+        """Frames from the key frame at or before time stamp `start` on; None: from the beginning."""
         first = start if start is not None else min(self._stream.start_time or 0, 0)
         self._container.seek(first, stream=self._stream, backward=True)
         return self._container.decode(self._stream)
@@ -131,6 +133,12 @@ class PyAVReader(VideoReader):
         """Close the container."""
         self._upright = None
         self._container.close()
+
+
+def _frame_at(decoding: Iterator[av.VideoFrame], stamp: int) -> av.VideoFrame | None:
+    """Decode on to the frame with a time stamp; None if decoding began behind it or the frame is missing."""
+    frame = next((frame for frame in decoding if frame.pts is not None and frame.pts >= stamp), None)
+    return frame if frame is not None and frame.pts == stamp else None
 
 
 def open_reader(data: bytes) -> VideoReader:

@@ -1,0 +1,152 @@
+"""Small real videos with their frame number in the pixels, and shards made of them."""
+
+import functools
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import av
+import fsspec
+import numpy as np
+import pytest
+import webdataset
+
+from pretrain.data.index import Members, Shard, ShardIndex, write_index, write_members
+from pretrain.models.videomae import Config as Model
+from pretrain.objectives.videomae import Config as Objective
+from pretrain.recipe.schema import Batch, Data, Recipe, Run, Source
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+BITS = 8
+
+
+def _frame(number: int, width: int, height: int, colour: int) -> np.ndarray:
+    """Upper half: the number in binary, bright = 1; lower half: a gradient, tinted."""
+    pixels = np.full((height, width, 3), 40, dtype=np.uint8)
+    for bit in range(BITS):
+        if number >> bit & 1:
+            pixels[: height // 2, bit * width // BITS : (bit + 1) * width // BITS] = 220
+    pixels[height // 2 :] = np.linspace(0, 255, width).astype(np.uint8)[None, :, None]
+    pixels[height // 2 :, :, 1] = colour % 256
+    return pixels
+
+
+@functools.lru_cache(maxsize=256)
+def _encode(
+    frames: int = 24,
+    width: int = 64,
+    height: int = 48,
+    gop: int = 8,
+    b_frames: int = 2,
+    variable: bool = False,
+    container: str = "mp4",
+    pixel_format: str = "yuv420p",
+    colour: int = 0,
+) -> bytes:
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream("libx264", rate=24, options={"crf": "18", "sc_threshold": "0", "preset": "fast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        stream.gop_size, stream.max_b_frames = gop, b_frames
+        stamp = 0
+        if variable:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(_frame(number, width, height, colour), format="rgb24")
+            frame.pts = stamp
+            if variable:
+                frame.time_base = Fraction(1, 1000)
+            stamp += (20, 40, 130)[number % 3] if variable else 1
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable[..., bytes]:
+    """Makes an h264 video whose frames carry their number."""
+    return _encode
+
+
+@pytest.fixture(scope="session")
+def frame_number() -> Callable[[np.ndarray], int]:
+    """Reads the number that a frame, uint8 [H, W, 3], carries."""
+
+    def read(frame: np.ndarray) -> int:
+        height, width = frame.shape[:2]
+        row = frame[height // 4]
+        return sum(1 << bit for bit in range(BITS) if row[int((bit + 0.5) * width / BITS)].mean() > 130)
+
+    return read
+
+
+def _write_shard(url: str, name: str, samples: list[tuple[str, bytes]]) -> Shard:
+    """One shard, written by webdataset, and its member table, read back by tarfile."""
+    buffer = io.BytesIO()
+    with webdataset.TarWriter(buffer) as writer:
+        for key, video in samples:
+            writer.write({"__key__": key, "mp4": video, "json": json.dumps({"label": 0})})
+    content = buffer.getvalue()
+    begins: dict[str, int] = {}
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        for member in tar:
+            begins.setdefault(member.name.split(".")[0], member.offset)
+        end = tar.offset
+    # TarWriter ends a tar with two zero blocks and padding; the last sample ends before them.
+    offsets = np.array(list(begins.values()))
+    sizes = np.diff([*offsets, end])
+    fsspec.filesystem(url.split("://")[0] if "://" in url else "file").makedirs(url, exist_ok=True)
+    with fsspec.open(f"{url}/{name}", "wb") as file:
+        file.write(content)
+    write_members(url, name, Members(tuple(begins), offsets, sizes))
+    return Shard(name, len(samples), len(content), f"hash of {url} {name}")
+
+
+@pytest.fixture(scope="session")
+def write_source() -> Callable[..., str]:
+    """Writes a data set: url, then the samples of each shard as (key, video) pairs; returns the url."""
+
+    def write(url: str, shards: list[list[tuple[str, bytes]]]) -> str:
+        entries = [_write_shard(url, f"{i:05d}.tar", samples) for i, samples in enumerate(shards)]
+        write_index(ShardIndex(url, tuple(entries)))
+        return url
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def two_sources(tmp_path_factory: pytest.TempPathFactory, write_source: Callable[..., str]) -> dict[str, str]:
+    """Sources a (23 samples in 5 shards) and b (13 samples in 3 shards) of 24-frame videos, on disk."""
+    root = tmp_path_factory.mktemp("sources")
+    sizes = {"a": [6, 5, 6, 5, 1], "b": [6, 5, 2]}
+    return {
+        name: write_source(
+            str(root / name),
+            [[(f"{name}{s}_{i}", _encode(colour=16 * s + i)) for i in range(size)] for s, size in enumerate(counts)],
+        )
+        for name, counts in sizes.items()
+    }
+
+
+@pytest.fixture
+def make_recipe() -> Callable[..., Recipe]:
+    """A small recipe over sources given as name -> url or Source; further arguments go to its data section."""
+
+    def make(sources: dict[str, Any], samples: int = 8, micro: int = 2, seed: int = 0, **data: Any) -> Recipe:
+        opened = {name: s if isinstance(s, Source) else Source(shards=s) for name, s in sources.items()}
+        small = {"frames": 8, "stride": 2, "height": 32, "width": 32, "lanes": 4, "shuffle_window": 4}
+        small |= {"workers": 0, "readahead": 3, "deadline_s": 5.0}
+        return Recipe(
+            model=Model(size="small", patch_size=8),
+            objective=Objective(mask_ratio=0.75),
+            data=Data(sources=opened, **{**small, **data}),
+            batch=Batch(samples=samples, micro=micro),
+            run=Run(name="test", dir="unused", seed=seed),
+        )
+
+    return make
