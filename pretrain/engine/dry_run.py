@@ -3,6 +3,7 @@
 The model is built on the meta device, so a billion parameters take seconds and no memory.
 """
 
+import json
 import os
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ import torch
 from pretrain.data.index import ShardIndex, load_index
 from pretrain.data.order import SourceShape, epoch_quotas
 from pretrain.data.randomness import generator
+from pretrain.engine.ds_config import DTYPES, builds_sharded, deepspeed_config
 from pretrain.engine.schedule import Schedule, build_schedule, every_steps
 from pretrain.errors import DataError, StorageError
 from pretrain.objectives.base import Objective
@@ -63,6 +65,7 @@ def dry_run(recipe: Recipe) -> list[Section]:
         _learning_rate_section(recipe),
         _schedule_section(recipe, plan),
         _memory_section(recipe, plan),
+        _deepspeed_section(recipe, plan),
         _checkpoint_section(recipe, plan),
     ]
 
@@ -81,7 +84,7 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
     else:
         ranks, origin = 1, "nothing launched, batch.ranks is null"
     videos = _epoch_videos(recipe, indices)
-    schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos else None
+    schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos is not None else None
     parameters = sum(parameter.numel() for parameter in objective.parameters())
     return Plan(ranks, origin, parameters, videos, schedule)
 
@@ -247,21 +250,39 @@ def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
 
 
 def _memory_section(recipe: Recipe, plan: Plan) -> Section:
-    """DeepSpeed's model states: what ZeRO shards, and over how many ranks."""
-    section = Section(f"memory of one rank (ZeRO {recipe.zero.stage}, {recipe.compute.dtype})")
-    low = 4 if recipe.compute.dtype == "fp32" else 2
-    optimizer_bytes = 8 if recipe.compute.dtype == "fp32" and recipe.zero.stage == 0 else 12
-    remark = "float32 copy and two moments" if optimizer_bytes == 12 else "two moments"
-    parts = (("weights", low, 3, ""), ("gradients", low, 2, ""), ("optimiser", optimizer_bytes, 1, remark))
-    total = 0.0
-    for name, width, stage, text in parts:
-        sharded = plan.ranks if recipe.zero.stage >= stage else 1
-        size = plan.parameters * width / sharded
-        where = ", in host memory" if name == "optimiser" and recipe.zero.offload == "cpu" else ""
-        total += 0 if where else size
-        how = f"{width} bytes a parameter" + (f", over {sharded} ranks" if sharded > 1 else ", whole on each rank")
-        section.add(name, _gigabytes(size), ", ".join(filter(None, [how, text])) + where)
-    section.add("together", _gigabytes(total), "activations and communication buckets come on top")
+    """Model states, which ZeRO shards: bytes a parameter, and the stage from which on each rank holds a part only."""
+    zero, dtype = recipe.zero, recipe.compute.dtype
+    section = Section(f"memory of one rank (ZeRO {zero.stage}, {dtype})")
+    width = DTYPES[dtype].itemsize
+    # DeepSpeed's sharded and low-precision optimisers keep a float32 copy of the weights beside the two moments.
+    moments_only = dtype == "fp32" and zero.stage == 0
+    summed = 4 if dtype == "bf16" and zero.stage > 0 else width
+    parts = (
+        ("weights", width, 3, dtype),
+        ("gradients", summed, 2, "summed in float32" if summed == 4 else dtype),
+        ("optimiser", 8 if moments_only else 12, 1, "two moments" if moments_only else "float32 weights, two moments"),
+    )
+    on_device = 0.0
+    for name, size, sharding_stage, content in parts:
+        ranks = plan.ranks if zero.stage >= sharding_stage else 1
+        offloaded = name == "optimiser" and zero.stage > 0 and zero.offload == "cpu"
+        on_device += 0 if offloaded else plan.parameters * size / ranks
+        where = f"over {ranks} ranks" if ranks > 1 else "whole on each rank"
+        remark = f"{content}: {size} bytes a parameter, {where}{', in host memory' if offloaded else ''}"
+        section.add(name, _gigabytes(plan.parameters * size / ranks), remark)
+    section.add("together", _gigabytes(on_device), "activations and communication buckets come on top")
+    return section
+
+
+def _deepspeed_section(recipe: Recipe, plan: Plan) -> Section:
+    """The configuration that DeepSpeed gets where there are accelerators."""
+    section = Section("deepspeed.initialize")
+    for key, value in deepspeed_config(recipe, plan.ranks, plan.parameters, on_cpu=False).items():
+        section.add(key, json.dumps(value))
+    sharded = builds_sharded(recipe, plan.parameters)
+    section.add(
+        "model built in", "deepspeed.zero.Init" if sharded else "each rank whole", f"zero.init={recipe.zero.init}"
+    )
     return section
 
 

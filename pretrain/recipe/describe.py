@@ -15,11 +15,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 def field_docs(cls: type) -> dict[str, str]:
     """The string literal under each field of a dataclass, in one line, by field name.
 
-    Python drops these strings at run time, so they are read from the source. Fields without one are left out.
+    Python drops these strings at run time, so they are read from the source; inherited fields keep theirs. Fields
+    without one are left out.
     """
+    docs = {
+        name: text
+        for base in cls.__bases__
+        if dataclasses.is_dataclass(base)
+        for name, text in field_docs(base).items()
+    }
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
-    docs = {}
     for statement, following in zip(node.body, node.body[1:], strict=False):
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
             continue

@@ -1,0 +1,80 @@
+"""Writes the tables of all keys into docs/recipes.md: python -m pretrain.recipe.manual
+
+The schema is the one place where a key is described; a test fails while the page says something else.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from omegaconf import MISSING
+
+from pretrain.recipe.components import component_names, load_component
+from pretrain.recipe.describe import allowed_values, field_docs, field_types
+from pretrain.recipe.files import RECIPES
+from pretrain.recipe.schema import Recipe
+
+PAGE = RECIPES.parent / "docs" / "recipes.md"
+BEGIN, END = "<!-- keys: written by python -m pretrain.recipe.manual -->", "<!-- end of keys -->"
+
+
+def key_tables() -> str:
+    """A Markdown table for every section, models and objectives included."""
+    tables = []
+    for section, schema in field_types(Recipe).items():
+        if dataclasses.is_dataclass(schema):
+            tables.append(_table(f"`{section}`", schema, f"{section}."))
+            continue
+        kind = {"model": "models", "objective": "objectives"}[section]
+        for name in component_names(kind):  # type: ignore[arg-type]
+            config = load_component(kind, name).Config  # type: ignore[arg-type]
+            tables.append(_table(f"`{section}` with `name: {name}`", config, f"{section}."))
+    return "\n\n".join(tables)
+
+
+def update(page: Path = PAGE) -> None:
+    """Replace what lies between the page's two marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n\n{key_tables()}\n\n{END}{after}", encoding="utf-8")
+
+
+def _table(title: str, schema: Any, prefix: str) -> str:
+    about = (schema.__doc__ or "").strip().partition("\n")[0]
+    return "\n".join(
+        [
+            f"### {title}",
+            "",
+            about,
+            "",
+            "| key | default | allowed | meaning |",
+            "|---|---|---|---|",
+            *_rows(schema, prefix),
+        ]
+    )
+
+
+def _rows(schema: Any, prefix: str) -> list[str]:
+    rows, docs = [], field_docs(schema)
+    for field in dataclasses.fields(schema):
+        annotation = field_types(schema)[field.name]
+        if get_origin(annotation) is dict:
+            rows += _rows(get_args(annotation)[1], f"{prefix}{field.name}.<name>.")
+            continue
+        cells = [f"`{prefix}{field.name}`", _default(field), allowed_values(annotation), docs.get(field.name, "")]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return rows
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    value = field.default
+    if value == MISSING:
+        return "must be given"
+    if isinstance(value, tuple):
+        value = list(value)
+    words = {None: "null", True: "true", False: "false", "": '""'}
+    return f"`{words[value]}`" if isinstance(value, bool | None) or value == "" else f"`{value}`"
+
+
+if __name__ == "__main__":
+    update()
