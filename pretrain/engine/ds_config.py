@@ -2,7 +2,6 @@
 
 import torch
 
-from pretrain.errors import RecipeError
 from pretrain.recipe.schema import Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -13,36 +12,19 @@ ZERO_INIT_PARAMETERS = 500_000_000
 Config = dict[str, object]
 
 
-def accumulation_steps(recipe: Recipe, world_size: int) -> int:
-    """Micro-batches that each rank adds up for one optimiser step.
-
-    Raises:
-        RecipeError: batch.samples is not a multiple of batch.micro x ranks.
-    """
-    at_once = recipe.batch.micro * world_size
-    if recipe.batch.samples % at_once:
-        fits = [m for m in range(1, recipe.batch.samples + 1) if recipe.batch.samples % (m * world_size) == 0]
-        hint = f"batch.micro can be {', '.join(map(str, fits[-8:]))}" if fits else "change the number of ranks"
-        raise RecipeError(
-            f"batch.samples: {recipe.batch.samples} is not a multiple of batch.micro x ranks = "
-            f"{recipe.batch.micro} x {world_size} = {at_once}; {hint}"
-        )
-    return recipe.batch.samples // at_once
-
-
-def deepspeed_config(recipe: Recipe, world_size: int, parameters: int, on_cpu: bool) -> Config:
+def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu: bool) -> Config:
     """The dictionary for deepspeed.initialize.
 
     Args:
         recipe: The run.
-        world_size: Number of ranks.
+        accumulation: Micro-batches that each rank adds up for one optimiser step.
         parameters: Parameters of the model; buckets larger than the model would only waste memory.
         on_cpu: No accelerator: nothing to overlap, no pinned memory.
     """
     config: Config = {
         "train_batch_size": recipe.batch.samples,
         "train_micro_batch_size_per_gpu": recipe.batch.micro,
-        "gradient_accumulation_steps": accumulation_steps(recipe, world_size),
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optim.clip_grad or 0.0,
         "zero_optimization": _zero(recipe, parameters, on_cpu),
         # AdamW is torch's own everywhere, also with offload: DeepSpeedCPUAdam would have to be compiled on the machine.

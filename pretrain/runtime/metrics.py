@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ def read_records(path: Path) -> Iterator[Record]:
                 yield json.loads(line)
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the records after `step` (key "step"), atomically: they are about to be made again."""
+def keep_records(path: Path, keep: Callable[[Record], bool]) -> None:
+    """Drop the records that `keep` refuses, atomically: after a resume they are about to be made again."""
     if not path.exists():
         return
-    kept = [record for record in read_records(path) if record["step"] <= step]
+    kept = [record for record in read_records(path) if keep(record)]
     temporary = path.with_suffix(".partial")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(_line(record) for record in kept)

@@ -1,0 +1,66 @@
+"""From a recipe to a DeepSpeed engine."""
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pretrain.engine.ds_config import Config, builds_sharded, deepspeed_config
+from pretrain.engine.optim import build_optimizer, forget_steps
+from pretrain.objectives.base import Objective
+from pretrain.recipe.components import load_component
+from pretrain.recipe.schema import Recipe
+from pretrain.runtime.process_group import Ranks
+from pretrain.runtime.seeds import seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A DeepSpeed engine, its configuration, and the number of parameters of the model."""
+
+    engine: Any
+    config: Config
+    parameters: int
+
+
+def count_parameters(recipe: Recipe) -> int:
+    """Parameters of the recipe's objective, counted on the meta device without memory."""
+    with torch.device("meta"):
+        objective: Objective = load_component("objectives", recipe.objective.name).build(recipe)
+    return sum(parameter.numel() for parameter in objective.parameters())
+
+
+def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int) -> Built:
+    """Objective, optimiser and DeepSpeed engine, with the recipe's first weights."""
+    import deepspeed
+
+    parameters = count_parameters(recipe)
+    on_cpu = ranks.device.type == "cpu"
+    config = deepspeed_config(recipe, accumulation, parameters, on_cpu)
+    torch.set_float32_matmul_precision(recipe.compute.matmul)
+    if on_cpu:
+        torch.use_deterministic_algorithms(True)
+    seed_everything(recipe.run.seed)
+    objective = _build_objective(recipe, config, parameters)
+    optimizer = build_optimizer(recipe, objective, ranks.device)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
+    forget_steps(engine.basic_optimizer)
+    if recipe.compute.compile:
+        engine.compile()
+    return Built(engine, config, parameters)
+
+
+def _build_objective(recipe: Recipe, config: Config, parameters: int) -> Objective:
+    import deepspeed
+
+    sharded = builds_sharded(recipe, parameters)
+    context = deepspeed.zero.Init(config_dict_or_path=dict(config)) if sharded else contextlib.nullcontext()
+    if sharded:
+        logger.info("building %d parameters in shards (deepspeed.zero.Init)", parameters)
+    with context:
+        objective: Objective = load_component("objectives", recipe.objective.name).build(recipe)
+    return objective

@@ -1,0 +1,172 @@
+"""One optimiser step, from top to bottom."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.data.bad_samples import BadSampleLedger
+from pretrain.engine.optim import set_lr
+from pretrain.objectives.base import Batch
+from pretrain.runtime.process_group import Ranks
+from pretrain.runtime.seeds import seed_forward
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What stays the same from step to step.
+
+    Attributes:
+        engine: DeepSpeed engine around the objective.
+        batches: Endless micro-batches of this rank.
+        accumulation: Micro-batches in a step.
+        ledger: Counts unusable samples.
+        ranks: This process among all.
+        seed: The run's seed.
+        asked_to_stop: Whether this rank was asked to stop.
+    """
+
+    engine: Any
+    batches: Iterator[Batch]
+    accumulation: int
+    ledger: BadSampleLedger
+    ranks: Ranks
+    seed: int
+    asked_to_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step as all ranks agree on it.
+
+    Attributes:
+        metrics: `loss` and the objective's own, mean over micro-batches and ranks.
+        finite_loss: Whether every rank's loss was finite.
+        applied: Whether the weights were updated.
+        grad_norm: Norm of the whole gradient before clipping; inf where it is not finite.
+        loss_scale: fp16's, after the step; None in other formats.
+        stop: Whether any rank was asked to stop.
+        bad_samples: Unusable samples so far, all ranks.
+        data_s: Seconds spent waiting for data, mean over ranks.
+        step_s: Seconds of the whole step.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    finite_loss: bool = True
+    applied: bool = True
+    grad_norm: float = 0.0
+    loss_scale: float | None = None
+    stop: bool = False
+    bad_samples: int = 0
+    data_s: float = 0.0
+    step_s: float = 0.0
+
+
+def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
+    """Fetch, forward, backward, check, clip, update.
+
+    The update is left out on all ranks where any rank's loss or the gradient is not finite. Two things make sure: a
+    loss that is not finite poisons its own gradient, and the norm of the whole gradient, which all ranks have in
+    common, is checked before the update, by DeepSpeed's optimisers, and here where there is none (float32 without
+    ZeRO).
+
+    Args:
+        inputs: The run.
+        step: Steps done before, over all epochs.
+        lr: Learning rate of this step.
+    """
+    engine, started, waited = inputs.engine, time.perf_counter(), 0.0
+    sums: dict[str, Tensor] = {}
+    for micro in range(inputs.accumulation):
+        asked = time.perf_counter()
+        batch = next(inputs.batches)
+        waited += time.perf_counter() - asked
+        inputs.ledger.record(batch)
+        seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
+        output = engine(to_device(batch, inputs.ranks.device))
+        engine.backward(poisoned(output.loss))
+        for name, value in {"loss": output.loss, **output.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double() / inputs.accumulation
+        if micro + 1 < inputs.accumulation:
+            engine.step()  # only counts the micro-batch; DeepSpeed updates at the last one
+    agreed = agree(sums, waited, inputs)
+    own_norm = _drop_nonfinite_gradients(engine)
+    set_lr(engine.optimizer, lr)
+    engine.step()
+    norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
+    finite_norm = norm < float("inf")
+    return StepResult(
+        metrics=agreed.metrics,
+        finite_loss=agreed.nonfinite == 0,
+        applied=engine.was_step_applied() and finite_norm,
+        grad_norm=norm if finite_norm else float("inf"),
+        loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
+        stop=agreed.stop > 0,
+        bad_samples=round(agreed.bad_samples),
+        data_s=agreed.data_s,
+        step_s=time.perf_counter() - started,
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch's tensors on `device`; copies overlap with work where the memory is pinned."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss itself where it is finite, else NaN with a NaN gradient.
+
+    An infinite loss can have a finite gradient (a sum that overflowed), which would go unnoticed into the update. Works
+    on the device, without waiting for it.
+    """
+    return loss * torch.where(loss.isfinite(), 1.0, float("nan"))
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    metrics: dict[str, float]
+    data_s: float
+    nonfinite: float
+    stop: float
+    bad_samples: float
+
+
+def agree(sums: dict[str, Tensor], waited: float, inputs: StepInputs) -> _Agreed:
+    """One small all-reduce: means of the metrics, and the flags, whose sum is above 0 where any rank raised one."""
+    world_size, device = inputs.ranks.world_size, inputs.ranks.device
+    names = list(sums)
+    flags = [float(inputs.asked_to_stop()), float(inputs.ledger.total), waited / world_size]
+    nonfinite = (~sums["loss"].isfinite()).double().reshape(1)
+    packed = torch.cat(
+        [
+            torch.stack([sums[name].reshape(()) for name in names]) / world_size,
+            nonfinite,
+            torch.tensor(flags, dtype=torch.float64, device=device),
+        ]
+    )
+    if world_size > 1:
+        dist.all_reduce(packed)
+    *metrics, bad_losses, stop, bad_samples, data_s = packed.tolist()
+    return _Agreed(dict(zip(names, metrics, strict=True)), data_s, bad_losses, stop, bad_samples)
+
+
+def _drop_nonfinite_gradients(engine: Any) -> float | None:
+    """In float32 without ZeRO: the norm, and no gradients at all where it is not finite; else None.
+
+    AdamW passes over parameters without gradient, so the weights and its states stay as they are.
+    """
+    if engine.zero_optimization_stage() > 0 or engine.fp16_enabled() or engine.bfloat16_enabled():
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if not norm < float("inf"):
+        for parameter in engine.module.parameters():
+            parameter.grad = None
+    return norm

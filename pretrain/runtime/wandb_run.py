@@ -1,0 +1,78 @@
+"""Weights & Biases: the run's metrics and pictures, offline where there is no key."""
+
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class WandbRun:
+    """One wandb run, continued under the same id after a resume. Disabled: every call does nothing."""
+
+    def __init__(self, run: Any | None) -> None:
+        self._run = run
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Send the numbers of one step."""
+        if self._run is not None:
+            self._run.log({key: value for key, value in record.items() if "/" in key}, step=step)
+
+    def log_pictures(self, paths: list[Path], step: int) -> None:
+        """Send picture files; GIFs move in the browser."""
+        if self._run is None:
+            return
+        import wandb
+
+        media = {path.suffix: _moving(path) if path.suffix == ".gif" else wandb.Image(str(path)) for path in paths}
+        self._run.log({f"pictures/{suffix[1:]}": medium for suffix, medium in media.items()}, step=step)
+
+    def close(self, exit_code: int) -> None:
+        """Finish the run; a stopped one (75) is marked as preempted, to be continued."""
+        if self._run is not None:
+            self._run.finish(exit_code=exit_code)
+
+
+def wandb_mode(setting: str, environ: Any = os.environ) -> str:
+    """online, offline or disabled. `auto` is online with a key in the environment or in ~/.netrc, else offline."""
+    if setting != "auto":
+        return setting
+    if "WANDB_MODE" in environ:
+        return str(environ["WANDB_MODE"])
+    if environ.get("WANDB_API_KEY"):
+        return "online"
+    netrc = Path(environ.get("NETRC", "~/.netrc")).expanduser()
+    return "online" if netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace") else "offline"
+
+
+def _moving(path: Path) -> Any:
+    import wandb
+
+    return wandb.Video(str(path), format="gif")
+
+
+def open_wandb(setting: str, project: str, name: str, run_dir: Path, config: dict[str, Any]) -> WandbRun:
+    """Start or continue the run's wandb run; its id is kept in the run folder."""
+    mode = wandb_mode(setting)
+    if mode == "disabled":
+        return WandbRun(None)
+    import wandb
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+    logger.info("wandb: %s, project %s", mode, project)
+    return WandbRun(
+        wandb.init(
+            project=project,
+            name=name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow" if mode == "online" else None,
+            dir=str(run_dir),
+            mode=mode,  # type: ignore[arg-type]
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    )
