@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s [rank {rank}] %(name)s: %(message)s"
@@ -28,8 +29,9 @@ def set_up_logging(rank: int, folder: Path | None = None) -> None:
 
 
 def _quieten_libraries() -> None:
-    """DeepSpeed logs each start with a hundred lines of its own, through a handler of its own."""
+    """DeepSpeed logs each start with a hundred lines of its own, and calls torch functions that warn at every rank."""
     library = logging.getLogger("DeepSpeed")
     library.setLevel(logging.WARNING)
     library.handlers.clear()
     library.propagate = True
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class Progress:
         self._goal = goal
         self._started = time.monotonic()
         self._hinted = False
+        self._window: deque[dict[str, Any]] = deque(maxlen=goal.every)
         self._live: Any = None
         if sys.stderr.isatty() if live is None else live:
             self._start_live()
@@ -36,6 +38,8 @@ class Progress:
     def show(self, record: dict[str, Any]) -> None:
         """Show one step's record of metrics.jsonl."""
         step = record["step"]
+        self._window.append(record)
+        record = record | self._speeds()
         line = self._line(record)
         if self._live is not None:
             self._live.update(self._task, completed=step, description=line)
@@ -54,6 +58,15 @@ class Progress:
         self._live = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), transient=False)
         self._task = self._live.add_task("starting", total=self._goal.last, completed=self._goal.first)
         self._live.start()
+
+    def _speeds(self) -> dict[str, Any]:
+        """Speeds over the steps since the last line: single steps vary too much to be read."""
+        seconds = sum(record["speed/step_s"] for record in self._window)
+
+        def mean(key: str) -> float:
+            return float(sum(record[key] * record["speed/step_s"] for record in self._window) / seconds)
+
+        return {key: mean(key) for key in self._window[-1] if key.startswith("speed/")}
 
     def _line(self, record: dict[str, Any]) -> str:
         parts = [

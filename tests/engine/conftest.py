@@ -1,0 +1,161 @@
+"""Shards of tiny real videos, a tiny recipe over them, and starting training as a user does."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SAMPLES = 40
+#: Optimiser steps of an epoch: 40 videos in 4 lanes, 8 videos a step.
+STEPS_PER_EPOCH = 5
+
+RECIPE = """\
+model: {name: videomae, size: custom, patch_size: 16, dim: 32, depth: 2, heads: 2, mlp_ratio: 2,
+        decoder_dim: 32, decoder_depth: 1, decoder_heads: 2}
+objective: {name: videomae, mask_ratio: 0.75}
+data:
+  sources: {toy: {shards: SHARDS}}
+  frames: 8
+  stride: 1
+  height: 32
+  width: 32
+  lanes: 4
+  shuffle_window: 4
+  workers: 0
+  decoder: pyav
+batch: {samples: 8, micro: 4}
+optim: {base_lr: 0.1, base_min_lr: 0.001, clip_grad: 1.0}
+schedule: {epochs: 2, warmup_epochs: 0.4}
+compute: {dtype: fp32}
+zero: {stage: 0}
+checkpoint: {every_steps: 4, keep_last: 2}
+log: {every_steps: 1, pictures_every_steps: 0, wandb: disabled, peak_tflops: 0.1}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A recipe file over toy shards, and a folder for runs."""
+
+    recipe: Path
+    folder: Path
+
+    def command(self, name: str, *overrides: str, ranks: int = 1, script: str = "launch/pretrain.py") -> list[str]:
+        """The command that trains into the run folder `name`."""
+        words = [str(ROOT / script), "--recipe", str(self.recipe), f"run.dir={self.folder / name}", *overrides]
+        if ranks == 1:
+            return [sys.executable, *words]
+        launcher = str(Path(sys.executable).parent / "deepspeed")
+        return [sys.executable, launcher, "--master_port", str(_port()), "--num_accelerators", str(ranks), *words]
+
+    def start(self, name: str, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+        """Start training; `options` as for `command`, and `env`."""
+        environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | options.pop("env", {})
+        path = str(Path(sys.executable).parent) + os.pathsep + environ["PATH"]  # ninja, for DeepSpeed's first start
+        return subprocess.Popen(
+            self.command(name, *overrides, **options),
+            env=environ | {"PATH": path},
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def train(self, name: str, *overrides: str, expect: int = 0, **options: Any) -> str:
+        """Train to the end; returns what was printed."""
+        process = self.start(name, *overrides, **options)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == expect, f"exit code {process.returncode} instead of {expect}\n{output}"
+        return output
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """metrics.jsonl of a run."""
+        path = self.folder / name / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def losses(self, name: str) -> list[float]:
+        """Loss of each step of a run."""
+        return [float(record["train/loss"]) for record in self.records(name)]
+
+    def checkpoints(self, name: str) -> list[str]:
+        """Names in a run's folder of checkpoints."""
+        return sorted(path.name for path in (self.folder / name / "checkpoints").iterdir())
+
+    def wait_for(self, name: str, step: int, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+        """Return when the run has written the record of `step`."""
+        deadline = time.monotonic() + timeout_s
+        while not any(record["step"] >= step for record in self.records(name)):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, f"step {step} not reached"
+            time.sleep(0.02)
+
+
+def kill_session(process: subprocess.Popen[str]) -> None:
+    """kill -9 of a launcher with all its ranks and workers, which share its session."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def _port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _video(seed: int) -> bytes:
+    """A bright square that moves over a coloured ground: 12 frames of 48 x 48."""
+    rng = np.random.default_rng(seed)
+    ground, colour = rng.integers(0, 255, (2, 3), dtype=np.uint8)
+    (x, y), (dx, dy) = rng.integers(0, 20, 2), rng.integers(0, 3, 2)
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width = stream.height = 48
+        stream.pix_fmt = "yuv420p"
+        for t in range(12):
+            frame = np.tile(ground, (48, 48, 1))
+            frame[y + t * dy : y + t * dy + 12, x + t * dx : x + t * dx + 12] = colour
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return target.getvalue()
+
+
+def _write_shard(path: Path, numbers: range) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in numbers:
+            facts = {"label": number % 2, "source": f"toy/{number}", "fps": 12, "frames": 12, "width": 48, "height": 48}
+            for suffix, data in (("json", json.dumps(facts).encode()), ("mp4", _video(number))):
+                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    folder = tmp_path_factory.mktemp("engine")
+    shards = folder / "shards"
+    shards.mkdir()
+    for shard in range(2):
+        _write_shard(shards / f"toy-{shard:06d}.tar", range(shard * SAMPLES // 2, (shard + 1) * SAMPLES // 2))
+    index = [sys.executable, str(ROOT / "launch" / "pack.py"), "--index-only", str(shards)]
+    subprocess.run(index, check=True, capture_output=True)
+    recipe = folder / "toy.yaml"
+    recipe.write_text(RECIPE.replace("SHARDS", str(shards)))
+    return Toy(recipe, folder)
