@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.models.cubes import Grid
 
 
 def sinusoid_table(tokens: int, dim: int) -> Tensor:
@@ -31,8 +34,13 @@ class SinCosPositions(nn.Module):
 
     def __init__(self, tokens: int, dim: int) -> None:
         super().__init__()
-        table = sinusoid_table(tokens, dim).to(torch.get_default_device())  # meta, where the model is built there
+        self.shape = (tokens, dim)
+        table = self.make_table().to(torch.get_default_device())  # meta, where the model is built there
         self.register_buffer("table", table, persistent=False)
+
+    def make_table(self) -> Tensor:
+        """The table, float32 on the CPU."""
+        return sinusoid_table(*self.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but never round: a table cast to bfloat16 would stay rounded after a cast back to float32.
@@ -40,8 +48,46 @@ class SinCosPositions(nn.Module):
         Recomputing also fills the buffer when a module built on the meta device is materialised with `to_empty`.
         """
         super()._apply(fn, recurse)
-        self.table = sinusoid_table(*self.table.shape).to(self.table.device)
+        self.table = self.make_table().to(self.table.device)
         return self
 
     def forward(self, index: Tensor) -> Tensor:
         return self.table[index]
+
+
+class InterpolatedPositions(SinCosPositions):
+    """The table of the pre-training grid, stretched to another grid.
+
+    A table rebuilt for the new grid numbers its tokens anew, so that a token's code says another place than the weights
+    have learned. Stretching keeps the place: bicubic over rows and columns, linear over time.
+
+    Args:
+        grid: of the clips to come.
+        source: of pre-training.
+        dim: channels.
+    """
+
+    def __init__(self, grid: Grid, source: Grid, dim: int) -> None:
+        self.grid, self.source = grid, source  # before the base class, whose constructor calls make_table
+        super().__init__(grid.tokens, dim)
+
+    def make_table(self) -> Tensor:
+        """The stretched table, float32 on the CPU."""
+        table = sinusoid_table(self.source.tokens, self.shape[1])
+        return stretch_table(table, self.source, self.grid)
+
+
+def stretch_table(table: Tensor, source: Grid, grid: Grid) -> Tensor:
+    """A position table [tokens of `source`, C] stretched to `grid`, [tokens of `grid`, C].
+
+    Bicubic in space and linear in time, cell centres aligned (align_corners false), as the official code stretches
+    where it works (VideoMAEv2, run_class_finetuning.py); here for any two grids.
+    """
+    planes = table.unflatten(0, (source.time, source.height, source.width)).permute(0, 3, 1, 2)
+    if (source.height, source.width) != (grid.height, grid.width):
+        planes = F.interpolate(planes, size=(grid.height, grid.width), mode="bicubic", align_corners=False)
+    if source.time != grid.time:
+        lines = planes.flatten(1).t()[None]
+        lines = F.interpolate(lines, size=grid.time, mode="linear", align_corners=False)
+        planes = lines[0].t().unflatten(1, planes.shape[1:])
+    return planes.permute(0, 2, 3, 1).flatten(0, 2)

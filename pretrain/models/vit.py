@@ -9,7 +9,7 @@ Fine-tuning attaches to a block through slots that hold nothing in pre-training:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -251,7 +251,7 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     return [rate * index / max(depth - 1, 1) for index in range(depth)]
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool) -> Tensor:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
     """Apply blocks in order; with `recompute`, keep only each block's input for the backward pass."""
     for block in blocks:
         if recompute and torch.is_grad_enabled():

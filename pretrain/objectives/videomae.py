@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.masks import MaskPlan, draw
-from pretrain.models.cubes import cut_cubes, grid_of, join_cubes, take_tokens
+from pretrain.models.cubes import complement, cut_cubes, grid_of, join_cubes, take_tokens
 from pretrain.objectives.base import Batch, Objective, Output, ViewTensors
 
 #: ImageNet statistics of pixels in [0, 1], RGB.
@@ -260,9 +260,3 @@ def mean_color_error(target: Tensor) -> Tensor:
 def weighted_mean(errors: Tensor, weight: Tensor) -> Tensor:
     """sum(errors * weight) / sum(weight) over a micro-batch, both [B, M]."""
     return (errors * weight).sum() / weight.sum()
-
-
-def complement(index: Tensor, tokens: int) -> Tensor:
-    """Ascending tokens [B, N-n] that `index` [B, n] does not hold; n must be the number of distinct ones."""
-    taken = torch.zeros(len(index), tokens, dtype=torch.int8, device=index.device).scatter(1, index, 1)
-    return taken.argsort(dim=1, stable=True)[:, : tokens - index.shape[1]]

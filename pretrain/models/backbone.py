@@ -1,0 +1,128 @@
+"""What every ViT here has in common: a stack of blocks, prompts for it, and fewer tokens on the way.
+
+Adapters and token reorganisation work on this class, so they fit every model that inherits from it.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.errors import RecipeError
+from pretrain.models.token_reorganisation import (
+    Reorganisation,
+    TokenReorganisation,
+    Tokens,
+    keep_rates,
+)
+from pretrain.models.vit import Linear, run_blocks, truncated_normal
+
+
+class Backbone(nn.Module):
+    """A ViT: `blocks` between an embedding and a head.
+
+    Attributes:
+        blocks: the transformer blocks.
+        head: the classifier, see `build_head`.
+        embeddings: slot for prompts [1, n, C]: one for each block, cut off behind it ("deep"), or a single one in front
+            of the first block that stays until the last ("shallow").
+        reorganisation: slot for token reorganisation.
+        class_tokens: tokens in front of those of the input: 1 with a class token, else 0.
+        dim: channels.
+        activation_checkpointing: recompute each block in the backward pass.
+    """
+
+    blocks: nn.ModuleList
+    head: nn.Module
+    embeddings: nn.ParameterList | None
+    reorganisation: TokenReorganisation | None
+
+    def __init__(self, dim: int, class_tokens: int, activation_checkpointing: bool) -> None:
+        super().__init__()
+        self.dim = dim
+        self.class_tokens = class_tokens
+        self.activation_checkpointing = activation_checkpointing
+        self.register_module("embeddings", None)
+        self.register_module("reorganisation", None)
+
+    def reorganise(self, config: Reorganisation, rates: Sequence[float] | None = None) -> None:
+        """Drop tokens from now on; at a keep rate of 1 the model is the plain one again.
+
+        Args:
+            config: rates, blocks and fusing.
+            rates: keep rate of every block, in place of the configuration's rate and blocks.
+        """
+        rates = keep_rates(config, len(self.blocks)) if rates is None else rates
+        if all(rate == 1 for rate in rates):
+            self.reorganisation = None
+            return
+        self.reorganisation = TokenReorganisation(rates, "class" if self.class_tokens else "received", config)
+
+    def run(
+        self,
+        x: Tensor,
+        slices: int = 1,
+        keep_rate: float | Sequence[float] | None = None,
+        counts: int | Sequence[int | None] | None = None,
+    ) -> Tokens:
+        """Tokens [B, c+N, C] through all blocks; see `TokenReorganisation` for the other arguments."""
+        if self.reorganisation is None:
+            if keep_rate is not None or counts is not None:
+                raise RecipeError("a keep rate was given, but this model drops no tokens; call `reorganise` first")
+            return Tokens(self._prompted(x))
+        if self.embeddings is not None:
+            raise RecipeError("prompts and token reorganisation exclude each other: a prompt has no score")
+        return self.reorganisation(
+            self.blocks, x, self.class_tokens, slices, keep_rate, counts, self.activation_checkpointing
+        )
+
+    def _prompted(self, x: Tensor) -> Tensor:
+        if self.embeddings is None:
+            return run_blocks(self.blocks, x, self.activation_checkpointing)
+        if len(self.embeddings) == 1:
+            x, cut = _prepend(self.embeddings[0], x), self.embeddings[0].shape[1]
+            return run_blocks(self.blocks, x, self.activation_checkpointing)[:, cut:]
+        for index, block in enumerate(self.blocks):
+            prompt = self.embeddings[index]
+            x = run_blocks([block], _prepend(prompt, x), self.activation_checkpointing)[:, prompt.shape[1] :]
+        return x
+
+    def mean_tokens(self, tokens: Tokens) -> Tensor:
+        """Mean [B, C] over all tokens but the class token."""
+        x = tokens.x[:, self.class_tokens :]
+        if self.reorganisation is None or not self.reorganisation.config.size_weighted or tokens.sizes is None:
+            return x.mean(1)
+        weight = tokens.sizes / tokens.sizes.sum(1, keepdim=True)
+        return (x * weight[:, :, None].to(x.dtype)).sum(1)
+
+
+def _prepend(prompt: Tensor, x: Tensor) -> Tensor:
+    return torch.cat((prompt.expand(len(x), -1, -1).to(x.dtype), x), dim=1)
+
+
+def build_head(kind: str, dim: int, classes: int, scale: float) -> nn.Module:
+    """A classifier head.
+
+    Args:
+        kind: `linear`: truncated normal of deviation 0.02 times `scale` (VideoMAE); `batch_norm`: batch norm without
+            parameters, then a linear layer of deviation 0.01 (AdaptFormer). The latter's running statistics are
+            buffers and belong to a task's weights.
+        dim: channels of the features.
+        classes: outputs; 0: the features themselves.
+        scale: factor on the initial weight; small, so that training starts from even probabilities.
+    """
+    if classes == 0:
+        return nn.Identity()
+    if kind == "batch_norm":
+        norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False)
+        return nn.Sequential(norm, Linear(dim, classes, init=_probe_weight))
+    return Linear(dim, classes, init=partial(_scaled_weight, scale=scale))
+
+
+def _scaled_weight(weight: Tensor, scale: float) -> Tensor:
+    return truncated_normal(weight).detach().mul_(scale)
+
+
+def _probe_weight(weight: Tensor) -> Tensor:
+    return nn.init.trunc_normal_(weight, std=0.01)

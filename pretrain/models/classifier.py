@@ -1,0 +1,288 @@
+"""The space-time ViT with a classifier: what pre-trained VideoMAE encoders are fine-tuned as, official parameter names.
+
+There is no class token: features are the mean over all tokens behind `fc_norm`, or as an option token 0 behind `norm`.
+Sizes and details: systems/videomae.md sections 2, 3 and 8, from OpenGVLab/VideoMAEv2 (`modeling_finetune.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from pretrain.errors import RecipeError
+from pretrain.models.backbone import Backbone, build_head
+from pretrain.models.cubes import Grid, cut_cubes, grid_of, grid_problems
+from pretrain.models.positions import InterpolatedPositions, SinCosPositions
+from pretrain.models.token_reorganisation import Tokens
+from pretrain.models.videomae import PRESET_FIELDS, PRESETS
+from pretrain.models.vit import Block, CubeEmbedding, drop_path_rates, dropout_layer, truncated_normal
+
+#: What a size fixes here: PRESETS without the decoder.
+FIELDS = PRESET_FIELDS[:5]
+
+
+@dataclass
+class Config:
+    """A size, the classifier, regularisation; null means: as the size has it."""
+
+    name: str = "classifier"
+    """architecture: pretrain/models/<name>.py"""
+    size: Literal["small", "base", "large", "huge", "giant", "custom"] = "base"
+    """published size; custom: every field below that is null must be given"""
+    patch_size: int | None = None
+    """side of a cube, pixels"""
+    tubelet: int = 2
+    """frames of a cube"""
+    dim: int | None = None
+    """channels"""
+    depth: int | None = None
+    """blocks"""
+    heads: int | None = None
+    """attention heads"""
+    mlp_ratio: float | None = None
+    """hidden channels of an MLP = int(channels x mlp_ratio)"""
+    classes: int = 400
+    """outputs of the head; 0: no head, the model gives features"""
+    pooling: Literal["mean", "token0"] = "mean"
+    """mean: over all tokens, then fc_norm; token0: the first token behind norm (no class token exists)"""
+    head: Literal["linear", "batch_norm"] = "linear"
+    """linear layer, or a parameter-free batch norm in front of it (AdaptFormer, linear probes)"""
+    head_init_scale: float = 0.001
+    """factor on the head's initial weight and bias; linear head only"""
+    head_dropout: float = 0.0
+    """dropout rate in front of the head"""
+    dropout: float = 0.0
+    """dropout rate behind positions, attention and MLP"""
+    attention_dropout: float = 0.0
+    """dropout rate on attention weights"""
+    drop_path: float = 0.1
+    """stochastic depth rate of the last block, rising linearly from 0"""
+    cosine_attention: bool = False
+    """L2-normalised queries and keys with a learned scale"""
+    layer_scale: float = 0.0
+    """initial value of the residual branches' learned scale; 0: no such parameters"""
+    norm_eps: float = 1e-6
+    """epsilon of every layer norm (Hugging Face models: 1e-12)"""
+    fc_norm_eps: float | None = None
+    """epsilon of fc_norm; null: norm_eps (Hugging Face models: 1e-5)"""
+    positions: Literal["rebuild", "interpolate"] = "interpolate"
+    """table for another grid than that of pre-training: computed anew (official), or stretched"""
+    pretrain_frames: int = 16
+    """frames of the clips that the encoder was pre-trained on; used by interpolate"""
+    pretrain_height: int = 224
+    """height of the clips that the encoder was pre-trained on, pixels; used by interpolate"""
+    pretrain_width: int = 224
+    """width of the clips that the encoder was pre-trained on, pixels; used by interpolate"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a resolved configuration."""
+
+    patch_size: int
+    dim: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    tubelet: int
+
+    @property
+    def hidden(self) -> int:
+        """Channels inside an MLP."""
+        return int(self.dim * self.mlp_ratio)
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with every null filled in from its size."""
+    defaults = dict(zip(FIELDS, PRESETS.get(config.size, ()), strict=False))
+    filled: dict[str, Any] = {key: value for key, value in defaults.items() if getattr(config, key) is None}
+    eps = config.norm_eps if config.fc_norm_eps is None else config.fc_norm_eps
+    return replace(config, fc_norm_eps=eps, **filled)
+
+
+def shape_of(config: Config) -> Shape:
+    """Sizes of a configuration."""
+    full = resolve(config)
+    return Shape(tubelet=full.tubelet, **{key: getattr(full, key) for key in FIELDS})
+
+
+def check(config: Config, frames: int, height: int, width: int) -> list[str]:
+    """What keeps this model from being built for clips of frames x height x width."""
+    full = resolve(config)
+    missing = [f"model.{key}: null, but model.size=custom has no default for it" for key in FIELDS
+               if getattr(full, key) is None]  # fmt: skip
+    if missing:
+        return missing
+    shape = shape_of(full)
+    problems = [
+        f"model.{key}={getattr(config, key)}: a probability from 0 to below 1 is needed"
+        for key in ("head_dropout", "dropout", "attention_dropout", "drop_path")
+        if not 0 <= getattr(config, key) < 1
+    ]
+    if shape.heads < 1 or shape.dim % shape.heads:
+        problems.append(f"model.heads={shape.heads}: does not divide model.dim={shape.dim}")
+    if config.classes < 0:
+        problems.append(f"model.classes={config.classes}: 0 (no head) or more is needed")
+    problems += grid_problems(frames, height, width, shape.tubelet, shape.patch_size)
+    if config.positions == "interpolate":
+        pretrain = (config.pretrain_frames, config.pretrain_height, config.pretrain_width)
+        problems += [
+            f"{problem} (model.pretrain_*)" for problem in grid_problems(*pretrain, shape.tubelet, shape.patch_size)
+        ]
+    return problems
+
+
+class VideoClassifier(Backbone):
+    """Space-time ViT with a head.
+
+    Args:
+        config: model section of the recipe.
+        frames, height, width: size of a clip, pixels.
+        activation_checkpointing: recompute each block in the backward pass.
+
+    Raises:
+        RecipeError: the configuration can't be built for this clip size.
+    """
+
+    norm: nn.LayerNorm | None
+    fc_norm: nn.LayerNorm | None
+
+    def __init__(
+        self, config: Config, frames: int, height: int, width: int, activation_checkpointing: bool = False
+    ) -> None:
+        problems = check(config, frames, height, width)
+        if problems:
+            raise RecipeError(problems)
+        full, shape = resolve(config), shape_of(config)
+        super().__init__(shape.dim, 0, activation_checkpointing)
+        self.config, self.shape = full, shape
+        self.grid = grid_of(frames, height, width, shape.tubelet, shape.patch_size)
+        self.patch_embed = CubeEmbedding(shape.dim, shape.tubelet, shape.patch_size)
+        self.positions = _positions(full, shape, self.grid)
+        self.dropout = dropout_layer(full.dropout)
+        self.blocks = nn.ModuleList(_block(full, shape, rate) for rate in drop_path_rates(full.drop_path, shape.depth))
+        mean = full.pooling == "mean"
+        self.norm = None if mean else nn.LayerNorm(shape.dim, eps=full.norm_eps)
+        self.fc_norm = nn.LayerNorm(shape.dim, eps=full.fc_norm_eps or full.norm_eps) if mean else None
+        self.head_dropout = dropout_layer(full.head_dropout)
+        self.head = build_head(full.head, shape.dim, full.classes, full.head_init_scale)
+
+    def forward(self, video: Tensor, keep_rate: float | Sequence[float] | None = None) -> Tensor:
+        """Logits [B, classes] of clips; see `forward_features`."""
+        return self.forward_head(self.forward_features(video, keep_rate=keep_rate))
+
+    def forward_features(
+        self, video: Tensor, pooled: bool = True, keep_rate: float | Sequence[float] | None = None
+    ) -> Tensor:
+        """Features of clips.
+
+        Args:
+            video: ImageNet-normalised pixels [B, T, H, W, 3] of the size that the model was built for; cast to the
+                weights' type here.
+            pooled: one vector a clip, [B, C]; else those of all tokens, [B, N, C] in the order (t, y, x), behind
+                the last block (and `norm`, where the model has it). Where tokens are dropped, `encode` tells which.
+            keep_rate: run-time keep rate, where the model drops tokens.
+        """
+        tokens = self.encode(video, keep_rate)
+        return self.pool(tokens) if pooled else self._normed(tokens.x)
+
+    def encode(
+        self,
+        video: Tensor,
+        keep_rate: float | Sequence[float] | None = None,
+        counts: int | Sequence[int | None] | None = None,
+    ) -> Tokens:
+        """Tokens behind the last block, with their origins where some were dropped."""
+        return self.run(self.embed(video), self.grid.time, keep_rate, counts)
+
+    def embed(self, video: Tensor) -> Tensor:
+        """Tokens [B, N, C] with positions, as they enter the first block."""
+        found, expected = tuple(video.shape[1:4]), self._size()
+        if found != expected:
+            raise RecipeError(f"clips of {found} (frames, height, width) for a model built for {expected}")
+        cubes = cut_cubes(video, self.shape.tubelet, self.shape.patch_size)
+        tokens = self.patch_embed(cubes.to(self.patch_embed.proj.weight.dtype))
+        return self.dropout(tokens + self.positions.table.to(tokens.dtype))
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """Features [B, C]: `fc_norm` of the mean, or token 0 behind `norm`."""
+        if self.fc_norm is None:
+            return self._normed(tokens.x)[:, 0]
+        return self.fc_norm(self.mean_tokens(tokens))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Logits [B, classes] of features [B, C]."""
+        return self.head(self.head_dropout(features))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else self.norm(x)
+
+    def _size(self) -> tuple[int, int, int]:
+        grid, patch = self.grid, self.shape.patch_size
+        return grid.time * self.shape.tubelet, grid.height * patch, grid.width * patch
+
+
+def _positions(config: Config, shape: Shape, grid: Grid) -> SinCosPositions:
+    if config.positions == "rebuild":
+        return SinCosPositions(grid.tokens, shape.dim)
+    pretrain = (config.pretrain_frames, config.pretrain_height, config.pretrain_width)
+    return InterpolatedPositions(grid, grid_of(*pretrain, shape.tubelet, shape.patch_size), shape.dim)
+
+
+def _block(config: Config, shape: Shape, drop_path: float) -> Block:
+    return Block(
+        shape.dim,
+        shape.heads,
+        shape.hidden,
+        config.norm_eps,
+        config.cosine_attention,
+        config.layer_scale,
+        drop_path,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        init=truncated_normal,
+    )
+
+
+def build(config: Any, frames: int, height: int, width: int, activation_checkpointing: bool = False) -> VideoClassifier:
+    """The module; see `VideoClassifier`."""
+    return VideoClassifier(config, frames, height, width, activation_checkpointing)
+
+
+def layer_id(name: str, depth: int) -> int:
+    """Which layer a parameter belongs to, for layer-wise learning rates; lr scale = decay^(depth + 1 - id).
+
+    0 for the embedding and whatever stands before the blocks, 1 to `depth` for blocks, `depth + 1` for norms and head
+    (VideoMAEv2, optim_factory.get_num_layer_for_vit).
+    """
+    if name.startswith(("patch_embed.", "embeddings.")) or name in ("pos_embed", "cls_token", "mask_token"):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def cost(config: Config, grid: Grid, rates: Sequence[float] | None = None, fuse: bool = True) -> dict[str, float]:
+    """Multiply-accumulates of one clip's forward pass, by part.
+
+    Args:
+        config: of the model.
+        grid: of the clip.
+        rates: keep rate of each block where tokens are dropped.
+        fuse: whether dropped tokens are fused into one.
+    """
+    from pretrain.models.token_reorganisation import token_counts
+
+    shape = shape_of(config)
+    counts = token_counts(grid.tokens, rates or [1.0] * shape.depth, fuse)
+    entering = [grid.tokens, *counts[:-1]]
+    dim = shape.dim
+    attention = sum(4 * n * dim * dim + 2 * n * n * dim for n in entering)
+    mlp = sum(2 * n * dim * shape.hidden for n in counts)
+    return {
+        "cube embedding": float(grid.tokens * 3 * shape.tubelet * shape.patch_size**2 * dim),
+        "attention": float(attention),
+        "MLP": float(mlp),
+        "head": float(dim * config.classes),
+    }

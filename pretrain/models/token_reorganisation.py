@@ -1,0 +1,283 @@
+"""Fewer tokens on the way through a ViT (EViT, Liang et al. 2022; systems/evit.md).
+
+In chosen blocks, between attention and MLP, the tokens that get the least attention are dropped, or fused into one.
+There are no new parameters: a checkpoint trained without it runs at any keep rate. The score of a token is the class
+token's attention to it (`class`, exact EViT), or for models without a class token the attention that it receives from
+all tokens (`received`). Shapes: B samples, n tokens, c of them class tokens in front, h heads, d channels of a head.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.errors import RecipeError
+from pretrain.models.cubes import complement, take_tokens
+from pretrain.models.vit import Attention, Block
+
+#: Queries whose attention weights exist at the same time while received attention is summed up.
+QUERY_CHUNK = 256
+
+
+@dataclass
+class Reorganisation:
+    """Which tokens go, and where."""
+
+    keep_rate: float = 1.0
+    """share of tokens that each dropping block keeps; 1: token reorganisation is off"""
+    blocks: list[int] | None = None
+    """dropping blocks, counted from 0; null: a quarter, a half and three quarters of the depth"""
+    fuse: bool = True
+    """replace the dropped tokens of a block by their sum, weighted with their scores; false: drop them"""
+    fuse_norm: bool = False
+    """divide the fused token by the sum of its weights (not EViT)"""
+    per_frame: bool = False
+    """keep the same number of tokens of every time slice, so that no moment disappears"""
+    size_weighted: bool = False
+    """mean pooling counts a fused token as often as it stands for original ones"""
+
+
+@dataclass
+class Step:
+    """What one block did: indices count the tokens that came into it, without class tokens."""
+
+    block: int
+    score: Tensor
+    """[B, n]"""
+    kept: Tensor
+    """[B, k], highest score first (with `per_frame`: slice by slice)"""
+    dropped: Tensor
+    """[B, n-k], ascending"""
+
+
+@dataclass
+class Tokens:
+    """Tokens behind the last block."""
+
+    x: Tensor
+    """[B, c+n, C]"""
+    sizes: Tensor | None = None
+    """[B, n] original tokens that each one stands for; None: one each"""
+    origin: Tensor | None = None
+    """[B, n] index of the original token, -1 for a fused one; None: all are there, in order"""
+    steps: list[Step] = field(default_factory=list)
+
+
+def default_blocks(depth: int) -> list[int]:
+    """A quarter, a half and three quarters of the depth: (3, 6, 9) of 12 as published."""
+    return sorted({depth // 4, depth // 2, 3 * depth // 4})
+
+
+def keep_rates(config: Reorganisation, depth: int) -> list[float]:
+    """The rate of every block, 1 where nothing is dropped.
+
+    Raises:
+        RecipeError: a rate outside (0, 1] or a block that the model lacks.
+    """
+    chosen = default_blocks(depth) if config.blocks is None else config.blocks
+    problems = [f"token reorganisation in block {b}: this model has blocks 0 to {depth - 1}" for b in chosen
+                if not 0 <= b < depth]  # fmt: skip
+    if not 0 < config.keep_rate <= 1:
+        problems.append(f"keep_rate={config.keep_rate}: above 0 and at most 1 is needed")
+    if problems:
+        raise RecipeError(problems)
+    return [config.keep_rate if index in chosen else 1.0 for index in range(depth)]
+
+
+def tokens_kept(tokens: int, rate: float) -> int:
+    """ceil(rate * tokens) in double precision, as officially: 0.55 of 100 are 56."""
+    return math.ceil(rate * tokens)
+
+
+def token_counts(tokens: int, rates: Sequence[float], fuse: bool) -> list[int]:
+    """Tokens behind each block, fused ones counted, class tokens not."""
+    counts = []
+    for rate in rates:
+        kept = tokens_kept(tokens, rate) if rate < 1 else tokens
+        tokens = kept + (fuse and kept < tokens)
+        counts.append(tokens)
+    return counts
+
+
+def scheduled_rate(base: float, step: int, steps_per_epoch: int, start_epoch: float, shrink_epochs: float) -> float:
+    """The keep rate of optimiser step `step` when training from scratch: 1, then a cosine down to `base`.
+
+    Source: official `adjust_keep_rate`; shrinking lasts from `start_epoch` for `shrink_epochs`, 0 being a jump.
+    """
+    start, length = start_epoch * steps_per_epoch, shrink_epochs * steps_per_epoch
+    epoch = step // steps_per_epoch
+    if epoch < start_epoch:
+        return 1.0
+    if epoch >= start_epoch + shrink_epochs:
+        return base
+    return base + (1 - base) * 0.5 * (1 + math.cos(math.pi * (step - start) / length))
+
+
+class TokenReorganisation(nn.Module):
+    """Runs blocks and drops tokens between attention and MLP of some; holds no parameters.
+
+    Args:
+        rates: keep rate of each block, 1 where nothing is dropped.
+        score: `class` needs exactly one class token in front; `received` takes any model.
+        config: fusing and stratification; its rate and blocks are not read, `rates` says them.
+
+    Attributes:
+        rate: keep rate of the dropping blocks from now on; None: as constructed. Set by a schedule while training.
+    """
+
+    def __init__(self, rates: Sequence[float], score: Literal["class", "received"], config: Reorganisation) -> None:
+        super().__init__()
+        self.rates = tuple(float(rate) for rate in rates)
+        self.score = score
+        self.config = config
+        self.rate: float | None = None
+
+    def forward(
+        self,
+        blocks: nn.ModuleList,
+        x: Tensor,
+        class_tokens: int = 0,
+        slices: int = 1,
+        keep_rate: float | Sequence[float] | None = None,
+        counts: int | Sequence[int | None] | None = None,
+        recompute: bool = False,
+    ) -> Tokens:
+        """Tokens [B, c+n, C] through all blocks.
+
+        Args:
+            blocks: the model's blocks.
+            x: tokens, the class tokens in front.
+            class_tokens: c.
+            slices: time slices that the other tokens are ordered by, T'; used with `per_frame`.
+            keep_rate: of this call, one number or one a block; acts only in dropping blocks and only below 1.
+            counts: tokens to keep, one number or one a block (None: by rate); acts in any block.
+            recompute: activation checkpointing.
+        """
+        if self.score == "class" and class_tokens != 1:
+            raise RecipeError("token reorganisation by class attention needs a class token; use score `received`")
+        state = self._start(x, class_tokens)
+        fused = 0
+        for index, block in enumerate(blocks):
+            tokens = state.x.shape[1] - class_tokens
+            kept = self._kept(index, tokens - (fused if self.config.per_frame else 0), slices, keep_rate, counts)
+            if kept is None:
+                state.x = _maybe_recompute(recompute, block, state.x)
+                continue
+            layout = _Layout(class_tokens, slices if self.config.per_frame else 1, fused, kept)
+            state.x, step = _maybe_recompute(recompute, self._reduce, block, state.x, layout, index)
+            self._account(state, step)
+            fused = int(self.config.fuse)
+        return state
+
+    def _start(self, x: Tensor, class_tokens: int) -> Tokens:
+        tokens = x.shape[1] - class_tokens
+        origin = torch.arange(tokens, device=x.device).expand(len(x), -1)
+        return Tokens(x, torch.ones(origin.shape, device=x.device), origin)
+
+    def _kept(
+        self,
+        index: int,
+        tokens: int,
+        slices: int,
+        keep_rate: float | Sequence[float] | None,
+        counts: int | Sequence[int | None] | None,
+    ) -> int | None:
+        """Tokens to keep in block `index`, a multiple of the slices where stratified; None: all."""
+        count = counts[index] if isinstance(counts, Sequence) else counts
+        rate = keep_rate[index] if isinstance(keep_rate, Sequence) else keep_rate
+        rate = self.rate if rate is None else rate
+        rate = self.rates[index] if rate is None else rate
+        if count is None and not (self.rates[index] < 1 and rate < 1):
+            return None
+        slices = slices if self.config.per_frame else 1
+        if count is not None:
+            if not 1 <= count <= tokens or count % slices:
+                raise RecipeError(f"block {index}: can't keep {count} of {tokens} tokens in {slices} slices")
+            kept = count
+        else:
+            kept = tokens_kept(tokens // slices, rate) * slices
+        return None if kept == tokens else kept
+
+    def _reduce(self, block: Block, x: Tensor, layout: "_Layout", index: int) -> tuple[Tensor, Step]:
+        query, key, value = block.attn.project(block.norm1(x))
+        score = self._scores(block.attn, query, key)[:, layout.class_tokens :]
+        y = block.attend(x, block.attn.mix(query, key, value))
+        head, rest = y[:, : layout.class_tokens], y[:, layout.class_tokens :]
+        kept = layout.choose(score.detach())
+        dropped = complement(kept, rest.shape[1])
+        parts = [head, take_tokens(rest, kept)]
+        if self.config.fuse:
+            weights = score.gather(1, dropped)
+            total = weights.sum(1, keepdim=True) if self.config.fuse_norm else torch.ones_like(weights[:, :1])
+            fused = torch.einsum("bn,bnc->bc", weights / total, take_tokens(rest, dropped).float())
+            parts.append(fused[:, None].to(y.dtype))
+        return block.transform(torch.cat(parts, dim=1)), Step(index, score.detach(), kept, dropped)
+
+    def _scores(self, attention: Attention, query: Tensor, key: Tensor) -> Tensor:
+        """Scores [B, c+n], float32: in half precision ties are common, and their order depends on the device."""
+        scale = attention.score_scale or query.shape[-1] ** -0.5
+        with torch.autocast(query.device.type, enabled=False):
+            if self.score == "class":
+                return class_attention(query.float(), key.float(), scale)
+            return received_attention(query.float(), key.float(), scale)
+
+    def _account(self, state: Tokens, step: Step) -> None:
+        state.steps.append(step)
+        assert state.sizes is not None and state.origin is not None
+        sizes, origin = state.sizes.gather(1, step.kept), state.origin.gather(1, step.kept)
+        if self.config.fuse:
+            merged = state.sizes.gather(1, step.dropped).sum(1, keepdim=True)
+            sizes = torch.cat((sizes, merged), dim=1)
+            origin = torch.cat((origin, torch.full_like(origin[:, :1], -1)), dim=1)
+        state.sizes, state.origin = sizes, origin
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a dropping block's tokens are ordered: class tokens, slices one after another, at most one fused token."""
+
+    class_tokens: int
+    slices: int
+    fused: int
+    kept: int
+
+    def choose(self, score: Tensor) -> Tensor:
+        """Kept tokens [B, k]. In slices, a fused token from before is always fused again: it belongs to no slice."""
+        if self.slices == 1:
+            return score.topk(self.kept, dim=1, sorted=True).indices
+        sliced = score[:, : score.shape[1] - self.fused].unflatten(1, (self.slices, -1))
+        best = sliced.topk(self.kept // self.slices, dim=2, sorted=True).indices
+        first = torch.arange(self.slices, device=score.device)[:, None] * sliced.shape[2]
+        return (best + first).flatten(1)
+
+
+def class_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention [B, N] of the first token to every token, mean over heads; only that row is computed."""
+    row = (query[:, :, :1] @ key.transpose(-2, -1)) * scale
+    return row.softmax(-1).mean(1)[:, 0]
+
+
+def received_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention [B, N] that every token receives, mean over heads and queries; sums to 1.
+
+    Weights of `QUERY_CHUNK` queries exist at a time, in the backward pass too, where they are computed again.
+    """
+    total = torch.zeros(query.shape[0], key.shape[2], device=query.device)
+    for chunk in query.split(QUERY_CHUNK, dim=2):
+        total = total + _maybe_recompute(query.requires_grad, _column_sums, chunk, key, scale)
+    return total / (query.shape[1] * query.shape[2])
+
+
+def _column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    return ((query @ key.transpose(-2, -1)) * scale).softmax(-1).sum((1, 2))
+
+
+def _maybe_recompute(recompute: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call, keeping only the inputs for the backward pass where asked."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return function(*arguments)
