@@ -243,7 +243,7 @@ def _retried(call: Callable[[], T], url: str, what: str, deadline_s: float, atte
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(deadline_s) | tenacity.stop_before_delay(deadline_s),
-        wait=tenacity.wait_exponential_jitter(initial=0.2, max=20),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=20),
         retry=tenacity.retry_if_exception(transient),
         before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
         reraise=True,
