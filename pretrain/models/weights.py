@@ -162,8 +162,9 @@ def _unpickle_tensors(url: str) -> Any:
         with fsspec.open(url, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"{url}: can't be read as plain tensors ({str(error).splitlines()[0]}). If it holds other objects, load it "
+            f"{url}: can't be read as plain tensors ({reason}). If it holds other objects, load it "
             "where you trust it and save its state dict as safetensors; code from files is never run here."
         ) from error
 

@@ -1,0 +1,94 @@
+"""The model built under `deepspeed.zero.Init` (ZeRO stage 3): initialised, exact positions, trainable, loadable."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pretrain.models.export import export_official
+from pretrain.models.videomae import Config, VideoMAE
+
+SIZES = {
+    "size": "custom",
+    "patch_size": 4,
+    "dim": 32,
+    "depth": 2,
+    "heads": 2,
+    "mlp_ratio": 2.0,
+    "decoder_dim": 16,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+}
+
+PROGRAM = """
+import sys
+import deepspeed
+import torch
+from pretrain.models.positions import sinusoid_table
+from pretrain.models.videomae import Config, VideoMAE
+from pretrain.models.weights import load_weights
+from pretrain.objectives.videomae import VideoMAEObjective
+from pretrain.errors import WeightsError
+from pretrain.models.export import plain_state
+from tests_sizes import SIZES
+
+deepspeed.init_distributed("gloo")
+settings = {
+    "train_micro_batch_size_per_gpu": 1,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_force_ds_cpu_optimizer": False,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+}
+with deepspeed.zero.Init(config_dict_or_path=settings):
+    objective = VideoMAEObjective(VideoMAE(Config(**SIZES), 4, 16, 16))
+model = objective.model
+assert all(value.numel() == 0 for value in model.parameters()), "not partitioned"
+for value in (model.encoder.blocks[0].attn.qkv.weight, model.decoder.head.weight, model.mask_token):
+    with deepspeed.zero.GatheredParameters([value]):
+        assert value.float().std() > 0.005, "not initialised"
+assert torch.equal(model.encoder.positions.table, sinusoid_table(32, 32)), "positions were rounded"
+assert torch.equal(objective.normalization.mean, torch.from_numpy(objective.normalization.mean.numpy().copy()))
+assert {value.dtype for value in objective.buffers()} == {torch.float32}
+report = load_weights(model, sys.argv[1])
+assert len(report.matched) == len(list(model.parameters()))
+try:
+    plain_state(model)
+except WeightsError:
+    pass
+else:
+    raise SystemExit("exported a partitioned model")
+
+engine, *_ = deepspeed.initialize(model=objective, config=settings)
+index = torch.arange(32)[None]
+seen = index.remainder(16) < 4
+batch = {
+    "video": torch.randint(0, 256, (1, 4, 16, 16, 3), dtype=torch.uint8),
+    "visible": index[seen][None], "targets": index[~seen][None], "weight": torch.ones(1, 24),
+}
+losses = []
+for _ in range(4):
+    output = engine(batch)
+    engine.backward(output.loss)
+    engine.step()
+    losses.append(output.loss.item())
+engine.eval()
+assert engine.module.pictures(batch)["reconstructed"].shape == (1, 4, 16, 16, 3)
+print("losses", *losses)
+"""
+
+
+def test_under_zero_stage_3(tmp_path: Path) -> None:
+    export_official(VideoMAE(Config(**SIZES), 4, 16, 16), str(tmp_path / "weights.pth"))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "tests_sizes.py").write_text(f"SIZES = {SIZES!r}\n")
+    root = str(Path(__file__).parents[2])
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    variables = os.environ | group | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "weights.pth")]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [
+        float(word) for line in done.stdout.splitlines() if line.startswith("losses") for word in line.split()[1:]
+    ]
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.05
