@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -98,7 +97,7 @@ def _read_sample(data: bytes) -> tuple[bytes, dict[str, object]]:
         for member in tar:
             file = tar.extractfile(member)
             extension = (base_plus_ext(member.name)[1] or "").lower()
-            if file is not None and os.path.splitext("." + extension)[1].lstrip(".") in VIDEO_EXTENSIONS:
+            if file is not None and extension.rsplit(".", 1)[-1] in VIDEO_EXTENSIONS:
                 video = video or file.read()
             elif file is not None and extension == "json":
                 content = json.loads(file.read())

@@ -84,7 +84,7 @@ def encode_video(source: str, facts: Facts, target: str, options: Options) -> No
                 sound.finish()
     except av.error.FFmpegError as error:
         raise SampleError("encode", str(error)) from error
-    losses.check(facts.packets)
+    losses.check(facts.listed)
 
 
 def encode_images(images: Iterable[Any], target: str, options: Options) -> None:
@@ -125,12 +125,26 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
             streams = [video_stream(container)]
             streams += [s for s in container.streams.audio[:1] if audio and s.codec_context.name in MP4_AUDIO]
             copies = {stream.index: out.add_stream_from_template(stream) for stream in streams}
-            for packet in container.demux(streams):
-                if packet.dts is not None:
-                    packet.stream = copies[packet.stream.index]
-                    out.mux(packet)
+            for packet in _with_decoding_times(container.demux(streams)):
+                packet.stream = copies[packet.stream.index]
+                out.mux(packet)
     except (av.error.FFmpegError, ValueError) as error:
         raise SampleError("copy", str(error)) from error
+
+
+def _with_decoding_times(packets: Iterable[Any]) -> Iterator[Any]:
+    """All packets; the first ones of a Matroska file with B frames have no decoding time, and mp4 needs one."""
+    early: list[Any] = []
+    for packet in packets:
+        if packet.size and packet.dts is None:
+            early.append(packet)
+        elif packet.size:
+            if packet.stream.type == "video":
+                for before, one in enumerate(reversed(early), 1):
+                    one.dts = packet.dts - before * (packet.duration or 1)
+                yield from early
+                early.clear()
+            yield packet
 
 
 def output_size(facts: Facts, short_side: int | None) -> tuple[int, int]:
@@ -149,8 +163,8 @@ def _even(length: Fraction) -> int:
 def _image_facts(image: Any, options: Options) -> Facts:
     return Facts(
         container="images", codec=str(image.format).lower(), pix_fmt="rgb24", width=image.width, height=image.height,
-        rotation=0, pixel_aspect=Fraction(1), fps=options.image_fps, packets=0, start=0.0, duration=0.0, vfr=False,
-        audio=None,
+        rotation=0, pixel_aspect=Fraction(1), fps=options.image_fps, packets=0, listed=0, start=0.0, duration=0.0,
+        vfr=False, audio=None,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ class Facts:
         pixel_aspect: width of a pixel over its height.
         fps: frames a second, the average where it varies.
         packets: coded frames in the file.
+        listed: coded frames that the file's own table lists: more than `packets` when its end is missing.
         start: time stamp of the first frame, seconds.
         duration: seconds, the last frame's own duration included.
         vfr: frames are not evenly spaced in time.
@@ -37,6 +38,7 @@ class Facts:
     pixel_aspect: Fraction
     fps: Fraction
     packets: int
+    listed: int
     start: float
     duration: float
     vfr: bool
@@ -54,7 +56,7 @@ def probe(path: str) -> Facts:
     try:
         with av.open(path) as container:
             video = video_stream(container)
-            stamps, packets = _time_stamps(container, video)
+            stamps, packets, discarded = _time_stamps(container, video)
         with av.open(path) as container:
             video = video_stream(container)
             frame = next(container.decode(video), None)
@@ -72,6 +74,7 @@ def probe(path: str) -> Facts:
                 pixel_aspect=Fraction(video.sample_aspect_ratio or 1),
                 fps=fps,
                 packets=packets,
+                listed=max(packets, video.frames - discarded),
                 start=float(stamps[0]) if stamps.size else 0.0,
                 duration=float(stamps[-1] - stamps[0] + 1 / fps) if stamps.size else float(packets / fps),
                 vfr=vfr,
@@ -93,18 +96,19 @@ def video_stream(container: Any) -> Any:
     raise SampleError("no-video", f"the file holds {', '.join(kinds)} but no video stream")
 
 
-def _time_stamps(container: Any, video: Any) -> tuple[np.ndarray, int]:
-    """Presentation times in order, seconds (empty where the container has none), and the number of coded frames."""
+def _time_stamps(container: Any, video: Any) -> tuple[np.ndarray, int, int]:
+    """Presentation times in order, seconds (empty where the container has none), coded frames, frames edited out."""
     stamps: list[int] = []
-    packets = 0
+    packets = discarded = 0
     for packet in container.demux(video):
         if packet.size == 0 or packet.is_discard:
+            discarded += bool(packet.size)
             continue
         packets += 1
         if packet.pts is not None:
             stamps.append(packet.pts)
     complete = stamps if len(stamps) == packets else []
-    return np.sort(np.array(complete, dtype=np.float64)) * float(video.time_base), packets
+    return np.sort(np.array(complete, dtype=np.float64)) * float(video.time_base), packets, discarded
 
 
 def _rate(stamps: np.ndarray, packets: int, video: Any) -> tuple[Fraction, bool]:

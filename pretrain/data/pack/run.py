@@ -65,6 +65,7 @@ def pack(
     """
     began = time.monotonic()
     fingerprint = plan.fingerprint(options)
+    shards.refuse_foreign(dest)
     if overwrite:
         shards.remove_old(dest)
     with _work_folder(dest, part) as folder:

@@ -199,6 +199,12 @@ def merge(url: str, count: int, require: bool = False) -> tuple[ShardIndex, list
     return index, rejected
 
 
+def refuse_foreign(url: str) -> None:
+    """Raise DataError when the folder `url` holds a data set that was not written here: its index would be lost."""
+    if storage.exists(storage.join(url, INDEX_NAME)) and not storage.exists(storage.join(url, FOLDER)):
+        raise DataError(f"{url}: holds an index of shards that pack.py did not write; choose another DEST")
+
+
 def remove_old(url: str) -> None:
     """Delete what an earlier packing left in the folder `url`, and nothing else; the index goes first."""
     storage.remove(storage.join(url, INDEX_NAME))
