@@ -32,6 +32,8 @@ exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 75 stopped on purpose: st
 recipes and keys: docs/recipes.md
 """
 
+OPTIONS = ("--recipe", "--print", "--check", "--dry-run", "--resume", "--help")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -91,6 +93,7 @@ def _inspect(arguments: argparse.Namespace, recipe: Recipe) -> int:
 def _print_sections(sections: "list[Section]") -> None:
     """Tables in colour on a terminal; elsewhere one line a row, so that a log can be searched."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -105,7 +108,7 @@ def _print_sections(sections: "list[Section]") -> None:
         table.add_column(overflow="fold")
         table.add_column(style="dim")
         for row in section.rows:
-            table.add_row(*(text.replace("[", r"\[") for text in row))
+            table.add_row(*map(escape, row))
         console.print(table, "")
 
 
@@ -145,9 +148,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings if option != "--local_rank"]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(known)}"
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], OPTIONS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(OPTIONS)}."
         parser.error(f"unknown option {' '.join(unknown)}; {hint} Values of the recipe are set with key=value")
     return arguments
 

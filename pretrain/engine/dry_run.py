@@ -5,6 +5,7 @@ The model is built on the meta device, so a billion parameters take seconds and 
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -147,13 +148,15 @@ def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]
     section = Section("data")
     indices: dict[str, ShardIndex | None] = {}
     unusable: list[tuple[str, str]] = []
-    for name, source in recipe.data.sources.items():
-        try:
-            indices[name] = load_index(source.shards, deadline_s=INDEX_DEADLINE_S)
-        except DataError as error:
-            indices[name] = None
-            absent = isinstance(error.__cause__, StorageError) and "FileNotFoundError" in str(error)
-            unusable.append((f"  {name}", f"no index.json in {source.shards}" if absent else str(error)))
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        found = pool.map(_index_or_error, [source.shards for source in recipe.data.sources.values()])
+    for (name, source), index in zip(recipe.data.sources.items(), found, strict=True):
+        indices[name] = index if isinstance(index, ShardIndex) else None
+        if isinstance(index, DataError):
+            absent = isinstance(index.__cause__, StorageError) and "FileNotFoundError" in str(index)
+            unusable.append(
+                (f"  {name}", f"no index.json in {source.shards}" if absent else str(index.__cause__ or index))
+            )
     for name, share in _shares(recipe, indices).items():
         section.add(name, _found(recipe.data.sources[name], indices[name]), share)
     if unusable:
@@ -165,6 +168,13 @@ def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]
         section.add("  if they lie elsewhere", "data.root=FOLDER_OR_URL, or TUBELET_DATA in the environment")
         section.add("  to do without one", f"data.sources.{unusable[-1][0].strip()}=null")
     return section, indices
+
+
+def _index_or_error(url: str) -> ShardIndex | DataError:
+    try:
+        return load_index(url, deadline_s=INDEX_DEADLINE_S)
+    except DataError as error:
+        return error
 
 
 def _found(source: Source, index: ShardIndex | None) -> str:
