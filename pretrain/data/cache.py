@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import filelock
+import tenacity
 
 from pretrain.data.index import Shard
-from pretrain.errors import DataError
+from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
 
 PARTIAL = ".partial"
@@ -52,29 +53,66 @@ class ShardCache:
                 partial.rename(target)
         return str(target)
 
+    def read(self, url: str, shard: Shard, begin: int, end: int, deadline_s: float) -> bytes:
+        """The range [begin, end) of a shard, which is fetched first if it is not there."""
+        retrying = tenacity.Retrying(
+            # Another worker may evict the shard between finding and opening it.
+            retry=tenacity.retry_if_exception_type(FileNotFoundError),
+            stop=tenacity.stop_after_attempt(5),
+            reraise=True,
+        )
+        try:
+            return retrying(self._read, url, shard, begin, end, deadline_s)
+        except OSError as error:
+            raise StorageError(f"{self.folder}: {shard.name} can't be read from the cache: {error}") from error
+
+    def _read(self, url: str, shard: Shard, begin: int, end: int, deadline_s: float) -> bytes:
+        with open(self.local_path(url, shard, deadline_s), "rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+
     def bytes_used(self) -> int:
         """Bytes of all shards in the folder, those being fetched included."""
-        return sum(size for _, size, _ in self._files())
+        # By name: a scan may meet a file twice that is renamed meanwhile.
+        return sum({path.name.removesuffix(PARTIAL): size for _, size, path in self._files()}.values())
 
     def _reserve(self, partial: Path, size: int, deadline_s: float) -> None:
-        """Make room, and take it at once with a file of the final size, so that several workers can't overdraw."""
+        """Make room, and take it at once with a file of the final size, so that several workers can't overdraw.
+
+        Shards that others are fetching can't go; where they fill the cache, this waits until one is complete.
+        """
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_delay(deadline_s),
+            wait=tenacity.wait_fixed(0.05),
+            retry=tenacity.retry_if_result(lambda reserved: not reserved),
+        )
+        try:
+            retrying(self._reserved, partial, size, deadline_s)
+        except tenacity.RetryError as error:
+            raise StorageError(
+                f"{self.folder}: no room for {size} bytes in {deadline_s:.0f} s, other shards are being fetched into "
+                f"all of the {self.limit} bytes; raise data.cache_gb"
+            ) from error
+
+    def _reserved(self, partial: Path, size: int, deadline_s: float) -> bool:
         with self._lock("folder", deadline_s):
-            with suppress(FileNotFoundError):
-                partial.unlink()
+            partial.unlink(missing_ok=True)
             used = self.bytes_used()
             for _, old_size, path in sorted(self._files()):
                 if used + size <= self.limit:
                     break
                 if self._removed(path):
                     used -= old_size
+            if used + size > self.limit:
+                return False
             with open(partial, "wb") as file:
                 file.truncate(size)
+            return True
 
     def _removed(self, path: Path) -> bool:
         if path.suffix != PARTIAL:
-            # A reader that has it open keeps reading; one that is about to open it fetches again.
-            with suppress(FileNotFoundError):
-                path.unlink()
+            # A reader that has it open keeps reading; one that is about to open it (`read`) fetches it again.
+            path.unlink(missing_ok=True)
             return True
         try:
             # Unlocked, it belongs to a process that was killed.

@@ -59,8 +59,11 @@ class SampleReader:
         try:
             members = self._members(source, shard)
             begin, end = int(members.offsets[row]), int(members.offsets[row] + members.sizes[row])
-            where = url if self._cache is None else self._cache.local_path(url, entry, self._deadline_s)
-            return RawSample(members.keys[row], url, storage.read_bytes(where, begin, end, self._deadline_s))
+            if self._cache is None:
+                data = storage.read_bytes(url, begin, end, self._deadline_s)
+            else:
+                data = self._cache.read(url, entry, begin, end, self._deadline_s)
+            return RawSample(members.keys[row], url, data)
         except StorageError as error:
             raise SampleError("read", str(error)) from error
         except DataError as error:

@@ -1,0 +1,134 @@
+"""The shard cache: byte limit, least recently used first, shared, atomic."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.data.cache import ShardCache
+from pretrain.data.fetch import SampleReader, read_ahead
+from pretrain.data.index import Shard, load_index
+from pretrain.errors import DataError, StorageError
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[tuple[str, Shard]]:
+    """Six files of 1000 bytes."""
+    found = []
+    for i in range(6):
+        (tmp_path / f"{i}.tar").write_bytes(bytes([i]) * 1000)
+        found.append((str(tmp_path / f"{i}.tar"), Shard(f"{i}.tar", 1, 1000, f"hash{i}")))
+    return found
+
+
+def fetch(cache: ShardCache, shard: tuple[str, Shard]) -> Path:
+    return Path(cache.local_path(*shard, deadline_s=5))
+
+
+def test_limit_and_order_of_eviction(tmp_path: Path, shards: list[tuple[str, Shard]]) -> None:
+    cache = ShardCache(str(tmp_path / "cache"), 3500)
+    paths = [fetch(cache, shard) for shard in shards[:3]]
+    for age, path in enumerate(paths):
+        os.utime(path, (1000 + age, 1000 + age))
+    assert fetch(cache, shards[0]) == paths[0], "used again"
+    fetch(cache, shards[3])
+    assert [path.exists() for path in paths] == [True, False, True]
+    assert cache.bytes_used() == 3000
+    assert paths[0].read_bytes() == bytes(1000)
+
+
+def test_a_cached_shard_needs_no_source(tmp_path: Path, shards: list[tuple[str, Shard]]) -> None:
+    cache = ShardCache(str(tmp_path / "cache"), 3500)
+    path = fetch(cache, shards[0])
+    os.unlink(shards[0][0])
+    assert fetch(ShardCache(str(tmp_path / "cache"), 3500), shards[0]) == path
+    repacked = Shard("0.tar", 1, 1000, "another hash")
+    with pytest.raises(StorageError):
+        cache.local_path(shards[0][0], repacked, deadline_s=1)
+
+
+def test_many_users_at_once_never_exceed_the_limit(tmp_path: Path, shards: list[tuple[str, Shard]]) -> None:
+    caches = [ShardCache(str(tmp_path / "cache"), 2500) for _ in range(8)]
+    largest = 0
+
+    def use(number: int) -> None:
+        nonlocal largest
+        shard = number * 5 % 6
+        assert caches[number % 8].read(*shards[shard], 10, 14, deadline_s=20) == bytes([shard]) * 4
+        with caches[0]._lock("folder", 20):
+            largest = max(largest, caches[0].bytes_used())
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, range(120)))
+    assert 2000 <= largest <= 2500
+
+
+def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path, shards: list[tuple[str, Shard]]) -> None:
+    cache = ShardCache(str(tmp_path / "cache"), 2500)
+    path = fetch(cache, shards[0])
+    path.rename(path.with_name(path.name + ".partial"))
+    for shard in shards[1:4]:
+        fetch(cache, shard)
+    assert cache.bytes_used() == 2000
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_a_shard_of_the_wrong_size_is_not_kept(tmp_path: Path, shards: list[tuple[str, Shard]]) -> None:
+    cache = ShardCache(str(tmp_path / "cache"), 2500)
+    with pytest.raises(StorageError, match="1000 bytes, its index says 999"):
+        cache.local_path(shards[0][0], Shard("0.tar", 1, 999, "x"), deadline_s=1)
+    assert not list((tmp_path / "cache").glob("*.tar"))
+
+
+def test_a_shard_larger_than_the_cache(tmp_path: Path, shards: list[tuple[str, Shard]]) -> None:
+    with pytest.raises(DataError, match=r"0\.tar has 1000 bytes, data.cache_gb"):
+        fetch(ShardCache(str(tmp_path / "cache"), 900), shards[0])
+
+
+def test_reads_through_the_cache_are_the_same(tmp_path: Path, two_sources: dict[str, str]) -> None:
+    index = load_index(two_sources["a"])
+    cache = ShardCache(str(tmp_path), 2 * max(shard.bytes for shard in index.shards))
+    direct, cached = SampleReader([index], None, 5.0), SampleReader([index], cache, 5.0)
+    for shard, entry in enumerate(index.shards):
+        for row in range(entry.samples):
+            assert cached.read(0, shard, row) == direct.read(0, shard, row)
+    assert 0 < cache.bytes_used() <= cache.limit
+
+
+def test_read_ahead_is_in_order_and_bounded() -> None:
+    started: list[int] = []
+
+    def read(item: int) -> int:
+        started.append(item)
+        return item * item
+
+    pairs = read_ahead(range(100), read, depth=5)
+    for i, (item, future) in zip(range(40), pairs, strict=False):
+        assert (item, future.result()) == (i, i * i)
+        assert max(started) <= i + 5
+    pairs.close()  # type: ignore[attr-defined]
+    assert len(started) < 50
+
+
+def test_read_ahead_passes_errors_on_with_their_item() -> None:
+    def read(item: int) -> int:
+        if item == 2:
+            raise ValueError("two")
+        return item
+
+    results: list[Any] = [future.exception() or future.result() for _, future in read_ahead(range(4), read, depth=2)]
+    assert results[:2] == [0, 1] and isinstance(results[2], ValueError) and results[3] == 3
+
+
+def test_small_caches_are_warned_of(
+    make_recipe: Callable[..., Any], two_sources: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pretrain.data.stream import TrainStream, open_sources
+
+    recipe = make_recipe(two_sources, cache_dir=str(tmp_path), cache_gb=1e-4)
+    stream = TrainStream(recipe, open_sources(recipe), lambda draw: {}, 0, 1)
+    assert "shards will be fetched again and again" in caplog.text
+    assert len(next(stream)["key"]) == 2
