@@ -45,6 +45,7 @@ class Plan:
 
     ranks: int
     ranks_from: str
+    accumulation: int
     parameters: int
     epoch_videos: int | None
     schedule: Schedule | None
@@ -87,7 +88,8 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
     videos = _epoch_videos(recipe, indices)
     schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos is not None else None
     parameters = sum(parameter.numel() for parameter in objective.parameters())
-    return Plan(ranks, origin, parameters, videos, schedule)
+    accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
+    return Plan(ranks, origin, accumulation, parameters, videos, schedule)
 
 
 def _epoch_videos(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> int | None:
@@ -211,10 +213,9 @@ def _batch_section(recipe: Recipe, plan: Plan) -> Section:
     section.add("videos", f"{batch.samples:,}", "batch.samples, over all ranks")
     section.add("clips", f"{batch.samples * views:,}", f"{batch.samples:,} videos x {views} views")
     section.add("ranks", f"{plan.ranks}", plan.ranks_from)
-    per_pass = batch.micro * plan.ranks
     section.add(
         "accumulation",
-        f"{batch.samples / per_pass:g}",
+        f"{plan.accumulation}",
         f"{batch.samples:,} / ({batch.micro} micro x {plan.ranks} ranks); {batch.micro * views} clips a forward pass",
     )
     parts = load_component("objectives", recipe.objective.name).cost(recipe)
@@ -287,7 +288,8 @@ def _memory_section(recipe: Recipe, plan: Plan) -> Section:
 def _deepspeed_section(recipe: Recipe, plan: Plan) -> Section:
     """The configuration that DeepSpeed gets where there are accelerators."""
     section = Section("deepspeed.initialize")
-    for key, value in deepspeed_config(recipe, plan.ranks, plan.parameters, on_cpu=False).items():
+    config = deepspeed_config(recipe, accumulation=plan.accumulation, parameters=plan.parameters, on_cpu=False)
+    for key, value in config.items():
         section.add(key, json.dumps(value))
     sharded = builds_sharded(recipe, plan.parameters)
     section.add(

@@ -8,6 +8,7 @@ whole batch where T' is a multiple of 4 or `decoder_mask` is none or frame; else
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,6 +52,10 @@ class Config:
 def check(recipe: Any) -> list[str]:
     """What in the recipe this method can't work with."""
     data = recipe.data
+    if "targets" not in inspect.signature(_model_file(recipe).cost).parameters:
+        return [
+            f"model.name={recipe.model.name}: does not reconstruct cubes; use videomae, or another masked autoencoder"
+        ]
     problems: list[str] = _model_file(recipe).check(recipe.model, data.frames, data.height, data.width)
     return problems or mask_plan(recipe).problems()
 

@@ -3,6 +3,7 @@
 import pytest
 
 from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.recipe.components import load_component
 from pretrain.recipe.load import load_recipe
 
 
@@ -54,6 +55,12 @@ def test_batch_must_divide_over_the_launched_ranks(monkeypatch: pytest.MonkeyPat
     assert "batch.samples must be a multiple of 5" in problem
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert len(check_recipe(recipe)) == 1
+
+
+def test_model_of_another_kind() -> None:
+    recipe = load_recipe("demo")
+    recipe.model = load_component("models", "classifier").Config()
+    assert any("model.name=classifier: does not reconstruct" in problem for problem in check_recipe(recipe))
 
 
 def test_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

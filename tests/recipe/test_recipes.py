@@ -54,6 +54,12 @@ def test_published_numbers(name: str) -> None:
     assert int(values["steps"].replace(",", "")) > 0
 
 
+def test_accumulation_is_what_deepspeed_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    values = report("vit_b_dual")
+    assert (values["ranks"], values["accumulation"], values["gradient_accumulation_steps"]) == ("4", "8", "8")
+
+
 def test_every_recipe_but_the_demo_is_a_row_of_the_table() -> None:
     assert set(recipe_names()) == {*PUBLISHED, "demo"}
 
