@@ -107,7 +107,7 @@ def infer_config(state: Mapping[str, Tensor], heads: int | None = None, decoder_
         dim=dim,
         depth=_depth(state, "encoder"),
         heads=_heads(state, "encoder", dim, heads),
-        mlp_ratio=_ratio(dim, hidden),
+        mlp_ratio=mlp_ratio(dim, hidden),
         decoder_dim=decoder_dim,
         decoder_depth=_depth(state, "decoder"),
         decoder_heads=_heads(state, "decoder", decoder_dim, decoder_heads),
@@ -121,7 +121,7 @@ def _depth(state: Mapping[str, Tensor], part: str) -> int:
     return 1 + max((int(found[1]) for found in indices if found), default=-1)
 
 
-def _ratio(dim: int, hidden: int) -> float:
+def mlp_ratio(dim: int, hidden: int) -> float:
     """A ratio with int(dim * ratio) == hidden, the published one where that fits (the giant's 48/11)."""
     published = {float(values[PRESET_FIELDS.index("mlp_ratio")]) for values in PRESETS.values()}
     fitting = [ratio for ratio in sorted(published) if int(dim * ratio) == hidden]

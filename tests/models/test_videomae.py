@@ -167,6 +167,28 @@ def test_overrides_beat_the_size() -> None:
     assert (full.patch_size, full.dim, full.decoder_depth, full.decoder_norm_eps) == (14, 1408, 2, 1e-6)
 
 
+def test_hidden_channels_are_rounded_down() -> None:
+    model = tiny(mlp_ratio=2.49)
+    assert model.encoder.blocks[0].mlp.fc1.out_features == 59
+    assert model.decoder.blocks[0].mlp.fc1.out_features == 39
+
+
+def test_epsilons() -> None:
+    model = tiny(norm_eps=1e-12, decoder_norm_eps=1e-5)
+    found = {name: module.eps for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    assert found.pop("decoder.norm") == 1e-5
+    assert len(found) == 9 and set(found.values()) == {1e-12}
+    assert tiny().decoder.norm.eps == 1e-6
+
+
+def test_layer_scale_multiplies_both_branches() -> None:
+    block, x = tiny(layer_scale=0.1).encoder.blocks[0], torch.randn(2, 5, 24)
+    nn.init.normal_(block.gamma_1)
+    nn.init.normal_(block.gamma_2)
+    middle = x + block.gamma_1 * block.attn(block.norm1(x))
+    assert_close(block(x), middle + block.gamma_2 * block.mlp(block.norm2(middle)))
+
+
 def test_initialisation() -> None:
     model = tiny(dim=240, heads=3)
     attention = model.encoder.blocks[0].attn

@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from pretrain.errors import WeightsError
-from pretrain.models.export import export_huggingface, export_official, export_safetensors, infer_config
+from pretrain.models.export import export_huggingface, export_official, export_safetensors, infer_config, mlp_ratio
 from pretrain.models.huggingface import from_official, to_official
 from pretrain.models.videomae import Config, VideoMAE
 from pretrain.models.weights import load_weights, read_state
@@ -279,6 +279,14 @@ def test_a_configuration_is_found_in_the_weights(options: dict) -> None:
     assert found.shape == model.shape
     shapes = [{name: value.shape for name, value in built.named_parameters()} for built in (model, found)]
     assert shapes[0] == shapes[1]
+
+
+def test_a_ratio_is_found_for_any_hidden_channels() -> None:
+    """Plain division misses some by rounding: int(11 * (15 / 11)) is 14."""
+    for dim in range(1, 60):
+        for hidden in range(1, 4 * dim):
+            assert int(dim * mlp_ratio(dim, hidden)) == hidden
+    assert mlp_ratio(512, 2234) == mlp_ratio(1408, 6144) == 48 / 11
 
 
 def test_heads_that_nobody_knows_must_be_given() -> None:
