@@ -110,17 +110,18 @@ class ShardCache:
             return True
 
     def _removed(self, path: Path) -> bool:
-        if path.suffix != PARTIAL:
-            # A reader that has it open keeps reading; one that is about to open it (`read`) fetches it again.
-            path.unlink(missing_ok=True)
-            return True
+        """Remove a file if it is not being fetched; whether that made room (it may have got its final name meanwhile)."""
         try:
-            # Unlocked, it belongs to a process that was killed.
-            with self._lock(path.name.removesuffix(PARTIAL), 0):
-                path.unlink(missing_ok=True)
-            return True
-        except filelock.Timeout:
+            if path.suffix != PARTIAL:
+                # A reader that has it open keeps reading; one that is about to open it (`read`) fetches it again.
+                path.unlink()
+            else:
+                # Unlocked, it belongs to a process that was killed.
+                with self._lock(path.name.removesuffix(PARTIAL), 0):
+                    path.unlink()
+        except (FileNotFoundError, filelock.Timeout):
             return False
+        return True
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         for entry in os.scandir(self.folder):
