@@ -50,7 +50,9 @@ class ShardCache:
                 partial = self.folder / (name + PARTIAL)
                 self._reserve(partial, shard.bytes, deadline_s)
                 storage.download(url, str(partial), shard.bytes, deadline_s)
-                partial.rename(target)
+                # Under the folder's lock: a scan that a rename overtakes may see neither name, and overdraw.
+                with self._lock("folder", deadline_s):
+                    partial.rename(target)
         return str(target)
 
     def read(self, url: str, shard: Shard, begin: int, end: int, deadline_s: float) -> bytes:
@@ -73,8 +75,7 @@ class ShardCache:
 
     def bytes_used(self) -> int:
         """Bytes of all shards in the folder, those being fetched included."""
-        # By name: a scan may meet a file twice that is renamed meanwhile.
-        return sum({path.name.removesuffix(PARTIAL): size for _, size, path in self._files()}.values())
+        return sum(size for _, size, _ in self._files())
 
     def _reserve(self, partial: Path, size: int, deadline_s: float) -> None:
         """Make room, and take it at once with a file of the final size, so that several workers can't overdraw.
@@ -110,7 +111,7 @@ class ShardCache:
             return True
 
     def _removed(self, path: Path) -> bool:
-        """Remove a file if it is not being fetched; whether that made room (it may have got its final name meanwhile)."""
+        """Remove a file if it is not being fetched; whether that made room."""
         try:
             if path.suffix != PARTIAL:
                 # A reader that has it open keeps reading; one that is about to open it (`read`) fetches it again.
