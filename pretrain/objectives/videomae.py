@@ -251,15 +251,20 @@ def unit_pixels(cubes: Tensor) -> Tensor:
 
 
 def cube_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (unbiased deviation + 1e-6) of each cube [B, M, n*3] and channel, [B, M, 1, 3] each."""
+    """Mean and (unbiased deviation + 1e-6) of each cube [B, M, n*3] and channel, [B, M, 1, 3] each.
+
+    In two passes: torch.var_mean over an axis that is not the last takes four times as long on CPUs.
+    """
     shaped = pixels.unflatten(-1, (-1, 3))
-    variance, mean = torch.var_mean(shaped, dim=-2, correction=1, keepdim=True)
-    return mean, variance.sqrt() + TARGET_EPS
+    mean = shaped.mean(-2, keepdim=True)
+    squares = (shaped - mean).square().sum(-2, keepdim=True)
+    return mean, (squares / (shaped.shape[-2] - 1)).sqrt() + TARGET_EPS
 
 
 def mean_color_error(target: Tensor) -> Tensor:
     """Squared error per token [B, M] of predicting each cube's own mean colour."""
-    return target.unflatten(-1, (-1, 3)).var(dim=-2, correction=0).mean(-1)
+    shaped = target.unflatten(-1, (-1, 3))
+    return (shaped - shaped.mean(-2, keepdim=True)).square().mean((-2, -1))
 
 
 def weighted_mean(errors: Tensor, weight: Tensor) -> Tensor:
