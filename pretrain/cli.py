@@ -5,8 +5,9 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import RecipeError, TubeletError
 from pretrain.recipe.check import check_recipe, recipe_warnings
@@ -35,12 +36,46 @@ recipes and keys: docs/recipes.md
 OPTIONS = ("--recipe", "--print", "--check", "--dry-run", "--resume", "--help")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def _train(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from pretrain.engine.train import train
+
+    return train(recipe, resume=arguments.resume)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What tells one command from another: its words, its kind of recipe, and what it does with one.
+
+    Attributes:
+        name: file in launch/.
+        description: one line for --help.
+        epilog: examples for --help.
+        schema: kind of recipe.
+        run: does the work; returns the exit code.
+        add_options: puts the command's own options beside the common ones.
+        check: what can't work in a recipe of this kind, beyond `check_recipe`.
+        warnings: what has no effect in it or is likely not meant, beyond `recipe_warnings`.
+    """
+
+    name: str
+    description: str
+    epilog: str
+    schema: type[Recipe] = Recipe
+    run: Callable[[Any, argparse.Namespace], int] = _train
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    check: Callable[[Any], list[str]] = lambda recipe: []
+    warnings: Callable[[Any], list[str]] = lambda recipe: []
+
+
+PRETRAIN = Program("pretrain.py", "Pre-train a video model as a recipe says.", EXAMPLES)
+
+
+def main(argv: Sequence[str] | None = None, program: Program = PRETRAIN) -> int:
+    """Run a command line; returns the exit code."""
     first_rank = os.environ.get("RANK", "0") == "0"
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else argv)
-        return _dispatch(arguments, first_rank)
+        arguments = _parse(sys.argv[1:] if argv is None else argv, program)
+        return _dispatch(arguments, program, first_rank)
     except SystemExit as leave:  # argparse: --help or wrong usage
         return int(leave.code or 0)
     except RecipeError as error:
@@ -54,24 +89,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _dispatch(arguments: argparse.Namespace, first_rank: bool) -> int:
-    reading = read_recipe(arguments.recipe, arguments.overrides)
+def _dispatch(arguments: argparse.Namespace, program: Program, first_rank: bool) -> int:
+    reading = read_recipe(arguments.recipe, arguments.overrides, program.schema)
     recipe, problems = reading.recipe, reading.problems
     if recipe is not None:
         # A bad value was replaced by its default, so what a check says about its key would mislead.
         problems = problems + [
-            problem for problem in check_recipe(recipe) if not any(key in problem for key in reading.bad_keys)
+            problem
+            for problem in check_recipe(recipe) + program.check(recipe)
+            if not any(key in problem for key in reading.bad_keys)
         ]
     if problems or recipe is None:
         raise RecipeError(problems)
     if first_rank:
-        for warning in recipe_warnings(recipe):
+        for warning in recipe_warnings(recipe) + program.warnings(recipe):
             print(f"warning: {warning}", file=sys.stderr)
     if arguments.print or arguments.check or arguments.dry_run:
         return _inspect(arguments, recipe) if first_rank else 0
-    from pretrain.engine.train import train
-
-    return train(recipe, resume=arguments.resume)
+    return program.run(recipe, arguments)
 
 
 def _inspect(arguments: argparse.Namespace, recipe: Recipe) -> int:
@@ -112,12 +147,12 @@ def _print_sections(sections: "list[Section]") -> None:
         console.print(table, "")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: Program) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pretrain.py",
+        prog=program.name,
         usage="%(prog)s --recipe NAME|PATH [key=value ...] [--print | --check | --dry-run] [--resume auto|never|PATH]",
-        description="Pre-train a video model as a recipe says.",
-        epilog=EXAMPLES,
+        description=program.description,
+        epilog=program.epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -125,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe",
         required=True,
         metavar="NAME|PATH",
-        help=f"a file of recipes/ by name, or any YAML file by path; names: {', '.join(recipe_names())}",
+        help=f"a file of recipes/{program.schema.FOLDER} by name, or any YAML file by path; names: "
+        + ", ".join(recipe_names(program.schema.FOLDER)),
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a value of the recipe (YAML)")
     instead = parser.add_mutually_exclusive_group()
@@ -141,11 +177,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     # The deepspeed launcher puts it first; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    program.add_options(parser)
     return parser
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _parser()
+def _parse(argv: Sequence[str], program: Program) -> argparse.Namespace:
+    parser = _parser(program)
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], OPTIONS, n=1, cutoff=0.5)

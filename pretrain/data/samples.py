@@ -56,6 +56,26 @@ class SourceInfo:
     stride: int
 
 
+class SampleViews:
+    """Makes all views of one sample by a rule of its own, where cropping and an objective's draws are not all it takes.
+
+    Fine-tuning's labels and augmentations, for example. Picklable, because data workers are spawned.
+    """
+
+    def __call__(self, place: Place, source: SourceInfo, members: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Arrays [views, ...] by name, `video` uint8 [views, T, H, W, 3] among them.
+
+        Args:
+            place: the sample's place in the order; what is random is keyed by its epoch and position.
+            source: the sample's data set.
+            members: content of the sample's files by ending, from `parse_sample`.
+
+        Raises:
+            SampleError: the sample can't be used.
+        """
+        raise NotImplementedError
+
+
 def parse_sample(raw: RawSample) -> dict[str, Any]:
     """Members of a sample by ending, with webdataset's own tar reading and grouping.
 
@@ -90,14 +110,21 @@ class SampleMaker:
         seed: The recipe's run.seed.
         sources: The sources, in the recipe's order.
         reader: Fetches substitutes.
-        view_tensors: The objective's draws for one view.
+        view_tensors: The objective's draws for one view, or what makes the views altogether.
     """
 
     def __init__(
-        self, data: Data, seed: int, sources: list[SourceInfo], reader: SampleReader, view_tensors: ViewTensors
+        self,
+        data: Data,
+        seed: int,
+        sources: list[SourceInfo],
+        reader: SampleReader,
+        view_tensors: ViewTensors | SampleViews,
     ) -> None:
-        self._data, self._seed, self._sources = data, seed, sources
-        self._reader, self._view_tensors = reader, view_tensors
+        self._data, self._sources, self._reader = data, sources, reader
+        self._views: SampleViews = (
+            view_tensors if isinstance(view_tensors, SampleViews) else CroppedViews(data, seed, view_tensors)
+        )
 
     def make(self, place: Place, order: EpochOrder, fetched: Callable[[], RawSample]) -> Sample:
         """The sample of a place, or its first usable substitute.
@@ -118,7 +145,8 @@ class SampleMaker:
                 read = functools.partial(self._reader.read, place.source, shard, row)
             try:
                 raw = read()
-                return Sample(place, raw.key, self._views(place, raw), bad)
+                arrays = self._views(place, self._sources[place.source], parse_sample(raw))
+                return Sample(place, raw.key, arrays, bad)
             except SampleError as error:
                 bad.append(self._record(place, shard, row, attempt, error))
         reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(b.reason for b in bad).most_common())
@@ -136,14 +164,27 @@ class SampleMaker:
             source.name, source.shards[shard], key, place.epoch, place.position, attempt, error.reason, detail
         )
 
-    def _views(self, place: Place, raw: RawSample) -> dict[str, np.ndarray]:
-        clip = self._clip(place, video_bytes(parse_sample(raw)))
+
+class CroppedViews(SampleViews):
+    """Pre-training: one clip, decoded once; a crop and the objective's draws for each view.
+
+    Args:
+        data: The recipe's data section.
+        seed: The recipe's run.seed.
+        view_tensors: The objective's draws for one view.
+    """
+
+    def __init__(self, data: Data, seed: int, view_tensors: ViewTensors) -> None:
+        self._data, self._seed, self._view_tensors = data, seed, view_tensors
+
+    def __call__(self, place: Place, source: SourceInfo, members: dict[str, Any]) -> dict[str, np.ndarray]:
+        clip = self._clip(place, source.stride, video_bytes(members))
         views = [self._view(place, view, clip) for view in range(self._data.views)]
         return {name: np.stack([view[name] for view in views]) for name in views[0]}
 
-    def _clip(self, place: Place, video: bytes) -> transforms.Clip:
+    def _clip(self, place: Place, stride: int, video: bytes) -> transforms.Clip:
         """Decode one clip, [T, h, w, 3]; its start is drawn once for all views (repeated augmentation)."""
-        data, stride = self._data, self._sources[place.source].stride
+        data = self._data
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
         with open_video(video, data.decoder) as reader:
             starts = sampling.clip_starts(reader.num_frames, data.frames, stride)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from pretrain.data.cache import ShardCache
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
 from pretrain.data.plan import OpenSource, StreamPlan, open_sources
-from pretrain.data.samples import Place, Sample, SampleMaker, SourceInfo, ViewTensors
+from pretrain.data.samples import Place, Sample, SampleMaker, SampleViews, SourceInfo, ViewTensors
 from pretrain.errors import DataError, TubeletError
 from pretrain.recipe.schema import Recipe
 
@@ -44,7 +44,7 @@ class WorkerPipeline:
         self,
         recipe: Recipe,
         sources: list[OpenSource],
-        view_tensors: ViewTensors,
+        view_tensors: ViewTensors | SampleViews,
         rank: int,
         world_size: int,
         start_step: int,
@@ -142,7 +142,8 @@ class TrainStream:
     Args:
         recipe: The resolved recipe.
         sources: `open_sources(recipe)`.
-        view_tensors: The objective's draws for one view; picklable, because workers are spawned.
+        view_tensors: The objective's draws for one view, or what makes the views altogether; picklable, because workers
+            are spawned.
         rank: This rank.
         world_size: Number of ranks.
         start_step: Optimiser step (over all epochs) that the stream starts at.
@@ -156,7 +157,7 @@ class TrainStream:
         self,
         recipe: Recipe,
         sources: list[OpenSource],
-        view_tensors: ViewTensors,
+        view_tensors: ViewTensors | SampleViews,
         rank: int,
         world_size: int,
         start_step: int = 0,
@@ -230,7 +231,7 @@ def _watch(rank: int) -> None:
             os._exit(0)
 
 
-def _check_picklable(view_tensors: ViewTensors) -> None:
+def _check_picklable(view_tensors: ViewTensors | SampleViews) -> None:
     try:
         pickle.dumps(view_tensors)
     except Exception as error:

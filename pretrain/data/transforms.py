@@ -65,14 +65,14 @@ def crop_resize(clip: Clip, box: Box, out_width: int, out_height: int) -> Clip:
     return resize(cut, out_width, out_height)
 
 
-def resize(clip: Clip, out_width: int, out_height: int) -> Clip:
-    """Resize every frame, bilinear with antialiasing."""
+def resize(clip: Clip, out_width: int, out_height: int, antialias: bool = True) -> Clip:
+    """Resize every frame, bilinear; without antialiasing as OpenCV does."""
     if clip.shape[1:3] == (out_height, out_width):
         return np.ascontiguousarray(clip)
     # Channels-last frames in uint8 take torch's vectorised path, which follows Pillow's.
     frames = torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2)
     small = functional.interpolate(
-        frames, size=(out_height, out_width), mode="bilinear", antialias=True, align_corners=False
+        frames, size=(out_height, out_width), mode="bilinear", antialias=antialias, align_corners=False
     )
     return np.ascontiguousarray(small.permute(0, 2, 3, 1).numpy())
 

@@ -10,7 +10,7 @@ import torch
 from pretrain.engine.ds_config import Config, builds_sharded, deepspeed_config
 from pretrain.engine.optim import build_optimizer, forget_steps
 from pretrain.objectives.base import Objective
-from pretrain.recipe.components import load_component
+from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.seeds import seed_everything
@@ -30,7 +30,7 @@ class Built:
 def count_parameters(recipe: Recipe) -> int:
     """Parameters of the recipe's objective, counted on the meta device without memory."""
     with torch.device("meta"):
-        objective: Objective = load_component("objectives", recipe.objective.name).build(recipe)
+        objective: Objective = objective_file(recipe).build(recipe)
     return sum(parameter.numel() for parameter in objective.parameters())
 
 
@@ -62,5 +62,5 @@ def _build_objective(recipe: Recipe, config: Config, parameters: int) -> Objecti
     if sharded:
         logger.info("building %d parameters in shards (deepspeed.zero.Init)", parameters)
     with context:
-        objective: Objective = load_component("objectives", recipe.objective.name).build(recipe)
+        objective: Objective = objective_file(recipe).build(recipe)
     return objective

@@ -18,7 +18,7 @@ from pretrain.engine.ds_config import DTYPES, builds_sharded, deepspeed_config
 from pretrain.engine.schedule import Schedule, build_schedule, every_steps
 from pretrain.errors import DataError, StorageError
 from pretrain.objectives.base import Objective
-from pretrain.recipe.components import load_component
+from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe, Source
 
 #: Longest time that the search for one source's index may take: a dry run answers in seconds.
@@ -74,7 +74,7 @@ def dry_run(recipe: Recipe) -> list[Section]:
 
 def _meta_objective(recipe: Recipe) -> Objective:
     with torch.device("meta"):
-        module: Objective = load_component("objectives", recipe.objective.name).build(recipe)
+        module: Objective = objective_file(recipe).build(recipe)
     return module
 
 
@@ -122,7 +122,7 @@ def _model_section(objective: Objective) -> Section:
 
 
 def _cost_section(recipe: Recipe) -> Section:
-    method = load_component("objectives", recipe.objective.name)
+    method = objective_file(recipe)
     section, data = Section("one clip"), recipe.data
     section.add("pixels", f"{data.frames} x {data.height} x {data.width}", f"every {data.stride} frames of the video")
     for name, value in _tokens(recipe).items():
@@ -137,8 +137,11 @@ def _cost_section(recipe: Recipe) -> Section:
 
 def _tokens(recipe: Recipe) -> dict[str, int]:
     """Sizes of what a data worker draws for one view; of weights, how many count."""
-    draw = load_component("objectives", recipe.objective.name).view_tensors(recipe)
-    arrays = draw(lambda purpose: generator(recipe.run.seed, 0, 0, 0, purpose))
+    method = objective_file(recipe)
+    if not hasattr(method, "view_tensors"):
+        counts: dict[str, int] = method.tokens_per_clip(recipe)
+        return counts
+    arrays = method.view_tensors(recipe)(lambda purpose: generator(recipe.run.seed, 0, 0, 0, purpose))
     names = {"targets": "reconstructed", "weight": "counted"}
     return {
         names.get(name, name): int(np.count_nonzero(array)) if name == "weight" else len(array)
@@ -218,7 +221,7 @@ def _batch_section(recipe: Recipe, plan: Plan) -> Section:
         f"{plan.accumulation}",
         f"{batch.samples:,} / ({batch.micro} micro x {plan.ranks} ranks); {batch.micro * views} clips a forward pass",
     )
-    parts = load_component("objectives", recipe.objective.name).cost(recipe)
+    parts = objective_file(recipe).cost(recipe)
     macs = sum(count for name, count in parts.items() if not name.startswith("skipped"))
     passes = 1 + BACKWARD_COST + int(recipe.compute.activation_checkpointing)
     section.add(

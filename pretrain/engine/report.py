@@ -13,7 +13,7 @@ from pretrain.engine.ds_config import DTYPES
 from pretrain.engine.folder import RunFolder
 from pretrain.engine.schedule import Schedule
 from pretrain.engine.step import StepResult
-from pretrain.recipe.components import load_component
+from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.metrics import JsonLines, Record
 from pretrain.runtime.pictures import save_pictures
@@ -37,7 +37,7 @@ class Meter:
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
-        method = load_component("objectives", recipe.objective.name)
+        method = objective_file(recipe)
         parts: dict[str, float] = method.cost(recipe)
         executed = sum(macs for name, macs in parts.items() if not name.startswith("skipped"))
         self.clips = recipe.batch.samples * recipe.data.views

@@ -23,7 +23,7 @@ from pretrain.engine.schedule import Schedule, build_schedule, every_steps, pict
 from pretrain.engine.step import StepInputs, to_device, train_step
 from pretrain.errors import CheckpointError
 from pretrain.objectives.base import Batch
-from pretrain.recipe.components import load_component
+from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
 from pretrain.recipe.show import show_recipe
 from pretrain.runtime.environment import versions
@@ -176,8 +176,9 @@ def _build(
 
 
 def _stream(recipe: Recipe, sources: list[OpenSource], ranks: Ranks, first_step: int) -> TrainStream:
-    view_tensors = load_component("objectives", recipe.objective.name).view_tensors(recipe)
-    return TrainStream(recipe, sources, view_tensors, ranks.rank, ranks.world_size, first_step)
+    method = objective_file(recipe)
+    views = method.sample_views(recipe) if hasattr(method, "sample_views") else method.view_tensors(recipe)
+    return TrainStream(recipe, sources, views, ranks.rank, ranks.world_size, first_step)
 
 
 def _log_schedule(recipe: Recipe, schedule: Schedule, built: Built) -> None:

@@ -5,7 +5,8 @@ A method is one file pretrain/objectives/<name>.py with
 - `Config`: a dataclass of its options (the recipe's `objective:` section), its first field `name`;
 - `check(recipe) -> list[str]`: what in the recipe it can't work with;
 - `view_tensors(recipe) -> ViewTensors`: what a data worker draws for one view, mask indices for example; picklable
-  (a functools.partial of a module's function, say), because workers are spawned;
+  (a functools.partial of a module's function, say), because workers are spawned. Or, in its place,
+  `sample_views(recipe) -> pretrain.data.samples.SampleViews`, which makes the views altogether;
 - `build(recipe) -> Objective`: the module;
 - `cost(recipe) -> dict[str, float]`: multiply-accumulates of one clip's forward pass as publications count them, by
   part; a part named `skipped: ...` belongs to that count but is not executed here;

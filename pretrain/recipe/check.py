@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 
-from pretrain.recipe.components import load_component
+from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
 
 
@@ -25,7 +25,7 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
         *_check_decoder(recipe),
     ]
     if not any(problem.startswith("data.") for problem in out_of_range):  # zero frames can't be cut into cubes
-        problems += load_component("objectives", recipe.objective.name).check(recipe)
+        problems += objective_file(recipe).check(recipe)
     return problems
 
 
@@ -50,7 +50,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
             f"data.lanes={data.lanes} is no multiple of {ranks} ranks: a rank reads from "
             f"{data.lanes // math.gcd(data.lanes, ranks)} lanes' shards, and others read the same"
         )
-    method = load_component("objectives", recipe.objective.name)
+    method = objective_file(recipe)
     return warnings + (method.warnings(recipe) if hasattr(method, "warnings") else [])
 
 

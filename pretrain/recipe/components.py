@@ -8,13 +8,14 @@ from typing import Literal
 
 from pretrain.errors import RecipeError
 from pretrain.recipe.describe import suggestion
+from pretrain.recipe.schema import Recipe
 
 Kind = Literal["models", "objectives"]
 
 
-def component_names(kind: Kind) -> list[str]:
-    """Files of pretrain/<kind>/ that can be named in a recipe: those that define a `Config`."""
-    package = importlib.import_module(f"pretrain.{kind}")
+def component_names(kind: Kind, package_name: str | None = None) -> list[str]:
+    """Files of a package, by default pretrain/<kind>/, that can be named in a recipe: those that define a `Config`."""
+    package = importlib.import_module(package_name or f"pretrain.{kind}")
     names = []
     for module in pkgutil.iter_modules(package.__path__):
         source = Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
@@ -24,14 +25,20 @@ def component_names(kind: Kind) -> list[str]:
     return sorted(names)
 
 
-def load_component(kind: Kind, name: str) -> ModuleType:
-    """Import pretrain/<kind>/<name>.py.
+def load_component(kind: Kind, name: str, package_name: str | None = None) -> ModuleType:
+    """Import <name>.py of a package, by default pretrain/<kind>/.
 
     Raises:
         RecipeError: there is no such file, or it has no `Config`.
     """
-    names = component_names(kind)
+    package_name = package_name or f"pretrain.{kind}"
+    names = component_names(kind, package_name)
     if name not in names:
-        section = kind.removesuffix("s")
-        raise RecipeError(f"no {section} {name!r} in pretrain/{kind}/{suggestion(name, names)}")
-    return importlib.import_module(f"pretrain.{kind}.{name}")
+        section, folder = kind.removesuffix("s"), package_name.replace(".", "/")
+        raise RecipeError(f"no {section} {name!r} in {folder}/{suggestion(name, names)}")
+    return importlib.import_module(f"{package_name}.{name}")
+
+
+def objective_file(recipe: Recipe) -> ModuleType:
+    """The file that the recipe's `objective.name` names."""
+    return load_component("objectives", recipe.objective.name, type(recipe).OBJECTIVES)

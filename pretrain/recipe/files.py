@@ -38,22 +38,27 @@ class Layer:
         return f"{self.origin}{line}: {key}"
 
 
-def recipe_names() -> list[str]:
-    """Names that `--recipe` takes: the files of recipes/."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipe_names(folder: str = "") -> list[str]:
+    """Names that `--recipe` takes: the files of recipes/, or of a folder in it."""
+    return sorted(path.stem for path in (RECIPES / folder).glob("*.yaml"))
 
 
-def recipe_path(name_or_path: str, beside: Path | None = None) -> Path:
+def recipe_path(name_or_path: str, beside: Path | None = None, folder: str = "") -> Path:
     """The file of a recipe: a name in recipes/, or a path (with a slash or .yaml), relative to `beside` if given.
+
+    Args:
+        name_or_path: as above.
+        beside: folder that relative paths start in; None: the present one.
+        folder: folder of recipes/ that names are looked up in.
 
     Raises:
         RecipeError: no such file; lists near names.
     """
     if "/" not in name_or_path and not name_or_path.endswith((".yaml", ".yml")):
-        path = RECIPES / f"{name_or_path}.yaml"
+        path = RECIPES / folder / f"{name_or_path}.yaml"
         if path.is_file():
             return path
-        names = recipe_names()
+        names = recipe_names(folder)
         near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.5)
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise RecipeError(
@@ -62,18 +67,18 @@ def recipe_path(name_or_path: str, beside: Path | None = None) -> Path:
         )
     path = (beside or Path()) / Path(name_or_path).expanduser()
     if not path.is_file():
-        raise RecipeError(f"--recipe: no file {path}; names without a slash are looked up in {RECIPES}")
+        raise RecipeError(f"--recipe: no file {path}; names without a slash are looked up in {RECIPES / folder}")
     return path
 
 
-def read_layers(name_or_path: str) -> list[Layer]:
+def read_layers(name_or_path: str, folder: str = "") -> list[Layer]:
     """The recipe's file, preceded by the file that its `base:` names."""
-    path = recipe_path(name_or_path)
+    path = recipe_path(name_or_path, folder=folder)
     layer = _read(path)
     base = layer.content.pop("base", None)
     if base is None:
         return [layer]
-    below = _read(recipe_path(str(base), beside=path.parent))
+    below = _read(recipe_path(str(base), beside=path.parent, folder=folder))
     if "base" in below.content:
         raise RecipeError(
             f"{below.where('base')}: {below.origin} is itself the base of {layer.origin}, and bases go one level deep; "

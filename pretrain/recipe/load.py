@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, is_dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -11,7 +11,7 @@ from pretrain.errors import RecipeError
 from pretrain.recipe.components import Kind, component_names, load_component
 from pretrain.recipe.describe import all_keys, allowed_values, field_types, key_suggestion
 from pretrain.recipe.files import Layer, override_layer, read_layers, recipe_path
-from pretrain.recipe.schema import Recipe, Source
+from pretrain.recipe.schema import Recipe
 
 #: Sections whose schema is the `Config` of the file that they name.
 COMPONENTS: dict[str, Kind] = {"model": "models", "objective": "objectives"}
@@ -30,7 +30,7 @@ class Reading:
         self.bad_keys.add(key)
 
 
-def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(name_or_path: str, overrides: list[str] | None = None, schema: type[Recipe] = Recipe) -> Recipe:
     """The recipe `recipes/<name>.yaml` or the file at a path, with overrides, types checked and presets filled in.
 
     `recipe.model` and `recipe.objective` are instances of the `Config` dataclass of the files that they name.
@@ -38,51 +38,55 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     Args:
         name_or_path: a name in recipes/, or a path (anything with a slash or ending in .yaml).
         overrides: `dotted.key=value` words; values are YAML.
+        schema: what kind of run, `Recipe` or a subclass.
 
     Raises:
         RecipeError: its `problems` holds everything found: unknown keys, wrong types, missing values.
     """
-    reading = read_recipe(name_or_path, overrides)
+    reading = read_recipe(name_or_path, overrides, schema)
     if reading.problems or reading.recipe is None:
         raise RecipeError(reading.problems)
     return reading.recipe
 
 
-def read_recipe(name_or_path: str, overrides: list[str] | None = None) -> Reading:
+def read_recipe(name_or_path: str, overrides: list[str] | None = None, schema: type[Recipe] = Recipe) -> Reading:
     """As `load_recipe`, but a recipe with bad values still comes back, with defaults in their place.
 
     So cross-field checks can be reported together with the bad values. `recipe` is None where a section can't be built.
     """
     reading = Reading()
     try:
-        layers = read_layers(name_or_path)
+        layers = read_layers(name_or_path, schema.FOLDER)
     except RecipeError as error:
         return Reading(problems=error.problems)
     from_command_line, wrong_words = override_layer(overrides or [])
     layers.append(from_command_line)
     reading.problems += wrong_words
-    config = OmegaConf.structured(Recipe)
-    modules = _open_components(config, layers, reading)
+    config = OmegaConf.structured(schema)
+    modules = _open_components(config, schema, layers, reading)
     for layer in layers:
         _Merge(config, layer, reading).mapping("", layer.content)
     if not config.run.name:
-        config.run.name = recipe_path(name_or_path).stem
+        config.run.name = recipe_path(name_or_path, folder=schema.FOLDER).stem
     if _check_values(config, layers, reading) and len(modules) == len(COMPONENTS):
         reading.recipe = _to_object(config, modules, reading)
     return reading
 
 
-def _open_components(config: DictConfig, layers: list[Layer], reading: Reading) -> dict[str, ModuleType]:
+def _open_components(
+    config: DictConfig, schema: type[Recipe], layers: list[Layer], reading: Reading
+) -> dict[str, ModuleType]:
     """Put the schema of the named model and objective into the configuration."""
     modules = {}
     for section, kind in COMPONENTS.items():
+        package = schema.OBJECTIVES if kind == "objectives" else "pretrain.models"
         naming = [layer for layer in layers if "name" in (layer.content.get(section) or {})]
         if not naming:
-            there = ", ".join(component_names(kind))
-            reading.add(section, f"{section}.name: missing; name one of pretrain/{kind}/: {there}")
+            there = ", ".join(component_names(kind, package))
+            reading.add(section, f"{section}.name: missing; name one of {package.replace('.', '/')}/: {there}")
             continue
         try:
-            modules[section] = load_component(kind, str(naming[-1].content[section]["name"]))
+            modules[section] = load_component(kind, str(naming[-1].content[section]["name"]), package)
         except RecipeError as error:
             reading.add(section, f"{naming[-1].where(f'{section}.name')}: {error}")
             continue
@@ -133,7 +137,9 @@ class _Merge:
             self.reading.add(key, f"{self.layer.where(key)}: {value!r} is not a section with at least `shards:`")
             return
         if name not in self.config.data.sources:
-            self.config.data.sources[name] = OmegaConf.structured(Source)
+            data: Any = OmegaConf.get_type(self.config.data)
+            entry = get_args(field_types(data)["sources"])[1]
+            self.config.data.sources[name] = OmegaConf.structured(entry)
         self.mapping(key, value)
 
     def leaf(self, key: str, value: Any) -> None:
@@ -152,7 +158,7 @@ class _Merge:
             for section in COMPONENTS
             if not OmegaConf.is_missing(self.config, section)
         }
-        hint = key_suggestion(key, siblings, list(all_keys(Recipe, components)))
+        hint = key_suggestion(key, siblings, list(all_keys(OmegaConf.get_type(self.config) or Recipe, components)))
         self.reading.add(key, f"{self.layer.where(key)}: no such key{hint}")
 
 

@@ -6,7 +6,7 @@ dataclass of the file they name (pretrain/models/<name>.py, pretrain/objectives/
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from omegaconf import MISSING
 
@@ -207,7 +207,12 @@ class Run:
 
 @dataclass
 class Recipe:
-    """A pre-training run, resolved."""
+    """A pre-training run, resolved. Another kind of run is a subclass: more sections, the same engine."""
+
+    #: Folder below recipes/ whose files are named without a path.
+    FOLDER: ClassVar[str] = ""
+    #: Package whose files `objective.name` names.
+    OBJECTIVES: ClassVar[str] = "pretrain.objectives"
 
     model: Any = MISSING
     """architecture: pretrain/models/<name>.py"""

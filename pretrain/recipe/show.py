@@ -15,9 +15,10 @@ COMMENT_COLUMN = 44
 def show_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML with a comment for every key; `load_recipe` reads it back to an equal Recipe."""
     lines = [f"# {recipe.run.name}, resolved. Every key there is; this text is itself a recipe."]
+    schema: type = type(recipe)
     for field in dataclasses.fields(recipe):
         section = getattr(recipe, field.name)
-        about = field_docs(Recipe).get(field.name) or _class_line(section)
+        about = field_docs(schema).get(field.name) or _class_line(section)
         lines += ["", f"# {about}", f"{field.name}:", *_section_lines(section, "  ")]
     return "\n".join(lines) + "\n"
 
