@@ -7,8 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from io import BytesIO
 
-from webdataset.tariterators import base_plus_ext
-
 from pretrain.data.index import Members, Shard, load_index, load_members
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.data.pack.scan import VIDEO_EXTENSIONS, scan_shard
@@ -92,6 +90,8 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
 
 def _read_sample(data: bytes) -> tuple[bytes, dict[str, object]]:
     """The video and the json (empty without) out of the tar members of one sample."""
+    from webdataset.tariterators import base_plus_ext
+
     video, facts = b"", {}
     with tarfile.open(fileobj=BytesIO(data), mode="r:") as tar:
         for member in tar:

@@ -89,13 +89,7 @@ def _pack(args: argparse.Namespace) -> int:
     with progress_bar(len(plan.part(part))) as progress:
         report = pack(plan, dest, options, part, args.workers, args.overwrite, progress)
     _say(report_text(report, dest))
-    if args.data_root == "" and _all_missing(report):
-        _say("pack: every video is missing: do the paths in the list start elsewhere? Say where with --data-root")
     return DONE
-
-
-def _all_missing(report: Report) -> bool:
-    return not report.packed and bool(report.rejected) and all(one.reason == "missing" for one in report.rejected)
 
 
 def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from pretrain.data.pack.options import ENCODERS, Options
-from pretrain.data.pack.probe import Facts, video_stream
+from pretrain.data.pack.probe import Facts, codec_name, video_stream
 from pretrain.errors import SampleError
 
 #: Share of coded frames that may be lost or concealed before a video counts as damaged.
@@ -123,7 +123,7 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
     try:
         with av.open(source) as container, av.open(target, "w", format="mp4", options=MP4_OPTIONS) as out:
             streams = [video_stream(container)]
-            streams += [s for s in container.streams.audio[:1] if audio and s.codec_context.name in MP4_AUDIO]
+            streams += [s for s in container.streams.audio[:1] if audio and codec_name(s) in MP4_AUDIO]
             copies = {stream.index: out.add_stream_from_template(stream) for stream in streams}
             for packet in _with_decoding_times(container.demux(streams)):
                 packet.stream = copies[packet.stream.index]
@@ -244,7 +244,7 @@ class _Sink:
             180: [("hflip", ""), ("vflip", "")],
             270: [("transpose", "clock")],
         }
-        rate = [("fps", f"fps={self.options.fps}")] if self.options.fps else []
+        rate = [("fps", f"fps={self.options.fps}:round=up")] if self.options.fps else []
         size = f"{self.width}:{self.height}:flags=bicubic+accurate_rnd:out_range=tv"
         return [*turns.get(self.facts.rotation, []), *rate, ("scale", size), ("setsar", "1"), ("format", "yuv420p")]
 
@@ -278,7 +278,7 @@ class _Sound:
     def __init__(self, out: Any, container: Any, start: float) -> None:
         self.out, self.start = out, start
         self.source = container.streams.audio[0]
-        self.copied = self.source.codec_context.name in MP4_AUDIO
+        self.copied = codec_name(self.source) in MP4_AUDIO
         if self.copied:
             self.stream = out.add_stream_from_template(self.source)
         else:

@@ -61,12 +61,12 @@ def probe(path: str) -> Facts:
             video = video_stream(container)
             frame = next(container.decode(video), None)
             if frame is None:
-                raise SampleError("no-frames", f"the {video.codec_context.name} stream decodes to nothing")
+                raise SampleError("no-frames", f"the {codec_name(video)} stream decodes to nothing")
             fps, vfr = _rate(stamps, packets, video)
-            audio = next((stream.codec_context.name for stream in container.streams.audio), None)
+            audio = next((codec_name(stream) for stream in container.streams.audio), None)
             return Facts(
                 container=container.format.name,
-                codec=video.codec_context.name,
+                codec=codec_name(video),
                 pix_fmt=video.codec_context.pix_fmt or frame.format.name,
                 width=frame.width,
                 height=frame.height,
@@ -82,6 +82,11 @@ def probe(path: str) -> Facts:
             )
     except (av.error.FFmpegError, UnicodeDecodeError, ValueError) as error:
         raise SampleError("unreadable", str(error)) from error
+
+
+def codec_name(stream: Any) -> str:
+    """FFmpeg's name of a stream's codec ("av1"), not of the library that decodes it ("libdav1d")."""
+    return str(stream.codec_context.codec.canonical_name)
 
 
 def video_stream(container: Any) -> Any:

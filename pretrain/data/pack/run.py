@@ -85,10 +85,9 @@ def pack(
 
 @contextmanager
 def _work_folder(dest: str, part: Part) -> Iterator[str]:
-    """An empty local folder that belongs to this part alone; emptied by the next run when this one is killed."""
+    """An empty local folder that belongs to this part alone; deleted by the next run when this one fails."""
     name = hashlib.sha256(f"{os.path.abspath(dest)}\x1f{part}".encode()).hexdigest()[:12]
     folder = os.path.join(tempfile.gettempdir(), f"tubelet-pack-{os.getuid()}-{name}")
-    os.makedirs(folder, exist_ok=True)
     with open(folder + ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,12 +95,10 @@ def _work_folder(dest: str, part: Part) -> Iterator[str]:
             raise DataError(
                 f"{dest}: another process on this machine is packing part {part.index}/{part.count}"
             ) from error
-        shutil.rmtree(folder)
-        os.makedirs(folder)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # workers of a killed run may still write there for half a second
+        os.makedirs(folder, exist_ok=True)
+        yield tempfile.mkdtemp(dir=folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _crashed(item: Item) -> Packed | Rejected:

@@ -6,13 +6,11 @@ One code path for both, so that a shard's entry never depends on who wrote it.
 import hashlib
 import logging
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
 
 from pretrain.data.index import Members, Shard, ShardIndex, load_index, write_index, write_members
 from pretrain.errors import DataError, TubeletError
@@ -83,7 +81,7 @@ def scan_shard(url: str, name: str) -> tuple[Shard, Members, int]:
     """
     where = storage.join(url, name)
     reader = HashingReader(where)
-    samples = list(_samples(where, reader))
+    samples = _samples(where, reader)
     _check_unique(where, samples)
     while reader.read(CHUNK):  # what follows the end marker belongs to the hash
         pass
@@ -96,29 +94,41 @@ def scan_shard(url: str, name: str) -> tuple[Shard, Members, int]:
     return Shard(name, len(kept), reader.bytes, reader.sha256.hexdigest()), members, len(samples) - len(kept)
 
 
-def _samples(where: str, reader: HashingReader) -> Iterator[_Sample]:
-    current: _Sample | None = None
+def _samples(where: str, reader: HashingReader) -> list[_Sample]:
+    """Neighbouring members of one key, grouped as webdataset does."""
+    from webdataset.tariterators import base_plus_ext  # imports torch: seconds that --help and workers can do without
+
+    samples: list[_Sample] = []
+    end = 0
     try:
         with tarfile.open(fileobj=cast(Any, reader), mode="r|", bufsize=1 << 20) as tar:
-            remembered = cast(Any, tar)
             for member in tar:
+                cast(Any, tar).members.clear()  # tarfile remembers every member otherwise
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                 key, extension = base_plus_ext(member.name)
                 if not member.isreg() or key is None:
                     continue
-                if current is None or current.key != key:
-                    if current is not None:
-                        yield current
-                    current = _Sample(key, member.offset, 0)
-                current.extensions.append(extension)
-                current.end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                remembered.members.clear()  # tarfile remembers every member otherwise
+                if not samples or samples[-1].key != key:
+                    samples.append(_Sample(key, member.offset, end))
+                samples[-1].extensions.append(extension)
+                samples[-1].end = end
     except tarfile.TarError as error:
         raise DataError(
             f"{where}: not a plain, whole tar file ({error}); compressed shards must be unpacked first, "
             "a cut one must be copied again"
         ) from error
-    if current is not None:
-        yield current
+    _check_end(where, end, reader.bytes)
+    return samples
+
+
+def _check_end(where: str, end: int, size: int) -> None:
+    """tarfile takes a cut or overwritten header for the end of the file; the end marker tells them apart."""
+    marker = storage.read_bytes(where, end, end + BLOCK) if end + BLOCK <= size else b""
+    if marker != bytes(BLOCK):
+        raise DataError(
+            f"{where}: no tar end marker after the last readable member, at byte {end}: cut or overwritten; "
+            "copy the shard again"
+        )
 
 
 def _check_unique(where: str, samples: list[_Sample]) -> None:

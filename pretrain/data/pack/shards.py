@@ -9,10 +9,9 @@ Everything that a restart or another machine needs lies in the data set's folder
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from webdataset import TarWriter
 
 from pretrain.data.index import INDEX_NAME, Shard, ShardIndex, members_name, write_index, write_members
 from pretrain.data.pack.plan import Part
@@ -64,6 +63,8 @@ class ShardFile:
     """A shard under construction: a local tar file, handed over to the data set's folder when it is full."""
 
     def __init__(self, folder: str, name: str) -> None:
+        from webdataset import TarWriter  # imports torch: seconds that --help and workers can do without
+
         self.name, self.folder = name, folder
         self.path = os.path.join(folder, name)
         self.samples = 0
@@ -193,10 +194,17 @@ def merge(url: str, count: int, require: bool = False) -> tuple[ShardIndex, list
         storage.join(url, REJECTED_NAME), b"".join(json.dumps(asdict(one)).encode() + b"\n" for one in rejected)
     )
     if not shards:
-        raise DataError(f"{url}: not one video could be packed; {REJECTED_NAME} there says why for each")
+        raise DataError(_nothing_packed(url, rejected))
     index = ShardIndex(url, tuple(shards))
     write_index(index)
     return index, rejected
+
+
+def _nothing_packed(url: str, rejected: list[Rejected]) -> str:
+    reasons = Counter(one.reason for one in rejected)
+    hint = "; do relative paths in the list start elsewhere? Say where with --data-root" if "missing" in reasons else ""
+    counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    return f"{url}: not one video could be packed ({counted}); {REJECTED_NAME} there says why for each{hint}"
 
 
 def refuse_foreign(url: str) -> None:

@@ -1,0 +1,248 @@
+"""One video at a time: what kinds come out how."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.data.decoders import open_video
+from pretrain.data.pack.options import Options
+from pretrain.data.pack.probe import probe
+from pretrain.data.pack.sample import Packed, Rejected, pack_item
+from pretrain.data.pack.sources import Item
+
+MakeVideo = Callable[..., Path]
+FAST = Options(preset="ultrafast", crf=10, gop=8)
+KEEP = Options(preset="ultrafast", crf=10, gop=8, copy=True)
+
+
+def _pack(path: Path, options: Options = FAST, **more: object) -> Packed:
+    result = _any(path, options, **more)
+    assert isinstance(result, Packed), result
+    return result
+
+
+def _any(path: Path, options: Options = FAST, **more: object) -> Packed | Rejected:
+    item = Item(str(path), path.name, key=path.stem, **more)  # type: ignore[arg-type]
+    folder = path.parent / "out"
+    folder.mkdir(exist_ok=True)
+    return pack_item(item, options, str(folder))
+
+
+def _frames(path: str | Path, decoder: str = "decord") -> np.ndarray:
+    with open_video(Path(path).read_bytes(), decoder) as reader:
+        return reader.frames(range(reader.num_frames)).astype(np.float32)
+
+
+def _same(one: np.ndarray, two: np.ndarray, tolerance: float = 10.0) -> bool:
+    return one.shape == two.shape and bool(np.abs(one - two).mean() < tolerance)
+
+
+KINDS = {
+    "plain.mp4": {},
+    "ten_bits.mp4": {"pix_fmt": "yuv420p10le"},
+    "rotated90.mp4": {"rotation": 90},
+    "rotated270.mp4": {"rotation": -90},
+    "rotated180.mp4": {"rotation": 180},
+    "matroska.mkv": {},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
+    "stream.ts": {"container": "mpegts"},
+}
+
+
+@pytest.mark.parametrize("options", [FAST, KEEP], ids=["encode", "copy"])
+@pytest.mark.parametrize("name", KINDS)
+def test_pictures_stay_the_same(name: str, options: Options, tmp_path: Path, make_video: MakeVideo) -> None:
+    source = make_video(tmp_path / name, **KINDS[name])
+    packed = _pack(source, options)
+    before, after = _frames(source, "pyav"), _frames(packed.video, "pyav")
+    assert len(after) == 24 == packed.facts["frames"]
+    assert _same(before, after) and not _same(before[1:], after[:-1])
+    assert packed.facts["width"], packed.facts["height"] == after.shape[2:0:-1]
+    assert (packed.facts["reencoded"] is None) == options.copy
+    assert packed.facts["fps"] == 25
+
+
+def test_rotation_is_baked_in(tmp_path: Path, make_video: MakeVideo) -> None:
+    packed = _pack(make_video(tmp_path / "r.mp4", rotation=90))
+    written = probe(packed.video)
+    assert (written.rotation, written.width, written.height) == (0, 96, 128)
+    assert packed.facts["original"]["rotation"] == 90
+
+
+@pytest.mark.parametrize(
+    ("name", "video"),
+    [
+        ("packed.avi", {"codec": "mpeg4", "b_frames": 2, "frames": 60}),
+        ("program.mpg", {"codec": "mpeg2video", "container": "mpeg", "b_frames": 2, "frames": 60}),
+    ],
+)
+def test_inexact_random_access_is_found_and_encoded(
+    name: str, video: dict[str, object], tmp_path: Path, make_video: MakeVideo
+) -> None:
+    source = make_video(tmp_path / name, **video)
+    packed = _pack(source, KEEP)
+    assert packed.facts["reencoded"].startswith("inexact") and packed.facts["codec"] == "h264"
+    assert packed.facts["frames"] == 60
+    assert _same(_frames(packed.video, "pyav"), _frames(source, "pyav"))
+
+
+def test_codec_that_a_decoder_lacks_is_encoded(tmp_path: Path, make_video: MakeVideo) -> None:
+    source = make_video(tmp_path / "a.mp4", codec="libsvtav1", options={"preset": "12"})
+    assert "decord" in _pack(source, KEEP).facts["reencoded"]
+    pyav = _pack(source, Options(copy=True, decoders=("pyav",)))
+    assert pyav.facts["reencoded"] is None and pyav.facts["codec"] == "av1"
+
+
+def test_variable_frame_rate_keeps_its_times_or_becomes_constant(tmp_path: Path, make_video: MakeVideo) -> None:
+    times = [0, 20, 200, 220, 240, 700, 720, 1000]
+    source = make_video(tmp_path / "v.mp4", frames=8, times_ms=times)
+    kept = _pack(source)
+    assert kept.facts["vfr"] and kept.facts["frames"] == 8
+    import av
+
+    with av.open(kept.video) as container:
+        written = [float(frame.time) for frame in container.decode(video=0)]
+    assert np.allclose(written, np.array(times) / 1000, atol=1e-4)
+    even = _pack(source, Options(preset="ultrafast", crf=10, fps=Fraction(10)))
+    assert not even.facts["vfr"] and even.facts["fps"] == 10
+    assert 10 <= even.facts["frames"] <= 11
+    shown = _frames(source)[[0, 2, 4, 4, 4]]  # what is on the screen at 0, 200, 300, 400, 500 ms
+    assert _same(_frames(even.video)[[0, 2, 3, 4, 5]], shown)
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "expected"),
+    [
+        ((161, 121), 320, (160, 120)),
+        ((200, 100), 64, (128, 64)),
+        ((101, 99), 64, (66, 64)),
+        ((128, 96), None, (128, 96)),
+    ],
+)
+def test_size(
+    size: tuple[int, int], short_side: int | None, expected: tuple[int, int], tmp_path: Path, make_video: MakeVideo
+) -> None:
+    source = make_video(tmp_path / "s.mkv", size=size, pix_fmt="yuv444p")
+    packed = _pack(source, Options(preset="ultrafast", short_side=short_side))
+    assert (packed.facts["width"], packed.facts["height"]) == expected
+    assert _frames(packed.video).shape[1:3] == expected[::-1]
+
+
+def test_key_frames_come_every_gop(tmp_path: Path, make_video: MakeVideo) -> None:
+    import av
+
+    packed = _pack(make_video(tmp_path / "g.mp4", frames=40), FAST)
+    with av.open(packed.video) as container:
+        keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
+    assert keys == [0, 8, 16, 24, 32]
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_audio(keep: bool, copy: bool, tmp_path: Path, make_video: MakeVideo) -> None:
+    source = make_video(tmp_path / "a.mp4", audio=True, frames=50)
+    packed = _pack(source, Options(preset="ultrafast", audio=keep, copy=copy))
+    written = probe(packed.video)
+    assert written.audio == packed.facts["audio"] == ("aac" if keep else None)
+    assert written.packets == 50
+
+
+def test_foreign_audio_becomes_aac(tmp_path: Path, make_video: MakeVideo) -> None:
+    import av
+
+    with av.open(str(tmp_path / "pcm.mkv"), "w") as out, av.open(str(make_video(tmp_path / "v.mp4"))) as video:
+        copied = out.add_stream_from_template(video.streams.video[0])
+        sound = out.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for packet in video.demux(video=0):
+            if packet.size:
+                packet.stream = copied
+                out.mux(packet)
+        for start in range(0, 16000, 800):
+            noise = av.AudioFrame.from_ndarray(np.full((1, 800), start, "i2"), format="s16", layout="mono")
+            noise.sample_rate, noise.pts = 16000, start
+            out.mux(sound.encode(noise))
+        out.mux(sound.encode(None))
+    packed = _pack(tmp_path / "pcm.mkv", Options(preset="ultrafast", audio=True))
+    with av.open(packed.video) as container:
+        stream = container.streams.audio[0]
+        assert stream.codec_context.name == "aac"
+        samples = sum(frame.samples for frame in container.decode(audio=0))
+    assert abs(samples - 16000) < 3000
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path, make_video: MakeVideo) -> None:
+    source = make_video(tmp_path / "d.mp4", audio=True)
+    options = Options(audio=True)
+    one, two = _pack(source, options), _pack(source, options)
+    assert Path(one.video).read_bytes() == Path(two.video).read_bytes() and one.facts == two.facts
+
+
+@pytest.mark.parametrize("codec", ["hevc", "vp9", "av1"])
+def test_codecs(codec: str, tmp_path: Path, make_video: MakeVideo) -> None:
+    preset = {"hevc": "ultrafast", "vp9": "8", "av1": "12"}[codec]
+    decoders = ("pyav",) if codec == "av1" else ("decord", "pyav")
+    options = Options(codec=codec, preset=preset, crf=20, decoders=decoders)  # type: ignore[arg-type]
+    source = make_video(tmp_path / "c.mp4")
+    packed = _pack(source, options)
+    assert packed.facts["codec"] == codec
+    assert _same(_frames(packed.video, "pyav"), _frames(source, "pyav"), 12)
+
+
+def _cut(path: Path, share: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+def test_reasons_for_rejection(tmp_path: Path, make_video: MakeVideo, make_sound: Callable[[Path], Path]) -> None:
+    broken = {
+        "no-video": make_sound(tmp_path / "sound.mp4"),
+        "missing": tmp_path / "nowhere.mp4",
+        "empty": tmp_path / "empty.mp4",
+        "unreadable": tmp_path / "text.mp4",
+        "too-short": make_video(tmp_path / "short.mp4", frames=3),
+    }
+    broken["empty"].write_bytes(b"")
+    broken["unreadable"].write_text("this is no video" * 100)
+    for reason, path in broken.items():
+        result = _any(path, Options(min_frames=4))
+        assert isinstance(result, Rejected) and result.reason == reason, result
+
+
+def test_cut_file_with_its_index_in_front(tmp_path: Path, make_video: MakeVideo) -> None:
+    whole = _pack(make_video(tmp_path / "whole.mp4", frames=60, size=(160, 120)))  # packed files have it in front
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(Path(whole.video).read_bytes())
+    _cut(cut, 0.6)
+    for options in (FAST, KEEP):
+        result = _any(cut, options)
+        assert isinstance(result, Rejected) and result.reason == "damaged" and "of 60" in result.detail, result
+
+
+def _frame_folder(folder: Path, numbers: range) -> None:
+    folder.mkdir(parents=True)
+    for number in numbers:
+        Image.new("RGB", (64, 48), (8 * number, 100, 50)).save(folder / f"img_{number:05}.png")
+
+
+def test_frame_folder(tmp_path: Path) -> None:
+    _frame_folder(tmp_path / "clip", range(1, 21))
+    everything = _pack(tmp_path / "clip", is_folder=True)
+    assert everything.facts["frames"] == 20 and everything.facts["fps"] == 24
+    five = _pack(tmp_path / "clip", is_folder=True, frames=(4, 5))
+    reds = _frames(five.video)[:, :, :, 0].mean((1, 2))
+    assert np.allclose(reds, [32, 40, 48, 56, 64], atol=4)
+    first = _pack(tmp_path / "clip", is_folder=True, frames=(None, 3))
+    assert np.allclose(_frames(first.video)[:, :, :, 0].mean((1, 2)), [8, 16, 24], atol=4)
+
+
+def test_frame_folder_that_lacks_frames(tmp_path: Path) -> None:
+    _frame_folder(tmp_path / "clip", range(1, 11))
+    result = _any(tmp_path / "clip", is_folder=True, frames=(5, 10))
+    assert isinstance(result, Rejected) and result.reason == "frames-missing" and "6 pictures" in result.detail
+    Image.new("RGB", (32, 32)).save(tmp_path / "clip" / "img_00006.png")
+    odd = _any(tmp_path / "clip", is_folder=True)
+    assert isinstance(odd, Rejected) and odd.reason == "damaged"

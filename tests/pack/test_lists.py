@@ -1,0 +1,83 @@
+"""List files of the official repositories and manifests."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.data.pack.lists import ListLine, parse_list
+from pretrain.data.pack.sources import gather
+from pretrain.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("list_format", "line", "expected"),
+    [
+        ("auto", "a/b.mp4 17", ListLine("a/b.mp4", "a/b.mp4", 17, None, False)),
+        ("v1", "a/b 17", ListLine("a/b.mp4", "a/b.mp4", 17, None, False)),
+        ("auto", "my clip.webm 3", ListLine("my clip.webm", "my clip.webm", 3, None, False)),
+        ("auto", "a/b.mp4 0 -1", ListLine("a/b.mp4", "a/b.mp4", None, None, False)),
+        ("v2", "a/b.mp4 0 -1 extra columns", ListLine("a/b.mp4", "a/b.mp4", None, None, False)),
+        ("v2", "frames/x 5 30", ListLine("frames/x", "frames/x", None, (5, 30), True)),
+        ("frames", "frames/x 30 5", ListLine("frames/x", "frames/x", 5, (None, 30), True)),
+        ("auto", "alone.mp4", ListLine("alone.mp4", "alone.mp4", None, None, False)),
+        ("auto", "a.mp4\t2", ListLine("a.mp4", "a.mp4", 2, None, False)),
+    ],
+)
+def test_official_line(list_format: str, line: str, expected: ListLine) -> None:
+    assert parse_list("train.csv", line + "\n", list_format) == [expected]  # type: ignore[arg-type]
+
+
+def test_all_wrong_lines_are_reported_with_their_place() -> None:
+    text = "good.mp4 1\n\nbad.mp4 running\nfolder 1 30\n"
+    with pytest.raises(RecipeError) as error:
+        parse_list("lists/train.csv", text)
+    first, second = error.value.problems
+    assert first.startswith("lists/train.csv:3:") and "class number" in first
+    assert second.startswith("lists/train.csv:4:") and "--list-format" in second
+
+
+@pytest.mark.parametrize(
+    ("list_format", "line"), [("v2", "a.mp4 3"), ("frames", "f 3"), ("v2", "f 1 0"), ("frames", "f 0 1")]
+)
+def test_line_of_another_format(list_format: str, line: str) -> None:
+    with pytest.raises(RecipeError, match="train.csv:1"):
+        parse_list("train.csv", line, list_format)  # type: ignore[arg-type]
+
+
+def test_empty_list() -> None:
+    with pytest.raises(RecipeError, match="no line"):
+        parse_list("train.csv", "\n\n")
+
+
+def test_paths_start_at_data_root_or_beside_the_list(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a.mp4 1\n/abs/b.mp4 2\n")
+    beside = gather([str(tmp_path / "train.csv")])
+    rooted = gather([str(tmp_path / "train.csv")], data_root="s3://bucket/data")
+    assert [item.path for item in beside] == [f"{tmp_path}/a.mp4", "/abs/b.mp4"]
+    assert [item.path for item in rooted] == ["s3://bucket/data/a.mp4", "/abs/b.mp4"]
+    assert [item.name for item in rooted] == ["a.mp4", "/abs/b.mp4"]
+
+
+def test_csv_manifest(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text('path,label,split,key\n"a, b.mp4",7,train,first\nc.mp4,run,test,\n')
+    one, two = gather([str(tmp_path / "m.csv")])
+    assert (one.name, one.label, one.key, one.meta) == ("a, b.mp4", 7, "first", {"split": "train"})
+    assert (two.name, two.label, two.key, two.meta) == ("c.mp4", "run", "", {"split": "test"})
+
+
+def test_jsonl_manifest(tmp_path: Path) -> None:
+    rows = [{"path": "a.mp4", "label": "x", "caption": ["one", "two"]}, {"path": "f", "start": 3, "frames": 10}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = gather([str(tmp_path / "m.jsonl")])
+    assert one.meta == {"caption": ["one", "two"]}
+    assert two.is_folder and two.frames == (3, 10)
+
+
+def test_wrong_manifest_rows(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"path": "a.mp4"}\n{"label": 3}\nnot json\n')
+    (tmp_path / "m.csv").write_text("path,label\na.mp4,1\nb.mp4,1,2\n")
+    with pytest.raises(RecipeError) as error:
+        gather([str(tmp_path / "m.jsonl"), str(tmp_path / "m.csv"), str(tmp_path / "nowhere")])
+    places = [problem.split(": ")[0] for problem in error.value.problems]
+    assert places == [f"{tmp_path}/m.jsonl:2", f"{tmp_path}/m.jsonl:3", f"{tmp_path}/m.csv:3", f"{tmp_path}/nowhere"]

@@ -1,0 +1,56 @@
+"""Indexing shards that others wrote."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pretrain.data.index import load_members
+from pretrain.data.pack.scan import index_folder
+from pretrain.errors import DataError
+
+
+def _tar(path: Path, names: list[str], tar_format: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for number, name in enumerate(names):
+            entry = tarfile.TarInfo(name)
+            entry.size = 700 * number
+            tar.addfile(entry, io.BytesIO(bytes(entry.size)))
+    return path
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_grouping(tar_format: int, tmp_path: Path) -> None:
+    long = "d/" + "x" * 90
+    names = ["a.mp4", "a.cls", "b.txt", "b.video.webm", "text.txt", f"{long}.MKV", f"{long}.json", "notes"]
+    path = _tar(tmp_path / "deep/x.tar", names, tar_format)
+    index, notes = index_folder(str(tmp_path))
+    assert [shard.name for shard in index.shards] == ["deep/x.tar"]
+    members = load_members(str(tmp_path), "deep/x.tar")
+    assert members.keys == ("a", "b", long)
+    assert "1 of 4" in notes[0]
+    for key, offset, size in zip(members.keys, members.offsets, members.sizes, strict=True):
+        piece = path.read_bytes()[offset : offset + size]
+        with tarfile.open(fileobj=io.BytesIO(piece)) as tar:
+            assert tar.getnames() == [name for name in names if name.startswith(key + ".")]
+
+
+def test_all_unusable_shards_are_reported(tmp_path: Path) -> None:
+    good = _tar(tmp_path / "a.tar", ["a.mp4", "b.mp4"]).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(good[:900])
+    (tmp_path / "text.tar").write_text("no tar file at all" * 100)
+    _tar(tmp_path / "split.tar", ["a.mp4", "b.mp4", "a.json"])
+    with pytest.raises(DataError) as error:
+        index_folder(str(tmp_path))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    for name, line in zip(("cut.tar", "split.tar", "text.tar"), lines, strict=True):
+        assert name in line
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_folder_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no .tar files"):
+        index_folder(str(tmp_path))
