@@ -47,7 +47,7 @@ class ShardCache:
             raise DataError(f"{shard.name} has {shard.bytes} bytes, data.cache_gb allows {self.limit}; raise it")
         with self._lock(name, deadline_s):
             if not self._touched(target):
-                partial = self.folder / (name + PARTIAL)
+                partial = self.folder / f"{name}.{shard.bytes}{PARTIAL}"
                 self._reserve(partial, shard.bytes, deadline_s)
                 storage.download(url, str(partial), shard.bytes, deadline_s)
                 # Under the folder's lock: a scan that a rename overtakes may see neither name, and overdraw.
@@ -78,7 +78,7 @@ class ShardCache:
         return sum(size for _, size, _ in self._files())
 
     def _reserve(self, partial: Path, size: int, deadline_s: float) -> None:
-        """Make room, and take it at once with a file of the final size, so that several workers can't overdraw.
+        """Make room, and take it at once with a file that has the size in its name, so that nobody overdraws.
 
         Shards that others are fetching can't go; where they fill the cache, this waits until one is complete.
         """
@@ -106,8 +106,7 @@ class ShardCache:
                     used -= old_size
             if used + size > self.limit:
                 return False
-            with open(partial, "wb") as file:
-                file.truncate(size)
+            partial.touch()
             return True
 
     def _removed(self, path: Path) -> bool:
@@ -118,18 +117,20 @@ class ShardCache:
                 path.unlink()
             else:
                 # Unlocked, it belongs to a process that was killed.
-                with self._lock(path.name.removesuffix(PARTIAL), 0):
+                with self._lock(path.name.split(".")[0] + ".tar", 0):
                     path.unlink()
         except (FileNotFoundError, filelock.Timeout):
             return False
         return True
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
+        """Time of last use, bytes taken and path of every shard; a shard being fetched takes its final size."""
         for entry in os.scandir(self.folder):
-            if entry.name.endswith((".tar", ".tar" + PARTIAL)):
+            if entry.name.endswith((".tar", PARTIAL)):
                 with suppress(FileNotFoundError):
                     status = entry.stat()
-                    yield status.st_mtime, status.st_size, Path(entry.path)
+                    size = int(entry.name.split(".")[-2]) if entry.name.endswith(PARTIAL) else status.st_size
+                    yield status.st_mtime, size, Path(entry.path)
 
     def _touched(self, path: Path) -> bool:
         try:

@@ -69,7 +69,7 @@ def test_many_users_at_once_never_exceed_the_limit(tmp_path: Path, shards: list[
 def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path, shards: list[tuple[str, Shard]]) -> None:
     cache = ShardCache(str(tmp_path / "cache"), 2500)
     path = fetch(cache, shards[0])
-    path.rename(path.with_name(path.name + ".partial"))
+    path.rename(path.with_name(path.name + ".1000.partial"))
     for shard in shards[1:4]:
         fetch(cache, shard)
     assert cache.bytes_used() == 2000
