@@ -78,15 +78,33 @@ def load_weights(
         WeightsError: unreadable, or anything else is missing, unexpected or of another shape; nothing is loaded then.
     """
     raw = read_raw(path)
-    layout = "Hugging Face" if huggingface.is_huggingface(strip_wrappers(raw)) else "official"
-    state = official_state(raw)
-    targets = dict(module.named_parameters())
-    report = _compare(LoadReport(str(path), layout), state, {key: _shape(value) for key, value in targets.items()})
+    report = LoadReport(str(path), layout_of(raw))
+    return load_state(
+        module, official_state(raw), report, allow_missing, allow_unexpected, _config_problems(module, path)
+    )
+
+
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    report: LoadReport,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    problems: Iterable[str] = (),
+) -> LoadReport:
+    """Copy a state dict into `module`, persistent buffers too; as `load_weights`, for weights that are already read.
+
+    Args:
+        report: with source and layout; is filled in and returned.
+        problems: further reasons to refuse, found by the caller.
+    """
+    targets = module.state_dict(keep_vars=True)
+    report = _compare(report, state, {key: _shape(value) for key, value in targets.items()})
     refused = [f"missing: {key}" for key in _outside(report.missing, allow_missing)]
     refused += [f"unexpected: {key}" for key in _outside(report.unexpected, allow_unexpected)]
     refused += [f"mismatched: {text}" for text in report.mismatched]
-    refused += [f"config: {text}" for text in _config_problems(module, path)]
-    if any(parameter.is_meta for parameter in targets.values()):
+    refused += [f"config: {text}" for text in problems]
+    if any(target.is_meta for target in targets.values()):
         refused.append("the model lies on the meta device; materialise it before loading")
     if refused:
         raise WeightsError(
@@ -97,6 +115,11 @@ def load_weights(
         _copy(targets[key], state[key])
     logger.info("%s", report)
     return report
+
+
+def layout_of(raw: Mapping[str, Tensor]) -> str:
+    """Whose key names these are, for reports."""
+    return "Hugging Face" if huggingface.is_huggingface(strip_wrappers(raw)) else "official"
 
 
 def read_state(path: str) -> dict[str, Tensor]:
@@ -181,7 +204,7 @@ def _tensors(url: str, content: Any) -> dict[str, Tensor]:
     return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
 
 
-def _compare(report: LoadReport, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> LoadReport:
+def _compare(report: LoadReport, state: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> LoadReport:
     report.missing = [key for key in shapes if key not in state]
     report.unexpected = [key for key in state if key not in shapes]
     for key in [key for key in shapes if key in state]:
@@ -199,7 +222,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def _shape(parameter: Tensor) -> tuple[int, ...]:
     """Full shape; a parameter that ZeRO stage 3 has partitioned shows none itself."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -209,7 +232,7 @@ def _outside(keys: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+def _copy(parameter: Tensor, value: Tensor) -> None:
     if not hasattr(parameter, "ds_id"):
         parameter.copy_(value.reshape(parameter.shape))
         return

@@ -22,6 +22,10 @@ SYSTEMS = {
     "VideoMAE V2 dual-masking pre-training": "videomae_v2_pretrain",
     "Hugging Face VideoMAEForPreTraining": "videomae_hf_pretrain",
     "VideoMAE V2 frame and crop index rules": "videomae_sampling",
+    "VideoMAE V2 classification model": "videomae_v2_finetune",
+    "Hugging Face VideoMAEForVideoClassification": "videomae_hf_classification",
+    "AdaptFormer": "adaptformer",
+    "EViT": "evit",
 }
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 
@@ -45,6 +49,8 @@ class Case:
     def kind(self) -> str | None:
         """Kind of a case that can be run, or None."""
         found = next((kind for start, kind in SYSTEMS.items() if self.system.startswith(start)), None)
+        if found == "evit" and "dims" not in self.meta:
+            return "evit_schedule"
         cosine = found == "videomae_v2_pretrain" and "cosine attention" in self.system
         return f"{found}_cosattn" if cosine else found
 
@@ -59,6 +65,9 @@ class Case:
     def tolerance(self, quantity: str) -> dict[str, float]:
         """rtol and atol that the meta file states for `outputs` or `gradients`."""
         text = str(self.meta["tolerance"])
+        both = re.search(rf"abs {NUMBER} / rel {NUMBER}", text)
+        if both:
+            return {"atol": float(both[1]), "rtol": float(both[2])}
         found = re.search(rf"{quantity}[^:;]*:\s*rtol {NUMBER}, atol {NUMBER}", text)
         assert found, f"{self.name}: no tolerance for {quantity} in {text!r}"
         return {"rtol": float(found[1]), "atol": float(found[2])}
@@ -67,7 +76,7 @@ class Case:
 @pytest.fixture
 def built_kinds() -> set[str]:
     """Every kind that the finder recognises."""
-    return {*SYSTEMS.values(), "videomae_v2_pretrain_cosattn"}
+    return {*SYSTEMS.values(), "videomae_v2_pretrain_cosattn", "evit_schedule"}
 
 
 def find_cases() -> list[Case]:

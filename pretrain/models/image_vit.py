@@ -1,0 +1,159 @@
+"""Plain ViT for images with a class token and learned positions: DeiT, MAE and timm checkpoints, their parameter names.
+
+It is what EViT and the image half of AdaptFormer were published on (systems/evit.md section 2, adaptformer.md 3.2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.errors import RecipeError
+from pretrain.models.backbone import Backbone, build_head
+from pretrain.models.cubes import Grid
+from pretrain.models.positions import stretch_table
+from pretrain.models.token_reorganisation import Tokens
+from pretrain.models.vit import Block, drop_path_rates, truncated_normal
+
+
+@dataclass
+class ImageOptions:
+    """An image ViT."""
+
+    image_size: int = 224
+    """side of the images that the position table is for, pixels"""
+    patch_size: int = 16
+    """side of a patch, pixels"""
+    dim: int = 384
+    """channels"""
+    depth: int = 12
+    """blocks"""
+    heads: int = 6
+    """attention heads"""
+    mlp_ratio: float = 4.0
+    """hidden channels of an MLP = int(channels x mlp_ratio)"""
+    classes: int = 1000
+    """outputs of the head; 0: no head"""
+    pooling: Literal["class", "mean"] = "class"
+    """class: the class token behind norm; mean: of the other tokens, then fc_norm"""
+    head: Literal["linear", "batch_norm"] = "linear"
+    """linear layer, or a parameter-free batch norm in front of it (AdaptFormer)"""
+    drop_path: float = 0.0
+    """stochastic depth rate of the last block, rising linearly from 0"""
+    norm_eps: float = 1e-6
+    """epsilon of every layer norm"""
+
+
+#: Channels, blocks, heads of the published sizes; patch 16, MLP ratio 4.
+SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+
+class PatchEmbedding(nn.Module):
+    """Convolution over patches, PyTorch's init."""
+
+    def __init__(self, dim: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to tokens [B, N, C], row by row."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class ImageViT(Backbone):
+    """ViT with a class token; takes images of any size that patches fit, stretching the position table.
+
+    Raises:
+        RecipeError: the heads don't divide the channels.
+    """
+
+    norm: nn.LayerNorm | None
+    fc_norm: nn.LayerNorm | None
+
+    def __init__(self, options: ImageOptions, activation_checkpointing: bool = False) -> None:
+        if options.dim % options.heads or options.image_size % options.patch_size:
+            raise RecipeError(
+                f"image ViT: {options.heads} heads must divide {options.dim} channels, and patches of "
+                f"{options.patch_size} an image of {options.image_size} pixels"
+            )
+        super().__init__(options.dim, 1, activation_checkpointing)
+        self.options = options
+        side = options.image_size // options.patch_size
+        self.grid = Grid(1, side, side)
+        self.patch_embed = PatchEmbedding(options.dim, options.patch_size)
+        self.cls_token = nn.Parameter(truncated_normal(torch.empty(1, 1, options.dim)))
+        self.pos_embed = nn.Parameter(truncated_normal(torch.empty(1, 1 + self.grid.tokens, options.dim)))
+        self.blocks = nn.ModuleList(_block(options, rate) for rate in drop_path_rates(options.drop_path, options.depth))
+        of_class = options.pooling == "class"
+        self.norm = nn.LayerNorm(options.dim, eps=options.norm_eps) if of_class else None
+        self.fc_norm = None if of_class else nn.LayerNorm(options.dim, eps=options.norm_eps)
+        self.head = build_head(options.head, options.dim, options.classes, scale=1.0)
+
+    def forward(
+        self,
+        images: Tensor,
+        keep_rate: float | Sequence[float] | None = None,
+        counts: int | Sequence[int | None] | None = None,
+    ) -> Tensor:
+        """Logits [B, classes] of normalised images [B, 3, H, W]."""
+        return self.head(self.forward_features(images, keep_rate=keep_rate, counts=counts))
+
+    def forward_features(
+        self,
+        images: Tensor,
+        pooled: bool = True,
+        keep_rate: float | Sequence[float] | None = None,
+        counts: int | Sequence[int | None] | None = None,
+    ) -> Tensor:
+        """Features [B, C], or with `pooled` false those of all tokens, the class token first, [B, 1+N, C]."""
+        tokens = self.encode(images, keep_rate, counts)
+        return self.pool(tokens) if pooled else self._normed(tokens.x)
+
+    def encode(
+        self,
+        images: Tensor,
+        keep_rate: float | Sequence[float] | None = None,
+        counts: int | Sequence[int | None] | None = None,
+    ) -> Tokens:
+        """Tokens behind the last block, with their origins where some were dropped."""
+        return self.run(self.embed(images), 1, keep_rate, counts)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens [B, 1+N, C] with positions, as they enter the first block."""
+        patch = self.options.patch_size
+        height, width = images.shape[2:]
+        if height % patch or width % patch:
+            raise RecipeError(f"images of {height}x{width}: patches of {patch} pixels don't fit")
+        tokens = self.patch_embed(images.to(self.pos_embed.dtype))
+        tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), tokens), dim=1)
+        return tokens + self._positions(Grid(1, height // patch, width // patch))
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """Features [B, C]: the class token behind `norm`, or `fc_norm` of the other tokens' mean."""
+        if self.fc_norm is None:
+            return self._normed(tokens.x)[:, 0]
+        return self.fc_norm(self.mean_tokens(tokens))
+
+    def _positions(self, grid: Grid) -> Tensor:
+        if grid == self.grid:
+            return self.pos_embed
+        patches = stretch_table(self.pos_embed[0, 1:], self.grid, grid)
+        return torch.cat((self.pos_embed[:, :1], patches[None]), dim=1)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else self.norm(x)
+
+
+def _block(options: ImageOptions, drop_path: float) -> Block:
+    hidden = int(options.dim * options.mlp_ratio)
+    return Block(
+        options.dim,
+        options.heads,
+        hidden,
+        options.norm_eps,
+        drop_path=drop_path,
+        bias="all",
+        init=truncated_normal,
+    )
