@@ -124,7 +124,7 @@ def test_evaluation(case) -> None:
 def in_official_order(model: Backbone) -> Backbone:
     """The model with convolution, separate projections and explicit attention: the official order of roundings.
 
-    Batch norm over three clips amplifies rounding, so that official float32 gradients are up to 1.1e-5 off their float64
+    Batch norm over three clips amplifies rounding: official float32 gradients are up to 1.1e-5 off their float64
     values, more than the tolerance, and ours 1.3e-7. Rounded in the same order both agree to 1e-7.
     """
     weight, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
