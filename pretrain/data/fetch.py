@@ -79,7 +79,7 @@ class SampleReader:
     def _load_members(self, source: int, shard: int) -> Members:
         index = self._indexes[source]
         entry = index.shards[shard]
-        members = load_members(index.url, entry.name)
+        members = load_members(index.url, entry.name, self._deadline_s)
         if not len(members.keys) == len(members.offsets) == len(members.sizes) == entry.samples:
             raise DataError(
                 f"{entry.name}: the member table lists {len(members.keys)} samples, index.json {entry.samples}; "

@@ -118,11 +118,11 @@ def write_index(index: ShardIndex) -> None:
     storage.write_bytes(storage.join(index.url, INDEX_NAME), json.dumps(content, indent=1).encode())
 
 
-def load_members(url: str, shard: str) -> Members:
+def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
     """Read the member table of one shard."""
     where = storage.join(url, members_name(shard))
     try:
-        content = json.loads(storage.read_bytes(where))
+        content = json.loads(storage.read_bytes(where, deadline_s=deadline_s))
         return Members(
             tuple(content["keys"]),
             np.array(content["offsets"], dtype=np.int64),

@@ -186,10 +186,16 @@ def move(source: str, target: str, deadline_s: float = 300.0) -> None:
         _, new_path = filesystem(target)
         if is_local(source):
             Path(path).rename(new_path)
-        else:
-            fs.mv(path, new_path, recursive=True)
+            return
+        # Copies come first and deletions last, so that a second attempt finds all that the first one left.
+        files = fs.find(path)
+        if not files:
+            raise FileNotFoundError(source)
+        for file in files:
+            fs.cp_file(file, new_path.rstrip("/") + file.removeprefix(path.rstrip("/")))
+        fs.rm(files)
 
-    _retried(rename, source, f"moving to {target}", deadline_s)
+    _retried(rename, source, f"moving to {target}:", deadline_s)
 
 
 def upload(path: str, url: str, deadline_s: float = 3600.0) -> None:

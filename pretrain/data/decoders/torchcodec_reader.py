@@ -1,5 +1,7 @@
 """torchcodec (system FFmpeg), with exact seeking: approximate seeking delivers wrong frames at variable frame rates."""
 
+import re
+
 import numpy as np
 import numpy.typing as npt
 import torchcodec.decoders
@@ -35,7 +37,9 @@ class TorchCodecReader(VideoReader):
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """torchcodec's message without the function and source path in front of it."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\w+, \S+, ", "", line)[:200]
 
 
 def open_reader(data: bytes) -> VideoReader:
