@@ -1,7 +1,7 @@
 """Adapter files: what a method has trained, a few megabytes, in safetensors; the frozen backbone stays elsewhere.
 
-A file holds the trainable parameters and the statistics of the head's batch norm (without them evaluation is wrong), and
-in its header the options of the method and a hash of the frozen backbone, so that it fits no other one unnoticed.
+A file holds the trainable parameters and the statistics of the head's batch norm (without them evaluation is wrong),
+and in its header the options of the method and a hash of the frozen backbone, so that it fits no other one unnoticed.
 """
 
 import hashlib
