@@ -22,6 +22,8 @@ from pretrain.runtime import storage
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
+#: Last part of a member's name that makes its sample a video sample, and a file a video: what FFmpeg demuxes.
+VIDEO_ENDINGS = frozenset("mp4 m4v mov avi mkv webm mpg mpeg vob ts mts m2ts wmv flv ogv 3gp".split())
 
 
 @dataclass(frozen=True)

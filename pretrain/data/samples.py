@@ -14,6 +14,7 @@ from pretrain.data import sampling, transforms
 from pretrain.data.bad_samples import BadSample
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import RawSample, SampleReader
+from pretrain.data.index import VIDEO_ENDINGS
 from pretrain.data.order import EpochOrder
 from pretrain.data.randomness import generator
 from pretrain.errors import DataError, SampleError
@@ -21,9 +22,6 @@ from pretrain.recipe.schema import Data
 
 #: An objective's draws for one view: (purpose -> generator of this sample and view) -> named arrays.
 ViewTensors = Callable[[Callable[[str], np.random.Generator]], dict[str, np.ndarray]]
-
-#: Endings of the members that hold the video.
-VIDEO_ENDINGS = ("mp4", "webm", "mkv", "mov", "m4v", "avi", "mpg", "mpeg", "flv", "wmv", "ts")
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def video_bytes(members: dict[str, Any]) -> bytes:
         if ending.rsplit(".", 1)[-1] in VIDEO_ENDINGS:
             return bytes(data)
     endings = [ending for ending in members if not ending.startswith("__")]
-    raise SampleError("index", f"no video member (.mp4 or another of {VIDEO_ENDINGS}) among {endings}")
+    raise SampleError("index", f"no video member (.mp4 or another of {sorted(VIDEO_ENDINGS)}) among {endings}")
 
 
 class SampleMaker:

@@ -97,10 +97,11 @@ def write_bytes(url: str, data: bytes, deadline_s: float = 300.0) -> None:
 
 
 def exists(url: str, deadline_s: float = 60.0) -> bool:
-    """Whether a file or folder is at `url`."""
+    """Whether a file or folder is at `url`; asks anew, since another machine may have written it meanwhile."""
 
     def look() -> bool:
         fs, path = filesystem(url)
+        fs.invalidate_cache()
         return bool(fs.exists(path))
 
     return _retried(look, url, "looking for", deadline_s)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.data.index import load_index
+from pretrain.data.pack import screen
 from pretrain.data.pack.command import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,18 @@ def test_rejected_videos_are_summed_up(videos: Path, tmp_path: Path, capsys: pyt
     assert main([str(tmp_path), str(tmp_path / "out"), *FAST]) == 0
     text = capsys.readouterr().err
     assert "1 videos packed" in text and "1 unreadable" in text and "rejected.jsonl" in text
+
+
+def test_log_lines_tell_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(screen.time, "monotonic", lambda: float(next(seconds)))
+    with screen.progress_bar(500) as show:
+        for done in range(101, 111):  # a restart that found 100 videos done
+            show(done, 500, (done - 100) * 5_000_000)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith("pack: 103/500 videos, 0.1 videos/s, 0.") and line.endswith("left")
+    hours, minutes, _ = line.split(" left")[0].rsplit(" ", 1)[1].split(":")
+    assert 1 <= int(hours) * 60 + int(minutes) <= 180
 
 
 def test_where_and_labels_from_a_manifest(videos: Path, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from io import BytesIO
 
-from pretrain.data.index import Members, Shard, load_index, load_members
+from pretrain.data.index import VIDEO_ENDINGS, Members, Shard, load_index, load_members
 from pretrain.data.pack.pool import OrderedPool
-from pretrain.data.pack.scan import VIDEO_EXTENSIONS, scan_shard
+from pretrain.data.pack.scan import scan_shard
 from pretrain.data.pack.verify import check_random_reads, sequential_signatures
 from pretrain.errors import SampleError, TubeletError
 from pretrain.runtime import storage
@@ -97,7 +97,7 @@ def _read_sample(data: bytes) -> tuple[bytes, dict[str, object]]:
         for member in tar:
             file = tar.extractfile(member)
             extension = (base_plus_ext(member.name)[1] or "").lower()
-            if file is not None and extension.rsplit(".", 1)[-1] in VIDEO_EXTENSIONS:
+            if file is not None and extension.rsplit(".", 1)[-1] in VIDEO_ENDINGS:
                 video = video or file.read()
             elif file is not None and extension == "json":
                 content = json.loads(file.read())

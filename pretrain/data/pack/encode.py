@@ -1,5 +1,6 @@
 """Writing mp4 files: re-encoding (upright, square pixels, 8 bits), encoding frame folders, and copying streams."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -7,14 +8,13 @@ from typing import Any
 
 from pretrain.data.pack.options import ENCODERS, Options
 from pretrain.data.pack.probe import Facts, codec_name, video_stream
+from pretrain.data.pack.sound import MP4_AUDIO, Sound
 from pretrain.errors import SampleError
 
 #: Share of coded frames that may be lost or concealed before a video counts as damaged.
 DAMAGE_TOLERANCE = 0.05
 #: Time base of videos that keep uneven time stamps: the usual MPEG clock.
 CLOCK = Fraction(1, 90_000)
-#: Sound codecs that an mp4 file can hold as they are; others become AAC.
-MP4_AUDIO = frozenset({"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"})
 #: Without version strings, so that bytes depend on content only; index in front, so that it streams.
 MP4_OPTIONS = {"movflags": "+faststart", "fflags": "+bitexact"}
 
@@ -71,7 +71,7 @@ def encode_video(source: str, facts: Facts, target: str, options: Options) -> No
             video = video_stream(container)
             video.codec_context.thread_count = 1
             sink = _Sink(out, facts, options)
-            sound = _Sound(out, container, facts.start) if options.audio and facts.audio else None
+            sound = Sound(out, container, facts.start) if options.audio and facts.audio else None
             clock = _Clock(facts)
             streams = [video, sound.source] if sound else [video]
             for got in decode(container, streams, losses):
@@ -199,6 +199,7 @@ class _Sink:
         context.time_base = self.base
         if options.codec == "hevc":
             context.codec_tag = "hvc1"
+        os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder prints a page for every video
         self.graph: Any = None
         self.input: tuple[int, int, str] | None = None
 
@@ -270,35 +271,3 @@ def _encoder_options(options: Options) -> dict[str, str]:
         **dict(encoder.extra),
     }
     return chosen | ({"tune": options.tune} if options.tune else {})
-
-
-class _Sound:
-    """Copies the first sound track, or turns it into AAC where mp4 can't hold it."""
-
-    def __init__(self, out: Any, container: Any, start: float) -> None:
-        self.out, self.start = out, start
-        self.source = container.streams.audio[0]
-        self.copied = codec_name(self.source) in MP4_AUDIO
-        if self.copied:
-            self.stream = out.add_stream_from_template(self.source)
-        else:
-            self.stream = out.add_stream("aac", rate=self.source.codec_context.sample_rate)
-
-    def write(self, packet: Any) -> None:
-        if packet.dts is None or packet.pts is None:
-            return
-        shift = round(Fraction(self.start) / packet.time_base)
-        if packet.pts < shift:  # sound before the first picture
-            return
-        if self.copied:
-            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-            packet.stream = self.stream
-            self.out.mux(packet)
-            return
-        for frame in packet.decode():
-            frame.pts = None
-            self.out.mux(self.stream.encode(frame))
-
-    def finish(self) -> None:
-        if not self.copied:
-            self.out.mux(self.stream.encode(None))

@@ -12,16 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from pretrain.data.index import Members, Shard, ShardIndex, load_index, write_index, write_members
+from pretrain.data.index import VIDEO_ENDINGS, Members, Shard, ShardIndex, load_index, write_index, write_members
 from pretrain.errors import DataError, TubeletError
 from pretrain.runtime import storage
 
 logger = logging.getLogger(__name__)
 
-#: Last part of a member's extension that makes its sample a video sample.
-VIDEO_EXTENSIONS = frozenset(
-    "mp4 m4v mov avi mkv webm mpg mpeg ts mts m2ts wmv flv ogv 3gp vob divx y4m gif".split()  # what FFmpeg demuxes
-)
 CHUNK = 32 << 20
 BLOCK = 512
 
@@ -70,7 +66,7 @@ class _Sample:
 
     @property
     def has_video(self) -> bool:
-        return any(extension.rsplit(".", 1)[-1].lower() in VIDEO_EXTENSIONS for extension in self.extensions)
+        return any(extension.rsplit(".", 1)[-1].lower() in VIDEO_ENDINGS for extension in self.extensions)
 
 
 def scan_shard(url: str, name: str) -> tuple[Shard, Members, int]:

@@ -21,7 +21,7 @@ def progress_bar(total: int) -> Iterator[Progress]:
 
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield _log_lines(total)
+        yield _log_lines()
         return
     from rich.progress import (
         BarColumn,
@@ -39,21 +39,23 @@ def progress_bar(total: int) -> Iterator[Progress]:
         task = bar.add_task("packing", total=total, rate="")
 
         def show(done: int, of: int, read: int) -> None:
-            bar.update(task, completed=done, total=of, rate=rates.text(done, read))
+            rates.update(done, read)
+            bar.update(task, completed=done, total=of, rate=str(rates))
 
         yield show
 
 
-def _log_lines(total: int) -> Progress:
+def _log_lines() -> Progress:
     rates = _Rates()
     last = time.monotonic()
 
     def show(done: int, of: int, read: int) -> None:
         nonlocal last
+        rates.update(done, read)
         now = time.monotonic()
         if now - last >= LOG_EVERY:
             last = now
-            sys.stderr.write(f"pack: {done}/{of} videos, {rates.text(done, read)}, {rates.left(done, of)} left\n")
+            sys.stderr.write(f"pack: {done}/{of} videos, {rates}, {rates.left(of)} left\n")
 
     return show
 
@@ -64,18 +66,25 @@ class _Rates:
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.first: int | None = None
+        self.done = self.read = 0
 
-    def per_second(self, done: int) -> float:
-        if self.first is None:
-            self.first = done - 1
-        return (done - self.first) / max(time.monotonic() - self.began, 1e-6)
+    def update(self, done: int, read: int) -> None:
+        self.first = done - 1 if self.first is None else self.first
+        self.done, self.read = done, read
 
-    def text(self, done: int, read: int) -> str:
-        megabytes = read / 1e6 / max(time.monotonic() - self.began, 1e-6)
-        return f"{self.per_second(done):.1f} videos/s, {megabytes:.1f} MB/s"
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.began, 1e-6)
 
-    def left(self, done: int, of: int) -> str:
-        seconds = int((of - done) / max(self.per_second(done), 1e-6))
+    @property
+    def videos_per_second(self) -> float:
+        return (self.done - (self.first or 0)) / self.seconds
+
+    def __str__(self) -> str:
+        return f"{self.videos_per_second:.1f} videos/s, {self.read / 1e6 / self.seconds:.1f} MB/s"
+
+    def left(self, of: int) -> str:
+        seconds = int((of - self.done) / max(self.videos_per_second, 1e-6))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pretrain.data.index import VIDEO_ENDINGS
 from pretrain.data.pack.lists import ListFormat, parse_list
-from pretrain.data.pack.scan import VIDEO_EXTENSIONS
 from pretrain.errors import RecipeError, StorageError
 from pretrain.runtime import storage
 
@@ -82,12 +82,12 @@ def _one_source(source: str, data_root: str, list_format: ListFormat, labels: La
         return _from_folder(source, labels)
     if not fs.exists(path):
         raise RecipeError(f"{source}: does not exist; give a folder, a video, a list file or a csv/jsonl manifest")
-    if extension_of(source) in VIDEO_EXTENSIONS:
+    if extension_of(source) in VIDEO_ENDINGS:
         return iter([Item(source, posixpath.basename(source), size=storage.size(source))])
     if extension_of(source) in LIST_EXTENSIONS:
         return iter(_from_list(source, data_root, list_format))
     raise RecipeError(
-        f"{source}: neither a video ({', '.join(sorted(VIDEO_EXTENSIONS))}) nor a list "
+        f"{source}: neither a video ({', '.join(sorted(VIDEO_ENDINGS))}) nor a list "
         f"({', '.join(sorted(LIST_EXTENSIONS))}), going by its extension"
     )
 
@@ -100,7 +100,7 @@ def _from_folder(source: str, labels: LabelRule) -> Iterator[Item]:
         parent, extension = posixpath.dirname(name), extension_of(name)
         if posixpath.basename(name).startswith("."):
             continue
-        if extension in VIDEO_EXTENSIONS:
+        if extension in VIDEO_ENDINGS:
             with_video.add(parent)
             yield Item(storage.join(source, name), name, _folder_label(parent, labels), size=size)
         elif extension in IMAGE_EXTENSIONS and parent:
@@ -185,7 +185,7 @@ def _manifest_item(row: dict[str, Any] | str) -> Item:
         label = int(label)
     start, total = (None if (value := row.pop(name, None)) is None else int(value) for name in ("start", "frames"))
     frames = None if total is None else (start, total)
-    is_folder = frames is not None or extension_of(path) not in VIDEO_EXTENSIONS
+    is_folder = frames is not None or extension_of(path) not in VIDEO_ENDINGS
     return Item(path.strip(), path.strip(), label, frames, is_folder, meta=row, key=str(key))
 
 
