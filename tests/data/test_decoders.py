@@ -156,10 +156,13 @@ def test_only_needed_frames_are_decoded(encode: Encode) -> None:
     assert 3 <= decoded <= 16
 
 
-def test_avi_with_b_frames_is_counted(encode: Encode, frame_number: Number) -> None:
-    """AVI stores no presentation time stamps: frames are found by counting, not by FFmpeg's guess."""
-    with open_video(encode(container="avi"), "pyav") as reader:
-        assert [frame_number(frame) for frame in reader.frames([2, 5, 17])] == [2, 5, 17]
+@pytest.mark.parametrize("container", ["avi", "mpegts"])
+def test_containers_that_other_decoders_misread(container: str, encode: Encode, frame_number: Number) -> None:
+    """AVI stores no presentation time stamps, MPEG-TS no index: PyAV counts, or seeks again where a seek overshot."""
+    data = encode(container=container, gop=3, b_frames=2, frames=40)
+    with open_video(data, "pyav") as reader:
+        for indices in ([2, 5, 17], [39], [0], [21, 23, 38]):
+            assert [frame_number(frame) for frame in reader.frames(indices)] == indices
 
 
 def test_memory_stays_flat(decoder: str, encode: Encode) -> None:

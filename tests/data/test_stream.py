@@ -260,9 +260,13 @@ def test_shards_that_differ_from_their_index(
     shutil.copy(url / "00001.tar", url / "00000.tar")
     (url / "00002.tar").unlink()
     (url / "00003.members.json").unlink()
-    bad = [bad for batch in take(make_recipe({"a": str(url)}, lanes=1), steps=2) for bad in batch["bad"]]
+    table = url / "00004.members.json"
+    table.write_text(table.read_text().replace("a4_0", "another"))
+    bad = [bad for batch in take(make_recipe({"a": str(url)}, lanes=1), steps=4) for bad in batch["bad"]]
     reasons = {(record.shard, record.reason) for record in bad}
-    assert {("00000.tar", "index"), ("00002.tar", "read"), ("00003.tar", "index")} <= reasons
+    expected = {("00000.tar", "index"), ("00002.tar", "read"), ("00003.tar", "index"), ("00004.tar", "index")}
+    assert expected <= reasons
+    assert any("another promised by the index, ['a4_0'] found" in record.detail for record in bad)
 
 
 def test_wrong_batch_arithmetic_names_the_fix(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
