@@ -5,7 +5,7 @@ Sizes and details: systems/videomae.md sections 2, 3 and 8, from OpenGVLab/Video
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone, build_head
 from pretrain.models.cubes import Grid, cut_cubes, grid_of, grid_problems
 from pretrain.models.positions import InterpolatedPositions, SinCosPositions
-from pretrain.models.token_reorganisation import Tokens
+from pretrain.models.token_reorganisation import Reorganisation, Tokens, keep_rates, rate_problems, token_counts
 from pretrain.models.videomae import PRESET_FIELDS, PRESETS
 from pretrain.models.vit import Block, CubeEmbedding, drop_path_rates, dropout_layer, truncated_normal
 
@@ -74,6 +74,8 @@ class Config:
     """height of the clips that the encoder was pre-trained on, pixels; used by interpolate"""
     pretrain_width: int = 224
     """width of the clips that the encoder was pre-trained on, pixels; used by interpolate"""
+    tokens: Reorganisation = field(default_factory=Reorganisation)
+    """token reorganisation (EViT): fewer tokens on the way"""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def check(config: Config, frames: int, height: int, width: int) -> list[str]:
         problems.append(f"model.heads={shape.heads}: does not divide model.dim={shape.dim}")
     if config.classes < 0:
         problems.append(f"model.classes={config.classes}: 0 (no head) or more is needed")
+    problems += [f"model.tokens: {problem}" for problem in rate_problems(config.tokens, shape.depth)]
     problems += grid_problems(frames, height, width, shape.tubelet, shape.patch_size)
     if config.positions == "interpolate":
         pretrain = (config.pretrain_frames, config.pretrain_height, config.pretrain_width)
@@ -167,6 +170,7 @@ class VideoClassifier(Backbone):
         self.fc_norm = nn.LayerNorm(shape.dim, eps=full.fc_norm_eps or full.norm_eps) if mean else None
         self.head_dropout = dropout_layer(full.head_dropout)
         self.head = build_head(full.head, shape.dim, full.classes, full.head_init_scale)
+        self.reorganise(full.tokens)
 
     def forward(self, video: Tensor, keep_rate: float | Sequence[float] | None = None) -> Tensor:
         """Logits [B, classes] of clips; see `forward_features`."""
@@ -263,19 +267,11 @@ def layer_id(name: str, depth: int) -> int:
     return depth + 1
 
 
-def cost(config: Config, grid: Grid, rates: Sequence[float] | None = None, fuse: bool = True) -> dict[str, float]:
-    """Multiply-accumulates of one clip's forward pass, by part.
-
-    Args:
-        config: of the model.
-        grid: of the clip.
-        rates: keep rate of each block where tokens are dropped.
-        fuse: whether dropped tokens are fused into one.
-    """
-    from pretrain.models.token_reorganisation import token_counts
-
+def cost(config: Config, grid: Grid) -> dict[str, float]:
+    """Multiply-accumulates of one clip's forward pass, by part, with the keep rates of the configuration."""
     shape = shape_of(config)
-    counts = token_counts(grid.tokens, rates or [1.0] * shape.depth, fuse)
+    slices = grid.time if config.tokens.per_frame else 1
+    counts = token_counts(grid.tokens, keep_rates(config.tokens, shape.depth), config.tokens.fuse, slices)
     entering = [grid.tokens, *counts[:-1]]
     dim = shape.dim
     attention = sum(4 * n * dim * dim + 2 * n * n * dim for n in entering)

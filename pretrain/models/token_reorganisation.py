@@ -39,6 +39,10 @@ class Reorganisation:
     """keep the same number of tokens of every time slice, so that no moment disappears"""
     size_weighted: bool = False
     """mean pooling counts a fused token as often as it stands for original ones"""
+    start_epoch: float = 0
+    """training: epochs before the keep rate begins to fall from 1; from scratch 10 of 300"""
+    shrink_epochs: float = 0
+    """training: epochs that it takes to fall to keep_rate, along a cosine; 0: at once; from scratch 100 of 300"""
 
 
 @dataclass
@@ -78,14 +82,25 @@ def keep_rates(config: Reorganisation, depth: int) -> list[float]:
     Raises:
         RecipeError: a rate outside (0, 1] or a block that the model lacks.
     """
-    chosen = default_blocks(depth) if config.blocks is None else config.blocks
-    problems = [f"token reorganisation in block {b}: this model has blocks 0 to {depth - 1}" for b in chosen
-                if not 0 <= b < depth]  # fmt: skip
-    if not 0 < config.keep_rate <= 1:
-        problems.append(f"keep_rate={config.keep_rate}: above 0 and at most 1 is needed")
+    problems = rate_problems(config, depth)
     if problems:
         raise RecipeError(problems)
+    chosen = default_blocks(depth) if config.blocks is None else config.blocks
     return [config.keep_rate if index in chosen else 1.0 for index in range(depth)]
+
+
+def rate_problems(config: Reorganisation, depth: int) -> list[str]:
+    """What keeps a model of this depth from dropping tokens so."""
+    problems = [
+        f"blocks={config.blocks}: this model has blocks 0 to {depth - 1}, not {block}"
+        for block in config.blocks or []
+        if not 0 <= block < depth
+    ]
+    if not 0 < config.keep_rate <= 1:
+        problems.append(f"keep_rate={config.keep_rate}: above 0 and at most 1 is needed")
+    if config.size_weighted and not config.fuse:
+        problems.append("size_weighted=true: without fuse=true every token stands for itself")
+    return problems
 
 
 def tokens_kept(tokens: int, rate: float) -> int:
@@ -93,12 +108,15 @@ def tokens_kept(tokens: int, rate: float) -> int:
     return math.ceil(rate * tokens)
 
 
-def token_counts(tokens: int, rates: Sequence[float], fuse: bool) -> list[int]:
-    """Tokens behind each block, fused ones counted, class tokens not."""
-    counts = []
+def token_counts(tokens: int, rates: Sequence[float], fuse: bool, slices: int = 1) -> list[int]:
+    """Tokens behind each block, fused ones counted, class tokens not; `slices` is T' where stratified, else 1."""
+    counts, fused = [], 0
     for rate in rates:
-        kept = tokens_kept(tokens, rate) if rate < 1 else tokens
-        tokens = kept + (fuse and kept < tokens)
+        ranked = tokens - (fused if slices > 1 else 0)
+        kept = tokens_kept(ranked // slices, rate) * slices if rate < 1 else ranked
+        if kept < ranked:
+            fused = int(fuse)
+            tokens = kept + fused
         counts.append(tokens)
     return counts
 
@@ -135,6 +153,11 @@ class TokenReorganisation(nn.Module):
         self.score = score
         self.config = config
         self.rate: float | None = None
+
+    def set_step(self, step: int, steps_per_epoch: int) -> None:
+        """Set `rate` for an optimiser step, counted from 0, by the configured schedule; evaluation then uses it too."""
+        config = self.config
+        self.rate = scheduled_rate(config.keep_rate, step, steps_per_epoch, config.start_epoch, config.shrink_epochs)
 
     def forward(
         self,

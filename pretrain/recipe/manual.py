@@ -61,6 +61,9 @@ def _rows(schema: Any, prefix: str) -> list[str]:
         if get_origin(annotation) is dict:
             rows += _rows(get_args(annotation)[1], f"{prefix}{field.name}.<name>.")
             continue
+        if dataclasses.is_dataclass(annotation):
+            rows += _rows(annotation, f"{prefix}{field.name}.")
+            continue
         cells = [f"`{prefix}{field.name}`", _default(field), allowed_values(annotation), docs.get(field.name, "")]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return rows

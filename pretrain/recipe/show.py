@@ -34,6 +34,8 @@ def _section_lines(section: Any, indent: str) -> list[str]:
             lines.append(_with_comment(f"{indent}{field.name}:", comment))
             for name, entry in value.items():
                 lines += [f"{indent}  {_scalar(name)}:", *_section_lines(entry, indent + "    ")]
+        elif dataclasses.is_dataclass(value):
+            lines += [_with_comment(f"{indent}{field.name}:", comment), *_section_lines(value, indent + "  ")]
         else:
             lines.append(_with_comment(f"{indent}{field.name}: {_scalar(value)}", comment))
     return lines

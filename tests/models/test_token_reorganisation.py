@@ -1,0 +1,250 @@
+"""Token reorganisation beyond the official goldens: video models, scores, schedule, counts, pooling."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pretrain.errors import RecipeError
+from pretrain.models import token_reorganisation
+from pretrain.models.classifier import Config, VideoClassifier, cost
+from pretrain.models.cubes import Grid, grid_of
+from pretrain.models.image_vit import SIZES, ImageOptions, ImageViT
+from pretrain.models.token_reorganisation import (
+    Reorganisation,
+    class_attention,
+    keep_rates,
+    received_attention,
+    scheduled_rate,
+    token_counts,
+    tokens_kept,
+)
+
+TINY = {"size": "custom", "patch_size": 4, "dim": 24, "depth": 4, "heads": 3, "mlp_ratio": 2.0, "drop_path": 0.0}
+
+
+def video_model(**tokens) -> VideoClassifier:
+    """4x4x4 tokens, with weights large enough for attention to differ between tokens."""
+    torch.manual_seed(0)
+    model = VideoClassifier(Config(**TINY, classes=3, positions="rebuild", tokens=Reorganisation(**tokens)), 8, 16, 16)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.2)
+    return model.eval()
+
+
+def clips(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 8, 16, 16, 3, generator=torch.Generator().manual_seed(1))
+
+
+def attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
+
+
+def test_scores_are_those_of_the_whole_attention_matrix(monkeypatch) -> None:
+    monkeypatch.setattr(token_reorganisation, "QUERY_CHUNK", 5)
+    query, key = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17, 8)
+    whole = attention(query, key)
+    assert_close(class_attention(query, key, 8**-0.5), whole.mean(1)[:, 0])
+    received = received_attention(query, key, 8**-0.5)
+    assert_close(received, whole.mean((1, 2)))
+    assert_close(received.sum(1), torch.ones(2))
+
+
+def test_gradient_of_chunked_scores(monkeypatch) -> None:
+    monkeypatch.setattr(token_reorganisation, "QUERY_CHUNK", 5)
+    weights, gradients = torch.randn(2, 17), []
+    for score in (received_attention, lambda q, k, scale: attention(q, k).mean((1, 2))):
+        generator = torch.Generator().manual_seed(0)
+        query, key = (torch.randn(2, 3, 17, 8, generator=generator, requires_grad=True) for _ in range(2))
+        (score(query, key, 8**-0.5) * weights).sum().backward()
+        gradients.append((query.grad, key.grad))
+    for found, expected in zip(*gradients, strict=True):
+        assert_close(found, expected)
+
+
+def test_fused_token_is_the_weighted_sum() -> None:
+    """One block by hand: attention on all tokens, then selection, then the MLP on what is left."""
+    for fuse_norm in (False, True):
+        model = video_model(keep_rate=0.5, blocks=[0], fuse_norm=fuse_norm)
+        x, block = model.embed(clips()), model.blocks[0]
+        query, key, _ = block.attn.project(block.norm1(x))
+        score = attention(query, key).mean((1, 2))
+        y = x + block.attn(block.norm1(x))
+        tokens = []
+        for sample in range(2):
+            order = score[sample].argsort(descending=True)
+            kept, dropped = order[:32], order[32:]
+            weights = score[sample][dropped] / (score[sample][dropped].sum() if fuse_norm else 1)
+            tokens.append(torch.cat((y[sample][kept], (weights[:, None] * y[sample][dropped]).sum(0)[None])))
+        expected = torch.stack(tokens)
+        expected = expected + block.mlp(block.norm2(expected))
+        for later in model.blocks[1:]:
+            expected = later(expected)
+        assert_close(model.encode(clips()).x, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rate_of_one_is_the_plain_model_bit_for_bit() -> None:
+    plain, kept = video_model(), video_model(keep_rate=0.5)
+    assert plain.reorganisation is None
+    assert torch.equal(kept(clips(), keep_rate=1.0), plain(clips()))
+    kept.reorganise(Reorganisation(keep_rate=1.0))
+    assert kept.reorganisation is None and torch.equal(kept(clips()), plain(clips()))
+
+
+def test_a_checkpoint_runs_at_any_rate() -> None:
+    assert set(video_model(keep_rate=0.4).state_dict()) == set(video_model().state_dict())
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_origins_and_sizes_account_for_every_token(fuse: bool) -> None:
+    model = video_model(keep_rate=0.6, fuse=fuse)
+    tokens = model.encode(clips())
+    assert tokens.x.shape[1] == token_counts(64, keep_rates(Reorganisation(0.6), 4), fuse)[-1]
+    assert tokens.origin.shape == tokens.sizes.shape == tokens.x.shape[:2]
+    for origin, sizes in zip(tokens.origin, tokens.sizes, strict=True):
+        kept = origin[origin >= 0]
+        assert len(kept.unique()) == len(kept)
+        if fuse:
+            assert sizes.sum() == 64 and (sizes[origin >= 0] == 1).all()
+    assert [step.block for step in tokens.steps] == [1, 2, 3]
+
+
+def test_size_weighted_mean_counts_fused_tokens() -> None:
+    model = video_model(keep_rate=0.5, size_weighted=True)
+    tokens = model.encode(clips())
+    expected = (tokens.x * tokens.sizes[:, :, None]).sum(1) / 64
+    assert_close(model.mean_tokens(tokens), expected)
+    assert not torch.allclose(model.mean_tokens(tokens), tokens.x.mean(1))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_stratified_keeps_every_moment_alike(fuse: bool) -> None:
+    model = video_model(keep_rate=0.55, per_frame=True, fuse=fuse)
+    tokens = model.encode(clips())
+    counts = token_counts(64, keep_rates(Reorganisation(0.55), 4), fuse, slices=4)
+    assert tokens.x.shape[1] == counts[-1] == 4 * 3 + fuse
+    for origin in tokens.origin:
+        moments = (origin[origin >= 0] // 16).bincount(minlength=4)
+        assert (moments == 3).all()
+    if fuse:
+        assert (tokens.sizes.sum(1) == 64).all()
+
+
+def test_permuted_tokens_keep_the_same_set() -> None:
+    model = video_model(keep_rate=0.5)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    x = model.embed(clips())
+    plain, permuted = model.run(x), model.run(x[:, order])
+    kept = [set(row.tolist()) for row in plain.origin]
+    assert kept == [{int(order[i]) if i >= 0 else -1 for i in row} for row in permuted.origin]
+    assert_close(model.mean_tokens(permuted), model.mean_tokens(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_class_token_is_always_kept() -> None:
+    torch.manual_seed(0)
+    model = ImageViT(ImageOptions(16, 4, 24, 4, 3, 2.0, 5)).eval()
+    plain = model(torch.randn(2, 3, 16, 16))
+    model.reorganise(Reorganisation(keep_rate=0.1))
+    assert (
+        model.encode(torch.randn(2, 3, 16, 16)).x.shape[1]
+        == 1 + token_counts(16, keep_rates(Reorganisation(0.1), 4), True)[-1]
+    )
+    assert model(torch.randn(2, 3, 16, 16)).shape == plain.shape
+
+
+def test_class_score_needs_a_class_token() -> None:
+    model = video_model(keep_rate=0.5)
+    model.reorganisation.score = "class"
+    with pytest.raises(RecipeError, match="class token"):
+        model(clips())
+
+
+def test_run_time_switches() -> None:
+    model = video_model(keep_rate=0.5)
+    assert model.encode(clips(), keep_rate=0.9).x.shape[1] == token_counts(64, [1, 0.9, 0.9, 0.9], True)[-1]
+    model.reorganisation.rate = 0.9
+    assert model.encode(clips()).x.shape[1] == token_counts(64, [1, 0.9, 0.9, 0.9], True)[-1]
+    assert model.encode(clips(), counts=[None, None, 7, None]).steps[1].kept.shape[1] == 7
+    with pytest.raises(RecipeError, match="can't keep 65"):
+        model.encode(clips(), counts=[65, None, None, None])
+    with pytest.raises(RecipeError, match="reorganise"):
+        video_model()(clips(), keep_rate=0.5)
+
+
+def test_schedule_of_the_paper() -> None:
+    rates = {epoch: scheduled_rate(0.7, epoch * 5, 5, 10, 100) for epoch in (0, 9, 10, 60, 109, 110)}
+    assert [rates[epoch] for epoch in (0, 9, 10, 110)] == [1, 1, 1, 0.7]
+    assert_close(rates[60], 0.85)
+    assert 0.7 < rates[109] < 0.701
+    model = video_model(keep_rate=0.5, start_epoch=1, shrink_epochs=0)
+    model.reorganisation.set_step(3, 4)
+    assert model.encode(clips()).steps == []
+    model.reorganisation.set_step(4, 4)
+    assert len(model.encode(clips()).steps) == 3
+
+
+@pytest.mark.parametrize(
+    ("rate", "fused", "dropped"),
+    [
+        (0.9, (178, 162, 147), (177, 160, 144)),
+        (0.8, (158, 128, 104), (157, 126, 101)),
+        (0.7, (139, 99, 71), (138, 97, 68)),
+        (0.6, (119, 73, 45), (118, 71, 43)),
+        (0.5, (99, 51, 27), (98, 49, 25)),
+    ],
+)
+def test_published_token_counts(rate: float, fused: tuple[int, ...], dropped: tuple[int, ...]) -> None:
+    rates = keep_rates(Reorganisation(rate), 12)
+    for fuse, expected in ((True, fused), (False, dropped)):
+        counts = token_counts(196, rates, fuse)
+        assert tuple(counts[index] for index in (3, 6, 9)) == expected
+    assert tokens_kept(100, 0.55) == 56
+
+
+@pytest.mark.parametrize(
+    ("size", "costs"),
+    [
+        ("base", (178.5, 151.5, 129.3, 111.2, 96.5, 84.5)),
+        ("large", (594.4, 502.7, 426.9, 365.1, 314.6, 273.2)),
+        ("giant", (2539, 2144, 1817, 1551, 1332, 1153)),
+    ],
+)
+def test_cost_table_of_video_models(size: str, costs: tuple[float, ...]) -> None:
+    grid = grid_of(16, 224, 224, 2, 14 if size == "giant" else 16)
+    for rate, expected in zip((1, 0.9, 0.8, 0.7, 0.6, 0.5), costs, strict=True):
+        parts = cost(Config(size=size, tokens=Reorganisation(rate)), grid)
+        assert abs((parts["attention"] + parts["MLP"]) / 1e9 - expected) < (1 if size == "giant" else 0.06)
+
+
+def test_image_sizes_are_those_published() -> None:
+    for name, count in {"tiny": 5_717_416, "small": 22_050_664, "base": 86_567_656}.items():
+        dim, depth, heads = SIZES[name]
+        with torch.device("meta"):
+            model = ImageViT(ImageOptions(dim=dim, depth=depth, heads=heads))
+        assert sum(value.numel() for value in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"keep_rate": 0.0}, "keep_rate=0.0"),
+        ({"keep_rate": 1.2}, "keep_rate=1.2"),
+        ({"keep_rate": 0.5, "blocks": [1, 4]}, "blocks 0 to 3"),
+        ({"keep_rate": 0.5, "fuse": False, "size_weighted": True}, "size_weighted"),
+    ],
+)
+def test_impossible_options(options: dict, text: str) -> None:
+    with pytest.raises(RecipeError, match=text):
+        video_model(**options)
+
+
+def test_prompts_and_dropping_exclude_each_other() -> None:
+    model = video_model(keep_rate=0.5)
+    model.embeddings = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1, 1, 24))])
+    with pytest.raises(RecipeError, match="exclude"):
+        model(clips())
+
+
+def test_images_of_other_sizes_stretch_their_positions() -> None:
+    model = ImageViT(ImageOptions(16, 4, 24, 1, 3, 2.0, 0)).eval()
+    assert model(torch.randn(1, 3, 24, 12)).shape == (1, 24)
+    assert_close(model._positions(Grid(1, 4, 4)), model.pos_embed)
