@@ -9,6 +9,7 @@ import torch
 
 from pretrain.engine.ds_config import Config, builds_sharded, deepspeed_config
 from pretrain.engine.optim import build_optimizer, forget_steps
+from pretrain.errors import RecipeError
 from pretrain.objectives.base import Objective
 from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
@@ -40,6 +41,8 @@ def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int) -> Built:
 
     parameters = count_parameters(recipe)
     on_cpu = ranks.device.type == "cpu"
+    if on_cpu and recipe.compute.dtype == "fp16":
+        raise RecipeError("compute.dtype: found fp16, allowed on a CPU: bf16, fp32 (DeepSpeed has no fp16 there)")
     config = deepspeed_config(recipe, accumulation, parameters, on_cpu)
     torch.set_float32_matmul_precision(recipe.compute.matmul)
     if on_cpu:

@@ -59,7 +59,7 @@ def train(recipe: Recipe, resume: str = "auto") -> int:
     finally:
         stop.close()
         lock.release()
-        leave()
+        leave(ranks)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ Nothing in it knows of ranks, DeepSpeed or files.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -30,12 +29,15 @@ Batch = dict[str, Any]
 ViewTensors = Callable[[Callable[[str], np.random.Generator]], dict[str, np.ndarray]]
 
 
-@dataclass
-class Output:
-    """Result of one forward pass: `loss` is a scalar with gradient, `metrics` are detached scalars by name."""
+class Output(NamedTuple):
+    """Result of one forward pass: `loss` is a scalar with gradient, `metrics` are detached scalars by name.
+
+    A named tuple, because DeepSpeed looks for tensors in tuples, lists and dictionaries only: it would not hook the
+    loss of a dataclass, and its bf16 optimiser then adds up accumulated gradients twice.
+    """
 
     loss: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor]
 
 
 class Objective(nn.Module):

@@ -27,12 +27,16 @@ WATCH_S = 1.0
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: global rank, number of ranks, rank on this machine, and the device it computes on."""
+    """This process among all: global rank, number of ranks, rank on this machine, and the device it computes on.
+
+    `joined` is false where the process group was there already, made by a program that calls `train` as a function.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    joined: bool = True
 
     @property
     def first(self) -> bool:
@@ -120,7 +124,10 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
     accelerator = get_accelerator()
     device = _device(accelerator.device_name(), int(environ["LOCAL_RANK"]), accelerator.device_count())
     accelerator.set_device(device.index or 0)
+    if dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size(), int(environ["LOCAL_RANK"]), device, joined=False)
     meeting = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+    _leave_out_inference_op()
     try:
         deepspeed.init_distributed(
             accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
@@ -138,6 +145,17 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
     return Ranks(rank, world_size, int(environ["LOCAL_RANK"]), device)
 
 
+def _leave_out_inference_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce when it starts on a CPU.
+
+    Only inference uses it. Compiling needs g++ and 20 s, and a process killed near it leaves a lock file behind on which
+    every later start of any program waits for ever (torch.utils.file_baton, seen).
+    """
+    import deepspeed
+
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
 def _device(kind: str, local_rank: int, count: int) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
@@ -149,9 +167,9 @@ def _device(kind: str, local_rank: int, count: int) -> torch.device:
     return torch.device(kind, local_rank)
 
 
-def leave() -> None:
-    """Close the process group, so that nothing hangs in its destructor."""
-    if dist.is_initialized():
+def leave(ranks: Ranks) -> None:
+    """Close the process group that `join` made, so that nothing hangs in its destructor."""
+    if ranks.joined and dist.is_initialized():
         dist.destroy_process_group()
 
 

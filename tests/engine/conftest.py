@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -53,34 +54,28 @@ class Toy:
     recipe: Path
     folder: Path
 
-    def command(self, name: str, *overrides: str, ranks: int = 1, script: str = "launch/pretrain.py") -> list[str]:
-        """The command that trains into the run folder `name`."""
-        words = [str(ROOT / script), "--recipe", str(self.recipe), f"run.dir={self.folder / name}", *overrides]
-        if ranks == 1:
-            return [sys.executable, *words]
-        launcher = str(Path(sys.executable).parent / "deepspeed")
-        return [sys.executable, launcher, "--master_port", str(_port()), "--num_accelerators", str(ranks), *words]
+    def start(self, name: str, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
+        """Start training into the run folder `name`, as a user does."""
+        script = str(ROOT / "launch" / "pretrain.py")
+        return launch([script, "--recipe", str(self.recipe), self.run_dir(name), *overrides], ranks, self.folder)
 
-    def start(self, name: str, *overrides: str, **options: Any) -> subprocess.Popen[str]:
-        """Start training; `options` as for `command`, and `env`."""
-        environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-        path = str(Path(sys.executable).parent) + os.pathsep + environ["PATH"]  # ninja, for DeepSpeed's first start
-        return subprocess.Popen(
-            self.command(name, *overrides, **options),
-            env=environ | {"PATH": path},
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def train(self, name: str, *overrides: str, expect: int = 0, **options: Any) -> str:
+    def train(self, name: str, *overrides: str, expect: int = 0, ranks: int = 1) -> str:
         """Train to the end; returns what was printed."""
-        process = self.start(name, *overrides, **options)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == expect, f"exit code {process.returncode} instead of {expect}\n{output}"
-        return output
+        return finish(self.start(name, *overrides, ranks=ranks), expect)
+
+    def run_dir(self, name: str) -> str:
+        """The override that names the run folder."""
+        return f"run.dir={self.folder / name}"
+
+    def drive(self, runs: dict[str, dict[str, Any]], ranks: int, expect: int = 0) -> dict[str, int | str]:
+        """Train run after run in one set of processes; exit code or error of each by name (see driver.py)."""
+        plan = [entry | {"overrides": [self.run_dir(name), *entry["overrides"]]} for name, entry in runs.items()]
+        path = self.folder / "plan.json"
+        path.write_text(json.dumps(plan))
+        driver = str(Path(__file__).with_name("driver.py"))
+        output = finish(launch([driver, str(self.recipe), str(path)], ranks, self.folder), expect)
+        lines = [line for line in output.splitlines() if line.startswith("RESULTS ")]
+        return dict(zip(runs, json.loads(lines[0].removeprefix("RESULTS ")), strict=True)) if lines else {}
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """metrics.jsonl of a run."""
@@ -105,32 +100,63 @@ class Toy:
             time.sleep(0.02)
 
 
+def launch(words: list[str], ranks: int, folder: Path) -> subprocess.Popen[str]:
+    """Start a script on some ranks, with the deepspeed launcher where there are several."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
+    launcher += ["--master_port", str(free_port())]
+    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    path = str(Path(sys.executable).parent) + os.pathsep + environ["PATH"]  # ninja, for DeepSpeed's first start
+    return subprocess.Popen(
+        [sys.executable, *(launcher if ranks > 1 else []), *words],
+        env=environ | {"PATH": path},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
+    """Wait for the end and the expected exit code; returns what was printed."""
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        kill_session(process)
+        raise
+    assert process.returncode == expect, f"exit code {process.returncode} instead of {expect}\n{output}"
+    return output
+
+
 def kill_session(process: subprocess.Popen[str]) -> None:
     """kill -9 of a launcher with all its ranks and workers, which share its session."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
-def _port() -> int:
-    import socket
-
+def free_port() -> int:
+    """A TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _video(seed: int) -> bytes:
-    """A bright square that moves over a coloured ground: 12 frames of 48 x 48."""
+    """A square that moves over a textured ground: 12 frames of 48 x 48.
+
+    Never flat: the normalised pixels of a cube of one colour are rounding errors, and no two runs would agree on them.
+    """
     rng = np.random.default_rng(seed)
-    ground, colour = rng.integers(0, 255, (2, 3), dtype=np.uint8)
-    (x, y), (dx, dy) = rng.integers(0, 20, 2), rng.integers(0, 3, 2)
+    ground = rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)
+    colour = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+    (x, y), (dx, dy) = rng.integers(0, 15, 2), rng.integers(0, 3, 2)
     target = io.BytesIO()
     with av.open(target, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=12)
         stream.width = stream.height = 48
         stream.pix_fmt = "yuv420p"
         for t in range(12):
-            frame = np.tile(ground, (48, 48, 1))
+            frame = ground.copy()
             frame[y + t * dy : y + t * dy + 12, x + t * dx : x + t * dx + 12] = colour
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -1,0 +1,74 @@
+"""Several runs in one set of processes, because a start takes longer than a run; and accidents at chosen moments.
+
+    deepspeed driver.py RECIPE PLAN.json
+
+The plan is a list of {"overrides": [...], "accidents": [[micro-batch, rank, what], ...]}; micro-batches are counted from
+1 in each run. Exit codes, or errors, of the runs are printed as a JSON line.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def accident(what: str, output, module, run_dir: Path):
+    """Let something happen in a forward pass; returns its output, changed or not."""
+    if what == "nan":
+        return output._replace(loss=output.loss * float("nan"))
+    if what == "inf":  # its gradient stays finite
+        return output._replace(loss=output.loss + float("inf"))
+    if what == "gradient":  # a finite loss with a gradient that is not
+        token = module.model.mask_token
+        return output._replace(loss=output.loss + (token - token.detach()).abs().sqrt().sum())
+    if what == "stop file":
+        (run_dir / "stop").touch()
+    elif what == "kill in the middle of publishing":
+        from pretrain.checkpoint import folders
+
+        folders.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        os.kill(os.getpid(), getattr(signal, what))
+    return output
+
+
+def drive(recipe_path: str, plan: list[dict]) -> list:
+    """Train run after run."""
+    from pretrain.engine.train import train
+    from pretrain.errors import TubeletError
+    from pretrain.objectives.videomae import VideoMAEObjective
+    from pretrain.recipe.load import load_recipe
+    from pretrain.runtime.process_group import join
+
+    rank = join().rank
+    plain_forward = VideoMAEObjective.forward
+    results = []
+    for entry in plan:
+        recipe = load_recipe(recipe_path, entry["overrides"])
+        calls = 0
+
+        def forward(self, batch, entry=entry, recipe=recipe):
+            nonlocal calls
+            calls += 1
+            output = plain_forward(self, batch)
+            for when, who, what in entry.get("accidents", []):
+                if (when, who) == (calls, rank):
+                    output = accident(what, output, self, Path(recipe.run.dir))
+            return output
+
+        VideoMAEObjective.forward = forward
+        try:
+            results.append(train(recipe, entry.get("resume", "auto")))
+        except TubeletError as error:
+            results.append(f"{type(error).__name__}: {error}")
+    return results
+
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    outcome = drive(words[0], json.loads(Path(words[1]).read_text()))
+    if os.environ.get("RANK", "0") == "0":
+        print("RESULTS " + json.dumps(outcome), flush=True)
