@@ -148,8 +148,8 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
 def _leave_out_inference_op() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce when it starts on a CPU.
 
-    Only inference uses it. Compiling needs g++ and 20 s, and a process killed near it leaves a lock file behind on which
-    every later start of any program waits for ever (torch.utils.file_baton, seen).
+    Only inference uses it. Compiling needs g++ and 20 s, and a process killed near it leaves a lock file behind on
+    which every later start of any program waits for ever (torch.utils.file_baton, seen).
     """
     import deepspeed
 

@@ -2,8 +2,8 @@
 
     deepspeed driver.py RECIPE PLAN.json
 
-The plan is a list of {"overrides": [...], "accidents": [[micro-batch, rank, what], ...]}; micro-batches are counted from
-1 in each run. Exit codes, or errors, of the runs are printed as a JSON line.
+The plan is a list of {"overrides": [...], "accidents": [[micro-batch, rank, what], ...]}; micro-batches are counted
+from 1 in each run. Exit codes, or errors, of the runs are printed as a JSON line.
 """
 
 import json
