@@ -9,9 +9,9 @@ from typing import Any, get_args, get_origin
 
 from omegaconf import MISSING
 
-from pretrain.recipe.components import component_names, load_component
 from pretrain.recipe.describe import allowed_values, field_docs, field_types
-from pretrain.recipe.files import RECIPES
+from pretrain.recipe.files import RECIPES, recipe_names
+from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Recipe
 
 PAGE = RECIPES.parent / "docs" / "recipes.md"
@@ -19,16 +19,15 @@ BEGIN, END = "<!-- keys: written by python -m pretrain.recipe.manual -->", "<!--
 
 
 def key_tables() -> str:
-    """A Markdown table for every section, models and objectives included."""
+    """A Markdown table for every section; of models and objectives, those that the recipes name."""
+    recipes = [load_recipe(name) for name in recipe_names()]
     tables = []
     for section, schema in field_types(Recipe).items():
         if dataclasses.is_dataclass(schema):
             tables.append(_table(f"`{section}`", schema, f"{section}."))
             continue
-        kind = {"model": "models", "objective": "objectives"}[section]
-        for name in component_names(kind):  # type: ignore[arg-type]
-            config = load_component(kind, name).Config  # type: ignore[arg-type]
-            tables.append(_table(f"`{section}` with `name: {name}`", config, f"{section}."))
+        used = {getattr(recipe, section).name: type(getattr(recipe, section)) for recipe in recipes}
+        tables += [_table(f"`{section}` with `name: {name}`", used[name], f"{section}.") for name in sorted(used)]
     return "\n\n".join(tables)
 
 
