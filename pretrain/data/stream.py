@@ -196,7 +196,7 @@ class TrainStream:
         try:
             batch = next(self._batches)
         except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+            if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
                 raise
             raise DataError(
                 f"a data worker died ({error}). Killed for memory? Then lower data.workers, data.prefetch or "

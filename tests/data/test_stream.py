@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -378,12 +379,15 @@ def test_orphaned_workers_end(trainer: Any) -> None:
 def test_a_killed_worker_is_one_clear_error(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
     opened = stream(make_recipe(two_sources, workers=1))
     next(opened)
-    for child in psutil.Process().children():
-        if "resource_tracker" not in " ".join(child.cmdline()):
-            child.kill()
+    (worker,) = [p for p in psutil.Process().children() if "resource_tracker" not in " ".join(p.cmdline())]
+    # Held first, so that it is killed while the rank waits for it: torch reports it wherever the rank is.
+    worker.suspend()
+    killer = threading.Timer(1.0, worker.kill)
+    killer.start()
     with pytest.raises(DataError, match="a data worker died"):
         for _ in range(50):
             next(opened)
+    killer.join()
     opened.close()
 
 
