@@ -13,6 +13,8 @@ from pretrain.data.pack.options import Options
 from pretrain.data.pack.probe import probe
 from pretrain.data.pack.sample import Packed, Rejected, pack_item
 from pretrain.data.pack.sources import Item
+from pretrain.data.pack.verify import check_random_reads, sequential_signatures
+from pretrain.errors import SampleError
 
 MakeVideo = Callable[..., Path]
 FAST = Options(preset="ultrafast", crf=10, gop=8)
@@ -135,7 +137,7 @@ def test_size(
 def test_key_frames_come_every_gop(tmp_path: Path, make_video: MakeVideo) -> None:
     import av
 
-    packed = _pack(make_video(tmp_path / "g.mp4", frames=40), FAST)
+    packed = _pack(make_video(tmp_path / "g.mp4", frames=40, options={"g": "5"}), FAST)
     with av.open(packed.video) as container:
         keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
     assert keys == [0, 8, 16, 24, 32]
@@ -175,10 +177,11 @@ def test_foreign_audio_becomes_aac(tmp_path: Path, make_video: MakeVideo) -> Non
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path, make_video: MakeVideo) -> None:
-    source = make_video(tmp_path / "d.mp4", audio=True)
+    source = make_video(tmp_path / "d.mp4", audio=True, size=(96, 72))
     options = Options(audio=True)
-    one, two = _pack(source, options), _pack(source, options)
-    assert Path(one.video).read_bytes() == Path(two.video).read_bytes() and one.facts == two.facts
+    packed = [_pack(source, options) for _ in range(8)]  # x264 differs in about every third run where it does
+    assert len({Path(one.video).read_bytes() for one in packed}) == 1
+    assert all(one.facts == packed[0].facts for one in packed)
 
 
 @pytest.mark.parametrize("codec", ["hevc", "vp9", "av1"])
@@ -222,10 +225,20 @@ def test_cut_file_with_its_index_in_front(tmp_path: Path, make_video: MakeVideo)
         assert isinstance(result, Rejected) and result.reason == "damaged" and "of 60" in result.detail, result
 
 
-def _frame_folder(folder: Path, numbers: range) -> None:
+def test_random_reads_that_are_one_frame_off_are_found_in_slow_scenes(tmp_path: Path) -> None:
+    _frame_folder(tmp_path / "clip", range(1, 21), step=3)
+    video = Path(_pack(tmp_path / "clip", is_folder=True).video)
+    signatures = sequential_signatures(str(video))
+    check_random_reads(video.read_bytes(), signatures, "pyav", 4, "key")
+    for wrong in (np.roll(signatures, 1, axis=0), signatures[:-1], signatures[::-1]):
+        with pytest.raises(SampleError, match="inexact"):
+            check_random_reads(video.read_bytes(), wrong, "pyav", 4, "key")
+
+
+def _frame_folder(folder: Path, numbers: range, step: int = 8) -> None:
     folder.mkdir(parents=True)
     for number in numbers:
-        Image.new("RGB", (64, 48), (8 * number, 100, 50)).save(folder / f"img_{number:05}.png")
+        Image.new("RGB", (64, 48), (step * number, 100, 50)).save(folder / f"img_{number:05}.png")
 
 
 def test_frame_folder(tmp_path: Path) -> None:

@@ -78,6 +78,15 @@ def test_members_point_at_whole_samples(packed: Path) -> None:
                 assert tar.getnames() == [f"{key}.json", f"{key}.mp4"]
 
 
+def test_shards_are_closed_by_size(videos: Path, tmp_path: Path) -> None:
+    limit = 20_000
+    report = _run(videos, tmp_path, options=Options(preset="ultrafast", decoders=(), shard_bytes=limit))
+    assert report.index is not None and len(report.index.shards) > 2
+    for shard in report.index.shards[:-1]:
+        members = load_members(str(tmp_path), shard.name)
+        assert members.offsets[-1] < limit <= members.offsets[-1] + members.sizes[-1]
+
+
 def test_two_processes_write_the_same_bytes(videos: Path, packed: Path, tmp_path: Path) -> None:
     _run(videos, tmp_path, workers=2)
     assert _tree(tmp_path) == _tree(packed)
