@@ -8,9 +8,9 @@ from torch import nn
 
 from finetune.adapters import config
 from finetune.adapters.config import Tune
-from finetune.adapters.modules import AdaptMLP, LowRankUpdate, make_prompts
+from finetune.adapters.modules import AdaptMLP, LowRankUpdate
 from pretrain.errors import RecipeError
-from pretrain.models.backbone import Backbone
+from pretrain.models.backbone import Backbone, Prompts
 from pretrain.models.vit import Block, Linear
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ def attach_adaptformer(model: Backbone, options: config.AdaptFormer) -> None:
 
 def attach_prompts(model: Backbone, options: config.Prompts) -> None:
     """Prompts for each block, or for the first."""
-    prompts = make_prompts(model.dim, len(model.blocks), options)
-    model.embeddings = prompts.to(_blocks(model)[0].norm1.weight)
+    count = len(model.blocks) if options.form == "deep" else 1
+    model.embeddings = Prompts(count, options.tokens, model.dim).to(_blocks(model)[0].norm1.weight)
 
 
 def attach_lora(model: Backbone, options: config.LowRank) -> None:

@@ -49,8 +49,7 @@ def save_adapter(model: Backbone, tune: Tune, dest: str) -> None:
     """
     if tune.method == "full":
         raise RecipeError("tune.method=full trains everything: there is no adapter to save, save the model")
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise WeightsError("the model is partitioned by ZeRO stage 3: consolidate a checkpoint and save from that")
+    _refuse_partitioned(model)
     header = {"format": FORMAT, "tune": json.dumps(asdict(tune)), "backbone": backbone_hash(model, tune.method)}
     content = safetensors.torch.save(adapter_state(model, tune.method), header)
     storage.write_bytes(dest, content)
@@ -94,8 +93,9 @@ def load_adapter(model: Backbone, path: str, any_backbone: bool = False) -> Tune
         any_backbone: don't compare the backbone with the one that the adapter was trained on.
 
     Raises:
-        WeightsError: another backbone, or tensors that don't fit.
+        WeightsError: another backbone, tensors that don't fit, or a model partitioned by ZeRO stage 3.
     """
+    _refuse_partitioned(model)
     file = read_adapter(path)
     model.head = head_of(file.tensors, model)
     apply_tuning(model, file.tune)
@@ -118,6 +118,11 @@ def head_of(tensors: dict[str, Tensor], model: Backbone) -> nn.Module:
     head = build_head("batch_norm" if batch_norm else "linear", model.dim, classes, scale=1.0)
     example = next(model.parameters())
     return head.to(example.device, example.dtype)
+
+
+def _refuse_partitioned(model: nn.Module) -> None:
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise WeightsError("the model is partitioned by ZeRO stage 3: use a model built from consolidated weights")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The trainable parts themselves: bottleneck, prompts, low-rank update.
+"""The trainable parts themselves: bottleneck and low-rank update (prompts: pretrain/models/backbone.py).
 
 Weights are initialised in constructors, after those of the backbone: the published video program draws its adapters
 again after building them and so loses the zero start (systems/adaptformer.md section 3.5).
@@ -52,13 +52,6 @@ class AdaptMLP(nn.Module):
         # The factor stays apart from the weights: in half precision a product would round twice.
         x = x * (self.constant if self.scale is None else self.scale)
         return norm(x) if norm is not None and self.norm_place == "out" else x
-
-
-def make_prompts(dim: int, depth: int, options: config.Prompts) -> nn.ParameterList:
-    """Prompts [1, n, C] for each block, or for the first only; Xavier-uniform over the three axes as officially."""
-    count = depth if options.form == "deep" else 1
-    drawn = (nn.init.xavier_uniform_(torch.empty(1, options.tokens, dim)) for _ in range(count))
-    return nn.ParameterList(nn.Parameter(values) for values in drawn)
 
 
 class LowRankUpdate(nn.Module):

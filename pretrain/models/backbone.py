@@ -35,7 +35,7 @@ class Backbone(nn.Module):
 
     blocks: nn.ModuleList
     head: nn.Module
-    embeddings: nn.ParameterList | None
+    embeddings: "Prompts | None"
     reorganisation: TokenReorganisation | None
 
     def __init__(self, dim: int, class_tokens: int, activation_checkpointing: bool) -> None:
@@ -44,7 +44,7 @@ class Backbone(nn.Module):
         self.class_tokens = class_tokens
         self.activation_checkpointing = activation_checkpointing
         self.register_module("embeddings", None)
-        self.register_module("reorganisation", None)
+        self.reorganisation = None
 
     def reorganise(self, config: Reorganisation, rates: Sequence[float] | None = None) -> None:
         """Drop tokens from now on; at a keep rate of 1 the model is the plain one again.
@@ -73,19 +73,19 @@ class Backbone(nn.Module):
             return Tokens(self._prompted(x))
         if self.embeddings is not None:
             raise RecipeError("prompts and token reorganisation exclude each other: a prompt has no score")
-        return self.reorganisation(
+        return self.reorganisation.run(
             self.blocks, x, self.class_tokens, slices, keep_rate, counts, self.activation_checkpointing
         )
 
     def _prompted(self, x: Tensor) -> Tensor:
         if self.embeddings is None:
             return run_blocks(self.blocks, x, self.activation_checkpointing)
-        if len(self.embeddings) == 1:
-            x, cut = _prepend(self.embeddings[0], x), self.embeddings[0].shape[1]
-            return run_blocks(self.blocks, x, self.activation_checkpointing)[:, cut:]
+        if self.embeddings.count == 1:
+            x = run_blocks(self.blocks, self.embeddings(x, 0), self.activation_checkpointing)
+            return x[:, self.embeddings.tokens :]
         for index, block in enumerate(self.blocks):
-            prompt = self.embeddings[index]
-            x = run_blocks([block], _prepend(prompt, x), self.activation_checkpointing)[:, prompt.shape[1] :]
+            x = run_blocks([block], self.embeddings(x, index), self.activation_checkpointing)
+            x = x[:, self.embeddings.tokens :]
         return x
 
     def mean_tokens(self, tokens: Tokens) -> Tensor:
@@ -97,8 +97,24 @@ class Backbone(nn.Module):
         return (x * weight[:, :, None].to(x.dtype)).sum(1)
 
 
-def _prepend(prompt: Tensor, x: Tensor) -> Tensor:
-    return torch.cat((prompt.expand(len(x), -1, -1).to(x.dtype), x), dim=1)
+class Prompts(nn.Module):
+    """Learned tokens [1, n, C], one tensor a block or a single one, named by their index.
+
+    It puts them in place itself because ZeRO stage 3 gathers a module's parameters only where that module is called (an
+    `nn.ParameterList` can't be called). Xavier-uniform over the three axes, as in the official AdaptFormer code.
+    """
+
+    def __init__(self, count: int, tokens: int, dim: int) -> None:
+        super().__init__()
+        self.count, self.tokens = count, tokens
+        for index in range(count):
+            drawn = nn.init.xavier_uniform_(torch.empty(1, tokens, dim))
+            self.register_parameter(str(index), nn.Parameter(drawn))
+
+    def forward(self, x: Tensor, index: int) -> Tensor:
+        """The prompts of block `index` in front of tokens [B, N, C], before a class token too."""
+        prompts = self.get_parameter(str(index))
+        return torch.cat((prompts.expand(len(x), -1, -1).to(x.dtype), x), dim=1)
 
 
 def build_head(kind: str, dim: int, classes: int, scale: float) -> nn.Module:

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import complement, take_tokens
-from pretrain.models.vit import Attention, Block
 
 #: Queries whose attention weights exist at the same time while received attention is summed up.
 QUERY_CHUNK = 256
@@ -135,7 +134,7 @@ def scheduled_rate(base: float, step: int, steps_per_epoch: int, start_epoch: fl
     return base + (1 - base) * 0.5 * (1 + math.cos(math.pi * (step - start) / length))
 
 
-class TokenReorganisation(nn.Module):
+class TokenReorganisation:
     """Runs blocks and drops tokens between attention and MLP of some; holds no parameters.
 
     Args:
@@ -148,7 +147,6 @@ class TokenReorganisation(nn.Module):
     """
 
     def __init__(self, rates: Sequence[float], score: Literal["class", "received"], config: Reorganisation) -> None:
-        super().__init__()
         self.rates = tuple(float(rate) for rate in rates)
         self.score = score
         self.config = config
@@ -159,7 +157,7 @@ class TokenReorganisation(nn.Module):
         config = self.config
         self.rate = scheduled_rate(config.keep_rate, step, steps_per_epoch, config.start_epoch, config.shrink_epochs)
 
-    def forward(
+    def run(
         self,
         blocks: nn.ModuleList,
         x: Tensor,
@@ -190,8 +188,9 @@ class TokenReorganisation(nn.Module):
             if kept is None:
                 state.x = _maybe_recompute(recompute, block, state.x)
                 continue
-            layout = _Layout(class_tokens, slices if self.config.per_frame else 1, fused, kept)
-            state.x, step = _maybe_recompute(recompute, self._reduce, block, state.x, layout, index)
+            strata = slices if self.config.per_frame else 1
+            reduction = _Reduction(self.config, self.score, index, class_tokens, strata, fused, kept)
+            state.x, step = _maybe_recompute(recompute, block, state.x, reduction)
             self._account(state, step)
             fused = int(self.config.fuse)
         return state
@@ -225,29 +224,6 @@ class TokenReorganisation(nn.Module):
             kept = tokens_kept(tokens // slices, rate) * slices
         return None if kept == tokens else kept
 
-    def _reduce(self, block: Block, x: Tensor, layout: "_Layout", index: int) -> tuple[Tensor, Step]:
-        query, key, value = block.attn.project(block.norm1(x))
-        score = self._scores(block.attn, query, key)[:, layout.class_tokens :]
-        y = block.attend(x, block.attn.mix(query, key, value))
-        head, rest = y[:, : layout.class_tokens], y[:, layout.class_tokens :]
-        kept = layout.choose(score.detach())
-        dropped = complement(kept, rest.shape[1])
-        parts = [head, take_tokens(rest, kept)]
-        if self.config.fuse:
-            weights = score.gather(1, dropped)
-            total = weights.sum(1, keepdim=True) if self.config.fuse_norm else torch.ones_like(weights[:, :1])
-            fused = torch.einsum("bn,bnc->bc", weights / total, take_tokens(rest, dropped).float())
-            parts.append(fused[:, None].to(y.dtype))
-        return block.transform(torch.cat(parts, dim=1)), Step(index, score.detach(), kept, dropped)
-
-    def _scores(self, attention: Attention, query: Tensor, key: Tensor) -> Tensor:
-        """Scores [B, c+n], float32: in half precision ties are common, and their order depends on the device."""
-        scale = attention.score_scale or query.shape[-1] ** -0.5
-        with torch.autocast(query.device.type, enabled=False):
-            if self.score == "class":
-                return class_attention(query.float(), key.float(), scale)
-            return received_attention(query.float(), key.float(), scale)
-
     def _account(self, state: Tokens, step: Step) -> None:
         state.steps.append(step)
         assert state.sizes is not None and state.origin is not None
@@ -260,15 +236,41 @@ class TokenReorganisation(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """How a dropping block's tokens are ordered: class tokens, slices one after another, at most one fused token."""
+class _Reduction:
+    """What one block takes away, see `vit.Reduction`: class tokens stay, then slices, then at most one fused token."""
 
+    config: Reorganisation
+    kind: str
+    block: int
     class_tokens: int
     slices: int
     fused: int
     kept: int
 
-    def choose(self, score: Tensor) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """Scores [B, c+n], float32: in half precision ties are common, and their order depends on the device."""
+        with torch.autocast(query.device.type, enabled=False):
+            if self.kind == "class":
+                return class_attention(query.float(), key.float(), scale)
+            return received_attention(query.float(), key.float(), scale)
+
+    def take(self, x: Tensor, score: Tensor) -> tuple[Tensor, Step]:
+        """Class tokens, kept tokens and the fused one."""
+        score = score[:, self.class_tokens :]
+        head, rest = x[:, : self.class_tokens], x[:, self.class_tokens :]
+        kept = self._choose(score.detach())
+        dropped = complement(kept, rest.shape[1])
+        parts = [head, take_tokens(rest, kept)]
+        if self.config.fuse:
+            # No detach and no normalisation: gradients reach the attention through the weights, as officially.
+            weights = score.gather(1, dropped)
+            if self.config.fuse_norm:
+                weights = weights / weights.sum(1, keepdim=True)
+            fused = torch.einsum("bn,bnc->bc", weights, take_tokens(rest, dropped).float())
+            parts.append(fused[:, None].to(x.dtype))
+        return torch.cat(parts, dim=1), Step(self.block, score.detach(), kept, dropped)
+
+    def _choose(self, score: Tensor) -> Tensor:
         """Kept tokens [B, k]. In slices, a fused token from before is always fused again: it belongs to no slice."""
         if self.slices == 1:
             return score.topk(self.kept, dim=1, sorted=True).indices

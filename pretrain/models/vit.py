@@ -10,7 +10,7 @@ Fine-tuning attaches to a block through slots that hold nothing in pre-training:
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 #: Cosine attention's scores are multiplied by at most 100 (official: clamp of the logarithm at 4.6052).
 MAX_LOG_SCALE = 4.6052
 
+
+#: Rates tokens [B, N] by queries and keys [B, h, N, d], whose products are to be multiplied by the number.
+Score = Callable[[Tensor, Tensor, float], Tensor]
 
 #: Fills a weight in place.
 Initializer = Callable[[Tensor], Tensor]
@@ -33,6 +36,16 @@ def xavier(weight: Tensor) -> Tensor:
 def truncated_normal(weight: Tensor) -> Tensor:
     """Deviation 0.02, cut at an absolute 2: the official classifiers and image models."""
     return nn.init.trunc_normal_(weight, std=0.02)
+
+
+class Reduction(Protocol):
+    """Takes tokens away inside a block, between attention and MLP."""
+
+    def score(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """See `Score`."""
+
+    def take(self, x: Tensor, score: Tensor) -> tuple[Tensor, Any]:
+        """Tokens [B, n, C] of the residual stream [B, N, C], and what the caller wants to know about them."""
 
 
 class Linear(nn.Linear):
@@ -127,8 +140,11 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim, init=init)
         self.dropout = dropout_layer(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mix(*self.project(x))
+    def forward(self, x: Tensor, score: Score | None = None) -> Any:
+        """Attention output [B, N, C]; with `score` also its result [B, N] for this layer's queries and keys."""
+        query, key, value = self.project(x)
+        mixed = self.mix(query, key, value)
+        return mixed if score is None else (mixed, score(query, key, self.score_scale or query.shape[-1] ** -0.5))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, h, N, d] of tokens [B, N, C]; normalised and scaled with cosine attention."""
@@ -215,15 +231,22 @@ class Block(nn.Module):
         self.drop_path = stochastic_depth(drop_path)
         self.register_module("adaptmlp", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.transform(self.attend(x, self.attn(self.norm1(x))))
+    def forward(self, x: Tensor, reduction: Reduction | None = None) -> Any:
+        """Tokens [B, N, C]; with `reduction` fewer of them, and what it has to say.
 
-    def attend(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The residual stream `x` plus the attention branch, whose output `attended` is."""
+        The reduction is called in here, not by splitting the block outside: ZeRO stage 3 gathers a module's parameters
+        when the module itself is called.
+        """
+        if reduction is None:
+            return self._transform(self._attend(x, self.attn(self.norm1(x))))
+        attended, score = self.attn(self.norm1(x), reduction.score)
+        x, taken = reduction.take(self._attend(x, attended), score)
+        return self._transform(x), taken
+
+    def _attend(self, x: Tensor, attended: Tensor) -> Tensor:
         return x + self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
 
-    def transform(self, x: Tensor) -> Tensor:
-        """The residual stream `x` plus the MLP branch; tokens may have been taken away since `attend`."""
+    def _transform(self, x: Tensor) -> Tensor:
         changed = self.mlp(self.norm2(x))
         changed = self.drop_path(changed if self.gamma_2 is None else self.gamma_2 * changed)
         return x + (changed if self.adaptmlp is None else self.adaptmlp(x, changed))

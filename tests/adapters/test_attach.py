@@ -119,7 +119,7 @@ def test_prompts_of_a_block_leave_with_it(make, example) -> None:
     model = make().eval()
     apply_tuning(model, Tune("vpt", vpt=Prompts(2)))
     before = model(example(model))
-    first, last = (model.embeddings[index] for index in (0, 1))
+    first, last = (model.embeddings.get_parameter(str(index)) for index in (0, 1))
     with torch.no_grad():
         first.data, last.data = last.data.clone(), first.data.clone()
     assert not torch.allclose(model(example(model)), before)

@@ -71,9 +71,9 @@ def test_stretching_keeps_places() -> None:
     table = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
     found = stretch_table(table, source, grid).unflatten(0, (5, 9, 21))
     wanted = [(torch.arange(size) + 0.5) / size for size in (5, 9, 21)]
-    for axis, inner in ((0, slice(1, -1)), (1, slice(2, -2)), (2, slice(5, -5))):  # edges flatten out
+    for axis, inner in ((0, slice(1, -1)), (1, slice(2, -2)), (2, slice(5, -5))):  # edges flatten
         along = found[..., axis].movedim(axis, 0)[inner]
-        assert_close(along, wanted[axis][inner].view(-1, 1, 1).expand_as(along), rtol=0, atol=0.015)  # torch's cubic is not exact on lines
+        assert_close(along, wanted[axis][inner].view(-1, 1, 1).expand_as(along), rtol=0, atol=0.015)
 
 
 def test_stretched_table_survives_casts() -> None:

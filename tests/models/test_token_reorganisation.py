@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from pretrain.errors import RecipeError
 from pretrain.models import token_reorganisation
+from pretrain.models.backbone import Prompts
 from pretrain.models.classifier import Config, VideoClassifier, cost
 from pretrain.models.cubes import Grid, grid_of
 from pretrain.models.image_vit import SIZES, ImageOptions, ImageViT
@@ -239,7 +240,7 @@ def test_impossible_options(options: dict, text: str) -> None:
 
 def test_prompts_and_dropping_exclude_each_other() -> None:
     model = video_model(keep_rate=0.5)
-    model.embeddings = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1, 1, 24))])
+    model.embeddings = Prompts(1, 1, 24)
     with pytest.raises(RecipeError, match="exclude"):
         model(clips())
 
