@@ -147,13 +147,14 @@ def map_head(state: Mapping[str, Tensor], label_map: Sequence[int]) -> dict[str,
 
 def _fit_head(model: nn.Module, state: dict[str, Tensor], head: str) -> dict[str, Tensor]:
     """Without a head that doesn't fit or isn't wanted (official: dropped on shape mismatch), with a line about it."""
-    own = {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
-    theirs = {key: value for key, value in state.items() if key.startswith("head.")}
-    fits = {key: tuple(value.shape) for key, value in theirs.items()} == {k: tuple(v.shape) for k, v in own.items()}
+    targets = model.state_dict(keep_vars=True)
+    own = {key: weights.full_shape(value) for key, value in targets.items() if key.startswith("head.")}
+    theirs = {key: tuple(value.shape) for key, value in state.items() if key.startswith("head.")}
+    fits = theirs == own
     if not theirs or (fits and head == "match"):
         return state
     why = "a new one is asked for" if head == "new" else "its shape differs; label_map would convert it"
-    logger.warning("the checkpoint's head %s is left out: %s", [list(value.shape) for value in theirs.values()], why)
+    logger.warning("the checkpoint's head %s is left out: %s", list(theirs.values()), why)
     return {key: value for key, value in state.items() if key not in theirs}
 
 

@@ -99,7 +99,7 @@ def load_state(
         problems: further reasons to refuse, found by the caller.
     """
     targets = module.state_dict(keep_vars=True)
-    report = _compare(report, state, {key: _shape(value) for key, value in targets.items()})
+    report = _compare(report, state, {key: full_shape(value) for key, value in targets.items()})
     refused = [f"missing: {key}" for key in _outside(report.missing, allow_missing)]
     refused += [f"unexpected: {key}" for key in _outside(report.unexpected, allow_unexpected)]
     refused += [f"mismatched: {text}" for text in report.mismatched]
@@ -222,7 +222,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def _shape(parameter: Tensor) -> tuple[int, ...]:
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """Full shape; a parameter that ZeRO stage 3 has partitioned shows none itself."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 

@@ -1,0 +1,101 @@
+"""Frozen backbones under ZeRO stage 3: built partitioned, loaded, tuned; the same losses as on one plain model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.models.classifier import Config, VideoClassifier
+from pretrain.models.token_reorganisation import Reorganisation
+
+PROGRAM = """
+import json, sys
+import deepspeed
+import torch
+from torch.nn import functional as F
+from finetune.adapters.attach import apply_tuning
+from finetune.adapters.config import AdaptFormer, LowRank, Prompts, Tune
+from pretrain.models.classifier import Config, VideoClassifier
+from pretrain.models.classifier_weights import load_pretrained
+from pretrain.models.token_reorganisation import Reorganisation
+
+TUNES = {
+    "adaptformer": Tune("adaptformer", adaptformer=AdaptFormer(4, init="released", learned_scale="scalar")),
+    "vpt": Tune("vpt", vpt=Prompts(2)),
+    "lora": Tune("lora", lora=LowRank(2)),
+    "full": Tune("full"),
+    "dropping": Tune("full"),
+}
+SETTINGS = {
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": 0.0,
+}
+
+
+def steps(model, method, partitioned):
+    load_pretrained(model, sys.argv[1])
+    torch.manual_seed(1)
+    apply_tuning(model, TUNES[method])
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    engine = model
+    if partitioned:
+        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=SETTINGS)
+    losses = []
+    for step in range(3):
+        video = torch.randn(4, 4, 16, 16, 3, generator=torch.Generator().manual_seed(step))
+        loss = F.cross_entropy(engine(video), torch.tensor([0, 1, 2, 0]))
+        if partitioned:
+            engine.backward(loss)
+            engine.step()
+        else:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    if partitioned:
+        assert all(hasattr(value, "ds_id") for value in model.parameters()), "not partitioned"
+        engine.destroy()
+    return losses
+
+
+deepspeed.init_distributed("gloo")
+config = Config(**json.loads(sys.argv[2]))
+found = {}
+for method in TUNES:
+    config.tokens = Reorganisation(0.5 if method == "dropping" else 1.0)
+    plain = steps(VideoClassifier(config, 4, 16, 16), method, False)
+    with deepspeed.zero.Init(config_dict_or_path=SETTINGS):
+        model = VideoClassifier(config, 4, 16, 16)
+    found[method] = plain, steps(model, method, True)
+print("FOUND", json.dumps(found))
+"""
+SIZES = {"size": "custom", "patch_size": 4, "dim": 24, "depth": 4, "heads": 3, "mlp_ratio": 2.0, "drop_path": 0.0}
+SIZES |= {"classes": 3, "positions": "rebuild"}
+
+
+def test_losses_equal_those_of_the_plain_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VideoClassifier(Config(**SIZES, tokens=Reorganisation()), 4, 16, 16)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.2)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "weights.pth"), json.dumps(SIZES)],
+        env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+    for method, (plain, partitioned) in json.loads(line.removeprefix("FOUND")).items():
+        assert partitioned == pytest.approx(plain, rel=1e-6), method
+        assert plain[-1] != plain[0]
