@@ -23,6 +23,7 @@ HARMLESS = (
     "data.readahead",
     "data.root",
     "data.workers",
+    "evaluate",
     "guard",
     "log",
     "run.dir",
@@ -51,7 +52,7 @@ def _plain(value: Any) -> Any:
 
 def is_harmless(key: str) -> bool:
     """Whether a run goes on when this key differs. Where a source lies may change: its fingerprint is compared."""
-    if key.startswith("data.sources.") and key.endswith((".shards", ".expected_samples")):
+    if key.startswith("data.sources.") and key.endswith((".shards", ".val", ".test", ".expected_samples")):
         return True
     return any(key == entry or key.startswith(entry + ".") for entry in HARMLESS)
 

@@ -11,6 +11,7 @@ A file named `keep` inside a checkpoint keeps it for good.
 import logging
 import re
 import shutil
+from collections.abc import Set
 from pathlib import Path
 
 from pretrain.checkpoint.manifest import sync_folder
@@ -110,10 +111,12 @@ def _stretch(step: int, previous: int, every: int) -> bool:
     return step // every > previous // every
 
 
-def apply_retention(root: Path, keep_last: int, keep_every_steps: int | None) -> list[int]:
-    """Remove the checkpoints that are not retained; returns their steps."""
+def apply_retention(
+    root: Path, keep_last: int, keep_every_steps: int | None, keep: Set[int] = frozenset()
+) -> list[int]:
+    """Remove the checkpoints that are neither retained nor in `keep`; returns their steps."""
     folders = {step_of(folder): folder for folder in published(root)}
-    kept = retained(sorted(folders), keep_last, keep_every_steps)
+    kept = retained(sorted(folders), keep_last, keep_every_steps) | keep
     removed = [step for step, folder in folders.items() if step not in kept and not (folder / KEEP_FILE).exists()]
     for step in removed:
         remove(folders[step])

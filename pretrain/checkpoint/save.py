@@ -16,7 +16,7 @@ import logging
 import shutil
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,15 @@ HASH_TIMEOUT_S = 3600.0
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint holds beside DeepSpeed's files: `state` is JSON, `recipe_text` YAML for people."""
+    """What a checkpoint holds beside DeepSpeed's files: `state` is JSON, `recipe_text` YAML for people.
+
+    `keep` are the steps whose checkpoints must not be removed when this one is published.
+    """
 
     step: int
     state: dict[str, Any]
     recipe_text: str
+    keep: set[int] = field(default_factory=set)
 
 
 class Saver:
@@ -78,7 +82,7 @@ class Saver:
                 f"{folder}: could not be written ({type(error).__name__}: {error}); checkpoints published before are "
                 "untouched. Make room or fix the file system, then start the same command again"
             ) from error
-        self._thread = threading.Thread(target=self._publish, args=(folder, content.step, files), name="publish")
+        self._thread = threading.Thread(target=self._publish, args=(folder, content, files), name="publish")
         self._thread.start()
         return time.monotonic() - started
 
@@ -102,7 +106,8 @@ class Saver:
         engine.save_checkpoint(str(folder), tag=TAG, save_latest=True)
         return from_first(self.ranks, _list_files(folder) if self.ranks.first else [])
 
-    def _publish(self, folder: Path, step: int, files: list[str]) -> None:
+    def _publish(self, folder: Path, content: Content, files: list[str]) -> None:
+        step = content.step
         try:
             mine = [describe_file(folder, path) for path in files[self.ranks.rank :: self.ranks.world_size]]
             if not self.ranks.first:
@@ -111,7 +116,7 @@ class Saver:
             entries = mine + _hashes_of_others(folder, self.ranks.world_size)
             write_manifest(folder, Manifest(step, tuple(sorted(entries, key=lambda entry: entry.path))))
             published = folders.publish(self.root, step)
-            removed = folders.apply_retention(self.root, self.keep_last, self.keep_every_steps)
+            removed = folders.apply_retention(self.root, self.keep_last, self.keep_every_steps, content.keep)
             size = sum(entry.bytes for entry in entries)
             logger.info("checkpoint %s published, %.1f MB; removed %s", published, size / 1e6, removed or "none")
         except BaseException as error:  # raised again in the main thread by wait()

@@ -35,8 +35,15 @@ def count_parameters(recipe: Recipe) -> int:
     return sum(parameter.numel() for parameter in objective.parameters())
 
 
-def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int) -> Built:
-    """Objective, optimiser and DeepSpeed engine, with the recipe's first weights."""
+def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int, resumes: bool = False) -> Built:
+    """Objective, optimiser and DeepSpeed engine, with the recipe's first weights.
+
+    Args:
+        recipe: The run.
+        ranks: This process among all.
+        accumulation: Micro-batches of a step.
+        resumes: A checkpoint will be loaded, so run.init_weights need not be.
+    """
     import deepspeed
 
     parameters = count_parameters(recipe)
@@ -49,6 +56,8 @@ def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int) -> Built:
         torch.use_deterministic_algorithms(True)
     seed_everything(recipe.run.seed)
     objective = _build_objective(recipe, config, parameters)
+    if recipe.run.init_weights and not resumes:
+        objective.load_pretrained(recipe.run.init_weights)
     optimizer = build_optimizer(recipe, objective, ranks.device)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
     forget_steps(engine.basic_optimizer)

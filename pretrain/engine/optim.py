@@ -1,7 +1,7 @@
-"""AdamW and its two parameter groups."""
+"""AdamW and its parameter groups."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -32,17 +32,27 @@ def decays(name: str, shape: Iterable[int]) -> bool:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups, with and without weight decay; empty groups are left out."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    """Trainable parameters in groups of equal weight decay and learning rate scale, those that decay first.
+
+    The scale is `module.lr_scale(name)` where the module has such a method (`Objective`), else 1.
+    """
+    scale_of: Callable[[str], float] = getattr(module, "lr_scale", lambda name: 1.0)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             # A parameter sharded by zero.Init has an empty shape of its own; ds_shape is the real one.
-            groups[decays(name, getattr(parameter, "ds_shape", parameter.shape))].append(parameter)
-    for decay, members in groups.items():
+            decay = decays(name, getattr(parameter, "ds_shape", parameter.shape))
+            groups.setdefault((decay, scale_of(plain_name(name))), []).append(parameter)
+    ordered = sorted(groups, key=lambda group: not group[0])
+    for decay, scale in ordered:
+        members = groups[decay, scale]
         count = sum(getattr(member, "ds_numel", member.numel()) for member in members)
-        logger.info("%s weight decay: %d tensors, %d parameters", "with" if decay else "without", len(members), count)
-    decay_of = {True: weight_decay, False: 0.0}
-    return [{"params": members, "weight_decay": decay_of[decay]} for decay, members in groups.items() if members]
+        label = "with" if decay else "without"
+        logger.info("%s weight decay, lr x %.4g: %d tensors, %d parameters", label, scale, len(members), count)
+    return [
+        {"params": groups[decay, scale], "weight_decay": weight_decay if decay else 0.0, "lr_scale": scale}
+        for decay, scale in ordered
+    ]
 
 
 def build_optimizer(recipe: Recipe, module: nn.Module, device: torch.device) -> torch.optim.AdamW:
@@ -63,9 +73,9 @@ def build_optimizer(recipe: Recipe, module: nn.Module, device: torch.device) -> 
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the learning rate `lr`."""
+    """Give every group the learning rate `lr` times its scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def forget_steps(optimizer: torch.optim.Optimizer) -> None:

@@ -69,6 +69,7 @@ class Reporter:
         self._first_step, self._started = first_step, time.monotonic()
         self._speeds: list[float] = []
         self._last: Record = {}
+        self._evaluated: dict[str, float] = {}
         self._writes = ranks.first
         if ranks.first:
             logger.info("matrix products: %.2f TFLOP/s a device, MFU is relative to it", self._meter.peak_tflops)
@@ -96,6 +97,18 @@ class Reporter:
             self._speeds.append(record["speed/step_s"])
         self._last = record
 
+    def evaluation(self, steps_done: int, metrics: dict[str, float], seconds: float) -> None:
+        """Report an evaluation after `steps_done` steps."""
+        if not self._writes:
+            return
+        record: Record = {"step": steps_done, "epoch": self._schedule.epoch(steps_done)}
+        record |= {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds}
+        self._lines.write(record)
+        self._wandb.log(record, steps_done)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        logger.info("evaluation after step %d, epoch %.2f: %s", steps_done, record["epoch"], values)
+        self._evaluated = metrics
+
     def pictures(self, steps_done: int, videos: dict[str, torch.Tensor], clips: int) -> None:
         """Write and send reconstruction pictures."""
         if not self._writes:
@@ -115,6 +128,7 @@ class Reporter:
             "steps": steps_done,
             "epochs": self._schedule.epoch(steps_done),
             "loss": self._last.get("train/loss"),
+            "evaluation": self._evaluated,
             "seconds": time.monotonic() - self._started,
             "clips_per_s": self._meter.clips / mean_s if mean_s else None,
             "bad_samples": self._last.get("data/bad_samples"),

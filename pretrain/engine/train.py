@@ -16,6 +16,8 @@ from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.stream import OpenSource, StreamPlan, TrainStream, open_sources
 from pretrain.engine.build import Built, build_engine
 from pretrain.engine.ds_config import describe
+from pretrain.engine.evaluate import Best, Evaluation, open_evaluation
+from pretrain.engine.evaluate import every_steps as evaluate_every_steps
 from pretrain.engine.folder import RunFolder, describe_start, open_folder
 from pretrain.engine.guard import NonFiniteGuard
 from pretrain.engine.report import Reporter
@@ -77,6 +79,8 @@ class Run:
     saver: Saver
     reporter: Reporter
     stop: StopWatch
+    evaluation: Evaluation | None
+    best: Best
 
 
 def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: StopWatch) -> int:
@@ -142,7 +146,7 @@ def _build(
 ) -> Run:
     first_step = found.step if found else 0
     stream = _stream(recipe, sources, ranks, first_step)
-    built = build_engine(recipe, ranks, stream.accumulation)
+    built = build_engine(recipe, ranks, stream.accumulation, resumes=found is not None)
     for line in describe(recipe, built.config, ranks.world_size):
         logger.info(line)
     _log_schedule(recipe, schedule, built)
@@ -172,6 +176,8 @@ def _build(
         ),
         reporter=Reporter(recipe, folder, schedule, ranks, first_step),
         stop=stop,
+        evaluation=open_evaluation(recipe, ranks),
+        best=Best(**found.state["best"]) if found else Best(),
     )
 
 
@@ -201,20 +207,38 @@ def _loop(run: Run, steps_done: int) -> int:
     save_every = every_steps(run.recipe, run.schedule)
     pictures_every = pictures_every_steps(run.recipe, run.schedule)
     shown = _shown_clips(run) if pictures_every else {}
+    evaluate_every = evaluate_every_steps(run.evaluation, run.schedule) if run.evaluation else 0
     while steps_done < run.schedule.last:
         lr = run.schedule.lr(steps_done)
         result = train_step(run.inputs, steps_done, lr)
         steps_done += 1
         run.reporter.step(steps_done, lr, result)
         run.guard.check(steps_done, result)
+        if result.applied:
+            run.built.engine.module.after_step()
         last = steps_done == run.schedule.last
         if pictures_every and (steps_done % pictures_every == 0 or last):
             _make_pictures(run, steps_done, shown)
-        if steps_done % save_every == 0 or last or result.stop:
+        is_best = bool(evaluate_every) and (steps_done % evaluate_every == 0 or last) and _evaluate(run, steps_done)
+        if steps_done % save_every == 0 or is_best or last or result.stop:
             _save(run, steps_done)
         if result.stop and not last:
             return _finish(run, steps_done, EXIT_REQUEUE, run.stop.reason or "stopped as another rank was asked to")
     return _finish(run, steps_done, 0, "done")
+
+
+def _evaluate(run: Run, steps_done: int) -> bool:
+    """Measure on held-out data; whether this step is the best so far, whose checkpoint stays."""
+    assert run.evaluation is not None
+    started, module = time.monotonic(), run.built.engine.module
+    module.eval()
+    metrics = run.evaluation(module)
+    module.train()
+    is_best = run.best.consider(steps_done, run.evaluation.best_by, metrics[run.evaluation.best_by])
+    if run.ranks.first:
+        run.best.write(run.folder.root / "best.json")
+    run.reporter.evaluation(steps_done, metrics, time.monotonic() - started)
+    return is_best
 
 
 def _finish(run: Run, steps_done: int, exit_code: int, reason: str) -> int:
@@ -234,11 +258,12 @@ def _save(run: Run, steps_done: int) -> None:
         "skips": {"in_a_row": run.guard.in_a_row, "total": run.guard.total},
         "sources": _fingerprints(run.sources),
         "bad_samples": gather_objects(run.ranks, run.inputs.ledger.state()),
+        "best": asdict(run.best),
         "recipe": asdict(run.recipe),
         "versions": versions(),
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    seconds = run.saver.save(run.built.engine, Content(steps_done, state, show_recipe(run.recipe)))
+    seconds = run.saver.save(run.built.engine, Content(steps_done, state, show_recipe(run.recipe), keep=run.best.steps))
     run.stop.saved_in(seconds)
 
 

@@ -11,7 +11,8 @@ A method is one file pretrain/objectives/<name>.py with
 - `cost(recipe) -> dict[str, float]`: multiply-accumulates of one clip's forward pass as publications count them, by
   part; a part named `skipped: ...` belongs to that count but is not executed here;
 
-and, where it has any to give, `warnings(recipe) -> list[str]`: options that have no effect.
+and, where it has any to give, `warnings(recipe) -> list[str]`: options that have no effect; and
+`evaluation(recipe, ranks) -> pretrain.engine.evaluate.Evaluation | None`: what is measured every few epochs.
 
 Nothing in it knows of ranks, DeepSpeed or files.
 """
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
+
+from pretrain.models.weights import load_weights
 
 #: A micro-batch: `video` uint8 [B, T, H, W, 3], the objective's index tensors [B, ...], and lists such as `key`.
 Batch = dict[str, Any]
@@ -41,11 +44,22 @@ class Output(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A self-supervised method around a model."""
+    """A self-supervised method around a model, its attribute `model`."""
 
     def forward(self, batch: Batch) -> Output:
         """Loss of a micro-batch that lies on the model's device."""
         raise NotImplementedError
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the learning rate of the parameter `name` (as in `named_parameters`)."""
+        return 1.0
+
+    def load_pretrained(self, path: str) -> None:
+        """Start from the weights at `path` (the recipe's run.init_weights)."""
+        load_weights(self.model, path)  # type: ignore[arg-type]
+
+    def after_step(self) -> None:
+        """Called after every step whose update was applied."""
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Videos to look at, uint8 [B, T, H, W, 3] by name in display order (original, masked, reconstructed)."""
