@@ -1,0 +1,1 @@
+"""Video classification: labels, augmentation, evaluation, predictions."""

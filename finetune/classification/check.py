@@ -1,0 +1,104 @@
+"""What in a classification recipe can't work, and what does not fit its data."""
+
+import re
+
+from finetune.recipe import TuneRecipe
+
+#: timm's notation: rand-m7-n4-mstd0.5-inc1 and the like.
+NOTATION = re.compile(r"rand(-(m\d+|n\d+|p0?\.\d+|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t\w+|w\d))*")
+#: Sources whose name holds one of these are known to be sampled sparsely and to tell left from right.
+SPARSE_NAMES = ("ssv1", "ssv2", "something")
+#: ... and these to be sampled densely.
+DENSE_NAMES = ("k400", "k600", "k700", "k710", "kinetics", "ucf101", "hmdb51", "diving48")
+SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+def check_classification(recipe: TuneRecipe) -> list[str]:
+    """What can't work, beyond each component's own checks."""
+    augment, objective, data = recipe.augment, recipe.objective, recipe.data
+    problems = _check_ranges(recipe)
+    mixes = augment.mixup > 0 or augment.cutmix > 0
+    if mixes and recipe.batch.micro * data.views % 2:
+        problems.append(
+            f"batch.micro: {recipe.batch.micro} x data.views = {data.views} is odd, and Mixup and CutMix pair clips; "
+            "make one of them even, or set augment.mixup=0 augment.cutmix=0"
+        )
+    if mixes and objective.task == "regression":
+        problems.append("augment.mixup: values to regress can't be mixed; set augment.mixup=0 augment.cutmix=0")
+    if augment.randaugment and not NOTATION.fullmatch(augment.randaugment):
+        problems.append(
+            f"augment.randaugment: {augment.randaugment!r} is not timm's notation, such as rand-m7-n4-mstd0.5-inc1"
+        )
+    if recipe.model.classes < 1:
+        problems.append(f"model.classes: found {recipe.model.classes}, allowed: 1 or more outputs")
+    if recipe.ema.decay is not None and recipe.zero.stage == 3:
+        problems.append(
+            "ema.decay: no averages where weights are sharded (zero.stage=3); use stage 2 or ema.decay=null"
+        )
+    if recipe.evaluate.crops > 1 and data.height != data.width:
+        problems.append("evaluate.crops: test crops are square; with data.height != data.width set evaluate.crops=1")
+    if recipe.evaluate.test == "best" and not any(source.val for source in data.sources.values()):
+        problems.append("evaluate.test: best needs a validation; give data.sources.<name>.val, or evaluate.test=last")
+    return problems
+
+
+def _check_ranges(recipe: TuneRecipe) -> list[str]:
+    augment, evaluate = recipe.augment, recipe.evaluate
+    shares = {
+        "objective.smoothing": recipe.objective.smoothing,
+        "augment.erasing": augment.erasing,
+        "augment.mix_probability": augment.mix_probability,
+        "augment.switch_probability": augment.switch_probability,
+        "ema.decay": recipe.ema.decay,
+    }
+    problems = [f"{key}: found {value}, allowed: a share from 0 to 1" for key, value in shares.items()
+                if value is not None and not 0 <= value <= 1]  # fmt: skip
+    positive = {
+        "evaluate.every_epochs": evaluate.every_epochs,
+        "evaluate.clips": evaluate.clips,
+        "evaluate.crops": evaluate.crops,
+        "evaluate.micro": evaluate.micro,
+        "optim.layer_decay": recipe.optim.layer_decay,
+    }
+    problems += [f"{key}: found {value}, allowed: more than 0" for key, value in positive.items() if value <= 0]
+    not_negative = {
+        "augment.mixup": augment.mixup,
+        "augment.cutmix": augment.cutmix,
+        "evaluate.workers": evaluate.workers,
+    }
+    problems += [f"{key}: found {value}, allowed: 0 or more" for key, value in not_negative.items() if value < 0]
+    ranges = {"augment.area": (augment.area, 1.0), "augment.aspect": (augment.aspect, float("inf"))}
+    return problems + [
+        f"{key}: found {list(pair)}, allowed: two numbers above 0, the smaller one first"
+        + (", up to 1" if most == 1 else "")
+        for key, (pair, most) in ranges.items()
+        if not 0 < pair[0] <= pair[1] <= most
+    ]
+
+
+def classification_warnings(recipe: TuneRecipe) -> list[str]:
+    """Options without effect, and sampling or flips that don't fit the data set (worth 1 to 1.3 points on SSv2)."""
+    warnings = []
+    for name, source in recipe.data.sources.items():
+        text, key = f"{name} {source.shards}".lower(), f"data.sources.{name}"
+        sparse = any(word in text for word in SPARSE_NAMES)
+        if sparse and source.sampling == "dense":
+            warnings.append(f"{key}.sampling=dense, but {name} looks like Something-Something: published with sparse")
+        if sparse and source.flip:
+            warnings.append(f"{key}.flip=true, but classes of {name} tell left from right: published without flips")
+        if not sparse and source.sampling == "sparse" and any(word in text for word in DENSE_NAMES):
+            warnings.append(f"{key}.sampling=sparse, but {name} is published with dense sampling")
+        if source.sampling == "sparse" and source.stride is not None:
+            warnings.append(f"{key}.stride has no effect: sparse sampling spreads frames over the whole video")
+        if source.val is None and source.test is None:
+            warnings.append(f"{key}: neither val nor test shards; nothing is measured on it")
+    if recipe.data.crop == "center" and recipe.augment != type(recipe.augment)():
+        warnings.append("augment has no effect on pixels: data.crop=center takes the middle as it is (mixing is on)")
+    if recipe.start != type(recipe.start)() and recipe.run.init_weights is None:
+        warnings.append("start has no effect: run.init_weights is null")
+    return warnings
+
+
+def sided_classes(names: tuple[str, ...]) -> list[str]:
+    """Class names that tell left from right: flips would contradict them."""
+    return [name for name in names if SIDED.search(name.replace("_", " "))]

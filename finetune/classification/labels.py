@@ -1,0 +1,217 @@
+"""What a sample's label means: class numbers, class names, several classes, or values to regress.
+
+Labels lie in the samples' json files. Counting them needs one short read a sample; the result is kept beside the shards
+in `labels.json`, under the fingerprint of the data.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from pretrain.data.fetch import read_ahead
+from pretrain.data.index import ShardIndex, load_index, load_members
+from pretrain.errors import DataError, SampleError, StorageError, TubeletError
+from pretrain.runtime import storage
+
+logger = logging.getLogger(__name__)
+
+LABELS_NAME = "labels.json"
+#: Enough for the json that our packer puts in front of the video.
+HEAD_BYTES = 16384
+#: A class with this many times fewer samples than the largest one is named in the report.
+IMBALANCE = 10.0
+SHOWN_CLASSES = 5
+
+Task = Literal["single", "multi", "regression"]
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """From the label in a sample's json to what the loss takes.
+
+    Attributes:
+        classes: number of outputs.
+        names: class names in order; empty where labels are numbers.
+        task: single: one class, multi: any number of classes, regression: one value an output.
+    """
+
+    classes: int
+    names: tuple[str, ...] = ()
+    task: Task = "single"
+
+    def target(self, label: Any) -> np.ndarray:
+        """Class number int64 [], classes as float32 [classes] of 0 and 1, or values float32 [classes].
+
+        Raises:
+            SampleError: "label" where the label is missing or none of the classes.
+        """
+        if label is None:
+            raise SampleError("label", "the sample's json has no label")
+        if self.task == "regression":
+            return self._values(label)
+        if self.task == "single":
+            return np.array(self._number(label), dtype=np.int64)
+        target = np.zeros(self.classes, dtype=np.float32)
+        for one in label if isinstance(label, list) else [label]:
+            target[self._number(one)] = 1
+        return target
+
+    def _number(self, label: Any) -> int:
+        if isinstance(label, str) and self.names:
+            if label not in self.names:
+                raise SampleError("label", f"{label!r} is none of the {len(self.names)} classes")
+            return self.names.index(label)
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.classes:
+            raise SampleError("label", f"{label!r} is no class from 0 to {self.classes - 1}")
+        return label
+
+    def _values(self, label: Any) -> np.ndarray:
+        try:
+            values = np.array(label, dtype=np.float32).reshape(-1)
+        except (TypeError, ValueError) as error:
+            raise SampleError("label", f"{label!r} is no number or list of numbers") from error
+        if len(values) != self.classes or not np.isfinite(values).all():
+            raise SampleError("label", f"{label!r}: {self.classes} finite numbers are needed")
+        return values
+
+
+def label_of(members: dict[str, Any]) -> Any:
+    """The label in a parsed sample's json; None without."""
+    facts = members.get("json")
+    return json.loads(facts).get("label") if facts is not None else None
+
+
+def read_names(path: str) -> tuple[str, ...]:
+    """Class names of a file: one a line, or a JSON list or {name: class}.
+
+    Raises:
+        DataError: unreadable, or class numbers that are not 0, 1, 2, ...
+    """
+    try:
+        text = storage.read_bytes(path).decode()
+    except StorageError as error:
+        raise DataError(f"labels: {path} can't be read ({error})") from error
+    if PurePosixPath(path).suffix != ".json":
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
+    content = json.loads(text)
+    if isinstance(content, dict):
+        if sorted(content.values()) != list(range(len(content))):
+            raise DataError(f"labels: {path}: class numbers must be 0 to {len(content) - 1}, each once")
+        return tuple(sorted(content, key=content.__getitem__))
+    return tuple(map(str, content))
+
+
+def open_labels(labels: str, shards: str, classes: int, task: Task) -> LabelMap:
+    """The label map of a source.
+
+    Args:
+        labels: the source's `labels`: a file, "integer" or "auto".
+        shards: folder of its training shards, looked through for "auto".
+        classes: outputs of the model.
+        task: what the labels are.
+
+    Raises:
+        DataError: names and the number of outputs don't fit.
+    """
+    if task == "regression" or labels == "integer":
+        return LabelMap(classes, (), task)
+    names = (
+        tuple(sorted(n for n in count_labels(shards) if not n.isdigit())) if labels == "auto" else read_names(labels)
+    )
+    if names and len(names) != classes:
+        where = f"the labels in {shards}" if labels == "auto" else labels
+        raise DataError(
+            f"{where}: {len(names)} class names, but model.classes={classes}; set model.classes={len(names)}"
+        )
+    return LabelMap(classes, names, task)
+
+
+def count_labels(shards: str) -> Counter[str]:
+    """How often each label occurs, numbers as text; read from labels.json where it is up to date, else counted.
+
+    Raises:
+        DataError: no index, or samples without a json in front of the video.
+    """
+    index, where = load_index(shards), storage.join(shards, LABELS_NAME)
+    try:
+        known = json.loads(storage.read_bytes(where, deadline_s=10))
+        if known.get("fingerprint") == index.fingerprint:
+            return Counter(known["counts"])
+    except (StorageError, ValueError):
+        pass
+    logger.info("%s: counting the labels of %d samples", shards, index.samples)
+    counts = Counter(
+        str(one) for label in _all_labels(index) for one in (label if isinstance(label, list) else [label])
+    )
+    content = {"fingerprint": index.fingerprint, "counts": dict(sorted(counts.items()))}
+    try:
+        storage.write_bytes(where, json.dumps(content, indent=1).encode())
+    except (StorageError, TubeletError, OSError) as error:
+        logger.warning("%s can't be written, so labels are counted at every start (%s)", where, error)
+    return counts
+
+
+def _all_labels(index: ShardIndex) -> list[Any]:
+    def read(place: tuple[str, str, int]) -> Any:
+        shard, key, offset = place
+        url = storage.join(index.url, shard)
+        return label_in_head(storage.read_bytes(url, offset, offset + HEAD_BYTES), f"{url}: {key}")
+
+    places = []
+    for shard in index.shards:
+        members = load_members(index.url, shard.name)
+        places += [(shard.name, key, int(offset)) for key, offset in zip(members.keys, members.offsets, strict=True)]
+    return [future.result() for _, future in read_ahead(places, read, depth=64)]
+
+
+def label_in_head(data: bytes, where: str) -> Any:
+    """The label in the first bytes of a sample, whose json comes first.
+
+    Raises:
+        DataError: it does not.
+    """
+    import tarfile
+
+    try:
+        first = tarfile.TarInfo.frombuf(data[:512], "utf-8", "surrogateescape")
+        if first.name.endswith(".json") and 512 + first.size <= len(data):
+            return json.loads(data[512 : 512 + first.size]).get("label")
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(f"{where}: no readable json ({error})") from error
+    raise DataError(
+        f"{where}: its json is not the first file of the sample, so labels can't be counted; give the source's class "
+        "names in a file (data.sources.<name>.labels) or labels=integer, or pack again with launch/pack.py"
+    )
+
+
+def imbalance_report(counts: Counter[str]) -> list[str]:
+    """Lines about how unequal classes are: smallest, largest, entropy; the rare ones by name."""
+    if not counts:
+        return []
+    ordered = counts.most_common()
+    total, largest, smallest = sum(counts.values()), ordered[0], ordered[-1]
+    shares = np.array([count / total for _, count in ordered])
+    effective = float(np.exp(-(shares * np.log(shares)).sum()))
+    lines = [
+        f"{total} labels in {len(counts)} classes: largest {largest[0]} {largest[1]}, smallest {smallest[0]} "
+        f"{smallest[1]} ({largest[1] / smallest[1]:.1f} to 1); as even as {effective:.1f} equal classes"
+    ]
+    rare = [name for name, count in ordered if count * IMBALANCE < largest[1]]
+    if rare:
+        shown = ", ".join(rare[-SHOWN_CLASSES:])
+        lines.append(
+            f"imbalanced: {len(rare)} classes have less than 1/{IMBALANCE:.0f} of the largest one's samples, such as "
+            f"{shown}; look at mean_class_accuracy beside top1"
+        )
+    return lines
+
+
+def class_names(labels: LabelMap) -> Sequence[str]:
+    """A name for every output."""
+    return labels.names or [str(number) for number in range(labels.classes)]

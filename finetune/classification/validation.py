@@ -1,0 +1,158 @@
+"""Runs a model over a set of videos: one centre view each while training, clips x crops in the test."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.classification.labels import class_names
+from finetune.classification.predictions import Predictions, checked, scores
+from finetune.classification.sources import source_rules
+from finetune.classification.videos import Videos, VideoSet, loader
+from finetune.classification.views import EvaluationViews
+from finetune.recipe import TuneRecipe
+from pretrain.data.index import load_index
+from pretrain.errors import DataError
+from pretrain.runtime.process_group import Ranks, gather_objects
+
+logger = logging.getLogger(__name__)
+
+#: Metric whose largest value makes a step the best one, by task.
+HEADLINE = {"single": "top1", "multi": "mAP", "regression": "r2"}
+SHOWN_UNREADABLE = 5
+
+
+class Validation:
+    """The engine's evaluation: metrics of all sources' validation videos, one centre view each.
+
+    Args:
+        recipe: the run.
+        ranks: this process among all; the videos are dealt out.
+    """
+
+    def __init__(self, recipe: TuneRecipe, ranks: Ranks) -> None:
+        self.every_epochs, self.best_by = recipe.evaluate.every_epochs, HEADLINE[recipe.objective.task]
+        self._recipe, self._ranks = recipe, ranks
+        self._sets = video_sets(recipe, test=False)
+
+    def __call__(self, objective: Any) -> dict[str, float]:
+        """Metrics, equal on all ranks."""
+        mine = predict(objective, self._recipe, self._ranks, self._sets, centre_view(self._recipe))
+        return scores(checked(join(gather_objects(self._ranks, mine))))
+
+
+def video_sets(recipe: TuneRecipe, test: bool) -> list[VideoSet]:
+    """Validation or test shards of the sources that have some."""
+    sets = []
+    for (name, source), rules in zip(recipe.data.sources.items(), source_rules(recipe), strict=True):
+        shards = (source.test or source.val) if test else source.val
+        if shards:
+            sets.append(VideoSet(name, load_index(shards), rules))
+    return sets
+
+
+def centre_view(recipe: TuneRecipe) -> EvaluationViews:
+    """The one view of validation."""
+    data = recipe.data
+    return EvaluationViews(data.frames, data.height, data.width, data.decoder)
+
+
+def test_views(recipe: TuneRecipe) -> EvaluationViews:
+    """The clips x crops of the test."""
+    data, evaluate = recipe.data, recipe.evaluate
+    return EvaluationViews(
+        data.frames, data.height, data.width, data.decoder, evaluate.clips, evaluate.crops, validation=False
+    )
+
+
+def predict(
+    objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], views: EvaluationViews
+) -> Predictions:
+    """This rank's part of the predictions. All ranks call it; `objective` is in evaluation mode.
+
+    Raises:
+        DataError: more unreadable videos than data.bad_rate allows.
+    """
+    videos = Videos(sets, views, ranks.rank, ranks.world_size, recipe.data.deadline_s)
+    keys: list[str] = []
+    targets: list[np.ndarray] = []
+    logits: list[Tensor] = []
+    unreadable: list[str] = []
+
+    def readable() -> Iterator[Tensor]:
+        for video in loader(videos, recipe.evaluate.workers):
+            if "reason" in video:
+                unreadable.append(f"{video['key']}: {video['reason']}")
+                continue
+            keys.append(video["key"])
+            targets.append(video["target"].numpy())
+            yield from video["views"]
+
+    # With sharded weights every rank takes part in every forward pass, also one that has fewer videos.
+    passes = -(-_most_videos(sets, ranks) * views.count // recipe.evaluate.micro) if recipe.zero.stage == 3 else 0
+    with objective.evaluated_weights():
+        for batch in _batches(readable(), recipe.evaluate.micro):
+            logits.append(objective.predict(batch.to(ranks.device, non_blocking=True)).cpu())
+        for _ in range(passes - len(logits)):
+            objective.predict(torch.zeros(1, views.frames, views.height, views.width, 3, dtype=torch.uint8,
+                                          device=ranks.device))  # fmt: skip
+    _report_unreadable(unreadable, len(videos), recipe)
+    classes = recipe.model.classes
+    per_view = torch.cat(logits).numpy() if logits else np.zeros((0, classes), np.float32)
+    return Predictions(
+        recipe.objective.task,
+        list(class_names(sets[0].rules.labels)),
+        keys,
+        np.stack(targets) if targets else np.zeros((0,), np.int64),
+        per_view.reshape(len(keys), views.count, classes),
+        unreadable,
+    )
+
+
+def join(parts: list[Predictions]) -> Predictions:
+    """The predictions of all ranks as one.
+
+    Raises:
+        DataError: there are none.
+    """
+    filled = [part for part in parts if part.keys]
+    if not filled:
+        raise DataError("evaluation: none of the videos could be read; see the lines above")
+    return Predictions(
+        filled[0].task,
+        filled[0].names,
+        [key for part in filled for key in part.keys],
+        np.concatenate([part.targets for part in filled]),
+        np.concatenate([part.logits for part in filled]),
+        [line for part in parts for line in part.unreadable],
+    )
+
+
+def _most_videos(sets: list[VideoSet], ranks: Ranks) -> int:
+    return -(-sum(one.index.samples for one in sets) // ranks.world_size)
+
+
+def _batches(views: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    waiting: list[Tensor] = []
+    for view in views:
+        waiting.append(view)
+        if len(waiting) == size:
+            yield torch.stack(waiting)
+            waiting = []
+    if waiting:
+        yield torch.stack(waiting)
+
+
+def _report_unreadable(unreadable: list[str], videos: int, recipe: TuneRecipe) -> None:
+    if not unreadable:
+        return
+    shown = "; ".join(unreadable[:SHOWN_UNREADABLE])
+    if len(unreadable) >= recipe.data.bad_minimum and len(unreadable) > recipe.data.bad_rate * videos:
+        raise DataError(
+            f"evaluation: {len(unreadable)} of {videos} videos can't be read, more than data.bad_rate="
+            f"{recipe.data.bad_rate:g}: {shown}"
+        )
+    logger.warning("evaluation: %d of %d videos can't be read and are in no score: %s", len(unreadable), videos, shown)

@@ -1,0 +1,140 @@
+"""From a sample to labelled clips: the training views, and the views of validation and test."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune.classification.augment import augment
+from finetune.classification.labels import LabelMap, label_of
+from finetune.recipe import TuneRecipe
+from pretrain.data import sampling, transforms
+from pretrain.data.decoders import VideoReader, open_video
+from pretrain.data.randomness import generator
+from pretrain.data.samples import Place, SampleViews, SourceInfo, video_bytes
+from pretrain.data.transforms import Clip
+
+
+@dataclass(frozen=True)
+class SourceRules:
+    """What a labelled source says of its videos, resolved."""
+
+    labels: LabelMap
+    sampling: str
+    stride: int
+    flip: bool
+    short_side: int
+
+
+class TrainingViews(SampleViews):
+    """One clip, decoded once, and `data.views` augmented views of it with its label.
+
+    Args:
+        recipe: the run.
+        rules: those of each source, in the recipe's order.
+    """
+
+    def __init__(self, recipe: TuneRecipe, rules: list[SourceRules]) -> None:
+        self._data, self._augment, self._seed, self._rules = recipe.data, recipe.augment, recipe.run.seed, rules
+
+    def __call__(self, place: Place, source: SourceInfo, members: dict[str, Any]) -> dict[str, np.ndarray]:
+        rules = self._rules[place.source]
+        target = rules.labels.target(label_of(members))
+        rng = generator(self._seed, place.epoch, place.position, 0, "clip")
+        with open_video(video_bytes(members), self._data.decoder) as reader:
+            clip = reader.frames(training_frames(reader.num_frames, self._data.frames, rules, rng))
+        views = range(self._data.views)
+        return {
+            "video": np.stack([self._view(place, view, clip, rules.flip) for view in views]),
+            "target": np.stack([target for _ in views]),
+        }
+
+    def _view(self, place: Place, view: int, clip: Clip, flip: bool) -> Clip:
+        size = (self._data.width, self._data.height)
+        if self._data.crop == "center":
+            return transforms.centre_crop(clip, *size)
+        draw = functools.partial(generator, self._seed, place.epoch, place.position, view)
+        return augment(clip, self._augment, flip, size, draw)
+
+
+def training_frames(num_frames: int, frames: int, rules: SourceRules, rng: np.random.Generator) -> sampling.Indices:
+    """Frames of a training clip; dense: the end uniform over {span, ..., n-1}, sparse: an offset in each segment."""
+    if rules.sampling == "sparse":
+        length = sampling.sparse_segment(num_frames, frames)
+        offsets = rng.integers(length, size=frames) if length else np.zeros(frames, dtype=np.int64)
+        return sampling.sparse_frames(num_frames, frames, offsets)
+    span = frames * rules.stride
+    end = int(rng.integers(span, num_frames)) if num_frames > span else None
+    return sampling.dense_frames(num_frames, frames, rules.stride, end)
+
+
+def validation_frames(num_frames: int, frames: int, rules: SourceRules) -> sampling.Indices:
+    """Frames of the one validation clip, in the middle (V2)."""
+    if rules.sampling == "sparse":
+        return sampling.sparse_frames(num_frames, frames, sampling.sparse_segment(num_frames, frames) // 2)
+    return sampling.dense_frames(num_frames, frames, rules.stride, sampling.dense_end(num_frames, frames, rules.stride))
+
+
+@dataclass(frozen=True)
+class EvaluationViews:
+    """The views that a video is judged by; `clips` = `crops` = 1 with `validation` is the centre view.
+
+    Attributes:
+        frames, height, width: size of a clip.
+        decoder: library that decodes.
+        clips: clips in time.
+        crops: crops along the long side.
+        validation: middle clip by the training rule, centre crop; else the official test views.
+    """
+
+    frames: int
+    height: int
+    width: int
+    decoder: str
+    clips: int = 1
+    crops: int = 1
+    validation: bool = True
+
+    @property
+    def count(self) -> int:
+        """Views of a video."""
+        return self.clips * self.crops
+
+    def __call__(self, video: bytes, rules: SourceRules) -> Clip:
+        """uint8 [clips * crops, T, H, W, 3], the crops of a clip next to each other."""
+        with open_video(video, self.decoder) as reader:
+            if self.validation:
+                clip = reader.frames(validation_frames(reader.num_frames, self.frames, rules))
+                return self._centre(clip, rules.short_side)[None]
+            return np.stack([view for clip in self._clips(reader, rules) for view in self._crops(clip)])
+
+    def _clips(self, reader: VideoReader, rules: SourceRules) -> list[Clip]:
+        if rules.sampling == "sparse":
+            indices = sampling.sparse_views(reader.num_frames, self.frames, self.clips)
+        else:
+            indices = sampling.dense_views(reader.num_frames, self.frames, rules.stride, self.clips)
+        # Clips overlap: every frame is decoded once.
+        wanted, where = np.unique(indices, return_inverse=True)
+        frames = reader.frames(wanted)
+        return [frames[rows] for rows in where.reshape(indices.shape)]
+
+    def _crops(self, clip: Clip) -> list[Clip]:
+        if self.height == self.width:
+            return transforms.spatial_views(_resize_short(clip, self.height), self.height, self.crops)
+        return [transforms.centre_crop(clip, self.width, self.height)]
+
+    def _centre(self, clip: Clip, short_side: int) -> Clip:
+        """Short side to `short_side` as OpenCV resizes, then the middle; a plain fit where that would not cover."""
+        if short_side < max(self.height, self.width):
+            return transforms.centre_crop(clip, self.width, self.height)
+        resized = _resize_short(clip, short_side)
+        y, x = (resized.shape[1] - self.height) // 2, (resized.shape[2] - self.width) // 2
+        return np.ascontiguousarray(resized[:, y : y + self.height, x : x + self.width])
+
+
+def _resize_short(clip: Clip, short: int) -> Clip:
+    height, width = clip.shape[1:3]
+    if height <= width:
+        return transforms.resize(clip, int(width * short / height), short, antialias=False)
+    return transforms.resize(clip, short, int(height * short / width), antialias=False)

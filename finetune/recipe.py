@@ -1,0 +1,147 @@
+"""The fine-tuning recipe: pre-training's sections, and what a labelled task adds to them."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from finetune.adapters.config import Tune
+from pretrain.recipe.load import load_recipe
+from pretrain.recipe.schema import Data, Optim, Recipe, Schedule, Source
+
+
+@dataclass
+class LabelledSource(Source):
+    """One labelled data set: its shards, and what is right for its videos."""
+
+    val: str | None = None
+    """folder of the validation shards; null: no evaluation on this source while training"""
+    test: str | None = None
+    """folder of the test shards; null: val"""
+    labels: str = "auto"
+    """file of class names, one a line in the order of the classes, or a JSON list or {name: class}; integer: labels of
+    the shards are class numbers; auto: numbers as they are, names numbered in alphabetical order"""
+    sampling: Literal["dense", "sparse"] = "dense"
+    """dense: frames at the stride (Kinetics); sparse: one frame of each of T segments (Something-Something)"""
+    flip: bool = True
+    """mirror half of the training clips; false where classes tell left from right"""
+    short_side: int | None = None
+    """short side of validation frames before the centre crop, pixels; null: data.height"""
+
+
+@dataclass
+class TuneData(Data):
+    """What the model sees: labelled sources, clips, order, decoding."""
+
+    sources: dict[str, LabelledSource] = field(default_factory=dict)  # type: ignore[assignment]
+    """data sets by name; each owns its sampling, flip, short side and label map"""
+    views: int = 2
+    """augmented views of each decoded clip (repeated augmentation, officially num_sample)"""
+    crop: Literal["resized", "center"] = "resized"  # type: ignore[assignment]
+    """resized: random area and aspect; center: short side resized, centre cut"""
+
+
+@dataclass
+class TuneOptim(Optim):
+    """AdamW and its learning rate."""
+
+    base_lr: float = 1e-3
+    """learning rate for base_batch videos; actual peak = base_lr x batch.samples / base_batch"""
+    base_min_lr: float = 1e-6
+    """learning rate at the end of the cosine, for base_batch videos"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments"""
+    layer_decay: float = 0.75
+    """factor on the learning rate from each layer to the one below it; 1: the same for all"""
+
+
+@dataclass
+class TuneSchedule(Schedule):
+    """How long, and the shape of the learning rate."""
+
+    epochs: float = 50
+    """passes over the data, counted in decoded videos"""
+    warmup_epochs: float = 5
+    """epochs of linear warm-up from zero"""
+
+
+@dataclass
+class Augment:
+    """Training clips: all pixels uint8, all draws the sample's own."""
+
+    randaugment: str | None = "rand-m7-n4-mstd0.5-inc1"
+    """timm's RandAugment in its own notation, the same parameters for all frames of a clip; null: none"""
+    area: tuple[float, float] = (0.08, 1.0)
+    """share of the frame that the random resized crop takes"""
+    aspect: tuple[float, float] = (0.75, 4 / 3)
+    """width / height of the random resized crop, drawn log-uniformly"""
+    erasing: float = 0.25
+    """probability that one box of a clip is filled with noise"""
+    mixup: float = 0.8
+    """alpha of Mixup's beta distribution; 0: no Mixup"""
+    cutmix: float = 1.0
+    """alpha of CutMix' beta distribution; 0: no CutMix"""
+    mix_probability: float = 1.0
+    """probability that a micro-batch is mixed"""
+    switch_probability: float = 0.5
+    """probability of CutMix rather than Mixup, where both are on"""
+
+
+@dataclass
+class Ema:
+    """Exponential moving average of the weights."""
+
+    decay: float | None = None
+    """share that the average keeps at each step; null: no average. Where there is one, it is evaluated and tested"""
+
+
+@dataclass
+class Evaluate:
+    """Validation while training, and the test after it."""
+
+    every_epochs: float = 1
+    """epochs between two validations (one centre view a video); fractions find a best step within an epoch"""
+    clips: int = 5
+    """test: clips of a video, evenly spread in time"""
+    crops: int = 3
+    """test: square crops along a frame's long side"""
+    micro: int = 8
+    """views in one forward pass of one rank"""
+    test: Literal["last", "best", "none"] = "last"
+    """weights that are tested when training is done (officially the last epoch's)"""
+    workers: int = 2
+    """data worker processes of each rank while evaluating"""
+
+
+@dataclass
+class Start:
+    """How the weights of run.init_weights are taken over."""
+
+    encoder_norm: Literal["discard", "fc_norm"] = "discard"
+    """fate of the pre-trained encoder's last norm: officially discarded, or copied to fc_norm"""
+    head: Literal["match", "new"] = "match"
+    """match: the checkpoint's head where its shape fits; new: never"""
+    label_map: str | None = None
+    """file with the checkpoint's class of each class here (label_710to400.json): the head is cut out by it"""
+
+
+@dataclass
+class TuneRecipe(Recipe):
+    """A fine-tuning run, resolved."""
+
+    FOLDER: ClassVar[str] = "finetune"
+    OBJECTIVES: ClassVar[str] = "finetune.objectives"
+
+    data: TuneData = field(default_factory=TuneData)
+    optim: TuneOptim = field(default_factory=TuneOptim)
+    schedule: TuneSchedule = field(default_factory=TuneSchedule)
+    tune: Tune = field(default_factory=Tune)
+    augment: Augment = field(default_factory=Augment)
+    ema: Ema = field(default_factory=Ema)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    start: Start = field(default_factory=Start)
+
+
+def load_tune_recipe(name_or_path: str, overrides: list[str] | None = None) -> TuneRecipe:
+    """As `pretrain.recipe.load.load_recipe`, for names in recipes/finetune/."""
+    recipe = load_recipe(name_or_path, overrides, TuneRecipe)
+    assert isinstance(recipe, TuneRecipe)
+    return recipe
