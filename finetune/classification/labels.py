@@ -138,13 +138,10 @@ def count_labels(shards: str) -> Counter[str]:
     Raises:
         DataError: no index, or samples without a json in front of the video.
     """
+    known = known_counts(shards)
+    if known is not None:
+        return known
     index, where = load_index(shards), storage.join(shards, LABELS_NAME)
-    try:
-        known = json.loads(storage.read_bytes(where, deadline_s=10))
-        if known.get("fingerprint") == index.fingerprint:
-            return Counter(known["counts"])
-    except (StorageError, ValueError):
-        pass
     logger.info("%s: counting the labels of %d samples", shards, index.samples)
     counts = Counter(
         str(one) for label in _all_labels(index) for one in (label if isinstance(label, list) else [label])
@@ -155,6 +152,15 @@ def count_labels(shards: str) -> Counter[str]:
     except (StorageError, TubeletError, OSError) as error:
         logger.warning("%s can't be written, so labels are counted at every start (%s)", where, error)
     return counts
+
+
+def known_counts(shards: str) -> Counter[str] | None:
+    """What labels.json says, if it is there and belongs to these shards."""
+    try:
+        known = json.loads(storage.read_bytes(storage.join(shards, LABELS_NAME), deadline_s=10))
+        return Counter(known["counts"]) if known.get("fingerprint") == load_index(shards).fingerprint else None
+    except (StorageError, ValueError):
+        return None
 
 
 def _all_labels(index: ShardIndex) -> list[Any]:

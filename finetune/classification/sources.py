@@ -1,6 +1,9 @@
 """The labelled sources of a recipe, resolved: what each says of its videos, with label maps read."""
 
-from finetune.classification.labels import open_labels
+from collections import Counter
+
+from finetune.classification.check import sided_classes
+from finetune.classification.labels import imbalance_report, known_counts, open_labels
 from finetune.classification.views import SourceRules
 from finetune.recipe import LabelledSource, TuneRecipe
 from pretrain.errors import DataError
@@ -31,3 +34,15 @@ def _rules(recipe: TuneRecipe, source: LabelledSource) -> SourceRules:
         flip=source.flip,
         short_side=source.short_side or data.height,
     )
+
+
+def label_report(recipe: TuneRecipe, rules: list[SourceRules]) -> list[str]:
+    """How even the classes of each source are, where they were counted; flips that contradict class names."""
+    lines = []
+    for (name, source), rule in zip(recipe.data.sources.items(), rules, strict=True):
+        counts = known_counts(source.shards) if recipe.objective.task != "regression" else None
+        lines += [f"data.sources.{name}: {line}" for line in imbalance_report(counts or Counter())]
+        sided = sided_classes(rule.labels.names) if rule.flip else []
+        if sided:
+            lines.append(f"data.sources.{name}.flip=true, but classes tell left from right: {', '.join(sided[:5])}")
+    return lines

@@ -5,7 +5,9 @@ Specification: systems/videomae.md section 8, from run_class_finetuning.py of Op
 
 import contextlib
 import importlib
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,16 +19,19 @@ from finetune.adapters.config import check as check_tuning
 from finetune.classification.check import check_classification, classification_warnings
 from finetune.classification.labels import Task
 from finetune.classification.mixing import Mixing
-from finetune.classification.sources import source_rules
+from finetune.classification.sources import label_report, source_rules
 from finetune.classification.validation import Validation
 from finetune.classification.views import TrainingViews
 from finetune.ema import WeightAverage
 from finetune.recipe import TuneRecipe
+from finetune.weights import is_ours, model_state
 from pretrain.models.classifier_weights import load_pretrained, read_label_map
 from pretrain.models.cubes import Grid, grid_of
 from pretrain.objectives.base import Batch, Objective, Output
 from pretrain.objectives.videomae import PixelNormalization, unit_pixels
 from pretrain.runtime.process_group import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,8 +61,11 @@ def warnings(recipe: TuneRecipe) -> list[str]:
 
 
 def sample_views(recipe: TuneRecipe) -> TrainingViews:
-    """What data workers make of a sample."""
-    return TrainingViews(recipe, source_rules(recipe))
+    """What data workers make of a sample; tells how even the classes are."""
+    rules = source_rules(recipe)
+    for line in label_report(recipe, rules):
+        logger.info(line)
+    return TrainingViews(recipe, rules)
 
 
 def evaluation(recipe: TuneRecipe, ranks: Ranks) -> Validation | None:
@@ -125,11 +133,11 @@ class ClassificationObjective(Objective):
         video, target = self._normalized(batch["video"]), batch["target"]
         if self.mixing is not None and self.training:
             video, soft = self.mixing(video, target)
-            return Output(self._loss(self.model(video).float(), soft))
+            return Output(self._loss(self.model(video).float(), soft), {})
         logits = self.model(video).float()
         loss = self._loss(logits, self._soft(target))
-        metrics = {} if self.task != "single" else {"top1": (logits.argmax(-1) == target).float().mean() * 100}
-        return Output(loss, metrics)
+        right = (logits.argmax(-1) == target).float().mean() * 100 if self.task == "single" else None
+        return Output(loss, {} if right is None else {"top1": right})
 
     @torch.no_grad()
     def predict(self, video: Tensor) -> Tensor:
@@ -151,8 +159,9 @@ class ClassificationObjective(Objective):
         """Take over an encoder or a classifier, ours, official or Hugging Face's, with a report."""
         start = self.recipe.start
         label_map = None if start.label_map is None else read_label_map(start.label_map)
+        raw = model_state(Path(path)) if is_ours(path) else None
         detach(self.model)  # adapters are no part of a backbone's file
-        load_pretrained(self.model, path, start.encoder_norm, start.head, label_map)
+        load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, raw)
         apply_tuning(self.model, self.recipe.tune)
         if self.average is not None:
             self.average = WeightAverage(self.model, self.average.decay)

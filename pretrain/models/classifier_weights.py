@@ -37,6 +37,7 @@ def load_pretrained(
     encoder_norm: Literal["discard", "fc_norm"] = "discard",
     head: Literal["match", "new"] = "match",
     label_map: Sequence[int] | None = None,
+    raw: Mapping[str, Tensor] | None = None,
 ) -> LoadReport:
     """Start a classifier from a checkpoint, with a report.
 
@@ -47,11 +48,12 @@ def load_pretrained(
             officially it is discarded and `fc_norm` starts at 1 and 0; `fc_norm` copies it there instead.
         head: `match` takes the file's head where its shape fits, `new` never.
         label_map: file's class of each of the model's classes (`read_label_map`): the head is cut out by it.
+        raw: the weights, where the caller has read them; `path` then only names them.
 
     Raises:
         WeightsError: the backbone is incomplete, has another shape, or a config.json contradicts the model.
     """
-    raw = weights.read_raw(path)
+    raw = weights.read_raw(path) if raw is None else raw
     report = LoadReport(str(path), weights.layout_of(raw))
     state = classifier_state(weights.official_state(raw))
     if encoder_norm == "fc_norm" and model.fc_norm is not None and "norm.weight" in state:

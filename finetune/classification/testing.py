@@ -1,0 +1,117 @@
+"""The test of a trained model: clips x crops of every video, scores, pictures, and predictions to score again."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.classification.confusion import save_confusion
+from finetune.classification.predictions import Predictions, class_accuracy, confusion, read_predictions, scores
+from finetune.classification.validation import predict, test_views, video_sets
+from finetune.recipe import TuneRecipe
+from finetune.weights import newest_checkpoint, objective_state
+from pretrain.checkpoint.folders import folder_of
+from pretrain.checkpoint.save import TAG
+from pretrain.engine.build import build_engine
+from pretrain.engine.ds_config import DTYPES
+from pretrain.engine.folder import RunFolder
+from pretrain.errors import CheckpointError, DataError
+from pretrain.recipe.components import objective_file
+from pretrain.runtime.process_group import Ranks, from_first, gather_objects
+
+logger = logging.getLogger(__name__)
+
+SHOWN_CLASSES = 5
+
+
+def run_test(recipe: TuneRecipe, ranks: Ranks, which: str) -> dict[str, float]:
+    """Test a run's checkpoint on all ranks.
+
+    Args:
+        recipe: the run.
+        ranks: this process among all.
+        which: "last", "best", or the folder of a checkpoint.
+
+    Raises:
+        DataError: the recipe names no test shards.
+        CheckpointError: no such checkpoint, or it does not verify.
+    """
+    sets = video_sets(recipe, test=True)
+    if not sets:
+        raise DataError("test: no source has test or val shards; give data.sources.<name>.test=FOLDER")
+    root = Path(recipe.run.dir).absolute()
+    checkpoint = Path(from_first(ranks, str(find(root, which)) if ranks.first else ""))
+    objective = load_objective(recipe, ranks, checkpoint)
+    folder = root / "predictions" / checkpoint.name
+    if ranks.first:
+        for old in folder.glob("part_*.npz"):
+            old.unlink()
+    from_first(ranks, None)  # nobody writes before the old parts are gone
+    predict(objective, recipe, ranks, sets, test_views(recipe)).write_part(folder, ranks.rank)
+    # Rank 0 reads what the others have written: they must be done.
+    gather_objects(ranks, None)
+    result = from_first(ranks, rescore(folder) if ranks.first else {})
+    return result
+
+
+def find(root: Path, which: str) -> Path:
+    """Folder of a checkpoint of the run in `root`.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    if which == "last":
+        return newest_checkpoint(root)
+    if which != "best":
+        return Path(which).absolute()
+    note = root / "best.json"
+    if not note.is_file():
+        raise CheckpointError(f"{note}: not there, so no step was evaluated; test --test last, or give val shards")
+    return folder_of(RunFolder(root).checkpoints, json.loads(note.read_text(encoding="utf-8"))["step"])
+
+
+def load_objective(recipe: TuneRecipe, ranks: Ranks, checkpoint: Path) -> Any:
+    """The trained module on this rank's device, in evaluation mode; sharded where training sharded it."""
+    if recipe.zero.stage == 3:
+        engine = build_engine(recipe, ranks, recipe.batch.samples // (recipe.batch.micro * ranks.world_size)).engine
+        engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_only=True)
+        return engine.module.eval()
+    objective = objective_file(recipe).build(recipe)
+    objective.load_state_dict(objective_state(checkpoint))
+    return objective.to(device=ranks.device, dtype=DTYPES[recipe.compute.dtype]).eval()
+
+
+def rescore(folder: Path) -> dict[str, float]:
+    """Scores of the predictions in a folder, without the model; writes scores.json, per_class.csv and confusion.png.
+
+    Raises:
+        DataError: no predictions there.
+    """
+    predictions = read_predictions(folder)
+    result = scores(predictions)
+    (folder / "scores.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    views = predictions.logits.shape[1]
+    logger.info("%s: %d videos x %d views", folder, len(predictions.keys), views)
+    logger.info("  %s", ", ".join(f"{name} {value:.2f}" for name, value in result.items()))
+    if predictions.task == "single":
+        write_classes(predictions, folder)
+    return result
+
+
+def write_classes(predictions: Predictions, folder: Path) -> None:
+    """per_class.csv, confusion.png, and a line about the classes that are hardest."""
+    accuracy, table = class_accuracy(predictions), confusion(predictions)
+    lines = ["class,videos,accuracy,most_often_taken_for"]
+    for number, name in enumerate(predictions.names):
+        others = table[number].copy()
+        others[number] = 0
+        taken = predictions.names[int(others.argmax())] if others.any() else ""
+        share = "" if np.isnan(accuracy[number]) else f"{100 * accuracy[number]:.2f}"
+        lines.append(f'"{name}",{table[number].sum()},{share},"{taken}"')
+    (folder / "per_class.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    save_confusion(table, predictions.names, folder / "confusion.png")
+    known = [number for number in np.argsort(accuracy, kind="stable") if not np.isnan(accuracy[number])]
+    hardest = ", ".join(f"{predictions.names[n]} {100 * accuracy[n]:.0f} %" for n in known[:SHOWN_CLASSES])
+    logger.info("  hardest classes: %s", hardest)

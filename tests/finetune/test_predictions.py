@@ -1,0 +1,109 @@
+"""Scores from predictions: the official merge, and cases whose answer is known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+
+from finetune.classification.predictions import (
+    Predictions,
+    average_precision,
+    checked,
+    class_accuracy,
+    confusion,
+    read_predictions,
+    scores,
+)
+from finetune.classification.testing import rescore
+from finetune.classification.validation import join
+from pretrain.errors import DataError
+
+GOLDEN = Path(__file__).resolve().parents[1] / "goldens" / "videomae_v2_finetune"
+
+
+def single(logits: np.ndarray, targets: list[int], keys: list[str] | None = None) -> Predictions:
+    names = [f"class {number}" for number in range(logits.shape[-1])]
+    keys = keys or [f"set/shard/{number:03d}" for number in range(len(targets))]
+    return Predictions("single", names, keys, np.array(targets), logits.astype(np.float32))
+
+
+def golden() -> tuple[Predictions, np.ndarray, dict[str, float]]:
+    io = safetensors.torch.load_file(GOLDEN / "io.safetensors")
+    meta = json.loads((GOLDEN / "meta.json").read_text())
+    targets = io["view_labels"].long().tolist()
+    return single(io["view_logits"].numpy(), targets), io["view_merged_prob"].numpy(), meta
+
+
+def test_views_are_merged_as_officially() -> None:
+    predictions, merged, meta = golden()
+    np.testing.assert_allclose(predictions.merged, merged, rtol=1e-4, atol=2e-5)
+    found = scores(predictions)
+    assert (found["top1"], found["top5"]) == pytest.approx((meta["merged_top1"], meta["merged_top5"]))
+
+
+def test_softmax_comes_before_the_mean() -> None:
+    # One view is certain of class 0, two lean to class 1: their probabilities outvote it, their logits would not.
+    logits = np.array([[[9.0, 0.0], [0.0, 2.0], [0.0, 2.0]]])
+    assert logits.mean(axis=1).argmax() == 0
+    assert single(logits, [1]).merged.argmax() == 1
+    assert np.isfinite(single(logits * 1e4, [1]).merged).all()
+
+
+def test_written_parts_are_scored_again_without_the_model(tmp_path: Path) -> None:
+    predictions, _, _ = golden()
+    for rank in range(3):  # the third rank had nothing to do
+        rows = range(rank, 6, 2) if rank < 2 else range(0)
+        part = single(predictions.logits[list(rows)], [int(predictions.targets[i]) for i in rows],
+                      [predictions.keys[i] for i in rows] or ["none"][:0])  # fmt: skip
+        part.unreadable = ["set/shard/bad: decode"] if rank == 2 else []
+        part.write_part(tmp_path, rank)
+    result = rescore(tmp_path)
+    assert result == scores(predictions) | {"unreadable": 1.0}
+    again = read_predictions(tmp_path)
+    assert again.keys == predictions.keys and (again.logits == predictions.logits).all()
+    assert json.loads((tmp_path / "scores.json").read_text()) == result
+    table = (tmp_path / "per_class.csv").read_text().splitlines()
+    assert len(table) == 8 and (tmp_path / "confusion.png").stat().st_size > 1000
+    with pytest.raises(DataError, match="no predictions.json"):
+        rescore(tmp_path / "elsewhere")
+
+
+def test_a_video_never_counts_twice() -> None:
+    logits = np.zeros((2, 1, 3))
+    same_name = single(logits, [0, 1], ["a/s0/clip.mp4", "b/s0/clip.mp4"])  # equal base names are different videos
+    assert scores(checked(same_name))["videos"] == 2
+    with pytest.raises(DataError, match="predicted twice, such as a/s0/clip"):
+        checked(join([single(logits[:1], [0], ["a/s0/clip"]), single(logits[:1], [0], ["a/s0/clip"])]))
+
+
+def test_classes_and_confusion() -> None:
+    logits = np.eye(3)[[0, 1, 1, 1, 0]][:, None, :] * 5
+    predictions = single(logits, [0, 0, 1, 1, 1])
+    assert confusion(predictions).tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    np.testing.assert_allclose(class_accuracy(predictions), [1 / 2, 2 / 3, np.nan])
+    found = scores(predictions)
+    assert (found["top1"], found["mean_class_accuracy"]) == pytest.approx((60, 100 * 7 / 12))
+
+
+def test_a_model_that_says_nothing_is_no_better_than_chance() -> None:
+    # All classes equally likely: argmax alone would give class 0 everything, a strict comparison everybody.
+    found = scores(single(np.zeros((30, 2, 3)), [0, 1, 2] * 10))
+    assert found["top1"] == 0 and found["top5"] == 100
+
+
+def test_average_precision() -> None:
+    assert average_precision(np.array([3.0, 2.0, 1.0]), np.array([1, 0, 1])) == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision(np.array([1.0, 1.0, 1.0, 1.0]), np.array([1, 0, 0, 0])) == pytest.approx(0.25)
+    assert np.isnan(average_precision(np.zeros(2), np.zeros(2)))
+    logits = np.array([[2.0, -1.0], [-2.0, 1.0]])[:, None, :]
+    multi = Predictions("multi", ["a", "b"], ["x", "y"], np.eye(2, dtype=np.float32), logits.astype(np.float32))
+    assert scores(multi)["mAP"] == pytest.approx(100)
+
+
+def test_regression_scores() -> None:
+    values = np.array([[1.0], [2.0], [3.0]], np.float32)
+    views = np.stack([values - 0.5, values + 0.5], axis=1)
+    found = scores(Predictions("regression", ["0"], list("abc"), values + 1, views.astype(np.float32)))
+    assert (found["mae"], found["rmse"], found["r2"]) == pytest.approx((1, 1, 1 - 3 / 2))
