@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.errors import WeightsError
 from pretrain.models import huggingface
@@ -18,7 +18,7 @@ from pretrain.models.videomae import PRESET_FIELDS, PRESETS, Config, VideoMAE
 from pretrain.runtime import storage
 
 
-def export_official(model: VideoMAE, dest: str) -> None:
+def export_official(model: nn.Module, dest: str) -> None:
     """Write a .pth file with the weights under `model`, as the official fine-tuning code reads them.
 
     Args:
@@ -58,7 +58,7 @@ def export_huggingface(model: VideoMAE, dest: str, normalize_targets: bool = Tru
     storage.write_bytes(storage.join(dest, "model.safetensors"), safetensors.torch.save(state, {"format": "pt"}))
 
 
-def export_safetensors(model: VideoMAE, recipe: Any, dest: str) -> None:
+def export_safetensors(model: nn.Module, recipe: Any, dest: str) -> None:
     """Write model.safetensors (official names) and the resolved recipe.yaml.
 
     Args:
@@ -72,7 +72,7 @@ def export_safetensors(model: VideoMAE, recipe: Any, dest: str) -> None:
     storage.write_bytes(storage.join(dest, "model.safetensors"), content)
 
 
-def plain_state(model: VideoMAE) -> dict[str, Tensor]:
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights on the CPU, contiguous, official names.
 
     Raises:
