@@ -180,7 +180,8 @@ def test_training_step(case) -> None:
 def test_trainable_parameters(case) -> None:
     """Our methods train what the official freeze rule trains."""
     tuning, model = case.meta["tuning_config"], build(case)
-    method = "adaptformer" if tuning["ffn_adapt"] else "vpt" if tuning["vpt_on"] else "linear"
+    full = bool(tuning.get("fulltune"))
+    method = "full" if full else "adaptformer" if tuning["ffn_adapt"] else "vpt" if tuning["vpt_on"] else "linear"
     trained = [name for name, _ in model.named_parameters() if is_trained(name, method)]
     assert set(trained) == set(case.meta["trainable_parameters"])
     assert sum(model.get_parameter(name).numel() for name in trained) == case.meta["n_trainable"]
