@@ -8,6 +8,7 @@ from pretrain.recipe.schema import Recipe
 
 #: Keys, or sections, that change speed, place or what is written, but not what is learnt.
 HARMLESS = (
+    "batch.micro",
     "batch.ranks",
     "checkpoint",
     "compute.activation_checkpointing",

@@ -25,7 +25,7 @@ def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu:
         "train_batch_size": recipe.batch.samples,
         "train_micro_batch_size_per_gpu": recipe.batch.micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": recipe.optim.clip_grad or 0.0,
+        "gradient_clipping": 0.0 if unwrapped(recipe) else recipe.optim.clip_grad or 0.0,
         "zero_optimization": _zero(recipe, parameters, on_cpu),
         # AdamW is torch's own everywhere, also with offload: DeepSpeedCPUAdam would have to be compiled on the machine.
         "zero_force_ds_cpu_optimizer": False,
@@ -40,6 +40,11 @@ def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu:
         # Without ZeRO DeepSpeed has no such option.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def unwrapped(recipe: Recipe) -> bool:
+    """Whether DeepSpeed updates with our AdamW as it is: no optimiser of its own checks and clips the gradient."""
+    return recipe.zero.stage == 0 and recipe.compute.dtype == "fp32"
 
 
 def _zero(recipe: Recipe, parameters: int, on_cpu: bool) -> Config:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.engine.optim import set_lr
@@ -24,6 +24,8 @@ class StepInputs:
         engine: DeepSpeed engine around the objective.
         batches: Endless micro-batches of this rank.
         accumulation: Micro-batches in a step.
+        own_clip: Where DeepSpeed has no optimiser of its own (`ds_config.unwrapped`): the largest gradient norm, inf
+            for no clipping; None where DeepSpeed checks and clips.
         ledger: Counts unusable samples.
         ranks: This process among all.
         seed: The run's seed.
@@ -33,6 +35,7 @@ class StepInputs:
     engine: Any
     batches: Iterator[Batch]
     accumulation: int
+    own_clip: float | None
     ledger: BadSampleLedger
     ranks: Ranks
     seed: int
@@ -89,14 +92,14 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
         seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
         output = engine(to_device(batch, inputs.ranks.device))
         engine.backward(poisoned(output.loss))
-        for name, value in {"loss": output.loss, **output.metrics}.items():
+        for name, value in {**output.metrics, "loss": output.loss}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double() / inputs.accumulation
         if micro + 1 < inputs.accumulation:
             engine.step()  # only counts the micro-batch; DeepSpeed updates at the last one
     agreed = agree(sums, waited, inputs)
-    own_norm = _drop_nonfinite_gradients(engine)
+    own_norm = None if inputs.own_clip is None else clip_or_drop(engine.module, inputs.own_clip)
     set_lr(engine.optimizer, lr)
-    engine.step()
+    engine.step()  # DeepSpeed clips, checks the norm, updates, and clears the gradients
     norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
     finite_norm = norm < float("inf")
     return StepResult(
@@ -157,16 +160,17 @@ def agree(sums: dict[str, Tensor], waited: float, inputs: StepInputs) -> _Agreed
     return _Agreed(dict(zip(names, metrics, strict=True)), data_s, bad_losses, stop, bad_samples)
 
 
-def _drop_nonfinite_gradients(engine: Any) -> float | None:
-    """In float32 without ZeRO: the norm, and no gradients at all where it is not finite; else None.
+def clip_or_drop(module: nn.Module, largest: float) -> float:
+    """Scale the gradients to a norm of at most `largest`, or drop them all where the norm is not finite.
 
-    AdamW passes over parameters without gradient, so the weights and its states stay as they are.
+    AdamW passes over parameters without gradient, so the weights and its states then stay as they are. Returns the norm
+    before clipping; the gradients are all-reduced, so all ranks come to the same.
     """
-    if engine.zero_optimization_stage() > 0 or engine.fp16_enabled() or engine.bfloat16_enabled():
-        return None
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    if not norm < float("inf"):
-        for parameter in engine.module.parameters():
+    parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if bool(norm.isfinite()):
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    else:
+        for parameter in parameters:
             parameter.grad = None
-    return norm
+    return float(norm)

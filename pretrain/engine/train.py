@@ -4,6 +4,7 @@ The same command starts and continues a run: what is done next follows from what
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ from pretrain.checkpoint.save import Content, Saver
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.stream import OpenSource, StreamPlan, TrainStream, open_sources
 from pretrain.engine.build import Built, build_engine
-from pretrain.engine.ds_config import describe
+from pretrain.engine.ds_config import describe, unwrapped
 from pretrain.engine.evaluate import Best, Evaluation, open_evaluation
 from pretrain.engine.evaluate import every_steps as evaluate_every_steps
 from pretrain.engine.folder import RunFolder, describe_start, open_folder
@@ -165,7 +166,14 @@ def _build(
         schedule=schedule,
         built=built,
         inputs=StepInputs(
-            built.engine, stream, stream.accumulation, ledger, ranks, recipe.run.seed, asked_to_stop=stop.asked
+            engine=built.engine,
+            batches=stream,
+            accumulation=stream.accumulation,
+            own_clip=(recipe.optim.clip_grad or math.inf) if unwrapped(recipe) else None,
+            ledger=ledger,
+            ranks=ranks,
+            seed=recipe.run.seed,
+            asked_to_stop=stop.asked,
         ),
         guard=NonFiniteGuard(recipe.guard, **skips),
         saver=Saver(

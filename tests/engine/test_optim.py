@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import nn
+
+from pretrain.engine.optim import decays, forget_steps, parameter_groups
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("encoder.blocks.0.attn.qkv.weight", (96, 32), True),
+        ("encoder.patch_embed.proj.weight", (32, 3, 2, 16, 16), True),
+        ("encoder.blocks.0.attn.q_bias", (32,), False),
+        ("encoder.blocks.0.norm1.weight", (32,), False),
+        ("encoder.blocks.0.attn.scale", (2, 1, 1), False),
+        ("decoder.head.bias", (8, 8), False),
+        ("mask_token", (1, 1, 32), False),
+        ("model.mask_token", (1, 1, 32), False),
+        ("model.pos_embed", (1, 8, 32), False),
+        ("cls_token", (1, 1, 32), False),
+        ("_orig_mod.mask_token", (1, 1, 32), False),
+        ("_orig_mod.model._orig_mod.mask_token", (1, 1, 32), False),
+        ("model.rescale", (4, 4), True),
+    ],
+)
+def test_which_tensors_decay(name: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert decays(name, shape) is expected
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.layer = nn.Linear(4, 4)
+        self.frozen = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.mask_token
+
+
+def test_groups_of_a_compiled_module_are_those_of_the_plain_one() -> None:
+    plain = Small()
+    compiled = torch.compile(plain)
+    assert any("_orig_mod." in name for name, _ in compiled.named_parameters())
+
+    def members(module: nn.Module) -> list[list[int]]:
+        return [[id(parameter) for parameter in group["params"]] for group in parameter_groups(module, 0.05)]
+
+    assert (
+        members(compiled) == members(plain) == [[id(plain.layer.weight)], [id(plain.mask_token), id(plain.layer.bias)]]
+    )
+    assert [group["weight_decay"] for group in parameter_groups(plain, 0.05)] == [0.05, 0.0]
+
+
+def test_shape_of_a_sharded_parameter_is_its_whole_one() -> None:
+    module = nn.Linear(4, 4)
+    module.weight.ds_shape = torch.Size((4, 4))
+    module.weight.ds_numel = 16
+    module.weight.data = torch.empty(0)
+    assert [len(group["params"]) for group in parameter_groups(module, 0.05)] == [1, 1]
+
+
+def test_forgotten_steps_restore_the_first_bias_correction() -> None:
+    def first_update(idle_step: bool) -> torch.Tensor:
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], lr=0.0, weight_decay=0.1)
+        if idle_step:
+            weight.grad = torch.zeros(3)
+            optimizer.step()
+            forget_steps(optimizer)
+        optimizer.param_groups[0]["lr"] = 0.1
+        weight.grad = torch.tensor([1.0, -2.0, 3.0])
+        optimizer.step()
+        return weight.detach()
+
+    assert torch.equal(first_update(idle_step=True), first_update(idle_step=False))

@@ -1,0 +1,147 @@
+"""Runs on two ranks, all in one launch: ZeRO stages, number formats, accumulation, accidents, stopping."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+STEPS = 10
+SIGNAL = ("zero.stage=1", "batch.micro=4")
+
+
+def plain(*overrides: str, accidents: list[list[Any]] | None = None) -> dict[str, Any]:
+    """One run for driver.py."""
+    return {"overrides": list(overrides), "accidents": accidents or []}
+
+
+def runs() -> dict[str, dict[str, Any]]:
+    """The plan: overrides and accidents of each run by name."""
+    plan: dict[str, dict[str, Any]] = {}
+    # Stage 3 comes last: DeepSpeed replaces torch.nn.functional.linear for it and never puts it back, and the other
+    # stages would round differently from here on.
+    for stage in range(4):
+        if stage == 3:
+            plan |= unsharded_only()
+        here = f"zero.stage={stage}"
+        plan[f"fp32 {stage}"] = plain(here, "batch.micro=2")
+        plan[f"bf16 {stage}"] = plain(here, "compute.dtype=bf16", "batch.micro=2")
+        # Micro-batch 7 is the first one of step 4: an accident at any of a step's micro-batches must count.
+        for what in ("nan", "inf", "gradient") if stage != 2 else ():
+            plan[f"{what} {stage}"] = plain(here, "batch.micro=2", accidents=[[7, 1, what]])
+    plan["sharded build"] = plain("zero.stage=3", "zero.init=always", "log.pictures_every_steps=5")
+    return plan
+
+
+def unsharded_only() -> dict[str, dict[str, Any]]:
+    """Runs that one stage is enough for."""
+    plan = {}
+    plan["4 at once"] = plain("zero.stage=1", "batch.micro=4")
+    plan["1 at once"] = plain("zero.stage=1", "batch.micro=1")
+    plan["offload"] = plain("zero.stage=2", "zero.offload=cpu", "batch.micro=2")
+    plan["nan, stop"] = plain("batch.micro=4", "guard.nonfinite=stop", accidents=[[6, 1, "nan"]])
+    spoilt = [[call, 0, "nan"] for call in range(3, 8)]
+    plan["nan, too often"] = plain("batch.micro=4", "guard.max_skips=2", accidents=spoilt)
+    plan["signal"] = plain(*SIGNAL, accidents=[[3, 1, "SIGUSR1"]])
+    plan["signal, again"] = plain(*SIGNAL, "run.dir=signal")
+    plan["stop file"] = plain("batch.micro=4", accidents=[[3, 1, "stop file"]])
+    return plan
+
+
+@pytest.fixture(scope="module")
+def outcome(toy: Any) -> dict[str, int | str]:
+    """Exit code, or error, of each run."""
+    results: dict[str, int | str] = toy.drive(runs(), ranks=2)
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(toy: Any) -> list[float]:
+    """Losses of one process in float32 without ZeRO."""
+    toy.train("alone", "zero.stage=0")
+    losses: list[float] = toy.losses("alone")
+    assert len(losses) == STEPS
+    return losses
+
+
+@pytest.mark.parametrize("name", [*(f"fp32 {stage}" for stage in range(4)), "sharded build", "offload"])
+def test_two_ranks_learn_what_one_process_learns(toy: Any, outcome: Any, alone: list[float], name: str) -> None:
+    assert outcome[name] == 0
+    np.testing.assert_allclose(toy.losses(name), alone, rtol=2e-5)
+    assert np.ptp(alone) > 0.01, "a curve that does not move proves nothing"
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bf16_is_close_to_float32(toy: Any, outcome: Any, alone: list[float], stage: int) -> None:
+    assert outcome[f"bf16 {stage}"] == 0
+    np.testing.assert_allclose(toy.losses(f"bf16 {stage}"), alone, rtol=1e-3)
+    norms = [[record["optim/grad_norm"] for record in toy.records(f"{dtype} {stage}")] for dtype in ("bf16", "fp32")]
+    np.testing.assert_allclose(*norms, rtol=0.05)
+
+
+def test_accumulation_4_x_1_equals_1_x_4(toy: Any, outcome: Any) -> None:
+    assert (outcome["4 at once"], outcome["1 at once"]) == (0, 0)
+    np.testing.assert_allclose(toy.losses("1 at once"), toy.losses("4 at once"), rtol=2e-5)
+
+
+@pytest.mark.parametrize("stage", (0, 1, 3))
+@pytest.mark.parametrize("what", ("nan", "inf", "gradient"))
+def test_one_bad_micro_batch_of_one_rank_leaves_the_update_out_on_all(
+    toy: Any, outcome: Any, what: str, stage: int
+) -> None:
+    assert outcome[f"{what} {stage}"] == 0
+    spoilt, sound = toy.records(f"{what} {stage}"), toy.records(f"fp32 {stage}")
+    assert [record["optim/skipped"] for record in spoilt] == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    assert np.isfinite(float(spoilt[3]["train/loss"])) == (what == "gradient")
+    assert spoilt[3]["optim/grad_norm"] == "inf"
+    losses = np.array([float(record["train/loss"]) for record in spoilt])
+    assert losses[:3].tolist() == [record["train/loss"] for record in sound[:3]]
+    assert np.isfinite(losses[4:]).all()
+    # The step after it sees the weights before it, so its loss is not that of the sound run.
+    assert losses[4] != sound[4]["train/loss"]
+
+
+def test_stop_policy_ends_the_run_at_that_step(toy: Any, outcome: Any) -> None:
+    assert outcome["nan, stop"].startswith("TrainingError: step 6: the loss is not finite")
+    assert len(toy.records("nan, stop")) == 6
+    assert toy.checkpoints("nan, stop") == ["step_00000004"]
+
+
+def test_too_many_skips_in_a_row_end_the_run(toy: Any, outcome: Any) -> None:
+    assert outcome["nan, too often"].startswith("TrainingError: step 5: 3 steps in a row")
+    assert len(toy.records("nan, too often")) == 5
+
+
+@pytest.mark.parametrize("name", ["signal", "stop file"])
+def test_stopping_saves_at_the_step_that_all_ranks_agree_on(toy: Any, outcome: Any, name: str) -> None:
+    assert outcome[name] == 75
+    assert toy.checkpoints(name) == ["step_00000003"]
+    assert len(toy.records(name)) == 3
+    summary = json.loads((toy.folder / name / "summary.json").read_text())
+    assert (summary["exit_code"], summary["steps"]) == (75, 3)
+    assert not (toy.folder / name / "stop").exists()
+
+
+def test_stopped_run_goes_on_with_the_same_losses(toy: Any, outcome: Any) -> None:
+    assert outcome["signal, again"] == 0
+    assert toy.losses("signal") == toy.losses("4 at once")
+
+
+def test_the_run_folder_tells_what_happened(toy: Any, outcome: Any) -> None:
+    folder: Path = toy.folder / "sharded build"
+    assert {path.name for path in (folder / "pictures").iterdir()} == {
+        f"step_{step:08d}.{kind}" for step in (5, 10) for kind in ("png", "gif")
+    }
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["variables"]["WORLD_SIZE"] == "2"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["reason"], summary["steps"], summary["epochs"]) == ("done", STEPS, 2.0)
+    assert Path(summary["picture"]).is_file()
+    assert (folder / "logs" / "rank_00001.log").is_file()
+    keys: Callable[[dict[str, Any]], set[str]] = set
+    assert keys(toy.records("sharded build")[0]) >= {
+        *("step", "epoch", "train/loss", "optim/lr", "optim/grad_norm", "optim/skipped", "data/bad_samples"),
+        *("speed/clips_per_s", "speed/tokens_per_s", "speed/mfu", "speed/data_wait_share", "memory/peak_gib"),
+    }

@@ -1,0 +1,86 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.errors import TrainingError
+from pretrain.runtime.process_group import launch_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_process_on_its_own_meets_itself_at_a_free_port() -> None:
+    found = launch_environment({})
+    assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", int(found["MASTER_PORT"])))
+
+
+def test_launcher_variables_are_taken_as_they_are() -> None:
+    given = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1", "OTHER": "x"}
+    assert launch_environment(given) == {key: value for key, value in given.items() if key != "OTHER"}
+
+
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "8"}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "2"}])
+def test_half_an_environment_is_no_reason_to_train_alone(given: dict[str, str]) -> None:
+    with pytest.raises(TrainingError, match="MASTER_ADDR"):
+        launch_environment(given)
+
+
+def test_slurm_step() -> None:
+    environ = {
+        "SLURM_PROCID": "5",
+        "SLURM_NTASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_STEP_NODELIST": "gpu[017-018]",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9",
+        "SLURM_JOB_ID": "1234567",
+    }
+    found = launch_environment(environ)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("5", "8", "1")
+    assert found["MASTER_ADDR"] == "gpu017"
+    assert found["MASTER_PORT"] == launch_environment(environ | {"SLURM_PROCID": "0"})["MASTER_PORT"]
+    assert launch_environment(environ | {"MASTER_ADDR": "10.1.1.1"})["MASTER_ADDR"] == "10.1.1.1"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a1,a2", "a1"), ("n[3,7-9],m2", "n3"), ("m2,n[3,7-9]", "m2"), ("one", "one"), ("n[08-10]", "n08")],
+)
+def test_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
+    environ = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_STEP_NODELIST": nodes}
+    assert launch_environment(environ)["MASTER_ADDR"] == first
+
+
+def test_an_allocation_without_a_step_is_one_process() -> None:
+    """`python launch/pretrain.py` in a batch script: one task, although the job has several."""
+    assert launch_environment({"SLURM_NTASKS": "8"})["WORLD_SIZE"] == "1"
+
+
+def test_a_rank_that_never_comes_ends_the_others_soon_and_clearly() -> None:
+    code = (
+        "from pretrain.runtime.process_group import join\n"
+        "from pretrain.errors import TrainingError\n"
+        "try:\n    join(timeout_s=3)\nexcept TrainingError as error:\n    print('CLEAR', error)\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | rank | {"DS_ACCELERATOR": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CLEAR rank 0 of 2" in done.stdout, done.stdout + done.stderr
+    assert f"127.0.0.1:{port}" in done.stdout
+    assert time.monotonic() - started < 100

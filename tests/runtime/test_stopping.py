@@ -1,0 +1,73 @@
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain.runtime.stopping import SIGNALS, StopWatch
+
+
+@pytest.fixture
+def watches() -> Iterator[list[StopWatch]]:
+    made: list[StopWatch] = []
+    yield made
+    for watch in reversed(made):
+        watch.close()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_and_the_process_goes_on(tmp_path: Path, watches: list[StopWatch], number: int) -> None:
+    watches.append(StopWatch(tmp_path, first=False, time_limit_minutes=None, environ={}))
+    assert not watches[0].asked()
+    os.kill(os.getpid(), number)
+    assert watches[0].asked()
+    assert watches[0].reason == signal.Signals(number).name
+
+
+def test_stop_file_is_seen_by_rank_0_only_and_consumed(tmp_path: Path, watches: list[StopWatch]) -> None:
+    (tmp_path / "stop").touch()  # of the run before: must not stop this one
+    first = StopWatch(tmp_path, first=True, time_limit_minutes=None, environ={})
+    watches += [first, StopWatch(tmp_path, first=False, time_limit_minutes=None, environ={})]
+    assert not first.asked()
+    (tmp_path / "stop").touch()
+    assert [watch.asked() for watch in watches] == [True, False]
+    first.close()
+    assert not (tmp_path / "stop").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "ago_s", "save_s", "environ", "expected"),
+    [
+        (10, 0, 0, {}, False),
+        (10, 571, 0, {}, True),
+        (10, 500, 60, {}, True),
+        (10, 470, 60, {}, False),
+        (None, 0, 0, {"SLURM_JOB_END_TIME": "+20"}, True),
+        (None, 0, 0, {"SLURM_JOB_END_TIME": "+200"}, False),
+        (None, 0, 90, {"SLURM_JOB_END_TIME": "+170"}, True),
+        (10, 0, 0, {"SLURM_JOB_END_TIME": "+20"}, False),
+        (None, 1e9, 0, {}, False),
+    ],
+)
+def test_wall_clock_limit_leaves_room_for_a_save(
+    tmp_path: Path,
+    watches: list[StopWatch],
+    limit: float | None,
+    ago_s: float,
+    save_s: float,
+    environ: dict[str, str],
+    expected: bool,
+) -> None:
+    absolute = {key: str(time.time() + float(value)) for key, value in environ.items()}
+    started = time.time() - ago_s
+    watches.append(StopWatch(tmp_path, True, limit, started, environ=absolute or {"OTHER": ""}))
+    watches[0].saved_in(save_s)
+    assert watches[0].asked() is expected
+
+
+def test_signals_are_given_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    StopWatch(tmp_path, first=True, time_limit_minutes=None, environ={}).close()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
