@@ -91,6 +91,10 @@ class Toy:
         """Names in a run's folder of checkpoints."""
         return sorted(path.name for path in (self.folder / name / "checkpoints").iterdir())
 
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        """kill -9 of a launcher with all its ranks and workers."""
+        kill_session(process)
+
     def wait_for(self, name: str, step: int, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
         """Return when the run has written the record of `step`."""
         deadline = time.monotonic() + timeout_s
@@ -129,7 +133,7 @@ def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
 
 
 def kill_session(process: subprocess.Popen[str]) -> None:
-    """kill -9 of a launcher with all its ranks and workers, which share its session."""
+    """kill -9 of a launcher and all that it started, which share its session."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 

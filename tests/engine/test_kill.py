@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import kill_session
 
 OPTIONS = ("zero.stage=2", "schedule.epochs=4", "data.workers=2", "checkpoint.every_steps=3")
 STEPS = 20
@@ -22,7 +21,7 @@ def test_kill_9_of_two_ranks_with_two_workers_in_mid_epoch(toy: Any) -> None:
     toy.train("whole", *OPTIONS, "data.workers=0", ranks=2)
     process = toy.start("killed", *OPTIONS, ranks=2)
     toy.wait_for("killed", 8, process)
-    kill_session(process)
+    toy.kill(process)
     assert 8 <= len(toy.records("killed")) < STEPS, "the kill came too late to prove anything"
     output = toy.train("killed", *OPTIONS, ranks=2)
     assert "continuing from" in output
