@@ -166,6 +166,10 @@ class ClassificationObjective(Objective):
         if self.average is not None:
             self.average = WeightAverage(self.model, self.average.decay)
 
+    def before_step(self, step: int, steps_per_epoch: int) -> None:
+        if self.model.reorganisation is not None:
+            self.model.reorganisation.set_step(step, steps_per_epoch)
+
     def after_step(self) -> None:
         if self.average is not None:
             self.average.update(self.model)

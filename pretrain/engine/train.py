@@ -218,6 +218,7 @@ def _loop(run: Run, steps_done: int) -> int:
     evaluate_every = evaluate_every_steps(run.evaluation, run.schedule) if run.evaluation else 0
     while steps_done < run.schedule.last:
         lr = run.schedule.lr(steps_done)
+        run.built.engine.module.before_step(steps_done, run.schedule.steps_per_epoch)
         result = train_step(run.inputs, steps_done, lr)
         steps_done += 1
         run.reporter.step(steps_done, lr, result)

@@ -58,6 +58,12 @@ class Objective(nn.Module):
         """Start from the weights at `path` (the recipe's run.init_weights)."""
         load_weights(self.model, path)  # type: ignore[arg-type]
 
+    def before_step(self, step: int, steps_per_epoch: int) -> None:
+        """Called before optimiser step `step`, counted from 0 over the whole run, for what follows a schedule.
+
+        It must depend on these numbers alone: a resumed run is told no others.
+        """
+
     def after_step(self) -> None:
         """Called after every step whose update was applied."""
 
