@@ -47,6 +47,7 @@ class Plan:
     ranks_from: str
     accumulation: int
     parameters: int
+    trained: int
     epoch_videos: int | None
     schedule: Schedule | None
 
@@ -88,8 +89,9 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
     videos = _epoch_videos(recipe, indices)
     schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos is not None else None
     parameters = sum(parameter.numel() for parameter in objective.parameters())
+    trained = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
     accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
-    return Plan(ranks, origin, accumulation, parameters, videos, schedule)
+    return Plan(ranks, origin, accumulation, parameters, trained, videos, schedule)
 
 
 def _epoch_videos(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> int | None:
@@ -111,7 +113,11 @@ def _source_size(source: Source, index: ShardIndex | None) -> int | None:
 def _model_section(objective: Objective) -> Section:
     section = Section("model")
     module = getattr(objective, "model", objective)
-    section.add("parameters", f"{sum(p.numel() for p in objective.parameters()):,}", type(module).__name__)
+    total = sum(parameter.numel() for parameter in objective.parameters())
+    trained = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
+    section.add("parameters", f"{total:,}", type(module).__name__)
+    if trained < total:
+        section.add("  trained", f"{trained:,}", f"{trained / total:.2%}; the others are frozen")
     for name, child in module.named_children():
         count = sum(parameter.numel() for parameter in child.parameters())
         if count:
@@ -280,10 +286,12 @@ def _memory_section(recipe: Recipe, plan: Plan) -> Section:
     for name, size, sharding_stage, content in parts:
         ranks = plan.ranks if zero.stage >= sharding_stage else 1
         offloaded = name == "optimiser" and zero.stage > 0 and zero.offload == "cpu"
-        on_device += 0 if offloaded else plan.parameters * size / ranks
+        # Frozen parameters are weights only: no gradient, and nothing in the optimiser.
+        held = (plan.parameters if name == "weights" else plan.trained) * size / ranks
+        on_device += 0 if offloaded else held
         where = f"over {ranks} ranks" if ranks > 1 else "whole on each rank"
         remark = f"{content}: {size} bytes a parameter, {where}{', in host memory' if offloaded else ''}"
-        section.add(name, _gigabytes(plan.parameters * size / ranks), remark)
+        section.add(name, _gigabytes(held), remark)
     section.add("together", _gigabytes(on_device), "activations and communication buckets come on top")
     return section
 
@@ -307,7 +315,10 @@ def _checkpoint_section(recipe: Recipe, plan: Plan) -> Section:
     steps = f"{every_steps(recipe, plan.schedule):,} steps" if plan.schedule else "steps of an epoch unknown"
     section.add("every", steps, f"{checkpoint.every_epochs:g} epochs" if checkpoint.every_steps is None else "")
     width = 12 if recipe.compute.dtype == "fp32" else 14
-    section.add("size", f"about {_gigabytes(plan.parameters * width)}", f"{width} bytes a parameter")
+    weights = DTYPES[recipe.compute.dtype].itemsize
+    size = plan.trained * width + (plan.parameters - plan.trained) * weights
+    frozen = f", {weights} a frozen one" if plan.trained < plan.parameters else ""
+    section.add("size", f"about {_gigabytes(size)}", f"{width} bytes a parameter{frozen}")
     for_good = int(recipe.schedule.epochs / checkpoint.keep_every_epochs) if checkpoint.keep_every_epochs else 0
     kept = (
         f"and one every {checkpoint.keep_every_epochs:g} epochs for good: {for_good}"

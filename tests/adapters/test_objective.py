@@ -4,6 +4,7 @@ import torch
 
 from finetune.objectives.classification import ClassificationObjective, build
 from finetune.recipe import load_tune_recipe
+from pretrain.engine.dry_run import dry_run
 from pretrain.models.classifier_weights import classifier_state
 from pretrain.models.videomae import Config, VideoMAE
 
@@ -51,3 +52,18 @@ def test_keep_rate_follows_its_schedule() -> None:
         rates.append(found.model.reorganisation.rate)
     assert rates[:3] == [1, 1, 1] and abs(rates[3] - 0.75) < 1e-9 and rates[4] == 0.5
     objective().before_step(0, 10)
+
+
+def test_dry_run_counts_a_frozen_giant_as_weights_only() -> None:
+    """2 bytes a frozen parameter in bf16; gradients and optimiser states of the adapter alone."""
+    giant = ["model.size=giant", "model.patch_size=14", "data.height=224", "data.width=224", "model.head=batch_norm"]
+    giant += [f"model.{key}=null" for key in ("dim", "depth", "heads", "mlp_ratio")]
+    giant += ["model.pretrain_height=224", "model.pretrain_width=224", "optim.layer_decay=1"]
+    recipe = load_tune_recipe("demo_finetune", [*giant, "tune.method=adaptformer"])
+    rows = {row[0].strip(): row for section in dry_run(recipe) for row in section.rows}
+    assert rows["trained"][1] == f"{7_267_840 + 2 * 1408 + 1408 * 27 + 27:,}"
+    assert rows["weights"][1] == "2.04 GB" and rows["gradients"][1] == "29.2 MB" and rows["optimiser"][1] == "43.9 MB"
+    full = {
+        row[0].strip(): row for section in dry_run(load_tune_recipe("demo_finetune", giant)) for row in section.rows
+    }
+    assert "trained" not in full and full["gradients"][1] == "4.05 GB"
