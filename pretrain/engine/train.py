@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch.distributed as dist
+
 from pretrain.checkpoint.compare import check_same_run
 from pretrain.checkpoint.resume import Resumable, check_layout, find_checkpoint, load
 from pretrain.checkpoint.save import Content, Saver
@@ -104,6 +106,8 @@ def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: S
     finally:
         run.saver.wait()
         run.reporter.close(exit_code)
+    # A launcher ends all ranks as soon as one leaves with 75: none may, before rank 0 has published and reported.
+    dist.barrier()
     return exit_code
 
 

@@ -21,6 +21,9 @@ T = TypeVar("T")
 #: A rank that never shows up ends the others after this; torch would wait for 30 minutes.
 JOIN_TIMEOUT_S = 120.0
 
+#: Longest time that ranks wait for each other later on: one may read slowly (data.deadline_s) or save for long.
+WORK_TIMEOUT_S = 1800.0
+
 #: Seconds between two looks at whether the launcher still lives.
 WATCH_S = 1.0
 
@@ -136,6 +139,7 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
             verbose=False,
         )
         dist.barrier()
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=WORK_TIMEOUT_S))
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"rank {rank} of {world_size} on {socket.gethostname()} could not meet the other ranks at {meeting} within "

@@ -30,6 +30,12 @@ def test_kill_9_of_two_ranks_with_two_workers_in_mid_epoch(toy: Any) -> None:
         assert [record[key] for record in toy.records("killed")] == [record[key] for record in toy.records("whole")]
 
 
+def test_a_stop_leaves_through_the_launcher_with_75_and_a_published_checkpoint(toy: Any) -> None:
+    toy.train("no time", *OPTIONS, "run.time_limit_minutes=0.1", ranks=2, expect=75)
+    assert toy.checkpoints("no time") == ["step_00000001"]
+    assert json.loads((toy.folder / "no time" / "summary.json").read_text())["reason"] == "wall-clock limit"
+
+
 @pytest.fixture(scope="module")
 def alone(toy: Any) -> list[float]:
     """Losses of one process that was left alone."""

@@ -62,6 +62,37 @@ def test_an_allocation_without_a_step_is_one_process() -> None:
     assert launch_environment({"SLURM_NTASKS": "8"})["WORLD_SIZE"] == "1"
 
 
+def test_ranks_that_met_have_more_patience_with_each_other() -> None:
+    """One may take longer over a save than they were given to start."""
+    code = (
+        "import time, torch.distributed as dist\n"
+        "from pretrain.runtime.process_group import join\n"
+        "ranks = join(timeout_s=10)\n"
+        "time.sleep(11 * ranks.rank)\ndist.barrier()\nprint('MET')\n"
+    )
+    assert [output.count("MET") for output in both(code)] == [1, 1]
+
+
+def both(code: str) -> list[str]:
+    """What two ranks print that run `code`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    return [process.communicate(timeout=120)[0] for process in processes]
+
+
 def test_a_rank_that_never_comes_ends_the_others_soon_and_clearly() -> None:
     code = (
         "from pretrain.runtime.process_group import join\n"
