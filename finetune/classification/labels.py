@@ -164,15 +164,16 @@ def known_counts(shards: str) -> Counter[str] | None:
 
 
 def _all_labels(index: ShardIndex) -> list[Any]:
-    def read(place: tuple[str, str, int]) -> Any:
-        shard, key, offset = place
+    def read(place: tuple[str, str, int, int]) -> Any:
+        shard, key, offset, size = place
         url = storage.join(index.url, shard)
-        return label_in_head(storage.read_bytes(url, offset, offset + HEAD_BYTES), f"{url}: {key}")
+        return label_in_head(storage.read_bytes(url, offset, offset + min(size, HEAD_BYTES)), f"{url}: {key}")
 
     places = []
     for shard in index.shards:
         members = load_members(index.url, shard.name)
-        places += [(shard.name, key, int(offset)) for key, offset in zip(members.keys, members.offsets, strict=True)]
+        rows = zip(members.keys, members.offsets.tolist(), members.sizes.tolist(), strict=True)
+        places += [(shard.name, key, offset, size) for key, offset, size in rows]
     return [future.result() for _, future in read_ahead(places, read, depth=64)]
 
 

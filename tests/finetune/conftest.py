@@ -1,0 +1,117 @@
+"""Labelled shards of tiny videos, a tiny recipe over them, and running launch/finetune.py in this process."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = ("down", "left", "right")
+
+RECIPE = """\
+model: {name: classifier, size: custom, patch_size: 16, dim: 48, depth: 2, heads: 2, mlp_ratio: 2, classes: 3,
+        drop_path: 0, head_init_scale: 1, positions: rebuild}
+objective: {name: classification}
+data:
+  sources: {toy: {shards: FOLDER/train, val: FOLDER/val, flip: false}}
+  frames: 4
+  stride: 2
+  height: 32
+  width: 32
+  lanes: 4
+  shuffle_window: 4
+  workers: 0
+  decoder: pyav
+batch: {samples: 8, micro: 4}
+optim: {base_lr: 0.1, base_min_lr: 0.001, layer_decay: 0.9}
+schedule: {epochs: 2, warmup_epochs: 0.5}
+augment: {area: [0.6, 1.0]}
+evaluate: {every_epochs: 0.5, clips: 2, crops: 3, micro: 5, workers: 0}
+compute: {dtype: fp32}
+zero: {stage: 0}
+checkpoint: {every_steps: 2, keep_last: 1}
+log: {every_steps: 1, pictures_every_steps: 0, wandb: disabled, peak_tflops: 0.1}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A recipe file over toy shards, and a folder for runs."""
+
+    recipe: Path
+    folder: Path
+
+    def run(self, name: str, *words: str, expect: int = 0) -> str:
+        """launch/finetune.py into the run folder `name`, as a user starts it; returns what was printed."""
+        command = [sys.executable, str(ROOT / "launch" / "finetune.py"), "--recipe", str(self.recipe)]
+        environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, f"run.dir={self.folder / name}", *words],
+            env=environ, cwd=self.folder, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """metrics.jsonl of a run."""
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def video(number: int, label: str, frames: int = 14) -> bytes:
+    """A bright square that moves down, left or right: 64 x 48."""
+    rng = np.random.default_rng(number)
+    ground, colour = rng.integers(0, 120, 3), rng.integers(160, 255, 3)
+    dx, dy = {"down": (0, 2), "left": (-2, 0), "right": (2, 0)}[label]
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for t in range(frames):
+            frame = np.tile(ground.astype(np.uint8), (48, 64, 1))
+            x, y = 26 + dx * (t - frames // 2), 18 + dy * (t - frames // 2)
+            frame[max(y, 0) : y + 12, max(x, 0) : x + 12] = colour
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return target.getvalue()
+
+
+def write_shard(path: Path, samples: list[tuple[str, Any, bytes]]) -> None:
+    """A tar of (key, label, video)."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, label, data in samples:
+            for suffix, content in (("json", json.dumps({"key": key, "label": label}).encode()), ("mp4", data)):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def index(*folders: Path) -> None:
+    """launch/pack.py --index-only."""
+    words = [sys.executable, str(ROOT / "launch" / "pack.py"), "--index-only", *map(str, folders)]
+    subprocess.run(words, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    folder = tmp_path_factory.mktemp("finetune")
+    for split, count, first in (("train", 24, 0), ("val", 11, 100)):
+        (folder / split).mkdir()
+        samples = [(f"{n:04d}", CLASSES[n % 3], video(first + n, CLASSES[n % 3])) for n in range(count)]
+        # Keys of the second shard repeat those of the first: only with the shard's name are they unique.
+        half = count // 2
+        write_shard(folder / split / "s-000000.tar", samples[:half])
+        renamed = [(f"{n:04d}", label, data) for n, (_, label, data) in enumerate(samples[half:])]
+        write_shard(folder / split / "s-000001.tar", renamed)
+    index(folder / "train", folder / "val")
+    recipe = folder / "toy.yaml"
+    recipe.write_text(RECIPE.replace("FOLDER", str(folder)))
+    return Toy(recipe, folder)

@@ -1,0 +1,148 @@
+"""Mixing, soft targets, averaged weights, layer-wise rates: against the official golden and by their properties."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from finetune.classification.mixing import Mixing
+from finetune.ema import WeightAverage
+from finetune.objectives.classification import ClassificationObjective, soft_cross_entropy
+from finetune.recipe import Augment, TuneRecipe, load_tune_recipe
+from pretrain.engine.optim import parameter_groups, set_lr
+from pretrain.models.classifier import VideoClassifier
+
+GOLDEN = Path(__file__).resolve().parents[1] / "goldens" / "videomae_v2_finetune"
+
+
+@pytest.fixture(scope="module")
+def golden() -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    return safetensors.torch.load_file(GOLDEN / "io.safetensors"), json.loads((GOLDEN / "meta.json").read_text())
+
+
+#: The network of the golden.
+SMALL = [
+    *("model.depth=3", "model.dim=48", "model.heads=4", "model.patch_size=8", "model.classes=7"),
+    *("data.height=32", "data.width=32", "model.positions=rebuild", "model.drop_path=0"),
+]
+
+
+def objective(*words: str) -> ClassificationObjective:
+    return build(load_tune_recipe("demo_finetune", [*SMALL, *words]))
+
+
+def build(recipe: TuneRecipe) -> ClassificationObjective:
+    from finetune.objectives.classification import build as build_objective
+
+    torch.manual_seed(0)
+    return build_objective(recipe)
+
+
+def test_soft_target_loss_is_official(golden: tuple[dict[str, torch.Tensor], dict[str, object]]) -> None:
+    io, _ = golden
+    torch.testing.assert_close(soft_cross_entropy(io["logits"], io["soft_targets"]), io["loss_soft_target"].squeeze())
+    smoothed = objective()._soft(io["labels"].long())
+    torch.testing.assert_close(soft_cross_entropy(io["logits"], smoothed), io["loss_label_smoothing"].squeeze())
+
+
+def test_mixup_is_official(golden: tuple[dict[str, torch.Tensor], dict[str, object]]) -> None:
+    io, meta = golden
+    lam = float(meta["config"]["lam"])  # type: ignore[index]
+    mixing = Mixing(Augment(mixup=0.8, cutmix=0), 7, 0.1)
+    mixing._mixup._params_per_batch = lambda: (lam, False)
+    video = io["video"].permute(0, 2, 3, 4, 1)
+    mixed, soft = mixing(video, io["labels"].long())
+    torch.testing.assert_close(soft, io["soft_targets"])
+    torch.testing.assert_close(mixed.permute(0, 4, 1, 2, 3)[:, :, :2], io["mixup_pixels"])
+
+
+def test_cutmix_cuts_rows_and_columns_of_all_frames() -> None:
+    torch.manual_seed(1)
+    mixing = Mixing(Augment(mixup=0, cutmix=1.0), 2, 0.0)
+    for _ in range(10):
+        video = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1, 1).expand(2, 4, 20, 30, 3).clone()
+        mixed, soft = mixing(video, torch.tensor([0, 1]))
+        assert (mixed == mixed[:, :1, :, :, :1]).all(), "the same box in all frames and channels"
+        share = mixed[0, 0, :, :, 0].mean().item()
+        assert soft[0].tolist() == pytest.approx([1 - share, share]), "target weights are the areas"
+
+
+def test_mixing_follows_torch_and_leaves_numpy_alone() -> None:
+    mixing = Mixing(Augment(), 3, 0.1)
+    video, labels = torch.rand(4, 2, 8, 8, 3), torch.tensor([0, 1, 2, 0])
+
+    def mixed(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        np.random.seed(0)
+        result = mixing(video.clone(), labels)[0]
+        assert np.random.rand() == np.random.RandomState(0).rand()
+        return result
+
+    assert torch.equal(mixed(5), mixed(5)) and not torch.equal(mixed(5), mixed(6))
+
+
+def test_layer_wise_rates_are_official(golden: tuple[dict[str, torch.Tensor], dict[str, object]]) -> None:
+    _, meta = golden
+    official = {}
+    for group in meta["param_groups"].values():  # type: ignore[attr-defined]
+        official |= {name: (group["weight_decay"], group["lr_scale"]) for name in group["params"]}
+    module = objective("model.size=custom", "optim.layer_decay=0.75")
+    names = {id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()}
+    groups = parameter_groups(module, 0.05)
+    ours = {names[id(p)]: (group["weight_decay"], group["lr_scale"]) for group in groups for p in group["params"]}  # type: ignore[attr-defined]
+    assert ours == {name: (decay, pytest.approx(scale)) for name, (decay, scale) in official.items()}
+    optimizer = torch.optim.AdamW(groups)  # type: ignore[arg-type]
+    set_lr(optimizer, 2.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {2.0 * 0.75**n for n in range(5)}
+
+
+def test_regression_and_multi_label_heads_learn() -> None:
+    for task, target in (("regression", torch.tensor([[0.5, -1.0], [1.0, 2.0]])), ("multi", torch.eye(2))):
+        module = objective(f"objective.task={task}", "model.classes=2", "objective.smoothing=0").train()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+        generator = torch.Generator().manual_seed(0)
+        batch = {"video": torch.randint(0, 255, (2, 16, 32, 32, 3), dtype=torch.uint8, generator=generator),
+                 "target": target}  # fmt: skip
+        losses = []
+        for _ in range(12):
+            loss = module(batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+        assert losses[-1] < 0.6 * losses[0], task
+
+
+def test_average_is_float32_in_a_bfloat16_model_and_comes_back() -> None:
+    model = torch.nn.Linear(3, 2).bfloat16()
+    average = WeightAverage(model, 0.5)
+    average.bfloat16()
+    assert average.weight.dtype == torch.float32, "small steps would be lost"
+    start = model.weight.detach().float().clone()
+    with torch.no_grad():
+        model.weight += 1
+    live = model.weight.detach().clone()
+    average.update(model)  # update 1 keeps min(0.5, 2 / 11)
+    torch.testing.assert_close(average.weight, start + (live.float() - start) * 9 / 11)
+    with average.applied(model):
+        torch.testing.assert_close(model.weight.float(), average.weight, atol=0.01, rtol=0.01)
+    assert torch.equal(model.weight, live)
+    again = WeightAverage(torch.nn.Linear(3, 2), 0.5)
+    again.load_state_dict(average.state_dict())
+    assert int(again.updates) == 1 and torch.equal(again.weight, average.weight)
+
+
+def test_averages_are_evaluated() -> None:
+    module = objective("ema.decay=0.9", "model.head_init_scale=1").eval()
+    video = torch.randint(0, 255, (1, 16, 32, 32, 3), dtype=torch.uint8)
+    with module.evaluated_weights():
+        before = module.predict(video)
+    with torch.no_grad():
+        module.model.head.weight.zero_()
+    assert module.predict(video).abs().max() < 1e-6
+    with module.evaluated_weights():
+        assert torch.equal(module.predict(video), before)
+    assert isinstance(module.model, VideoClassifier)

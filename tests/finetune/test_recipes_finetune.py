@@ -1,0 +1,112 @@
+"""Every file of recipes/finetune/ loads, is sound, can be planned, and says what was published."""
+
+import pytest
+
+from finetune.cli import main
+from finetune.recipe import load_tune_recipe
+from pretrain.engine.dry_run import dry_run
+from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.recipe.files import recipe_names
+
+#: Parameters, actual learning rate, epochs, layer decay, drop path, head dropout, views of the test, videos a step:
+#: systems/videomae.md, sections 2 and 8.
+PUBLISHED = {
+    "vit_s_v1_k400": (22_033_936, 7.5e-4, 150, 0.75, 0.1, 0, 15, 384),
+    "vit_b_v1_k400_800e": (86_534_800, 2e-3, 100, 0.75, 0.1, 0, 15, 512),
+    "vit_b_v1_k400": (86_534_800, 7.5e-4, 75, 0.75, 0.1, 0, 15, 384),
+    "vit_l_v1_k400": (304_270_736, 1e-3, 35, 0.75, 0.1, 0, 15, 128),
+    "vit_h_v1_k400": (632_119_440, 2e-3, 50, 0.75, 0.2, 0.5, 15, 512),
+    "vit_s_v1_ssv2": (None, 1.5e-3, 40, 0.7, 0.1, 0, 6, 384),
+    "vit_b_v1_ssv2_800e": (None, 1e-3, 50, 0.75, 0.1, 0, 6, 512),
+    "vit_b_v1_ssv2": (None, 7.5e-4, 30, 0.75, 0.1, 0, 6, 384),
+    "vit_b_v1_ucf101": (None, 2.5e-4, 100, 0.7, 0.2, 0.5, 15, 128),
+    "vit_b_v1_hmdb51": (None, 2.5e-4, 50, 0.7, 0.2, 0.5, 15, 128),
+    "vit_b_k400": (86_534_800, 1.4e-3, 90, 0.75, 0.1, 0, 15, 512),
+    "vit_b_k710": (86_773_190, 1.4e-3, 90, 0.75, 0.1, 0, 15, 512),
+    "vit_b_ssv2": (None, 2e-3, 25, 0.65, 0.1, 0, 6, 256),
+    "vit_l_k400": (304_270_736, 1.5e-3, 35, 0.75, 0.2, 0, 15, 192),
+    "vit_l_ssv2": (None, 3.75e-4, 20, 0.75, 0.2, 0, 6, 192),
+    "vit_h_k400": (632_119_440, 5e-4, 40, 0.8, 0.2, 0.5, 15, 128),
+    "vit_h_k600": (None, 5e-4, 40, 0.8, 0.2, 0.5, 15, 128),
+    "vit_h_k710": (632_516_550, 5e-4, 40, 0.8, 0.2, 0.5, 15, 128),
+    "vit_h_ssv2": (None, 2.5e-4, 20, 0.8, 0.2, 0, 6, 128),
+    "vit_g_k710": (1_012_611_142, 3.75e-4, 35, 0.9, 0.3, 0, 15, 96),
+    "vit_g_k400_direct": (1_012_174_352, 7.5e-4, 30, 0.9, 0.2, 0, 15, 192),
+    "vit_g_k400": (1_012_174_352, 3.75e-6, 3, 0.9, 0.25, 0, 15, 96),
+    "vit_g_k600": (None, 3.75e-6, 3, 0.9, 0.25, 0, 15, 96),
+    "vit_g_ssv2": (None, 1.125e-4, 20, 0.9, 0.25, 0, 6, 96),
+    "vit_g_ucf101": (None, 9.375e-5, 50, 0.9, 0.35, 0.5, 15, 24),
+    "vit_g_hmdb51": (None, 4.6875e-5, 15, 0.9, 0.35, 0.5, 15, 24),
+}
+FROM_SCRATCH = "run.init_weights is null"
+
+
+def test_there_is_a_recipe_for_every_row() -> None:
+    assert set(recipe_names("finetune")) == {*PUBLISHED, "demo_finetune"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers(name: str) -> None:
+    parameters, rate, epochs, decay, drop_path, head_dropout, views, samples = PUBLISHED[name]
+    recipe = load_tune_recipe(name)
+    assert check_recipe(recipe) == []
+    warnings = [line for line in recipe_warnings(recipe) if "no multiple of" not in line]
+    assert len(warnings) == 1 and FROM_SCRATCH in warnings[0]
+    values = {row.strip(): value for section in reversed(dry_run(recipe)) for row, value, _ in reversed(section.rows)}
+    assert parameters is None or int(values["parameters"].replace(",", "")) == parameters
+    assert float(values["peak"]) == pytest.approx(rate, rel=1e-3)
+    assert values["accumulation"] == "1"
+    assert (recipe.schedule.epochs, recipe.optim.layer_decay, recipe.batch.samples) == (epochs, decay, samples)
+    assert (recipe.model.drop_path, recipe.model.head_dropout) == (drop_path, head_dropout)
+    assert recipe.evaluate.clips * recipe.evaluate.crops == views
+    assert recipe.optim.betas == (0.9, 0.999) and recipe.objective.smoothing == 0.1
+
+
+def test_data_sets_own_their_sampling() -> None:
+    for name in PUBLISHED:
+        for key, source in load_tune_recipe(name).data.sources.items():
+            sparse = key == "ssv2"
+            assert (source.sampling, source.flip) == (("sparse", False) if sparse else ("dense", True)), name
+            assert source.stride == (2 if key == "hmdb51" else None)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["data.sources.ssv2.sampling=dense"], "published with sparse"),
+        (["data.sources.ssv2.flip=true"], "tell left from right"),
+        (["data.sources.ssv2.stride=4"], "has no effect"),
+    ],
+)
+def test_mismatch_is_warned_of(words: list[str], expected: str) -> None:
+    assert any(expected in line for line in recipe_warnings(load_tune_recipe("vit_b_ssv2", words)))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["batch.micro=1", "batch.samples=2", "data.views=1", "augment.mixup=1"], "is odd"),
+        (["augment.randaugment=strong"], "not timm's notation"),
+        (["objective.task=regression", "augment.cutmix=1"], "can't be mixed"),
+        (["ema.decay=0.99", "zero.stage=3"], "ema.decay"),
+        (["evaluate.test=best", "data.sources.actions.val=null"], "needs a validation"),
+        (["optim.layer_decai=1"], "did you mean 'layer_decay'"),
+        (["objective.name=clasification"], "finetune/objectives/"),
+        (["augment.area=[0.9, 0.1]"], "augment.area"),
+        (["tune.lora.rank=0"], "tune.lora.rank"),
+    ],
+)
+def test_what_can_not_work_is_refused(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "demo_finetune", "--check", *words]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_printed_recipe_is_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
+    assert main(["--recipe", "demo_finetune", "--print", "optim.layer_decay=0.5"]) == 0
+    path = f"{tmp_path}/printed.yaml"
+    text = capsys.readouterr().out
+    with open(path, "w") as file:
+        file.write(text)
+    again = load_tune_recipe(path, ["run.name=demo_finetune"])
+    assert again == load_tune_recipe("demo_finetune", ["optim.layer_decay=0.5"])
+    assert "officially num_sample" in text, "every key carries its meaning"

@@ -1,0 +1,90 @@
+"""Fine-tuning as a user runs it: train, validate, keep the best, stop, resume, test, score again."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.classification.predictions import read_predictions
+from finetune.cli import main
+from finetune.weights import objective_state
+
+
+def training(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
+
+
+@pytest.fixture(scope="module")
+def whole(toy: Any) -> str:
+    """One uninterrupted run with averaged weights, mixing, augmentation."""
+    return str(toy.run("whole", "ema.decay=0.9"))
+
+
+def test_run_from_start_to_test(toy: Any, whole: str) -> None:
+    records = toy.records("whole")
+    assert [step for step, _ in training(records)] == [1, 2, 3, 4, 5, 6]
+    evaluated = {record["step"]: record["eval/top1"] for record in records if "eval/top1" in record}
+    assert sorted(evaluated) == [2, 4, 6]
+    best = json.loads((toy.folder / "whole" / "best.json").read_text())
+    assert best["value"] == max(evaluated.values()) and evaluated[best["step"]] == best["value"]
+    kept = {path.name for path in (toy.folder / "whole" / "checkpoints").iterdir()}
+    assert kept == {"step_00000006", f"step_{best['step']:08d}"}, "the last one and the best one"
+    assert "as even as 3.0 equal classes" in whole and "run.init_weights is null" in whole
+
+
+def test_test_covers_every_video_once_with_all_views(toy: Any, whole: str) -> None:
+    folder = toy.folder / "whole" / "predictions" / "step_00000006"
+    predictions = read_predictions(folder)
+    assert predictions.logits.shape == (11, 6, 3) and len(set(predictions.keys)) == 11
+    assert {key.rsplit("/", 1)[0] for key in predictions.keys} == {"toy/s-000000", "toy/s-000001"}
+    assert predictions.names == ["down", "left", "right"]
+    assert sorted(predictions.targets.tolist()) == sorted(n % 3 for n in range(11))
+    assert np.ptp(predictions.logits, axis=1).max() > 0, "views of a video differ"
+
+
+def test_stopped_and_resumed_is_the_same_run(toy: Any, whole: str) -> None:
+    toy.run("parts", "ema.decay=0.9", "schedule.max_steps=3", "checkpoint.every_steps=1")
+    toy.run("parts", "ema.decay=0.9", "checkpoint.every_steps=1")
+    assert training(toy.records("parts")) == training(toy.records("whole"))
+    one, two = (objective_state(toy.folder / name / "checkpoints" / "step_00000006") for name in ("whole", "parts"))
+    assert any(name.startswith("average.") for name in one)
+    assert all(torch.equal(one[name], two[name]) for name in one), "averaged weights too"
+    scores = [json.loads((toy.folder / name / "predictions/step_00000006/scores.json").read_text())
+              for name in ("whole", "parts")]  # fmt: skip
+    assert scores[0] == scores[1]
+
+
+def test_best_checkpoint_can_be_tested_and_rescored(toy: Any, whole: str) -> None:
+    best = json.loads((toy.folder / "whole" / "best.json").read_text())["step"]
+    toy.run("whole", "ema.decay=0.9", "--test", "best", "evaluate.clips=1", "evaluate.crops=1")
+    folder = toy.folder / "whole" / "predictions" / f"step_{best:08d}"
+    assert read_predictions(folder).logits.shape == (11, 1, 3)
+    before = json.loads((folder / "scores.json").read_text())
+    (folder / "scores.json").unlink()
+    assert main(["--rescore", str(folder)]) == 0
+    assert json.loads((folder / "scores.json").read_text()) == before
+    assert main(["--rescore", str(toy.folder)]) == 1
+
+
+def test_fine_tuned_weights_start_another_run(toy: Any, whole: str) -> None:
+    start = f"run.init_weights={toy.folder / 'whole'}"
+    printed = toy.run(
+        "next", start, "schedule.max_steps=1", "tune.method=linear", "start.head=new", "evaluate.test=none"
+    )
+    assert "tensors matched" in printed and "is left out: a new one is asked for" in printed
+    one = objective_state(toy.folder / "whole" / "checkpoints" / "step_00000006")
+    two = objective_state(toy.folder / "next" / "checkpoints" / "step_00000001")
+    same = {name for name in two if torch.equal(one.get(name, torch.empty(0)), two[name])}
+    changed = {name for name in two if name.startswith("model.")} - same
+    assert changed <= {"model.head.weight", "model.head.bias", "model.fc_norm.weight", "model.fc_norm.bias"}
+
+
+def test_exit_codes(toy: Any, tmp_path: Path) -> None:
+    assert "model.classes=5" in toy.run("wrong", "model.classes=5", expect=1)
+    assert "did you mean" in toy.run("wrong", "evaluate.clip=5", expect=2)
+    shutil.rmtree(toy.folder / "wrong", ignore_errors=True)
+    assert "no checkpoint that verifies" in toy.run("wrong", "--test", "last", expect=1)
