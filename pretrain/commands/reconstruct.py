@@ -1,0 +1,66 @@
+"""The command line of launch/reconstruct.py."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.errors import TubeletError
+
+DESCRIPTION = """\
+Show what a pre-trained model makes of clips that it has not seen: original, masked, reconstructed, and the error over
+hidden pixels beside three simple ways to fill them in.
+"""
+EPILOG = """\
+example:
+  python launch/reconstruct.py runs/demo .cache/demo/shards/held_out --out reconstruction.png
+"""
+
+#: How each way of filling in is called on the screen.
+NAMES = {
+    "model": "the model",
+    "cube_mean_color": "each cube's own mean colour",
+    "mean_color": "mean colour of what is visible",
+    "masked_input": "grey, as in the masked input",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _reconstruct(arguments)
+    except TubeletError as error:
+        print(f"reconstruct: {error}", file=sys.stderr)
+        return 1
+
+
+def _reconstruct(arguments: argparse.Namespace) -> int:
+    from pretrain.engine.reconstruct import held_out_batches, reconstruction_errors, reconstruction_pictures
+    from pretrain.engine.trained import load_trained
+    from pretrain.runtime.pictures import save_pictures
+
+    trained = load_trained(arguments.run)
+    batches = list(held_out_batches(trained, arguments.shards, arguments.clips))
+    errors = reconstruction_errors(trained, batches)
+    clips = sum(len(batch["video"]) for batch in batches)
+    print(f"{trained.source}: {clips} clips of {arguments.shards}")
+    print("root mean squared error over hidden pixels, 1 = black to white:")
+    for name, text in NAMES.items():
+        print(f"  {errors[name]:.4f}  {text}")
+    out = arguments.out or arguments.run / "pictures" / "held_out.png"
+    for path in save_pictures(reconstruction_pictures(trained, batches, arguments.pictures), out):
+        print(f"picture: {path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "reconstruct.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder, checkpoint, or export with recipe.yaml")
+    parser.add_argument("shards", help="folder (any fsspec URL) of packed shards that the run did not train on")
+    parser.add_argument("--clips", type=int, default=64, help="clips that the errors are computed over (default 64)")
+    parser.add_argument("--pictures", type=int, default=4, help="clips in the picture (default 4)")
+    parser.add_argument("--out", type=Path, help="picture to write (default: RUN/pictures/held_out.png)")
+    return parser
