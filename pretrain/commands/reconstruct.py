@@ -36,20 +36,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
+    import torch
+
     from pretrain.engine.reconstruct import held_out_batches, reconstruction_errors, reconstruction_pictures
     from pretrain.engine.trained import load_trained
     from pretrain.runtime.pictures import save_pictures
 
     trained = load_trained(arguments.run)
-    batches = list(held_out_batches(trained, arguments.shards, arguments.clips))
-    errors = reconstruction_errors(trained, batches)
-    clips = sum(len(batch["video"]) for batch in batches)
-    print(f"{trained.source}: {clips} clips of {arguments.shards}")
-    print("root mean squared error over hidden pixels, 1 = black to white:")
-    for name, text in NAMES.items():
-        print(f"  {errors[name]:.4f}  {text}")
-    out = arguments.out or arguments.run / "pictures" / "held_out.png"
-    for path in save_pictures(reconstruction_pictures(trained, batches, arguments.pictures), out):
+    shown = []
+    for shards in arguments.shards:
+        batches = list(held_out_batches(trained, shards, arguments.clips))
+        errors = reconstruction_errors(trained, batches)
+        print(f"{shards}: {sum(len(batch['video']) for batch in batches)} clips, {trained.source}")
+        print("  root mean squared error over hidden pixels (1 = black to white), filled in by")
+        for name, text in NAMES.items():
+            print(f"    {errors[name]:.4f}  {text}")
+        shown.append(reconstruction_pictures(trained, batches, arguments.pictures))
+    out = arguments.out or arguments.run / "pictures" / "held_out"
+    videos = {name: torch.cat([one[name] for one in shown]) for name in shown[0]}
+    for path in save_pictures(videos, out.with_suffix(""), arguments.pictures * len(shown)):
         print(f"picture: {path}")
     return 0
 
@@ -59,8 +64,10 @@ def _parser() -> argparse.ArgumentParser:
         "reconstruct.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="run folder, checkpoint, or export with recipe.yaml")
-    parser.add_argument("shards", help="folder (any fsspec URL) of packed shards that the run did not train on")
-    parser.add_argument("--clips", type=int, default=64, help="clips that the errors are computed over (default 64)")
-    parser.add_argument("--pictures", type=int, default=4, help="clips in the picture (default 4)")
-    parser.add_argument("--out", type=Path, help="picture to write (default: RUN/pictures/held_out.png)")
+    parser.add_argument(
+        "shards", nargs="+", help="folders (any fsspec URL) of packed shards that the run did not train on"
+    )
+    parser.add_argument("--clips", type=int, default=64, help="clips of each folder that errors are computed over (default 64)")
+    parser.add_argument("--pictures", type=int, default=4, help="clips of each folder in the picture (default 4)")
+    parser.add_argument("--out", type=Path, help="picture to write, .png and .gif (default: RUN/pictures/held_out)")
     return parser

@@ -19,22 +19,24 @@ MICRO = 8
 
 
 def held_out_batches(trained: Trained, shards: str, clips: int) -> Iterator[Batch]:
-    """Centre-cropped clips of other shards, always the same ones; at most `clips`, in multiples of 8.
+    """Centre-cropped clips of other shards, always the same ones: `clips` of them, rounded up to a multiple of 8.
 
-    Masks come from the generators of the samples, as in training.
+    Positions in the videos and masks come from the samples' generators, as in training. Where the shards hold fewer
+    videos, each gives several clips.
     """
-    recipe = trained.recipe
-    source = Source(shards=shards, stride=_stride(trained))
+    recipe, count = trained.recipe, -(-clips // MICRO)
     data = replace(
-        recipe.data, sources={"held_out": source}, crop="center", views=1, lanes=1, shuffle_window=1, workers=0
+        recipe.data,
+        sources={"held_out": Source(shards=shards, stride=_stride(trained))},
+        epoch_samples=count * MICRO,
+        crop="center",
+        views=1,
+        lanes=1,
+        workers=0,
     )
     recipe = replace(recipe, data=data, batch=BatchSize(samples=MICRO, micro=MICRO))
-    sources = open_sources(recipe)
-    stream = TrainStream(
-        recipe, sources, load_component("objectives", recipe.objective.name).view_tensors(recipe), 0, 1, 0
-    )
-    available = sum(source.index.samples for source in sources) // MICRO
-    return islice(iter(stream), max(1, min(clips // MICRO, available)))
+    view_tensors = load_component("objectives", recipe.objective.name).view_tensors(recipe)
+    return islice(TrainStream(recipe, open_sources(recipe), view_tensors, rank=0, world_size=1), count)
 
 
 def _stride(trained: Trained) -> int | None:
