@@ -1,0 +1,113 @@
+"""From a run folder to pictures, numbers and weights: what launch/reconstruct.py and launch/export.py do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pretrain.checkpoint.consolidate import consolidated_state
+from pretrain.commands import export, reconstruct
+from pretrain.engine.trained import load_trained
+from pretrain.errors import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(toy):
+    """A run of two processes with sharded weights (ZeRO 3), two checkpoints."""
+    toy.train("trained", "zero.stage=3", "schedule.max_steps=6", ranks=2)
+    return toy.folder / "trained"
+
+
+def shards(run: Path) -> str:
+    return str(run.parent / "shards")
+
+
+def test_weights_of_all_shards_are_merged(run):
+    newest = load_trained(run)
+    assert newest.source.name == "step_00000006"
+    state = consolidated_state(newest.source)
+    loaded = dict(newest.objective.state_dict())
+    assert state.keys() == loaded.keys()
+    assert all(torch.equal(state[name], loaded[name]) for name in state)
+    assert float(loaded["model.encoder.blocks.0.attn.qkv.weight"].std()) > 0.01
+
+
+def test_zero_stages_export_the_same_weights(toy, run):
+    toy.train("plain", "zero.stage=0", "schedule.max_steps=6")
+    plain, sharded = load_trained(toy.folder / "plain"), load_trained(run)
+    for (name, one), (_, other) in zip(
+        plain.objective.state_dict().items(), sharded.objective.state_dict().items(), strict=True
+    ):
+        assert torch.allclose(one, other, atol=2e-4), name
+
+
+def test_an_older_checkpoint_can_be_named(run):
+    older = load_trained(run / "checkpoints" / "step_00000004")
+    assert not torch.equal(older.objective.model.mask_token, load_trained(run).objective.model.mask_token)
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    victim = next((copy / "checkpoints" / "step_00000006").rglob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    assert load_trained(copy).source.name == "step_00000004"
+    with pytest.raises(CheckpointError, match="sha256"):
+        load_trained(copy / "checkpoints" / "step_00000006")
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a run"):
+        load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "official", "huggingface"])
+def test_exports_hold_the_weights_of_the_run(run, tmp_path, layout, capsys):
+    from pretrain.models.weights import read_state
+
+    dest = tmp_path / ("weights.pth" if layout == "official" else "weights")
+    assert export.main([str(run), str(dest), "--format", layout]) == 0
+    assert "step_00000006" in capsys.readouterr().out
+    model = load_trained(run).objective.model
+    state = read_state(str(dest))
+    assert state.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(state[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_an_export_opens_like_its_run(run, tmp_path):
+    assert export.main([str(run), str(tmp_path / "weights")]) == 0
+    again = load_trained(tmp_path / "weights")
+    assert torch.equal(again.objective.model.mask_token, load_trained(run).objective.model.mask_token)
+
+
+def test_reconstruct_prints_numbers_and_draws(run, tmp_path):
+    """As a user starts it: the script, from another folder."""
+    words = [str(run), shards(run), "--clips", "12", "--pictures", "3", "--out", str(tmp_path / "seen.png")]
+    script = str(ROOT / "launch" / "reconstruct.py")
+    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "16 clips" in done.stdout  # rounded up to forward passes of 8
+    numbers = [float(line.split()[0]) for line in done.stdout.splitlines() if line.startswith("    0.")]
+    assert len(numbers) == 4 and all(0 < number < 1 for number in numbers)
+    width, height = Image.open(tmp_path / "seen.png").size
+    assert width > 8 * 32 and height > 9 * 32  # 8 frames; 3 clips in 3 rows each
+    assert (tmp_path / "seen.gif").is_file()
+
+
+def test_reconstruct_gives_the_same_numbers_again(run, tmp_path, capsys):
+    words = [str(run), shards(run), "--clips", "8", "--out", str(tmp_path / "seen")]
+    assert reconstruct.main(words) == 0
+    first = capsys.readouterr().out
+    assert reconstruct.main(words) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_missing_run_is_one_line(tmp_path, capsys):
+    assert reconstruct.main([str(tmp_path / "nowhere"), str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("reconstruct: ")
