@@ -11,7 +11,7 @@ from finetune.classification.confusion import save_confusion
 from finetune.classification.predictions import Predictions, class_accuracy, confusion, read_predictions, scores
 from finetune.classification.validation import predict, test_views, video_sets
 from finetune.recipe import TuneRecipe
-from finetune.weights import newest_checkpoint, objective_state
+from pretrain.checkpoint.consolidate import consolidated_state, newest_checkpoint
 from pretrain.checkpoint.folders import folder_of
 from pretrain.checkpoint.save import TAG
 from pretrain.engine.build import build_engine
@@ -63,7 +63,7 @@ def find(root: Path, which: str) -> Path:
         CheckpointError: it is not there.
     """
     if which == "last":
-        return newest_checkpoint(root)
+        return newest_checkpoint(RunFolder(root).checkpoints)
     if which != "best":
         return Path(which).absolute()
     note = root / "best.json"
@@ -79,7 +79,7 @@ def load_objective(recipe: TuneRecipe, ranks: Ranks, checkpoint: Path) -> Any:
         engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_only=True)
         return engine.module.eval()
     objective = objective_file(recipe).build(recipe)
-    objective.load_state_dict(objective_state(checkpoint))
+    objective.load_state_dict(consolidated_state(checkpoint))
     return objective.to(device=ranks.device, dtype=DTYPES[recipe.compute.dtype]).eval()
 
 

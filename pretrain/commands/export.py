@@ -45,7 +45,7 @@ def _export(arguments: argparse.Namespace) -> None:
         export_huggingface(model, dest, trained.recipe.objective.normalize_targets)  # type: ignore[arg-type]
     else:
         export_safetensors(model, trained.recipe, dest)  # type: ignore[arg-type]
-    parameters = sum(parameter.numel() for parameter in model.parameters())  # type: ignore[union-attr]
+    parameters = sum(parameter.numel() for parameter in trained.objective.parameters())
     print(f"{trained.source} -> {dest} ({arguments.format}, {parameters:,} parameters)")
 
 
@@ -55,7 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, help="run folder (its newest checkpoint that verifies) or a checkpoint")
     parser.add_argument("dest", help="where to write: a folder, or a .pth file for official; any fsspec URL")
-    parser.add_argument(
-        "--format", choices=("safetensors", "official", "huggingface"), default="safetensors", help="default safetensors"
-    )
+    formats = ("safetensors", "official", "huggingface")
+    parser.add_argument("--format", choices=formats, default="safetensors", help="default safetensors")
     return parser

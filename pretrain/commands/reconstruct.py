@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "shards", nargs="+", help="folders (any fsspec URL) of packed shards that the run did not train on"
     )
-    parser.add_argument("--clips", type=int, default=64, help="clips of each folder that errors are computed over (default 64)")
+    parser.add_argument("--clips", type=int, default=64, help="clips of each folder for the errors (default 64)")
     parser.add_argument("--pictures", type=int, default=4, help="clips of each folder in the picture (default 4)")
     parser.add_argument("--out", type=Path, help="picture to write, .png and .gif (default: RUN/pictures/held_out)")
     return parser

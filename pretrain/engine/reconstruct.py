@@ -47,7 +47,7 @@ def _stride(trained: Trained) -> int | None:
 
 @torch.no_grad()
 def reconstruction_errors(trained: Trained, batches: list[Batch]) -> dict[str, float]:
-    """Root mean squared errors over hidden pixels, by what fills them in (see the objective's method), 1 = full range."""
+    """Root mean squared errors over hidden pixels, by what fills them in (see the objective), 1 = full range."""
     found = [trained.objective.reconstruction_errors(batch) for batch in batches]  # type: ignore[operator]
     return {name: float(torch.stack([errors[name] for errors in found]).square().mean().sqrt()) for name in found[0]}
 

@@ -11,7 +11,7 @@ import torch
 
 from finetune.classification.predictions import read_predictions
 from finetune.cli import main
-from finetune.weights import objective_state
+from pretrain.checkpoint.consolidate import consolidated_state
 
 
 def training(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -50,7 +50,7 @@ def test_stopped_and_resumed_is_the_same_run(toy: Any, whole: str) -> None:
     toy.run("parts", "ema.decay=0.9", "schedule.max_steps=3", "checkpoint.every_steps=1")
     toy.run("parts", "ema.decay=0.9", "checkpoint.every_steps=1")
     assert training(toy.records("parts")) == training(toy.records("whole"))
-    one, two = (objective_state(toy.folder / name / "checkpoints" / "step_00000006") for name in ("whole", "parts"))
+    one, two = (consolidated_state(toy.folder / name / "checkpoints" / "step_00000006") for name in ("whole", "parts"))
     assert any(name.startswith("average.") for name in one)
     assert all(torch.equal(one[name], two[name]) for name in one), "averaged weights too"
     scores = [json.loads((toy.folder / name / "predictions/step_00000006/scores.json").read_text())
@@ -76,8 +76,8 @@ def test_fine_tuned_weights_start_another_run(toy: Any, whole: str) -> None:
         "next", start, "schedule.max_steps=1", "tune.method=linear", "start.head=new", "evaluate.test=none"
     )
     assert "tensors matched" in printed and "is left out: a new one is asked for" in printed
-    one = objective_state(toy.folder / "whole" / "checkpoints" / "step_00000006")
-    two = objective_state(toy.folder / "next" / "checkpoints" / "step_00000001")
+    one = consolidated_state(toy.folder / "whole" / "checkpoints" / "step_00000006")
+    two = consolidated_state(toy.folder / "next" / "checkpoints" / "step_00000001")
     same = {name for name in two if torch.equal(one.get(name, torch.empty(0)), two[name])}
     changed = {name for name in two if name.startswith("model.")} - same
     assert changed <= {"model.head.weight", "model.head.bias", "model.fc_norm.weight", "model.fc_norm.bias"}
