@@ -145,6 +145,12 @@ class ClassificationObjective(Objective):
         logits: Tensor = self.model(self._normalized(video)).float()
         return logits
 
+    @torch.no_grad()
+    def features(self, video: Tensor, pooled: bool = True) -> Tensor:
+        """Features float32 of clips uint8 [B, T, H, W, 3]: [B, C], or [B, N, C] of all tokens."""
+        features: Tensor = self.model.forward_features(self._normalized(video), pooled=pooled).float()
+        return features
+
     def evaluated_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside of it the model has the weights that are evaluated: the averages where there are any."""
         return contextlib.nullcontext() if self.average is None else self.average.applied(self.model)

@@ -1,0 +1,1 @@
+"""Frozen evaluation: what a network's features are worth without changing it."""

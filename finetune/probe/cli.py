@@ -1,0 +1,165 @@
+"""Command line of launch/evaluate.py: frozen evaluation of pre-trained weights."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.recipe import TuneRecipe
+from pretrain import cli
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("knn", "linear", "attentive", "few-shot", "features", "windows")
+
+EXAMPLES = """\
+examples (the recipe says model, clip size and labelled data; the network stays frozen):
+  python launch/evaluate.py --recipe vit_b_k400 --method knn run.init_weights=runs/vit_b_dual
+      nearest neighbours among the training videos' features; no training
+  python launch/evaluate.py --recipe vit_b_k400 --method attentive run.init_weights=model.pth
+      a grid of attentive heads over the tokens, trained in one pass; linear: over pooled features
+  python launch/evaluate.py --recipe vit_b_k400 --method few-shot --shots 1 5 10 run.init_weights=model.pth
+      nearest class mean of k videos a class, mean and spread of 5 draws
+  python launch/evaluate.py --recipe vit_b_k400 --method features --tokens run.init_weights=model.pth
+      pooled features, or of all tokens, to runs/<name>/features/*.npz
+  python launch/evaluate.py --recipe vit_g_k710 --method windows --step 4 run.init_weights=model.pth
+      sliding windows over whole test videos, one .npy each, as published for temporal detection
+
+exit codes: 0 done, 1 failed, 2 wrong recipe or usage
+guide: docs/finetuning.md
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return cli.main(argv, PROGRAM)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=METHODS, default="knn", help="what to do with the features (default knn)")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10], help="few-shot: videos a class")
+    parser.add_argument("--epochs", type=int, default=50, help="linear, attentive: passes over the features")
+    parser.add_argument("--tokens", action="store_true", help="features: of all tokens instead of pooled")
+    parser.add_argument("--step", type=int, default=16, help="windows: frames between two of them")
+
+
+def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:
+    from pretrain.engine.ds_config import DTYPES
+    from pretrain.recipe.components import objective_file
+    from pretrain.runtime.logging import set_up_logging
+    from pretrain.runtime.process_group import join, leave
+    from pretrain.runtime.seeds import seed_everything
+
+    ranks = join()
+    try:
+        folder = Path(recipe.run.dir).absolute()
+        set_up_logging(ranks.rank, folder / "logs")
+        seed_everything(recipe.run.seed)
+        objective = objective_file(recipe).build(recipe)
+        if recipe.run.init_weights:
+            objective.load_pretrained(recipe.run.init_weights)
+        objective = objective.to(device=ranks.device, dtype=DTYPES[recipe.compute.dtype]).eval()
+        result = _evaluate(objective, recipe, arguments, ranks, folder)
+        if ranks.first and result:
+            path = folder / "frozen" / f"{arguments.method}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            logger.info("%s", path)
+        return 0
+    finally:
+        leave(ranks)
+
+
+def _evaluate(
+    objective: Any, recipe: TuneRecipe, arguments: argparse.Namespace, ranks: Any, folder: Path
+) -> dict[str, Any]:
+    from finetune.probe.features import extract, held_out_sets, training_sets
+
+    if arguments.method == "windows":
+        return _windows(objective, recipe, arguments.step, ranks, folder)
+    kind: Any = "tokens" if arguments.method == "attentive" or arguments.tokens else "pooled"
+    train = extract(objective, recipe, ranks, training_sets(recipe), kind)
+    held_out = extract(objective, recipe, ranks, held_out_sets(recipe), kind)
+    if not ranks.first:
+        return {}
+    logger.info("%d training and %d held-out videos, chance %.2f %%",
+                len(train.keys), len(held_out.keys), 100 / len(train.names))  # fmt: skip
+    if arguments.method == "features":
+        for name, features in (("train", train), ("held_out", held_out)):
+            features.save(folder / "features" / f"{name}.npz")
+        logger.info("features in %s", folder / "features")
+        return {}
+    return _score(train, held_out, arguments, recipe.run.seed, ranks.device)
+
+
+def _score(train: Any, held_out: Any, arguments: argparse.Namespace, seed: int, device: Any) -> dict[str, Any]:
+    from finetune.probe.few_shot import few_shot
+    from finetune.probe.heads import train_heads
+    from finetune.probe.knn import accuracy, knn_scores
+
+    result: dict[str, Any] = {"videos": len(held_out.keys), "chance": 100 / len(train.names)}
+    if arguments.method == "knn":
+        votes = knn_scores(train.values, train.targets, held_out.values, len(train.names))
+        result |= {"top1": accuracy(votes, held_out.targets), "top5": accuracy(votes, held_out.targets, 5)}
+        logger.info("20 nearest neighbours: top1 %.2f, top5 %.2f", result["top1"], result["top5"])
+    elif arguments.method == "few-shot":
+        for shots in arguments.shots:
+            mean, spread = few_shot(train, held_out, shots, seed=seed)
+            result[f"{shots} a class"] = {"top1": mean, "deviation": spread}
+            logger.info("%d a class: top1 %.2f +- %.2f", shots, mean, spread)
+    else:
+        points = train_heads(train, held_out, arguments.method, arguments.epochs, seed=seed, device=device)
+        result["grid"] = [vars(point) for point in points]
+        result |= {"top1": points[0].top1, "top5": points[0].top5}
+        for point in points:
+            logger.info("lr %.0e, wd %.0e: top1 %.2f, top5 %.2f", point.rate, point.decay, point.top1, point.top5)
+    return result
+
+
+def _windows(objective: Any, recipe: TuneRecipe, step: int, ranks: Any, folder: Path) -> dict[str, Any]:
+    """One .npy a test video; ranks share the videos."""
+    from finetune.probe.features import held_out_sets
+    from finetune.probe.windows import window_features
+    from pretrain.data.fetch import SampleReader
+    from pretrain.data.samples import parse_sample, video_bytes
+    from pretrain.errors import SampleError
+
+    sets = held_out_sets(recipe)
+    reader = SampleReader([one.index for one in sets], None, recipe.data.deadline_s)
+    places = [(s, shard, row) for s, one in enumerate(sets) for shard, count in enumerate(one.index.counts.tolist())
+              for row in range(count)]  # fmt: skip
+    written = 0
+    for source, shard, row in places[ranks.rank :: ranks.world_size]:
+        entry = sets[source]
+        name = entry.index.shards[shard].name.removesuffix(".tar")
+        path = folder / "windows" / entry.name / name / f"{reader.key(source, shard, row).replace('/', '_')}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            video = video_bytes(parse_sample(reader.read(source, shard, row)))
+            features = window_features(objective.model, video, recipe.data.decoder, step, ranks.device)
+        except SampleError as error:
+            logger.warning("%s left out: %s", path.stem, error)
+            continue
+        np.save(path, features.numpy())
+        written += 1
+    logger.info("windows of %d videos in %s", written, folder / "windows")
+    return {"videos": written, "step": step}
+
+
+PROGRAM = cli.Program(
+    name="evaluate.py",
+    description="Measure the features of a frozen network on labelled videos, or write them.",
+    epilog=EXAMPLES,
+    schema=TuneRecipe,
+    run=_run,
+    add_options=_add_options,
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Features of labelled videos from a frozen network, computed once and kept in memory or in a file."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from torch import Tensor
+
+from finetune.classification.labels import class_names
+from finetune.classification.sources import source_rules
+from finetune.classification.validation import centre_view, video_sets
+from finetune.classification.videos import Videos, VideoSet, loader
+from finetune.recipe import TuneRecipe
+from pretrain.data.index import load_index
+from pretrain.errors import DataError
+from pretrain.runtime.process_group import Ranks, gather_objects
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["pooled", "tokens"]
+#: Most of the free memory that features may take.
+MEMORY_SHARE = 0.5
+
+
+@dataclass
+class Features:
+    """Features of some videos, ordered by key.
+
+    Attributes:
+        keys: source/shard/key.
+        values: float32 [n, C] (pooled) or float16 [n, N, C] (tokens).
+        targets: class of each, int64 [n].
+        names: class names.
+    """
+
+    keys: list[str]
+    values: Tensor
+    targets: Tensor
+    names: list[str]
+
+    def save(self, path: Path) -> None:
+        """Write an .npz with keys, features, targets, classes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, keys=np.array(self.keys), features=self.values.numpy(), targets=self.targets.numpy(),
+                 classes=np.array(self.names))  # fmt: skip
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "Features":
+        """Some of the videos."""
+        index = torch.from_numpy(rows)
+        return Features([self.keys[i] for i in rows], self.values[index], self.targets[index], self.names)
+
+
+def training_sets(recipe: TuneRecipe) -> list[VideoSet]:
+    """The training shards of every source, to be looked at without augmentation."""
+    pairs = zip(recipe.data.sources.items(), source_rules(recipe), strict=True)
+    return [VideoSet(name, load_index(source.shards), rules) for (name, source), rules in pairs]
+
+
+def held_out_sets(recipe: TuneRecipe) -> list[VideoSet]:
+    """The test or validation shards.
+
+    Raises:
+        DataError: no source has any.
+    """
+    sets = video_sets(recipe, test=True)
+    if not sets:
+        raise DataError("no held-out videos: give data.sources.<name>.val=FOLDER")
+    return sets
+
+
+def extract(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], kind: Kind) -> Features:
+    """Features of one centre view of every video, equal on all ranks.
+
+    Raises:
+        DataError: they would not fit into memory, or no video can be read.
+    """
+    videos = Videos(sets, centre_view(recipe), ranks.rank, ranks.world_size, recipe.data.deadline_s)
+    _check_memory(objective, recipe, sum(one.index.samples for one in sets), kind)
+    keys: list[str] = []
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
+    for batch in _batches(videos, recipe):
+        video = torch.cat([one["views"] for one in batch]).to(ranks.device)
+        found = objective.features(video, pooled=kind == "pooled").cpu()
+        values.append(found if kind == "pooled" else found.half())
+        keys += [one["key"] for one in batch]
+        targets += [one["target"] for one in batch]
+    parts = [part for part in gather_objects(ranks, (keys, values, targets)) if part[0]]
+    if not parts:
+        raise DataError("none of the videos can be read; see the lines above")
+    all_keys = [key for part in parts for key in part[0]]
+    order = sorted(range(len(all_keys)), key=all_keys.__getitem__)
+    joined = torch.cat([value for part in parts for value in part[1]])[order]
+    labels = torch.stack([target for part in parts for target in part[2]])[order]
+    return Features([all_keys[i] for i in order], joined, labels, list(class_names(sets[0].rules.labels)))
+
+
+def _batches(videos: Videos, recipe: TuneRecipe) -> Iterator[list[dict[str, Any]]]:
+    waiting: list[dict[str, Any]] = []
+    for video in loader(videos, recipe.evaluate.workers):
+        if "reason" in video:
+            logger.warning("%s can't be read: %s", video["key"], video["reason"])
+            continue
+        waiting.append(video)
+        if len(waiting) == recipe.evaluate.micro:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _check_memory(objective: Any, recipe: TuneRecipe, videos: int, kind: Kind) -> None:
+    model = objective.model
+    needed = videos * model.dim * (4 if kind == "pooled" else 2 * model.grid.tokens)
+    free = psutil.virtual_memory().available
+    if needed > MEMORY_SHARE * free:
+        raise DataError(
+            f"{kind} features of {videos} videos take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "use pooled features (knn, linear), or fewer videos"
+        )

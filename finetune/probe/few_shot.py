@@ -1,0 +1,37 @@
+"""k labelled videos a class: how far the features get with that, mean and spread over draws."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from finetune.probe.features import Features
+from finetune.probe.knn import accuracy, knn_scores
+from pretrain.data.randomness import generator
+
+
+def draw_shots(targets: npt.NDArray[np.int64], shots: int, seed: int, draw: int) -> npt.NDArray[np.int64]:
+    """Rows of `shots` videos of every class (all where a class has fewer), a function of (seed, draw, class)."""
+    rows = []
+    for number in np.unique(targets):
+        own = np.flatnonzero(targets == number)
+        rows.append(generator(seed, draw, int(number), "shots").permutation(own)[:shots])
+    return np.sort(np.concatenate(rows))
+
+
+def few_shot(train: Features, held_out: Features, shots: int, draws: int = 5, seed: int = 0) -> tuple[float, float]:
+    """Mean and standard deviation over draws of the top-1 accuracy in percent, by nearest class mean."""
+    results = []
+    for draw in range(draws):
+        chosen = train.take(draw_shots(train.targets.numpy(), shots, seed, draw))
+        means = class_means(chosen)
+        scores = knn_scores(means.values, means.targets, held_out.values, len(train.names), neighbours=1)
+        results.append(accuracy(scores, held_out.targets))
+    return float(np.mean(results)), float(np.std(results, ddof=1)) if draws > 1 else 0.0
+
+
+def class_means(features: Features) -> Features:
+    """One feature a class: the mean of its videos' unit-length features."""
+    unit = features.values / features.values.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    classes = features.targets.unique()
+    values = [unit[features.targets == number].mean(0) for number in classes]
+    return Features([str(int(number)) for number in classes], torch.stack(values), classes, features.names)

@@ -1,0 +1,36 @@
+"""Nearest neighbours: no training, so a direct look at the features."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+#: Neighbours and temperature of the vote (Wu et al. 2018, as in DINO's evaluation).
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+#: Queries compared at once.
+CHUNK = 1024
+
+
+def knn_scores(train: Tensor, targets: Tensor, queries: Tensor, classes: int, neighbours: int = NEIGHBOURS) -> Tensor:
+    """Votes [n, classes] of the nearest training features, by cosine similarity with weight exp(similarity / 0.07).
+
+    Args:
+        train: features [m, C].
+        targets: their classes, int64 [m].
+        queries: features [n, C].
+        classes: number of classes.
+        neighbours: how many vote; all where there are fewer.
+    """
+    train, queries = F.normalize(train.float(), dim=1), F.normalize(queries.float(), dim=1)
+    votes = []
+    for chunk in queries.split(CHUNK):
+        similarity, index = (chunk @ train.t()).topk(min(neighbours, len(train)), dim=1)
+        weight = (similarity / TEMPERATURE).exp()
+        votes.append(torch.zeros(len(chunk), classes).scatter_add_(1, targets[index], weight))
+    return torch.cat(votes)
+
+
+def accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:
+    """Top-k accuracy in percent."""
+    top = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return 100 * (top == targets[:, None]).any(dim=1).float().mean().item()

@@ -1,0 +1,54 @@
+"""Features of sliding windows over a whole video, for temporal detection (extract_tad_feature.py of VideoMAEv2).
+
+Consecutive frames, squeezed to the model's size without keeping the aspect, in [0, 1] without mean and deviation: that
+is how the published THUMOS14 (step 4) and FineAction (step 16) features were made.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.data.decoders import open_video
+from pretrain.data.transforms import resize
+from pretrain.errors import SampleError
+
+#: Windows in one forward pass.
+BATCH = 4
+
+
+def window_starts(num_frames: int, frames: int, step: int) -> list[int]:
+    """First frame of each window; every window lies inside the video."""
+    return list(range(0, num_frames - frames + 1, step))
+
+
+@torch.no_grad()
+def window_features(model: Any, video: bytes, decoder: str, step: int, device: torch.device) -> Tensor:
+    """Features float32 [windows, C] of a video.
+
+    Args:
+        model: VideoClassifier in evaluation mode.
+        video: the file's bytes.
+        decoder: library that decodes.
+        step: frames between two windows.
+        device: of the model.
+
+    Raises:
+        SampleError: the video can't be read or is shorter than a window.
+    """
+    height, width = model.grid.height * model.shape.patch_size, model.grid.width * model.shape.patch_size
+    frames = model.grid.time * model.shape.tubelet
+    with open_video(video, decoder) as reader:
+        starts = window_starts(reader.num_frames, frames, step)
+        if not starts:
+            raise SampleError("too_short", f"{reader.num_frames} frames, a window has {frames}")
+        found = []
+        for first in range(0, len(starts), BATCH):
+            some = starts[first : first + BATCH]
+            # Windows overlap: frames of the batch are decoded and squeezed once.
+            low, high = some[0], some[-1] + frames
+            pixels = resize(reader.frames(np.arange(low, high)), width, height, antialias=False)
+            clips = torch.from_numpy(np.stack([pixels[start - low : start - low + frames] for start in some]))
+            found.append(model.forward_features(clips.to(device).float() / 255).float().cpu())
+    return torch.cat(found)

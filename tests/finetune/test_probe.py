@@ -1,0 +1,93 @@
+"""Frozen evaluation: on features whose answer is known, and the command on real shards."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.probe.cli import main
+from finetune.probe.features import Features
+from finetune.probe.few_shot import draw_shots, few_shot
+from finetune.probe.heads import statistics, train_heads
+from finetune.probe.knn import accuracy, knn_scores
+from finetune.probe.windows import window_starts
+
+
+def clouds(videos: int, seed: int, spread: float, tokens: int = 0) -> Features:
+    """Three classes around three directions; with tokens only one token in eight carries the class."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(videos) % 3
+    centres = torch.eye(3, 12)[targets]
+    shape = (videos, 12) if not tokens else (videos, tokens, 12)
+    values = spread * torch.randn(shape, generator=generator)
+    if tokens:
+        place = torch.randint(tokens, (videos,), generator=generator)
+        values[torch.arange(videos), place] += 4 * centres
+        values = values.half()
+    else:
+        values += centres
+    return Features([f"{n:03d}" for n in range(videos)], values, targets, ["a", "b", "c"])
+
+
+def test_neighbours() -> None:
+    train = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1.0]])
+    votes = knn_scores(train, torch.tensor([0, 0, 2]), torch.tensor([[2.0, 0.1], [0, 5.0]]), 3, neighbours=2)
+    assert votes.argmax(1).tolist() == [0, 2] and votes[0, 2] == 0, "lengths don't count, only directions"
+    assert accuracy(votes, torch.tensor([0, 0])) == 50 and accuracy(votes, torch.tensor([0, 0]), 2) == 100
+    train_features, held_out = clouds(90, 0, 0.2), clouds(60, 1, 0.2)
+    scores = knn_scores(train_features.values, train_features.targets, held_out.values, 3)
+    assert accuracy(scores, held_out.targets) > 95
+
+
+def test_linear_grid_learns_and_repeats() -> None:
+    train, held_out = clouds(90, 0, 0.3), clouds(60, 1, 0.3)
+    points = train_heads(train, held_out, "linear", epochs=20, batch=32)
+    assert len(points) == 12 and points[0].top1 > 90 and points[0].top1 >= points[-1].top1
+    assert points == train_heads(train, held_out, "linear", epochs=20, batch=32)
+    drawn = torch.randint(3, (90,), generator=torch.Generator().manual_seed(0))
+    meaningless = Features(train.keys, train.values, drawn, train.names)
+    assert train_heads(meaningless, held_out, "linear", epochs=20, batch=32)[0].top1 < 65
+
+
+def test_attentive_head_finds_the_token_that_counts() -> None:
+    points = train_heads(clouds(120, 0, 0.3, tokens=8), clouds(60, 1, 0.3, tokens=8), "attentive", epochs=8, batch=40)
+    assert points[0].top1 > 90
+
+
+def test_statistics_are_those_of_all_tokens() -> None:
+    values = torch.randn(300, 5, 4, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    mean, scale = statistics(values.half())
+    torch.testing.assert_close(mean, values.flatten(0, 1).mean(0), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(scale, values.flatten(0, 1).std(0), atol=1e-2, rtol=1e-2)
+
+
+def test_few_shot() -> None:
+    targets = np.array([0, 1, 2, 0, 1, 0, 1, 0])
+    rows = draw_shots(targets, 2, seed=0, draw=0)
+    assert np.bincount(targets[rows]).tolist() == [2, 2, 1]
+    assert (rows == draw_shots(targets, 2, 0, 0)).all()
+    assert len({tuple(draw_shots(targets, 2, 0, draw)) for draw in range(10)}) > 3
+    train, held_out = clouds(90, 0, 0.5), clouds(90, 1, 0.5)
+    one, many = few_shot(train, held_out, 1), few_shot(train, held_out, 25)
+    assert many[0] > one[0] > 100 / 3 and many[1] < one[1]
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(16, [0]), (15, []), (24, [0, 4, 8]), (23, [0, 4])])
+def test_windows_lie_inside_the_video(frames: int, expected: list[int]) -> None:
+    assert window_starts(frames, 16, 4) == expected
+
+
+def test_command_writes_what_it_measures(toy: Any) -> None:
+    folder = toy.folder / "frozen"
+    words = ["--recipe", str(toy.recipe), f"run.dir={folder}"]
+    assert main([*words, "--method", "knn"]) == 0
+    result = json.loads((folder / "frozen" / "knn.json").read_text())
+    assert result["videos"] == 11 and 0 <= result["top1"] <= 100
+    assert main([*words, "--method", "features", "--tokens"]) == 0
+    tokens = np.load(folder / "features" / "held_out.npz")
+    assert tokens["features"].shape == (11, 8, 48) and tokens["features"].dtype == np.float16
+    assert main([*words, "--method", "windows", "--step", "4"]) == 0
+    written = sorted((folder / "windows" / "toy").rglob("*.npy"))
+    assert len(written) == 11 and np.load(written[0]).shape == (3, 48)
