@@ -63,6 +63,11 @@ class Toy:
         """Train to the end; returns what was printed."""
         return finish(self.start(name, *overrides, ranks=ranks), expect)
 
+    def index(self, shards: Path) -> None:
+        """Write the index of a folder of shards."""
+        command = [sys.executable, str(ROOT / "launch" / "pack.py"), "--index-only", str(shards)]
+        subprocess.run(command, check=True, capture_output=True)
+
     def run_dir(self, name: str) -> str:
         """The override that names the run folder."""
         return f"run.dir={self.folder / name}"
@@ -184,8 +189,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     shards.mkdir()
     for shard in range(2):
         _write_shard(shards / f"toy-{shard:06d}.tar", range(shard * SAMPLES // 2, (shard + 1) * SAMPLES // 2))
-    index = [sys.executable, str(ROOT / "launch" / "pack.py"), "--index-only", str(shards)]
-    subprocess.run(index, check=True, capture_output=True)
     recipe = folder / "toy.yaml"
     recipe.write_text(RECIPE.replace("SHARDS", str(shards)))
-    return Toy(recipe, folder)
+    made = Toy(recipe, folder)
+    made.index(shards)
+    return made

@@ -1,6 +1,7 @@
 """Kills at the worst moments: the same command continues, and the loss curve is that of a run that was left alone."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(toy: Any, alone: l
 
 
 def test_other_data_under_the_same_name_is_refused(toy: Any, alone: list[float]) -> None:
+    other = toy.folder / "other shards"
+    other.mkdir()
+    for number in (0, 1):  # as many samples, twice the same
+        shutil.copy(toy.folder / "shards" / "toy-000000.tar", other / f"toy-{number:06d}.tar")
+    toy.index(other)
+    overrides = [toy.run_dir("left alone"), f"data.sources.toy.shards={other}"]
+    error = toy.drive({"other data": {"overrides": overrides}}, ranks=1)["other data"]
+    assert error.startswith("CheckpointError") and "the data of toy is not what it was" in error
+
+
+def test_what_a_checkpoint_says_of_itself(toy: Any, alone: list[float]) -> None:
     state_file = toy.folder / "left alone" / "checkpoints" / "step_00000010" / "state.json"
     state = json.loads(state_file.read_text())
     assert list(state["sources"]) == ["toy"]
