@@ -218,7 +218,8 @@ def prepare_worker(worker: int) -> None:
     rank has saved. Only a SIGTERM of the rank itself, with which the DataLoader ends its workers, is obeyed.
     """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="watch").start()
 
