@@ -13,6 +13,9 @@ from pretrain.errors import CheckpointError
 
 #: File in which DeepSpeed keeps the weights of a run that shards nothing.
 UNSHARDED = "mp_rank_00_model_states.pt"
+#: Files with each rank's part of the optimiser; the entry with weights where it is the bf16 one (ZeRO stage 1).
+BF16_PARTS = "bf16_zero_pp_rank_*_mp_rank_00_optim_states.pt"
+BF16_GROUPS = "single_partition_of_fp32_groups"
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -38,7 +41,7 @@ def newest_checkpoint(root: Path) -> Path:
 def consolidated_state(folder: Path) -> dict[str, Tensor]:
     """Float32 weights by the names that they have in the objective, merged from the shards of all ranks.
 
-    The files are unpickled by DeepSpeed; only a checkpoint whose hashes verify gets that far.
+    The files are unpickled; only a checkpoint whose hashes verify gets that far.
 
     Raises:
         CheckpointError: the checkpoint does not verify.
@@ -46,10 +49,40 @@ def consolidated_state(folder: Path) -> dict[str, Tensor]:
     wrong = problems(folder)
     if wrong:
         raise CheckpointError("; ".join(wrong))
-    if json.loads((folder / STATE).read_text(encoding="utf-8"))["zero_stage"] == 0:
+    stage = json.loads((folder / STATE).read_text(encoding="utf-8"))["zero_stage"]
+    parts = _bf16_parts(folder) if stage == 1 else []
+    if stage == 0 or parts:
         content = torch.load(folder / TAG / UNSHARDED, map_location="cpu", weights_only=False)
-        return {name: value.float() for name, value in content["module"].items()}
+        whole = {name: value.float() for name, value in content["module"].items()}
+        return whole | (_masters(folder, parts, content["param_shapes"]) if parts else {})
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
     return state
+
+
+def _bf16_parts(folder: Path) -> list[list[Tensor]]:
+    """Each rank's piece of each parameter group, where DeepSpeed's bf16 optimiser wrote the checkpoint."""
+    paths = sorted((folder / TAG).glob(BF16_PARTS), key=_rank_of)
+    states = [torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"] for path in paths]
+    return [state[BF16_GROUPS] for state in states if BF16_GROUPS in state]
+
+
+def _masters(folder: Path, parts: list[list[Tensor]], groups: list[dict[str, torch.Size]]) -> dict[str, Tensor]:
+    """Float32 weights from the pieces of the bf16 optimiser, which zero_to_fp32 does not read.
+
+    It lays each group's parameters behind one another, pads the end, and gives every rank an equal piece.
+    """
+    state: dict[str, Tensor] = {}
+    for number, shapes in enumerate(groups):
+        line = torch.cat([part[number].flatten() for part in parts])
+        sizes = [shape.numel() for shape in shapes.values()]
+        if len(line) < sum(sizes):
+            raise CheckpointError(f"{folder}: the parts of {len(parts)} ranks hold {len(line)} of {sum(sizes)} values")
+        pieces = line[: sum(sizes)].split(sizes)
+        state |= {name: piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+    return state
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.name.removeprefix("bf16_zero_pp_rank_").partition("_")[0])

@@ -83,6 +83,17 @@ def test_fine_tuned_weights_start_another_run(toy: Any, whole: str) -> None:
     assert changed <= {"model.head.weight", "model.head.bias", "model.fc_norm.weight", "model.fc_norm.bias"}
 
 
+def test_bf16_masters_are_merged_from_zero_stage_1(toy: Any) -> None:
+    toy.run("masters", "schedule.max_steps=2", "zero.stage=1", "compute.dtype=bf16", "evaluate.every_epochs=9")
+    folder = toy.folder / "masters" / "checkpoints" / "step_00000002"
+    computed = torch.load(folder / "deepspeed" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    merged = consolidated_state(folder)
+    assert merged.keys() == computed.keys()
+    assert all(torch.equal(merged[name].bfloat16(), value) for name, value in computed.items())
+    weight = "model.blocks.0.attn.qkv.weight"
+    assert not torch.equal(merged[weight], computed[weight].float()), "more digits than the model computes with"
+
+
 def test_exit_codes(toy: Any, tmp_path: Path) -> None:
     assert "model.classes=5" in toy.run("wrong", "model.classes=5", expect=1)
     assert "did you mean" in toy.run("wrong", "evaluate.clip=5", expect=2)
