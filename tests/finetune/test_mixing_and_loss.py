@@ -1,29 +1,17 @@
-"""Mixing, soft targets, averaged weights, layer-wise rates: against the official golden and by their properties."""
-
-import json
-from pathlib import Path
+"""Mixing, losses, averaged weights, layer-wise rates, by their properties; tests/parity has the official numbers."""
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from finetune.classification.mixing import Mixing
 from finetune.ema import WeightAverage
-from finetune.objectives.classification import ClassificationObjective, soft_cross_entropy
+from finetune.objectives.classification import ClassificationObjective
 from finetune.recipe import Augment, TuneRecipe, load_tune_recipe
 from pretrain.engine.optim import parameter_groups, set_lr
 from pretrain.models.classifier import VideoClassifier
 
-GOLDEN = Path(__file__).resolve().parents[1] / "goldens" / "videomae_v2_finetune"
-
-
-@pytest.fixture(scope="module")
-def golden() -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    return safetensors.torch.load_file(GOLDEN / "io.safetensors"), json.loads((GOLDEN / "meta.json").read_text())
-
-
-#: The network of the golden.
+#: A small network.
 SMALL = [
     *("model.depth=3", "model.dim=48", "model.heads=4", "model.patch_size=8", "model.classes=7"),
     *("data.height=32", "data.width=32", "model.positions=rebuild", "model.drop_path=0"),
@@ -39,24 +27,6 @@ def build(recipe: TuneRecipe) -> ClassificationObjective:
 
     torch.manual_seed(0)
     return build_objective(recipe)
-
-
-def test_soft_target_loss_is_official(golden: tuple[dict[str, torch.Tensor], dict[str, object]]) -> None:
-    io, _ = golden
-    torch.testing.assert_close(soft_cross_entropy(io["logits"], io["soft_targets"]), io["loss_soft_target"].squeeze())
-    smoothed = objective()._soft(io["labels"].long())
-    torch.testing.assert_close(soft_cross_entropy(io["logits"], smoothed), io["loss_label_smoothing"].squeeze())
-
-
-def test_mixup_is_official(golden: tuple[dict[str, torch.Tensor], dict[str, object]]) -> None:
-    io, meta = golden
-    lam = float(meta["config"]["lam"])  # type: ignore[index]
-    mixing = Mixing(Augment(mixup=0.8, cutmix=0), 7, 0.1)
-    mixing._mixup._params_per_batch = lambda: (lam, False)
-    video = io["video"].permute(0, 2, 3, 4, 1)
-    mixed, soft = mixing(video, io["labels"].long())
-    torch.testing.assert_close(soft, io["soft_targets"])
-    torch.testing.assert_close(mixed.permute(0, 4, 1, 2, 3)[:, :, :2], io["mixup_pixels"])
 
 
 def test_cutmix_cuts_rows_and_columns_of_all_frames() -> None:
@@ -84,19 +54,13 @@ def test_mixing_follows_torch_and_leaves_numpy_alone() -> None:
     assert torch.equal(mixed(5), mixed(5)) and not torch.equal(mixed(5), mixed(6))
 
 
-def test_layer_wise_rates_are_official(golden: tuple[dict[str, torch.Tensor], dict[str, object]]) -> None:
-    _, meta = golden
-    official = {}
-    for group in meta["param_groups"].values():  # type: ignore[attr-defined]
-        official |= {name: (group["weight_decay"], group["lr_scale"]) for name in group["params"]}
-    module = objective("model.size=custom", "optim.layer_decay=0.75")
-    names = {id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()}
-    groups = parameter_groups(module, 0.05)
-    ours = {names[id(p)]: (group["weight_decay"], group["lr_scale"]) for group in groups for p in group["params"]}  # type: ignore[attr-defined]
-    assert ours == {name: (decay, pytest.approx(scale)) for name, (decay, scale) in official.items()}
-    optimizer = torch.optim.AdamW(groups)  # type: ignore[arg-type]
+def test_rates_of_layers_reach_the_optimizer() -> None:
+    module = objective("optim.layer_decay=0.75")
+    optimizer = torch.optim.AdamW(parameter_groups(module, 0.05))  # type: ignore[arg-type]
     set_lr(optimizer, 2.0)
     assert {group["lr"] for group in optimizer.param_groups} == {2.0 * 0.75**n for n in range(5)}
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert rates[id(module.model.patch_embed.proj.weight)] < rates[id(module.model.blocks[2].mlp.fc1.weight)]
 
 
 def test_regression_and_multi_label_heads_learn() -> None:
