@@ -35,7 +35,8 @@ def test_softmax_comes_before_the_mean() -> None:
     # One view is certain of class 0, two lean to class 1: their probabilities outvote it, their logits would not.
     logits = np.array([[[9.0, 0.0], [0.0, 2.0], [0.0, 2.0]]])
     assert logits.mean(axis=1).argmax() == 0
-    assert single(logits, [1]).merged.argmax() == 1
+    merged = single(logits, [1]).merged
+    assert merged.argmax() == 1 and merged.sum() == pytest.approx(1)
     assert np.isfinite(single(logits * 1e4, [1]).merged).all()
 
 
