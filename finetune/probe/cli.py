@@ -23,7 +23,7 @@ examples (the recipe says model, clip size and labelled data; the network stays 
       nearest neighbours among the training videos' features; no training
   python launch/evaluate.py --recipe vit_b_k400 --method attentive run.init_weights=model.pth
       a grid of attentive heads over the tokens, trained in one pass; linear: over pooled features
-  python launch/evaluate.py --recipe vit_b_k400 --method few-shot --shots 1 5 10 run.init_weights=model.pth
+  python launch/evaluate.py --recipe vit_b_k400 --method few-shot --shots 1,5,10 run.init_weights=model.pth
       nearest class mean of k videos a class, mean and spread of 5 draws
   python launch/evaluate.py --recipe vit_b_k400 --method features --tokens run.init_weights=model.pth
       pooled features, or of all tokens, to runs/<name>/features/*.npz
@@ -42,10 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default="knn", help="what to do with the features (default knn)")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10], help="few-shot: videos a class")
+    parser.add_argument("--shots", type=_numbers, default=[1, 5, 10], metavar="1,5,10", help="few-shot: videos a class")
     parser.add_argument("--epochs", type=int, default=50, help="linear, attentive: passes over the features")
     parser.add_argument("--tokens", action="store_true", help="features: of all tokens instead of pooled")
     parser.add_argument("--step", type=int, default=16, help="windows: frames between two of them")
+
+
+def _numbers(text: str) -> list[int]:
+    """`1,5,10`: one word, because the words behind it are the recipe's."""
+    numbers = [int(number) for number in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError("at least one video a class")
+    return numbers
 
 
 def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:

@@ -85,6 +85,9 @@ def test_command_writes_what_it_measures(toy: Any) -> None:
     assert main([*words, "--method", "knn"]) == 0
     result = json.loads((folder / "frozen" / "knn.json").read_text())
     assert result["videos"] == 11 and 0 <= result["top1"] <= 100
+    assert main(["--method", "few-shot", "--shots", "1,3", *words]) == 0
+    assert {"1 a class", "3 a class"} < json.loads((folder / "frozen" / "few-shot.json").read_text()).keys()
+    assert main([*words, "--method", "few-shot", "--shots", "0"]) == 2
     assert main([*words, "--method", "features", "--tokens"]) == 0
     tokens = np.load(folder / "features" / "held_out.npz")
     assert tokens["features"].shape == (11, 8, 48) and tokens["features"].dtype == np.float16
