@@ -9,6 +9,7 @@ so none can run dry before another, and a resume is nothing but another first nu
 import functools
 import itertools
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -221,12 +222,15 @@ def prepare_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="watch").start()
+    # Not os.getppid(): a rank that was killed while this process started has been replaced by init there.
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    threading.Thread(target=_watch, args=(rank.pid,), daemon=True, name="watch").start()
 
 
 def _watch(rank: int) -> None:
     while True:
-        received = signal.sigtimedwait({signal.SIGTERM}, WATCH_S)
+        received = None if os.getppid() != rank else signal.sigtimedwait({signal.SIGTERM}, WATCH_S)
         if os.getppid() != rank or (received is not None and received.si_pid == rank):
             # At once and without cleaning up: the main thread may be waiting for a read that never returns.
             os._exit(0)
