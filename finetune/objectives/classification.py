@@ -6,8 +6,8 @@ Specification: systems/videomae.md section 8, from run_class_finetuning.py of Op
 import contextlib
 import importlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,6 @@ from finetune.classification.validation import Validation
 from finetune.classification.views import TrainingViews
 from finetune.ema import WeightAverage
 from finetune.recipe import TuneRecipe
-from finetune.weights import is_ours, model_state
 from pretrain.models.classifier_weights import load_pretrained, read_label_map
 from pretrain.models.cubes import Grid, grid_of
 from pretrain.objectives.base import Batch, Objective, Output
@@ -161,11 +160,10 @@ class ClassificationObjective(Objective):
         layer = _model_file(self.recipe).layer_id(name.removeprefix("model."), depth)
         return float(self.recipe.optim.layer_decay ** (depth + 1 - layer))
 
-    def load_pretrained(self, path: str) -> None:
+    def load_pretrained(self, path: str, raw: Mapping[str, Tensor]) -> None:
         """Take over an encoder or a classifier, ours, official or Hugging Face's, with a report."""
         start = self.recipe.start
         label_map = None if start.label_map is None else read_label_map(start.label_map)
-        raw = model_state(Path(path)) if is_ours(path) else None
         detach(self.model)  # adapters are no part of a backbone's file
         load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, raw)
         apply_tuning(self.model, self.recipe.tune)

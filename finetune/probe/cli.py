@@ -58,6 +58,7 @@ def _numbers(text: str) -> list[int]:
 
 def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:
     from pretrain.engine.ds_config import DTYPES
+    from pretrain.engine.trained import read_weights
     from pretrain.recipe.components import objective_file
     from pretrain.runtime.logging import set_up_logging
     from pretrain.runtime.process_group import join, leave
@@ -70,7 +71,7 @@ def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:
         seed_everything(recipe.run.seed)
         objective = objective_file(recipe).build(recipe)
         if recipe.run.init_weights:
-            objective.load_pretrained(recipe.run.init_weights)
+            objective.load_pretrained(recipe.run.init_weights, read_weights(recipe.run.init_weights))
         objective = objective.to(device=ranks.device, dtype=DTYPES[recipe.compute.dtype]).eval()
         result = _evaluate(objective, recipe, arguments, ranks, folder)
         if ranks.first and result:

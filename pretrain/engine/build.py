@@ -9,6 +9,7 @@ import torch
 
 from pretrain.engine.ds_config import Config, builds_sharded, deepspeed_config
 from pretrain.engine.optim import build_optimizer, forget_steps
+from pretrain.engine.trained import read_weights
 from pretrain.errors import RecipeError
 from pretrain.objectives.base import Objective
 from pretrain.recipe.components import objective_file
@@ -57,7 +58,7 @@ def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int, resumes: bool 
     seed_everything(recipe.run.seed)
     objective = _build_objective(recipe, config, parameters)
     if recipe.run.init_weights and not resumes:
-        objective.load_pretrained(recipe.run.init_weights)
+        objective.load_pretrained(recipe.run.init_weights, read_weights(recipe.run.init_weights))
     optimizer = build_optimizer(recipe, objective, ranks.device)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
     forget_steps(engine.basic_optimizer)

@@ -3,13 +3,19 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from pretrain.checkpoint.consolidate import consolidated_state, is_checkpoint, newest_checkpoint
+from pretrain.engine.folder import RunFolder
 from pretrain.errors import CheckpointError, WeightsError
-from pretrain.models.weights import load_weights
+from pretrain.models.weights import load_weights, read_raw
 from pretrain.objectives.base import Objective
 from pretrain.recipe.components import load_component
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Recipe
+
+#: Name under which an objective holds its model.
+MODEL = "model."
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ def load_trained(path: Path) -> Trained:
         CheckpointError: nothing of that kind is there, or it does not verify.
         WeightsError: the weights don't fit the recipe.
     """
-    source = newest_checkpoint(path / "checkpoints") if (path / "checkpoints").is_dir() else path
+    source = _source(path)
     if not (source / "recipe.yaml").is_file():
         raise CheckpointError(
             f"{path}: neither a run (with checkpoints/), nor a checkpoint, nor an export with its recipe.yaml"
@@ -40,6 +46,24 @@ def load_trained(path: Path) -> Trained:
     else:
         load_weights(objective.model, str(source))  # type: ignore[arg-type]
     return Trained(recipe, objective.eval(), source)
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The weights at `path`: a run of ours, one of its checkpoints, or a file or folder in any layout, any fsspec URL.
+
+    Of a checkpoint only the model is taken, not what its objective holds beside it.
+    """
+    source = _source(Path(path))
+    if not is_checkpoint(source):
+        return read_raw(path)
+    state = consolidated_state(source)
+    return {name.removeprefix(MODEL): value for name, value in state.items() if name.startswith(MODEL)}
+
+
+def _source(path: Path) -> Path:
+    """A run's newest checkpoint that verifies; anything else is what it is."""
+    checkpoints = RunFolder(path).checkpoints
+    return newest_checkpoint(checkpoints) if checkpoints.is_dir() else path
 
 
 def _load_checkpoint(objective: Objective, source: Path) -> None:

@@ -64,7 +64,11 @@ class LoadReport:
 
 
 def load_weights(
-    module: nn.Module, path: str, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
+    module: nn.Module,
+    path: str,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    raw: Mapping[str, Tensor] | None = None,
 ) -> LoadReport:
     """Copy weights into `module` (official key names), on its device and in its type; also under ZeRO stage 3.
 
@@ -73,11 +77,12 @@ def load_weights(
         path: file or folder (Hugging Face, ours), any fsspec URL.
         allow_missing: glob patterns of keys that may keep their value, for example `decoder.*`.
         allow_unexpected: glob patterns of keys in the file that may be ignored.
+        raw: the weights, where the caller has read them; `path` then only names them.
 
     Raises:
         WeightsError: unreadable, or anything else is missing, unexpected or of another shape; nothing is loaded then.
     """
-    raw = read_raw(path)
+    raw = read_raw(path) if raw is None else raw
     report = LoadReport(str(path), layout_of(raw))
     return load_state(
         module, official_state(raw), report, allow_missing, allow_unexpected, _config_problems(module, path)

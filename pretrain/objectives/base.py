@@ -17,7 +17,7 @@ and, where it has any to give, `warnings(recipe) -> list[str]`: options that hav
 Nothing in it knows of ranks, DeepSpeed or files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,9 +54,9 @@ class Objective(nn.Module):
         """Factor on the learning rate of the parameter `name` (as in `named_parameters`)."""
         return 1.0
 
-    def load_pretrained(self, path: str) -> None:
-        """Start from the weights at `path` (the recipe's run.init_weights)."""
-        load_weights(self.model, path)  # type: ignore[arg-type]
+    def load_pretrained(self, path: str, raw: Mapping[str, Tensor]) -> None:
+        """Start from the weights `raw`, read from `path` (the recipe's run.init_weights), names as they are there."""
+        load_weights(self.model, path, raw=raw)  # type: ignore[arg-type]
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
         """Called before optimiser step `step`, counted from 0 over the whole run, for what follows a schedule.

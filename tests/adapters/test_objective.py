@@ -5,6 +5,7 @@ import torch
 from finetune.objectives.classification import ClassificationObjective, build
 from finetune.recipe import load_tune_recipe
 from pretrain.engine.dry_run import dry_run
+from pretrain.engine.trained import read_weights
 from pretrain.models.classifier_weights import classifier_state
 from pretrain.models.videomae import Config, VideoMAE
 
@@ -34,7 +35,8 @@ def test_adapters_survive_loading_a_pretrained_encoder(tmp_path) -> None:
     shape = {"size": "custom", "patch_size": 16, "dim": 24, "depth": 4, "heads": 3, "mlp_ratio": 4}
     source = VideoMAE(Config(**shape, decoder_dim=16, decoder_depth=1, decoder_heads=2), 4, 32, 32)
     torch.save({"model": source.state_dict()}, tmp_path / "encoder.pth")
-    found.load_pretrained(str(tmp_path / "encoder.pth"))
+    path = str(tmp_path / "encoder.pth")
+    found.load_pretrained(path, read_weights(path))
     for name, value in classifier_state(source.state_dict()).items():
         if name.startswith("blocks."):
             assert torch.equal(found.model.state_dict()[name], value)

@@ -111,3 +111,12 @@ def test_reconstruct_gives_the_same_numbers_again(run, tmp_path, capsys):
 def test_a_missing_run_is_one_line(tmp_path, capsys):
     assert reconstruct.main([str(tmp_path / "nowhere"), str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("reconstruct: ")
+
+
+def test_a_run_can_start_from_the_weights_of_another(toy, run):
+    """run.init_weights takes a run folder as well as a file, sharded or not."""
+    frozen = ["optim.base_lr=1e-12", "optim.base_min_lr=1e-13", "schedule.max_steps=1", "run.seed=5"]
+    toy.train("second", f"run.init_weights={run}", *frozen)
+    one, other = load_trained(run).objective.model, load_trained(toy.folder / "second").objective.model
+    for first, second in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(first, second, rtol=0, atol=1e-9)
