@@ -37,11 +37,10 @@ set -m # the launcher and all its children become a process group, which can be 
 show "${train[@]}" &
 launcher=$!
 trap 'kill -TERM -- -$launcher 2>/dev/null || true' EXIT
-until compgen -G "$run/checkpoints/step_*" >/dev/null; do
+until [ "$(steps_done)" -ge 100 ]; do # the recipe saves every 80 steps: the last ones are lost and done again
     kill -0 $launcher 2>/dev/null || { wait $launcher; exit 1; }
-    sleep 1
+    sleep 0.2
 done
-sleep 5
 kill -KILL -- -$launcher
 wait $launcher 2>/dev/null || true
 trap - EXIT

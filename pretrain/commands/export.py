@@ -24,7 +24,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         _export(arguments)
     except TubeletError as error:
@@ -49,7 +49,7 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{trained.source} -> {dest} ({arguments.format}, {parameters:,} parameters)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "export.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,0 +1,60 @@
+"""The README's commands exist and mean what they say: plans are made, arguments parsed, make targets resolved."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commands() -> Iterator[list[str]]:
+    """Every line of the README's shell blocks, as words."""
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+def local(words: list[str], folder: Path) -> list[str]:
+    """The same words with the cluster's places moved into `folder`."""
+    return [word.replace("s3://bucket", str(folder)).replace("/shared", str(folder)) for word in words]
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_command(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if words[0] == "make":
+        subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        return
+    assert words[0] in ("python", "deepspeed") and (ROOT / words[1]).is_file()
+    arguments = local(words[2:], tmp_path)
+    script = Path(words[1]).stem
+    if script in ("pretrain", "finetune"):
+        assert plan(script, arguments) == 0, capsys.readouterr().err
+        assert "parameters" in capsys.readouterr().out
+    else:
+        parse(script, arguments)
+
+
+def plan(script: str, arguments: list[str]) -> int:
+    """Everything up to the first step."""
+    if script == "pretrain":
+        from pretrain.cli import main
+    else:
+        from finetune.cli import main
+    return main(arguments if "--dry-run" in arguments else [*arguments, "--dry-run"])
+
+
+def parse(script: str, arguments: list[str]) -> None:
+    """Arguments as the command's own parser takes them; it leaves with SystemExit where it does not."""
+    if script == "pack":
+        from pretrain.data.pack.arguments import make_parser
+    elif script == "export":
+        from pretrain.commands.export import make_parser
+    else:
+        from pretrain.commands.reconstruct import make_parser
+    make_parser().parse_args(arguments)
