@@ -1,6 +1,8 @@
 """Whole weights out of a checkpoint that many ranks wrote."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -55,9 +57,11 @@ def consolidated_state(folder: Path) -> dict[str, Tensor]:
         content = torch.load(folder / TAG / UNSHARDED, map_location="cpu", weights_only=False)
         whole = {name: value.float() for name, value in content["module"].items()}
         return whole | (_masters(folder, parts, content["param_shapes"]) if parts else {})
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    # DeepSpeed tells of its progress on standard output, which belongs to the command that asked for the weights.
+    with contextlib.redirect_stdout(sys.stderr):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+        state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
     return state
 
 

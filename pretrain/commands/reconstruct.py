@@ -50,13 +50,19 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
         print(f"{shards}: {sum(len(batch['video']) for batch in batches)} clips, {trained.source}")
         print("  root mean squared error over hidden pixels (1 = black to white), filled in by")
         for name, text in NAMES.items():
-            print(f"    {errors[name]:.4f}  {text}")
+            compared = "" if name == "model" else _compared(errors["model"], errors[name])
+            print(f"    {errors[name]:.4f}  {text}{compared}")
         shown.append(reconstruction_pictures(trained, batches, arguments.pictures))
     out = arguments.out or arguments.run / "pictures" / "held_out"
     videos = {name: torch.cat([one[name] for one in shown]) for name in shown[0]}
     for path in save_pictures(videos, out.with_suffix(""), arguments.pictures * len(shown)):
         print(f"picture: {path}")
     return 0
+
+
+def _compared(model: float, other: float) -> str:
+    share = abs(1 - model / other)
+    return f" (the model's error is {share:.0%} {'lower' if model < other else 'higher'})"
 
 
 def make_parser() -> argparse.ArgumentParser:
