@@ -6,6 +6,7 @@ Worker w of W makes the rank's micro-batches w, w + W, ...; torch's DataLoader t
 so none can run dry before another, and a resume is nothing but another first number.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -16,6 +17,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -193,7 +195,8 @@ class TrainStream:
             DataError: a worker met an error that ends the run, or died.
         """
         if self._batches is None:
-            self._batches = iter(self._loader)
+            with _stop_signals_held():
+                self._batches = iter(self._loader)
         try:
             batch = next(self._batches)
         except RuntimeError as error:
@@ -212,6 +215,19 @@ class TrainStream:
         self._batches = None
 
 
+@contextlib.contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """Start workers with their stop signals blocked: a process inherits that, and a signal would otherwise end a worker
+    in the seconds before `prepare_worker` runs in it."""
+    resource_tracker.ensure_running()  # multiprocessing starts it on demand, and then unblocks these signals itself
+    held = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def prepare_worker(worker: int) -> None:
     """Make a data worker safe: stop signals are the rank's business, and an orphan does not live on.
 
@@ -221,7 +237,7 @@ def prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
     # Not os.getppid(): a rank that was killed while this process started has been replaced by init there.
     rank = multiprocessing.parent_process()
     assert rank is not None

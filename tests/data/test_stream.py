@@ -306,13 +306,15 @@ def test_plan_counts_steps(make_recipe: MakeRecipe, two_sources: dict[str, str])
 
 STOPPED = """
 import os, signal, sys, time, pickle, psutil
+def children():
+    return [p for p in psutil.Process().children() if "resource_tracker" not in " ".join(p.cmdline())]
 def main():
     from pretrain.data.stream import TrainStream, open_sources
     from pretrain.objectives.videomae import view_tensors
     recipe = pickle.loads(bytes.fromhex(sys.argv[1]))
     stream = TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
     next(stream)
-    workers = [p for p in psutil.Process().children() if "resource_tracker" not in " ".join(p.cmdline())]
+    workers = children()
     print(*[p.pid for p in workers], flush=True)
     sys.stdin.readline()
     for _ in range(20):
@@ -351,6 +353,20 @@ def gone(pids: list[int], within_s: float) -> bool:
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.05)
     return not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_workers_ignore_stop_signals_while_they_start(trainer: Any) -> None:
+    struck: set[int] = set()
+    while len(struck) < 2:
+        for process in psutil.Process(trainer.pid).children():
+            if process.pid not in struck and "resource_tracker" not in " ".join(process.cmdline()):
+                struck.add(process.pid)
+                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGINT)
+    assert {int(pid) for pid in trainer.stdout.readline().split()} == struck
+    trainer.stdin.write("\n")
+    trainer.stdin.flush()
+    assert trainer.stdout.readline() == "went on\n"
 
 
 def test_workers_ignore_stop_signals_but_end_with_their_rank(trainer: Any) -> None:
