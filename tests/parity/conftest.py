@@ -6,6 +6,7 @@ A test module states which kinds it covers in `KINDS`; its tests that take `case
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,22 @@ SYSTEMS = {
     "AdaptFormer": "adaptformer",
     "EViT": "evit",
 }
+
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+
+
+@pytest.fixture(autouse=True)
+def as_the_goldens_were_made() -> Iterator[None]:
+    """One thread and float32 products in full, whatever a run inside an earlier test has set for the process.
+
+    Tolerances are a few roundings wide, and sums in another order take part of them.
+    """
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
 
 
 @dataclass(frozen=True)

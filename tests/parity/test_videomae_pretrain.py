@@ -15,14 +15,6 @@ from pretrain.objectives.videomae import MEAN, STD, VideoMAEObjective, weighted_
 KINDS = ("videomae_v1_pretrain", "videomae_v2_pretrain", "videomae_v2_pretrain_cosattn")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(case) -> VideoMAE:
     """The model that meta.json describes, with the case's weights."""
     config = case.meta["config"]
