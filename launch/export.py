@@ -1,4 +1,4 @@
-"""Weights for use elsewhere: python launch/export.py RUN DEST [--format ...]"""
+"""Weights for use elsewhere: python launch/export.py RUN DEST [--format ...] [--merge]"""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,6 @@ if not __package__:  # run as a file
     sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != root / "launch")]
 
 if __name__ == "__main__":
-    from pretrain.commands.export import main
+    from finetune.commands.export import main
 
     sys.exit(main())

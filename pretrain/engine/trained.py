@@ -34,18 +34,28 @@ def load_trained(path: Path) -> Trained:
         CheckpointError: nothing of that kind is there, or it does not verify.
         WeightsError: the weights don't fit the recipe.
     """
+    source = find_trained(path)
+    recipe = load_recipe(str(source / "recipe.yaml"))
+    objective: Objective = load_component("objectives", recipe.objective.name).build(recipe)
+    if is_checkpoint(source):
+        load_checkpoint(objective, source)
+    else:
+        load_weights(objective.model, str(source))  # type: ignore[arg-type]
+    return Trained(recipe, objective.eval(), source)
+
+
+def find_trained(path: Path) -> Path:
+    """The folder with weights and recipe.yaml that `path` means: of a run, its newest checkpoint that verifies.
+
+    Raises:
+        CheckpointError: nothing of that kind is there.
+    """
     source = _source(path)
     if not (source / "recipe.yaml").is_file():
         raise CheckpointError(
             f"{path}: neither a run (with checkpoints/), nor a checkpoint, nor an export with its recipe.yaml"
         )
-    recipe = load_recipe(str(source / "recipe.yaml"))
-    objective: Objective = load_component("objectives", recipe.objective.name).build(recipe)
-    if is_checkpoint(source):
-        _load_checkpoint(objective, source)
-    else:
-        load_weights(objective.model, str(source))  # type: ignore[arg-type]
-    return Trained(recipe, objective.eval(), source)
+    return source
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -66,7 +76,13 @@ def _source(path: Path) -> Path:
     return newest_checkpoint(checkpoints) if checkpoints.is_dir() else path
 
 
-def _load_checkpoint(objective: Objective, source: Path) -> None:
+def load_checkpoint(objective: Objective, source: Path) -> None:
+    """Put the weights of a checkpoint on the objective that its recipe builds.
+
+    Raises:
+        CheckpointError: it does not verify.
+        WeightsError: the weights don't fit the recipe.
+    """
     state = consolidated_state(source)
     outcome = objective.load_state_dict(state, strict=False)
     if outcome.missing_keys or outcome.unexpected_keys:

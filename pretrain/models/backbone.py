@@ -114,7 +114,7 @@ class Prompts(nn.Module):
     def forward(self, x: Tensor, index: int) -> Tensor:
         """The prompts of block `index` in front of tokens [B, N, C], before a class token too."""
         prompts = self.get_parameter(str(index))
-        return torch.cat((prompts.expand(len(x), -1, -1).to(x.dtype), x), dim=1)
+        return torch.cat((prompts.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
 
 
 def build_head(kind: str, dim: int, classes: int, scale: float) -> nn.Module:

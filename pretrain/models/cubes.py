@@ -74,11 +74,11 @@ def join_cubes(cubes: Tensor, grid: Grid, tubelet: int, patch: int) -> Tensor:
 
 def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B, n] of `tokens` [B, N, D], in that order: [B, n, D]."""
-    first = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
+    first = torch.arange(tokens.shape[0], device=tokens.device)[:, None] * tokens.shape[1]
     return tokens.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
 
 
 def complement(index: Tensor, tokens: int) -> Tensor:
     """Ascending tokens [B, N-n] that `index` [B, n] does not hold; n must be the number of distinct ones."""
-    taken = torch.zeros(len(index), tokens, dtype=torch.int8, device=index.device).scatter(1, index, 1)
+    taken = torch.zeros(index.shape[0], tokens, dtype=torch.int8, device=index.device).scatter(1, index, 1)
     return taken.argsort(dim=1, stable=True)[:, : tokens - index.shape[1]]

@@ -66,10 +66,14 @@ def export_safetensors(model: nn.Module, recipe: Any, dest: str) -> None:
         recipe: the recipe object that built it, or a mapping.
         dest: folder, any fsspec URL.
     """
-    text = OmegaConf.to_yaml(OmegaConf.create(dict(recipe)) if isinstance(recipe, Mapping) else recipe)
-    storage.write_bytes(storage.join(dest, "recipe.yaml"), text.encode())
+    storage.write_bytes(storage.join(dest, "recipe.yaml"), recipe_text(recipe).encode())
     content = safetensors.torch.save(plain_state(model), {"format": "pt"})
     storage.write_bytes(storage.join(dest, "model.safetensors"), content)
+
+
+def recipe_text(recipe: Any) -> str:
+    """A recipe object or mapping as YAML that can be loaded again."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(recipe)) if isinstance(recipe, Mapping) else recipe)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

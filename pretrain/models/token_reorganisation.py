@@ -197,7 +197,7 @@ class TokenReorganisation:
 
     def _start(self, x: Tensor, class_tokens: int) -> Tokens:
         tokens = x.shape[1] - class_tokens
-        origin = torch.arange(tokens, device=x.device).expand(len(x), -1)
+        origin = torch.arange(tokens, device=x.device).expand(x.shape[0], -1)
         return Tokens(x, torch.ones(origin.shape, device=x.device), origin)
 
     def _kept(

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune.commands import export
 from pretrain.checkpoint.consolidate import consolidated_state
-from pretrain.commands import export, reconstruct
+from pretrain.commands import reconstruct
 from pretrain.engine.trained import load_trained
 from pretrain.errors import CheckpointError
 
@@ -83,8 +84,18 @@ def test_exports_hold_the_weights_of_the_run(run, tmp_path, layout, capsys):
 
 def test_an_export_opens_like_its_run(run, tmp_path):
     assert export.main([str(run), str(tmp_path / "weights")]) == 0
+    card = (tmp_path / "weights" / "README.md").read_text()
+    assert "| train/loss | " in card and "| step_00000006 |" in card and "mask_ratio: " in card
     again = load_trained(tmp_path / "weights")
     assert torch.equal(again.objective.model.mask_token, load_trained(run).objective.model.mask_token)
+
+
+@pytest.mark.parametrize("words", [["--format", "onnx"], ["--format", "adapter"], ["--merge"]])
+def test_what_needs_a_classifier_is_refused(run, tmp_path, capsys, words):
+    dest = tmp_path / {"onnx": "x.onnx", "adapter": "x.safetensors"}.get(words[-1], "x")
+    assert export.main([str(run), str(dest), *words]) == 1
+    assert "is for fine-tuned ones" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_reconstruct_prints_numbers_and_draws(run, tmp_path):

@@ -54,7 +54,7 @@ def parse(script: str, arguments: list[str]) -> None:
     if script == "pack":
         from pretrain.data.pack.arguments import make_parser
     elif script == "export":
-        from pretrain.commands.export import make_parser
+        from finetune.commands.export import make_parser
     else:
         from pretrain.commands.reconstruct import make_parser
     make_parser().parse_args(arguments)

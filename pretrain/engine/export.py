@@ -1,0 +1,38 @@
+"""Writes the weights of a pre-training run, in each format that it has."""
+
+from typing import Any
+
+from pretrain.engine.model_card import write_card
+from pretrain.engine.trained import Trained
+from pretrain.models.export import export_huggingface, export_official, export_safetensors
+
+FORMATS = ("safetensors", "official", "huggingface")
+
+USAGE = """\
+Fine-tune: `python launch/finetune.py --recipe RECIPE run.init_weights=FOLDER`; look at reconstructions:
+`python launch/reconstruct.py FOLDER SHARDS`."""
+USAGE_HUGGINGFACE = "`transformers.VideoMAEForPreTraining.from_pretrained(FOLDER)`"
+
+
+def write_pretrained(trained: Trained, dest: str, layout: str) -> None:
+    """Write the model of a pre-training run.
+
+    Args:
+        trained: the run.
+        dest: folder, or a .pth file for the official layout; any fsspec URL.
+        layout: one of FORMATS.
+
+    Raises:
+        WeightsError: the layout can't express this model.
+    """
+    model: Any = trained.objective.model
+    if layout == "official":
+        export_official(model, dest)
+        return
+    if layout == "huggingface":
+        export_huggingface(model, dest, trained.recipe.objective.normalize_targets)
+    else:
+        export_safetensors(model, trained.recipe, dest)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    usage, library = (USAGE_HUGGINGFACE, "transformers") if layout == "huggingface" else (USAGE, "tubelet")
+    write_card(dest, trained.recipe, trained.source, parameters, usage, library, "feature-extraction")

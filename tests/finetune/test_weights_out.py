@@ -1,0 +1,253 @@
+"""From a fine-tuning run to weights for use elsewhere, and back: launch/export.py and launch/predict.py."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from finetune.adapters.files import load_adapter
+from finetune.classification.predictions import read_predictions
+from finetune.commands import export, predict
+from finetune.graphs import FACTS, OPSET
+from finetune.prediction import predict_video
+from finetune.trained import FineTuned, load_fine_tuned
+from pretrain.checkpoint.consolidate import consolidated_state
+from pretrain.models.classifier import VideoClassifier
+from pretrain.models.classifier_weights import load_pretrained
+from pretrain.runtime.vision_ops import ensure_torchvision
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = ["down", "left", "right"]
+
+
+@pytest.fixture(scope="module")
+def run(toy: Any) -> Path:
+    """One epoch with averaged weights, tested with 2 clips x 3 crops."""
+    toy.run("out", "ema.decay=0.9", "schedule.epochs=1", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
+    return Path(toy.folder / "out")
+
+
+@pytest.fixture(scope="module")
+def lora(toy: Any, run: Path) -> Path:
+    """Low-rank updates on top of its export, whose weights are the averages."""
+    weights = toy.folder / "out_weights"
+    assert export.main([str(run), str(weights)]) == 0
+    words = [f"run.init_weights={weights}", "tune.method=lora", "schedule.max_steps=2", "evaluate.every_epochs=9"]
+    toy.run("out_lora", *words)
+    return Path(toy.folder / "out_lora")
+
+
+@pytest.fixture(scope="module")
+def clip(toy: Any) -> Path:
+    """A validation video as a file of its own."""
+    with tarfile.open(toy.folder / "val" / "s-000000.tar") as shard:
+        content = shard.extractfile("0001.mp4")
+        assert content is not None
+        path = Path(toy.folder / "clip.mp4")
+        path.write_bytes(content.read())
+    return path
+
+
+def videos(count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(256, (count, 4, 32, 32, 3), dtype=torch.uint8, generator=generator)
+
+
+def logits(tuned: FineTuned, count: int = 2) -> torch.Tensor:
+    result: torch.Tensor = tuned.objective.predict(videos(count))
+    return result
+
+
+def plain(tuned: FineTuned, path: Path) -> FineTuned:
+    """An untrained model of the same sizes with the weights of a file."""
+    model = VideoClassifier(tuned.recipe.model, 4, 32, 32).eval()
+    report = load_pretrained(model, str(path))
+    assert not report.missing and not report.unexpected
+    tuned.objective.model = model
+    return tuned
+
+
+def test_averages_are_what_counts(run: Path) -> None:
+    tuned, state = load_fine_tuned(run), consolidated_state(run / "checkpoints" / "step_00000003")
+    weight = dict(tuned.model.named_parameters())["head.weight"]
+    assert torch.equal(weight, state["average.head|weight"]) and not torch.equal(weight, state["model.head.weight"])
+    assert tuned.names == CLASSES
+
+
+def test_safetensors_and_card(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export.main([str(run), str(tmp_path / "out")]) == 0
+    assert "step_00000003" in capsys.readouterr().out
+    again = load_fine_tuned(tmp_path / "out")
+    assert torch.equal(logits(again), logits(load_fine_tuned(run)))
+    assert (tmp_path / "out" / "classes.txt").read_text().split() == CLASSES == again.names
+    card = (tmp_path / "out" / "README.md").read_text()
+    scores = json.loads((run / "predictions" / "step_00000003" / "scores.json").read_text())
+    assert f"| test/top1 | {scores['top1']:.4g} | 3 |" in card and "| eval/top1 |" in card and "smoothing: 0.1" in card
+    assert card.startswith("---\nlibrary_name: tubelet\npipeline_tag: video-classification")
+
+
+def test_card_of_an_older_checkpoint_has_its_metrics(run: Path, toy: Any, tmp_path: Path) -> None:
+    assert export.main([str(run / "checkpoints" / "step_00000002"), str(tmp_path)]) == 0
+    loss = {record["step"]: record["train/loss"] for record in toy.records("out") if "train/loss" in record}
+    card = (tmp_path / "README.md").read_text()
+    assert f"| train/loss | {loss[2]:.4g} | 2 |" in card and "test/" not in card
+
+
+def test_huggingface(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5")
+    ensure_torchvision()
+    from transformers import VideoMAEForVideoClassification
+
+    assert export.main([str(run), str(tmp_path), "--format", "huggingface"]) == 0
+    tuned = load_fine_tuned(run)
+    other = VideoMAEForVideoClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        pixels = tuned.objective.normalization(videos().float() / 255).permute(0, 1, 4, 2, 3)
+        assert_close(other(pixels).logits, logits(tuned), rtol=1e-4, atol=1e-4)
+    assert [other.config.id2label[number] for number in range(3)] == CLASSES
+    assert torch.equal(logits(load_fine_tuned(tmp_path)), logits(tuned)), "predict.py opens it too"
+    assert "library_name: transformers" in (tmp_path / "README.md").read_text()
+
+
+def test_official(run: Path, tmp_path: Path) -> None:
+    assert export.main([str(run), str(tmp_path / "out.pth"), "--format", "official"]) == 0
+    tuned = load_fine_tuned(run)
+    expected = logits(tuned)
+    assert torch.equal(logits(plain(tuned, tmp_path / "out.pth")), expected)
+
+
+def test_onnx(run: Path, tmp_path: Path) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    path = tmp_path / "out.onnx"
+    assert export.main([str(run), str(path), "--format", "onnx"]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["out.onnx"]
+    content = onnx.load(path)
+    assert [one.version for one in content.opset_import if not one.domain] == [OPSET]
+    assert json.loads({one.key: one.value for one in content.metadata_props}["classes"]) == CLASSES
+    session, tuned = onnxruntime.InferenceSession(path), load_fine_tuned(run)
+    for count in (1, 5):
+        (found,) = session.run(["logits"], {"video": videos(count).numpy()})
+        assert_close(torch.from_numpy(found), logits(tuned, count), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_names_its_extra(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert export.main([str(run), str(tmp_path / "out.onnx"), "--format", "onnx"]) == 1
+    assert "pip install 'tubelet[onnx]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_export(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.pt2"
+    assert export.main([str(run), str(path), "--format", "torch_export"]) == 0
+    facts = {FACTS: ""}
+    module, tuned = torch.export.load(str(path), extra_files=facts).module(), load_fine_tuned(run)
+    for count in (1, 5):
+        assert_close(module(videos(count)), logits(tuned, count), rtol=1e-5, atol=1e-6)
+    assert json.loads(facts[FACTS])["classes"] == CLASSES and json.loads(facts[FACTS])["stride"] == 2
+
+
+def test_files_have_their_suffix(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export.main([str(run), str(tmp_path / "out"), "--format", "onnx"]) == 1
+    assert "give one ending in .onnx" in capsys.readouterr().err
+
+
+def test_merged_updates(lora: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dest = str(tmp_path / "out.pth")
+    assert export.main([str(lora), dest, "--format", "official"]) == 1
+    assert "add --merge" in capsys.readouterr().err
+    assert export.main([str(lora), dest, "--format", "official", "--merge"]) == 0
+    assert export.main([str(lora), str(tmp_path / "out"), "--merge"]) == 0
+    tuned = load_fine_tuned(lora)
+    expected = logits(tuned)
+    folder = load_fine_tuned(tmp_path / "out")
+    assert folder.recipe.tune.method == "full"
+    assert_close(logits(folder), expected, rtol=1e-5, atol=1e-6)
+    assert_close(logits(plain(tuned, tmp_path / "out.pth")), expected, rtol=1e-5, atol=1e-6)
+    assert export.main([str(run), str(tmp_path / "again"), "--merge"]) == 1, "nothing to merge"
+
+
+def test_unmerged_updates_open_too(lora: Path, tmp_path: Path) -> None:
+    assert export.main([str(lora), str(tmp_path)]) == 0
+    assert torch.equal(logits(load_fine_tuned(tmp_path)), logits(load_fine_tuned(lora)))
+
+
+def test_adapter_fits_its_backbone(lora: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.safetensors"
+    assert export.main([str(lora), str(path), "--format", "adapter"]) == 0
+    assert path.stat().st_size < (run.parent / "out_weights" / "model.safetensors").stat().st_size / 8
+    backbone = load_fine_tuned(run)
+    assert not torch.equal(logits(backbone), logits(load_fine_tuned(lora)))
+    assert load_adapter(backbone.model, str(path)).method == "lora"
+    assert_close(logits(backbone), logits(load_fine_tuned(lora)), rtol=1e-5, atol=1e-6)
+    assert export.main([str(run), str(tmp_path / "full.safetensors"), "--format", "adapter"]) == 1
+    assert "there is no adapter" in capsys.readouterr().err
+
+
+def test_predict_as_a_user(run: Path, clip: Path, tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "launch" / "predict.py"), str(clip), "--weights", str(run)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    rows = [line.split() for line in done.stdout.splitlines() if " % " in line]
+    shares = [float(row[0]) for row in rows]
+    assert sorted(row[2] for row in rows) == CLASSES and shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+    assert "picture: clip_prediction.png" in done.stdout
+    picture = np.asarray(Image.open(tmp_path / "clip_prediction.png"))
+    assert picture.shape[1] == 4 * 34 + 2 and picture.shape[0] == 32 + 14, "one row of 4 frames"
+
+
+def test_prediction_is_that_of_the_test(run: Path, clip: Path, tmp_path: Path) -> None:
+    """The same views of the same video, whether it comes from shards or from a file; and so from an export."""
+    stored = read_predictions(run / "predictions" / "step_00000003")
+    expected = stored.merged[stored.keys.index("toy/s-000000/0001")]
+    assert export.main([str(run), str(tmp_path)]) == 0
+    for weights in (run, tmp_path):
+        found = predict_video(load_fine_tuned(weights), str(clip), clips=2, crops=3)
+        assert found.views.shape == (6, 4, 32, 32, 3)
+        assert np.allclose(found.values, expected, atol=1e-5)
+
+
+def test_predict_takes_names_and_draws_every_view(run: Path, clip: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "names.txt").write_text("falls\nwest\neast\n")
+    out = tmp_path / "below" / "seen.png"
+    words = ["--labels", str(tmp_path / "names.txt"), "--top", "2", "--clips", "2", "--out", str(out)]
+    assert predict.main([str(clip), "--weights", str(run), *words]) == 0
+    printed = capsys.readouterr().out
+    assert sum(name in printed for name in ("falls", "west", "east")) == 2 and "down" not in printed
+    assert Image.open(out).size[1] == 2 * (32 + 14)
+
+
+@pytest.mark.parametrize(
+    ("video", "words", "text"),
+    [
+        ("nowhere.mp4", [], "nowhere.mp4"),
+        ("text.mp4", [], "can't be read as a video"),
+        ("clip", ["--labels", "two.txt"], "2 names, but the model has 3 classes"),
+        ("clip", ["--weights", "."], "neither a run"),
+        ("clip", ["--decoder", "eyes"], "allowed are decord"),
+        ("clip", ["--out", "text.mp4/x.png"], "the picture can't be written"),
+    ],
+)
+def test_errors_are_one_line(
+    run: Path, clip: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, video: str, words: list[str], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.mp4").write_text("no video")
+    Path("two.txt").write_text("one\ntwo\n")
+    assert predict.main([str(clip) if video == "clip" else video, "--weights", str(run), *words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("predict: ") and text in error and "Traceback" not in error
+
+
+def test_pretrained_weights_have_no_classes(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: {name: videomae}\nobjective: {name: videomae}\n")
+    assert predict.main([str(clip), "--weights", str(tmp_path)]) == 1
+    assert "which have no classifier; fine-tune them" in capsys.readouterr().err
