@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("demo_loss.txt")
@@ -23,6 +24,9 @@ def actions(tmp_path_factory):
     return folder
 
 
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.13."), reason="first weights are drawn otherwise by other releases of torch"
+)
 def test_first_steps_of_the_demo(actions, tmp_path):
     """Decoding, order, crops, masks, first weights, model, loss, optimiser and schedule, all in twenty numbers.
 
