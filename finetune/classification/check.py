@@ -39,6 +39,8 @@ def check_classification(recipe: TuneRecipe) -> list[str]:
         problems.append("evaluate.crops: test crops are square; with data.height != data.width set evaluate.crops=1")
     if recipe.evaluate.test == "best" and not any(source.val for source in data.sources.values()):
         problems.append("evaluate.test: best needs a validation; give data.sources.<name>.val, or evaluate.test=last")
+    if recipe.health.shards is not None:
+        problems.append("health.shards: for pre-training only; here data.sources.<name>.val is evaluated")
     return problems
 
 

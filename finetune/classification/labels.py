@@ -81,12 +81,6 @@ class LabelMap:
         return values
 
 
-def label_of(members: dict[str, Any]) -> Any:
-    """The label in a parsed sample's json; None without."""
-    facts = members.get("json")
-    return json.loads(facts).get("label") if facts is not None else None
-
-
 def read_names(path: str) -> tuple[str, ...]:
     """Class names of a file: one a line, or a JSON list or {name: class}.
 

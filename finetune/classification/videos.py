@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from finetune.classification.labels import label_of
 from finetune.classification.views import EvaluationViews, SourceRules
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
 from pretrain.data.index import ShardIndex
-from pretrain.data.samples import parse_sample, video_bytes
+from pretrain.data.samples import label_of, parse_sample, video_bytes
 from pretrain.data.stream import prepare_worker
 from pretrain.errors import SampleError
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from finetune.classification.augment import augment
-from finetune.classification.labels import LabelMap, label_of
+from finetune.classification.labels import LabelMap
 from finetune.recipe import TuneRecipe
 from pretrain.data import sampling, transforms
 from pretrain.data.decoders import VideoReader, open_video
 from pretrain.data.randomness import generator
-from pretrain.data.samples import Place, SampleViews, SourceInfo, video_bytes
+from pretrain.data.samples import Place, SampleViews, SourceInfo, label_of, video_bytes
 from pretrain.data.transforms import Clip
 
 

@@ -76,12 +76,17 @@ def evaluation(recipe: TuneRecipe, ranks: Ranks) -> Validation | None:
 
 def build(recipe: TuneRecipe) -> "ClassificationObjective":
     """The model of the recipe with the parts that are trained, and its loss."""
+    return ClassificationObjective(build_model(recipe), recipe)
+
+
+def build_model(recipe: TuneRecipe) -> Any:
+    """The model of the recipe with the parts that are trained."""
     data = recipe.data
     model = _model_file(recipe).build(
         recipe.model, data.frames, data.height, data.width, recipe.compute.activation_checkpointing
     )
     apply_tuning(model, recipe.tune)
-    return ClassificationObjective(model, recipe)
+    return model
 
 
 def cost(recipe: TuneRecipe) -> dict[str, float]:

@@ -109,7 +109,7 @@ def _evaluate(
 def _score(train: Any, held_out: Any, arguments: argparse.Namespace, seed: int, device: Any) -> dict[str, Any]:
     from finetune.probe.few_shot import few_shot
     from finetune.probe.heads import train_heads
-    from finetune.probe.knn import accuracy, knn_scores
+    from pretrain.engine.neighbours import accuracy, knn_scores
 
     result: dict[str, Any] = {"videos": len(held_out.keys), "chance": 100 / len(train.names)}
     if arguments.method == "knn":

@@ -5,8 +5,8 @@ import numpy.typing as npt
 import torch
 
 from finetune.probe.features import Features
-from finetune.probe.knn import accuracy, knn_scores
 from pretrain.data.randomness import generator
+from pretrain.engine.neighbours import accuracy, knn_scores
 
 
 def draw_shots(targets: npt.NDArray[np.int64], shots: int, seed: int, draw: int) -> npt.NDArray[np.int64]:

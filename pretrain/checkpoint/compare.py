@@ -26,6 +26,7 @@ HARMLESS = (
     "data.workers",
     "evaluate",
     "guard",
+    "health",
     "log",
     "run.dir",
     "run.init_weights",

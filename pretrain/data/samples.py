@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,6 +99,12 @@ def video_bytes(members: dict[str, Any]) -> bytes:
             return bytes(data)
     endings = [ending for ending in members if not ending.startswith("__")]
     raise SampleError("index", f"no video member (.mp4 or another of {sorted(VIDEO_ENDINGS)}) among {endings}")
+
+
+def label_of(members: dict[str, Any]) -> Any:
+    """The label in a parsed sample's json; None without."""
+    facts = members.get("json")
+    return json.loads(facts).get("label") if facts is not None else None
 
 
 class SampleMaker:

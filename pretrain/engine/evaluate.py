@@ -59,6 +59,12 @@ def open_evaluation(recipe: Recipe, ranks: Ranks) -> Evaluation | None:
     return evaluation
 
 
-def every_steps(evaluation: Evaluation, schedule: Schedule) -> int:
-    """Steps between two evaluations."""
+class Periodic(Protocol):
+    """What is done every so many epochs."""
+
+    every_epochs: float
+
+
+def every_steps(evaluation: Periodic, schedule: Schedule) -> int:
+    """Steps between two evaluations, or measures of health."""
     return max(1, round(evaluation.every_epochs * schedule.steps_per_epoch))

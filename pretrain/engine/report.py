@@ -99,15 +99,22 @@ class Reporter:
 
     def evaluation(self, steps_done: int, metrics: dict[str, float], seconds: float) -> None:
         """Report an evaluation after `steps_done` steps."""
+        self._measured("evaluation", "eval", steps_done, metrics, seconds)
+        self._evaluated = metrics
+
+    def health(self, steps_done: int, metrics: dict[str, float], seconds: float) -> None:
+        """Report the health signal after `steps_done` steps."""
+        self._measured("health", "health", steps_done, metrics, seconds)
+
+    def _measured(self, title: str, prefix: str, steps_done: int, metrics: dict[str, float], seconds: float) -> None:
         if not self._writes:
             return
         record: Record = {"step": steps_done, "epoch": self._schedule.epoch(steps_done)}
-        record |= {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds}
+        record |= {f"{prefix}/{name}": value for name, value in metrics.items()} | {f"{prefix}/seconds": seconds}
         self._lines.write(record)
         self._wandb.log(record, steps_done)
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        logger.info("evaluation after step %d, epoch %.2f: %s", steps_done, record["epoch"], values)
-        self._evaluated = metrics
+        logger.info("%s after step %d, epoch %.2f: %s", title, steps_done, record["epoch"], values)
 
     def pictures(self, steps_done: int, videos: dict[str, torch.Tensor], clips: int) -> None:
         """Write and send reconstruction pictures."""

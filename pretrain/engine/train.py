@@ -23,6 +23,7 @@ from pretrain.engine.evaluate import Best, Evaluation, open_evaluation
 from pretrain.engine.evaluate import every_steps as evaluate_every_steps
 from pretrain.engine.folder import RunFolder, describe_start, open_folder
 from pretrain.engine.guard import NonFiniteGuard
+from pretrain.engine.health import HealthSignal, open_health
 from pretrain.engine.report import Reporter
 from pretrain.engine.schedule import Schedule, build_schedule, every_steps, pictures_every_steps
 from pretrain.engine.step import StepInputs, to_device, train_step
@@ -83,6 +84,7 @@ class Run:
     reporter: Reporter
     stop: StopWatch
     evaluation: Evaluation | None
+    health: HealthSignal | None
     best: Best
 
 
@@ -189,6 +191,7 @@ def _build(
         reporter=Reporter(recipe, folder, schedule, ranks, first_step),
         stop=stop,
         evaluation=open_evaluation(recipe, ranks),
+        health=open_health(recipe, ranks, built.engine.module),
         best=Best(**found.state["best"]) if found else Best(),
     )
 
@@ -220,6 +223,7 @@ def _loop(run: Run, steps_done: int) -> int:
     pictures_every = pictures_every_steps(run.recipe, run.schedule)
     shown = _shown_clips(run) if pictures_every else {}
     evaluate_every = evaluate_every_steps(run.evaluation, run.schedule) if run.evaluation else 0
+    health_every = evaluate_every_steps(run.health, run.schedule) if run.health else 0
     while steps_done < run.schedule.last:
         lr = run.schedule.lr(steps_done)
         run.built.engine.module.before_step(steps_done, run.schedule.steps_per_epoch)
@@ -232,6 +236,8 @@ def _loop(run: Run, steps_done: int) -> int:
         last = steps_done == run.schedule.last
         if pictures_every and (steps_done % pictures_every == 0 or last):
             _make_pictures(run, steps_done, shown)
+        if health_every and (steps_done % health_every == 0 or last):
+            _check_health(run, steps_done)
         is_best = bool(evaluate_every) and (steps_done % evaluate_every == 0 or last) and _evaluate(run, steps_done)
         if steps_done % save_every == 0 or is_best or last or result.stop:
             _save(run, steps_done)
@@ -252,6 +258,16 @@ def _evaluate(run: Run, steps_done: int) -> bool:
         run.best.write(run.folder.root / "best.json")
     run.reporter.evaluation(steps_done, metrics, time.monotonic() - started)
     return is_best
+
+
+def _check_health(run: Run, steps_done: int) -> None:
+    """Report how well the features tell labelled videos apart; nothing of the training depends on it."""
+    assert run.health is not None
+    started, module = time.monotonic(), run.built.engine.module
+    module.eval()
+    metrics = run.health(module)
+    module.train()
+    run.reporter.health(steps_done, metrics, time.monotonic() - started)
 
 
 def _finish(run: Run, steps_done: int, exit_code: int, reason: str) -> int:

@@ -67,6 +67,13 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         """Called after every step whose update was applied."""
 
+    def features(self, video: Tensor) -> Tensor:
+        """One feature a clip, float32 [B, C], of clips uint8 [B, T, H, W, 3]; what the recipe's health block judges.
+
+        A method that overrides it computes it without drawing random numbers.
+        """
+        raise NotImplementedError
+
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Videos to look at, uint8 [B, T, H, W, 3] by name in display order (original, masked, reconstructed)."""
         raise NotImplementedError

@@ -223,6 +223,15 @@ class VideoMAEObjective(Objective):
         }
         return {name: self._to_video(value) for name, value in filled.items()}
 
+    @torch.no_grad()
+    def features(self, video: Tensor) -> Tensor:
+        """Mean over all tokens of the encoder's output, none hidden: float32 [B, C] of clips uint8 [B, T, H, W, 3]."""
+        cubes = self._cubes({"video": video})
+        every = torch.arange(cubes.shape[1], device=cubes.device).expand(len(cubes), -1)
+        seen = self.normalization(unit_pixels(cubes)).to(self.model.mask_token.dtype)
+        encoded: Tensor = self.model.encoder(seen, every)
+        return encoded.float().mean(1)
+
     def _cubes(self, batch: Batch) -> Tensor:
         return cut_cubes(batch["video"], self.model.shape.tubelet, self.model.shape.patch_size)
 

@@ -42,6 +42,8 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append("checkpoint.every_epochs has no effect: checkpoint.every_steps is set")
     if recipe.log.pictures_every_steps == 0 and recipe.log.pictures != 4:
         warnings.append("log.pictures has no effect: log.pictures_every_steps is 0")
+    if recipe.health.shards is None and recipe.health != type(recipe.health)():
+        warnings.append("health has no effect: health.shards is null")
     if recipe.batch.samples > 1 and data.workers == 0 and recipe.batch.micro > 8:
         warnings.append("data.workers=0 decodes in the training process: the accelerator waits for every batch")
     ranks = _launched_ranks() or recipe.batch.ranks
@@ -69,6 +71,7 @@ def _check_ranges(recipe: Recipe) -> list[str]:
         "checkpoint": ("every_steps", "every_epochs", "keep_last", "keep_every_epochs"),
         "zero": ("bucket_mb",),
         "log": ("every_steps", "pictures", "peak_tflops"),
+        "health": ("every_epochs", "neighbours"),
         "run": ("time_limit_minutes",),
     }  # fmt: skip
     not_negative = {

@@ -190,6 +190,18 @@ class Log:
 
 
 @dataclass
+class Health:
+    """Nearest neighbours among labelled videos while pre-training: do features get better, or collapse?"""
+
+    shards: str | None = None
+    """folder of a small labelled set (label in each sample's json); null: no such measure"""
+    every_epochs: float = 10
+    """epochs between two measures; fractions are allowed"""
+    neighbours: int = 20
+    """nearest other videos that vote on each video's class"""
+
+
+@dataclass
 class Run:
     """The run itself."""
 
@@ -227,4 +239,5 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guard: Guard = field(default_factory=Guard)
     log: Log = field(default_factory=Log)
+    health: Health = field(default_factory=Health)
     run: Run = field(default_factory=Run)

@@ -11,8 +11,8 @@ from finetune.probe.cli import main
 from finetune.probe.features import Features
 from finetune.probe.few_shot import draw_shots, few_shot
 from finetune.probe.heads import statistics, train_heads
-from finetune.probe.knn import accuracy, knn_scores
 from finetune.probe.windows import window_starts
+from pretrain.engine.neighbours import accuracy, knn_scores, leave_one_out_scores
 
 
 def clouds(videos: int, seed: int, spread: float, tokens: int = 0) -> Features:
@@ -39,6 +39,17 @@ def test_neighbours() -> None:
     train_features, held_out = clouds(90, 0, 0.2), clouds(60, 1, 0.2)
     scores = knn_scores(train_features.values, train_features.targets, held_out.values, 3)
     assert accuracy(scores, held_out.targets) > 95
+
+
+def test_leaving_one_out_is_knn_among_the_others() -> None:
+    features = clouds(2100, 2, 0.9)  # more than are compared at once
+    votes = leave_one_out_scores(features.values, features.targets, 3, neighbours=5)
+    for row in (0, 1023, 1024, 2099):
+        others = torch.arange(2100) != row
+        expected = knn_scores(features.values[others], features.targets[others], features.values[row : row + 1], 3, 5)
+        torch.testing.assert_close(votes[row : row + 1], expected)
+    two = leave_one_out_scores(torch.eye(2), torch.tensor([0, 1]), 2)
+    assert accuracy(two, torch.tensor([0, 1])) == 0, "the only neighbour is of the other class"
 
 
 def test_linear_grid_learns_and_repeats() -> None:

@@ -36,6 +36,9 @@ PUBLISHED = {
     "vit_g_k600": (None, 3.75e-6, 3, 0.9, 0.25, 0, 15, 96),
     "vit_g_ssv2": (None, 1.125e-4, 20, 0.9, 0.25, 0, 6, 96),
     "vit_g_ucf101": (None, 9.375e-5, 50, 0.9, 0.35, 0.5, 15, 24),
+    # Published of these: sizes, data, views; the rest is vit_b_k710's with 100 epochs.
+    "vit_s_distill_k710": (22_153_286, 1.4e-3, 100, 0.75, 0.1, 0, 15, 512),
+    "vit_b_distill_k710": (86_773_190, 1.4e-3, 100, 0.75, 0.1, 0, 15, 512),
     "vit_g_hmdb51": (None, 4.6875e-5, 15, 0.9, 0.35, 0.5, 15, 24),
 }
 FROM_SCRATCH = "run.init_weights is null"
@@ -94,6 +97,7 @@ def test_mismatch_is_warned_of(words: list[str], expected: str) -> None:
         (["objective.name=clasification"], "finetune/objectives/"),
         (["augment.area=[0.9, 0.1]"], "augment.area"),
         (["tune.lora.rank=0"], "tune.lora.rank"),
+        (["health.shards=somewhere"], "for pre-training only"),
     ],
 )
 def test_what_can_not_work_is_refused(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,12 +22,24 @@ def knn_scores(train: Tensor, targets: Tensor, queries: Tensor, classes: int, ne
         neighbours: how many vote; all where there are fewer.
     """
     train, queries = F.normalize(train.float(), dim=1), F.normalize(queries.float(), dim=1)
-    votes = []
-    for chunk in queries.split(CHUNK):
-        similarity, index = (chunk @ train.t()).topk(min(neighbours, len(train)), dim=1)
-        weight = (similarity / TEMPERATURE).exp()
-        votes.append(torch.zeros(len(chunk), classes).scatter_add_(1, targets[index], weight))
+    votes = [_votes(chunk @ train.t(), targets, classes, min(neighbours, len(train))) for chunk in queries.split(CHUNK)]
     return torch.cat(votes)
+
+
+def leave_one_out_scores(features: Tensor, targets: Tensor, classes: int, neighbours: int = NEIGHBOURS) -> Tensor:
+    """As `knn_scores` of every feature [m, C] among all the others: nobody votes for itself."""
+    unit, votes = F.normalize(features.float(), dim=1), []
+    for start in range(0, len(unit), CHUNK):
+        similarity = unit[start : start + CHUNK] @ unit.t()
+        similarity.diagonal(start).fill_(float("-inf"))
+        votes.append(_votes(similarity, targets, classes, min(neighbours, len(unit) - 1)))
+    return torch.cat(votes)
+
+
+def _votes(similarity: Tensor, targets: Tensor, classes: int, neighbours: int) -> Tensor:
+    nearest, index = similarity.topk(neighbours, dim=1)
+    weight = (nearest / TEMPERATURE).exp()
+    return torch.zeros(len(similarity), classes).scatter_add_(1, targets[index], weight)
 
 
 def accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:

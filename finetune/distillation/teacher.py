@@ -1,0 +1,122 @@
+"""The teacher: a fine-tuned classifier, frozen, in evaluation mode, outside of everything that is trained or saved."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from omegaconf import MISSING
+from torch import Tensor
+
+from finetune.distillation.cache import LogitCache, views_digest, weights_digest
+from finetune.recipe import TuneRecipe
+from pretrain.checkpoint.compare import flat, is_harmless
+from pretrain.data.index import load_index
+from pretrain.engine.ds_config import DTYPES
+from pretrain.engine.trained import read_weights
+from pretrain.errors import WeightsError
+from pretrain.models import classifier
+from pretrain.models.classifier_weights import load_pretrained
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Teacher:
+    """Whose answers are learnt."""
+
+    weights: str = MISSING
+    """fine-tuned classifier with the student's classes: a run, a checkpoint, or a file in any layout, any URL"""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """format of its weights and activations"""
+    model: classifier.Config = field(default_factory=classifier.Config)
+    """its architecture"""
+
+
+class FrozenTeacher:
+    """Logits of a micro-batch, from the network or from the cache.
+
+    No module of the student's: so DeepSpeed neither shards nor saves it, and no optimiser knows it. It is loaded when
+    it is first asked, so tests, exports and dry runs of a distilled model don't need it.
+
+    Args:
+        recipe: the run; its objective is that of finetune/objectives/distillation.py.
+    """
+
+    def __init__(self, recipe: TuneRecipe) -> None:
+        self._recipe = recipe
+        self._options: Teacher = recipe.objective.teacher
+        self._model: classifier.VideoClassifier | None = None
+        self._cache: LogitCache | None = None
+        self._step = self._micro = 0
+
+    def before_step(self, step: int) -> None:
+        """The micro-batches that follow are those of optimiser step `step`, counted from 0 over all epochs."""
+        self._step, self._micro = step, 0
+
+    @torch.no_grad()
+    def logits(self, video: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Logits float32 [B, classes] of the step's next micro-batch.
+
+        Args:
+            video: what the student sees: normalised and mixed clips [B, T, H, W, 3].
+            batch: the micro-batch that they were made of.
+        """
+        if self._recipe.objective.cache is None:
+            return self._ask(video)
+        if self._cache is None:
+            self._cache = self._open_cache(len(video))
+        views, micro = views_digest(batch), self._micro
+        self._micro += 1
+        found = self._cache.read(self._step, micro, views)
+        if found is None:
+            found = self._cache.write(self._step, micro, views, self._ask(video))
+        return found.to(video.device)
+
+    def _ask(self, video: Tensor) -> Tensor:
+        if self._model is None:
+            # The student's draws must be the same whether or not a teacher is built between them.
+            with torch.random.fork_rng(devices=[]):
+                self._model = self._load().to(video.device)
+        logits: Tensor = self._model(video).float()
+        return logits
+
+    def _load(self) -> classifier.VideoClassifier:
+        options, data = self._options, self._recipe.data
+        model = classifier.build(options.model, data.frames, data.height, data.width)
+        report = load_pretrained(model, options.weights, raw=read_weights(options.weights))
+        if report.missing:
+            raise WeightsError(
+                f"objective.teacher.weights={options.weights}: no fine-tuned classifier of {options.model.classes} "
+                f"classes; missing: {', '.join(report.missing)}"
+            )
+        dtype = DTYPES[options.dtype]
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        logger.info("teacher: %s parameters, frozen, in %s: %.2f GB on each rank",
+                    f"{parameters:,}", options.dtype, parameters * dtype.itemsize / 1e9)  # fmt: skip
+        return model.requires_grad_(False).to(dtype).eval()
+
+    def _open_cache(self, clips: int) -> LogitCache:
+        recipe = self._recipe
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)
+        identity = self._identity() | {"ranks": ranks}
+        folder = Path(recipe.objective.cache).absolute()
+        return LogitCache(folder, identity, rank, accumulation, (clips, self._options.model.classes))
+
+    def _identity(self) -> dict[str, Any]:
+        """All that the logits depend on."""
+        recipe, options = self._recipe, self._options
+        sections = {"data": asdict(recipe.data), "augment": asdict(recipe.augment)}
+        return {
+            "views": {key: value for key, value in flat(sections).items() if not is_harmless(key)},
+            "data": {name: load_index(source.shards).fingerprint for name, source in recipe.data.sources.items()},
+            "batch": {"samples": recipe.batch.samples, "micro": recipe.batch.micro},
+            "seed": recipe.run.seed,
+            "teacher": asdict(classifier.resolve(options.model)),
+            "teacher_dtype": options.dtype,
+            "teacher_weights": weights_digest(read_weights(options.weights)),
+        }

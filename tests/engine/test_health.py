@@ -1,0 +1,173 @@
+"""The health signal: measures what it says, on any number of ranks, and leaves the training as it is."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from pretrain.engine.health import HealthSignal, open_health
+from pretrain.errors import DataError, RecipeError
+from pretrain.objectives.base import Objective
+from pretrain.objectives.videomae import build
+from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.recipe.load import load_recipe
+from pretrain.runtime.process_group import Ranks
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+LABELS = ["dark", "bright", "dark", "dark", "dark", "bright", "dark", None]
+
+
+def grey(level: int) -> bytes:
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        for _ in range(10):
+            frame = np.full((48, 48, 3), level, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return target.getvalue()
+
+
+def pack(toy: Any, name: str, labels: list[str | None]) -> Path:
+    folder: Path = toy.folder / name
+    folder.mkdir()
+    with tarfile.open(folder / "grey-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, label in enumerate(labels):
+            facts = json.dumps({"label": label}).encode()
+            content = (("json", facts), ("mp4", grey(200 + number if label == "bright" else 20 + number)))
+            for suffix, data in content:
+                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    toy.index(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(toy: Any) -> Path:
+    """Eight videos, dark or bright as their labels say; the last has no label."""
+    return pack(toy, "labelled", LABELS)
+
+
+class Brightness(Objective):
+    """Features are known: brightness above and below the middle; or nothing at all."""
+
+    def __init__(self, blind: bool = False) -> None:
+        super().__init__()
+        self.blind, self.clips = blind, 0
+
+    def features(self, video: torch.Tensor) -> torch.Tensor:
+        assert video.dtype == torch.uint8 and video.shape[1:] == (8, 32, 32, 3)
+        self.clips += len(video)
+        light = video.float().mean((1, 2, 3, 4)) - 128
+        return torch.stack([light.relu(), (-light).relu()], 1) * (not self.blind) + 1e-3
+
+
+def test_signal_is_the_accuracy_of_the_features(toy: Any, labelled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load_recipe(str(toy.recipe), [f"health.shards={labelled}", "health.neighbours=2"])
+    objective = Brightness()
+    signal = open_health(recipe, ALONE, objective)
+    assert signal is not None
+    assert signal(objective) == {"knn_top1": 100, "largest_class": pytest.approx(500 / 7), "videos": 7}
+    assert objective.clips == 7 and "0007 can't be used: label" in caplog.text
+    recipe.health.neighbours = 6
+    assert signal(Brightness(blind=True))["knn_top1"] == pytest.approx(500 / 7), "collapsed: the largest class for all"
+
+
+def test_set_that_can_not_be_used_is_an_error(toy: Any) -> None:
+    unlabelled = pack(toy, "unlabelled", [None, "dark"])
+    signal = HealthSignal(load_recipe(str(toy.recipe), [f"health.shards={unlabelled}"]), ALONE)
+    with pytest.raises(DataError, match="1 of its videos can be read"):
+        signal(Brightness())
+    with pytest.raises(DataError, match="no_such_folder"):
+        HealthSignal(load_recipe(str(toy.recipe), ["health.shards=no_such_folder"]), ALONE)
+
+
+def test_method_without_features_is_refused(toy: Any) -> None:
+    recipe = load_recipe(str(toy.recipe), ["health.shards=anywhere"])
+    with pytest.raises(RecipeError, match="has no `features`"):
+        open_health(recipe, ALONE, Objective())
+    recipe.health.shards = None
+    assert open_health(recipe, ALONE, Objective()) is None
+
+
+def test_keys_are_checked(toy: Any) -> None:
+    recipe = load_recipe(str(toy.recipe), ["health.every_epochs=0", "health.neighbours=-1"])
+    problems = check_recipe(recipe)
+    assert any("health.every_epochs" in line for line in problems) and any("neighbours" in line for line in problems)
+    assert any("health has no effect" in line for line in recipe_warnings(recipe))
+    assert not any("health" in line for line in recipe_warnings(load_recipe(str(toy.recipe))))
+
+
+def test_features_are_those_of_the_whole_clip(toy: Any) -> None:
+    torch.manual_seed(0)
+    objective = build(load_recipe(str(toy.recipe))).eval()
+    video = torch.randint(256, (3, 8, 32, 32, 3), dtype=torch.uint8)
+    features = objective.features(video)
+    assert features.shape == (3, 32) and features.dtype == torch.float32 and not features.requires_grad
+    torch.testing.assert_close(objective.features(video[1:2]), features[1:2], rtol=1e-4, atol=1e-5)
+    for corner in ((0, 0, 0), (7, 31, 31)):  # no part of the clip is hidden from it
+        changed = video.clone()
+        changed[:, corner[0], corner[1], corner[2]] ^= 255
+        assert (objective.features(changed) - features).abs().max() > 1e-6
+
+
+def plan(toy: Any, labelled: Path) -> dict[str, dict[str, Any]]:
+    runs = {}
+    for stage in (0, 3):  # stage 3 last: DeepSpeed never puts torch.nn.functional.linear back
+        base = [f"zero.stage={stage}", "checkpoint.every_steps=4", "model.drop_path=0.2"]
+        # With weights in shards and one video at a time, rank 1 has a video less than rank 0 and would hang.
+        base += ["batch.micro=1"] if stage == 3 else []
+        shards = labelled if stage == 3 else toy.folder / "shards"
+        watch = [f"health.shards={shards}", "health.every_epochs=0.4"]
+        runs[f"plain {stage}"] = {"overrides": base}
+        runs[f"watched {stage}"] = {"overrides": base + watch}
+        if stage == 0:
+            runs["stopped"] = {"overrides": [*base, *watch, "schedule.max_steps=5"]}
+            runs["continued"] = {"overrides": [*base, *watch, f"run.dir={toy.folder / 'stopped'}"]}
+    return runs
+
+
+@pytest.fixture(scope="module")
+def outcome(toy: Any, labelled: Path) -> None:
+    results = toy.drive(plan(toy, labelled), ranks=2)
+    assert set(results.values()) == {0}, results
+
+
+def trained(toy: Any, name: str) -> list[float]:
+    return [record["train/loss"] for record in toy.records(name) if "train/loss" in record]
+
+
+def measured(toy: Any, name: str) -> dict[int, float]:
+    return {record["step"]: record["health/knn_top1"] for record in toy.records(name) if "health/knn_top1" in record}
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+def test_training_is_the_same_with_and_without(toy: Any, outcome: None, stage: int) -> None:
+    assert trained(toy, f"watched {stage}") == trained(toy, f"plain {stage}") and len(trained(toy, "plain 0")) == 10
+    found = measured(toy, f"watched {stage}")
+    assert list(found) == [2, 4, 6, 8, 10] and not measured(toy, f"plain {stage}")
+    assert toy.checkpoints(f"watched {stage}") == toy.checkpoints(f"plain {stage}"), "no checkpoint depends on it"
+    sizes = {record["health/videos"] for record in toy.records(f"watched {stage}") if "health/videos" in record}
+    assert sizes == {40 if stage == 0 else 7}
+
+
+def test_stopped_and_continued_is_the_same(toy: Any, outcome: None) -> None:
+    assert trained(toy, "stopped") == trained(toy, "watched 0")
+    found = measured(toy, "stopped")
+    assert {step: found[step] for step in (2, 4, 6, 8, 10)} == measured(toy, "watched 0")
+
+
+def test_two_ranks_measure_what_one_does(toy: Any, outcome: None) -> None:
+    from pretrain.engine.trained import load_trained
+
+    recipe = load_recipe(str(toy.recipe), [f"health.shards={toy.folder / 'shards'}"])
+    objective = load_trained(toy.folder / "watched 0").objective
+    assert HealthSignal(recipe, ALONE)(objective)["knn_top1"] == measured(toy, "watched 0")[10]
