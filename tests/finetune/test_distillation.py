@@ -200,14 +200,14 @@ def test_runs_with_and_without_cache(toy: Any) -> None:
     toy.run("teacher", *short, "schedule.max_steps=2")
     student = [*words_for(toy.folder / "teacher"), *short, "model.dim=24", "model.depth=1", "schedule.max_steps=4"]
     cache = f"objective.cache={toy.folder / 'logits'}"
-    parts = toy.run("parts", *student, cache, "schedule.max_steps=2") + toy.run("parts", *student, cache)
+    parts = toy.run("pupil", *student, cache, "schedule.max_steps=2") + toy.run("pupil", *student, cache)
     assert parts.count("frozen, in fp32") == 2
-    whole = toy.run("whole_student", *student, cache)
+    whole = toy.run("pupil_at_once", *student, cache)
     assert "frozen, in fp32" not in whole, "the teacher did not run again"
-    assert losses(toy, "whole_student") == losses(toy, "parts") and len(losses(toy, "parts")) == 4
+    assert losses(toy, "pupil_at_once") == losses(toy, "pupil") and len(losses(toy, "pupil")) == 4
     toy.run("uncached", *student)
-    np.testing.assert_allclose(losses(toy, "uncached"), losses(toy, "parts"), rtol=1e-2)
+    np.testing.assert_allclose(losses(toy, "uncached"), losses(toy, "pupil"), rtol=1e-2)
     refused = toy.run("refused", *student, cache, "augment.erasing=0", expect=1)
     assert "augment.erasing: 0.25 there, 0.0 here" in refused
-    state = consolidated_state(toy.folder / "parts" / "checkpoints" / "step_00000004")
+    state = consolidated_state(toy.folder / "pupil" / "checkpoints" / "step_00000004")
     assert state and all(name.startswith("model.") for name in state)
