@@ -8,7 +8,7 @@ ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 DS_BUILD_OPS=0 PATH=/opt/t
 # Version pins of Debian packages vanish from the mirrors with each security update, so these float.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-dev python3-venv g++ git ninja-build pdsh openssh-client \
+    && apt-get install -y --no-install-recommends python3 python3-dev python3-venv ffmpeg g++ git ninja-build pdsh openssh-client \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/tubelet
