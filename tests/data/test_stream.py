@@ -307,7 +307,7 @@ def test_plan_counts_steps(make_recipe: MakeRecipe, two_sources: dict[str, str])
 STOPPED = """
 import os, signal, sys, time, pickle, psutil
 def children():
-    return [p for p in psutil.Process().children() if "resource_tracker" not in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children() if "--multiprocessing-fork" in p.cmdline()]
 def main():
     from pretrain.data.stream import TrainStream, open_sources
     from pretrain.objectives.videomae import view_tensors
@@ -348,6 +348,19 @@ def trainer(make_recipe: MakeRecipe, two_sources: dict[str, str], tmp_path: Path
     process.kill()
 
 
+def workers_of(pid: int) -> list[psutil.Process]:
+    """Data workers among the children of a process; its resource tracker, and what has just ended, is none."""
+    return [child for child in psutil.Process(pid).children() if _is_worker(child)]
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    # A child that has not come to its own program yet still shows its parent's command line, so ask for a worker's.
+    try:
+        return "--multiprocessing-fork" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
 def gone(pids: list[int], within_s: float) -> bool:
     end = time.monotonic() + within_s
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < end:
@@ -358,8 +371,8 @@ def gone(pids: list[int], within_s: float) -> bool:
 def test_workers_ignore_stop_signals_while_they_start(trainer: Any) -> None:
     struck: set[int] = set()
     while len(struck) < 2:
-        for process in psutil.Process(trainer.pid).children():
-            if process.pid not in struck and "resource_tracker" not in " ".join(process.cmdline()):
+        for process in workers_of(trainer.pid):
+            if process.pid not in struck:
                 struck.add(process.pid)
                 process.send_signal(signal.SIGTERM)
                 process.send_signal(signal.SIGINT)
@@ -395,7 +408,7 @@ def test_orphaned_workers_end(trainer: Any) -> None:
 def test_a_killed_worker_is_one_clear_error(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
     opened = stream(make_recipe(two_sources, workers=1))
     next(opened)
-    (worker,) = [p for p in psutil.Process().children() if "resource_tracker" not in " ".join(p.cmdline())]
+    (worker,) = workers_of(os.getpid())
     # Held first, so that it is killed while the rank waits for it: torch reports it wherever the rank is.
     worker.suspend()
     killer = threading.Timer(1.0, worker.kill)

@@ -1,0 +1,153 @@
+"""All that a run is made of, built once: from recipe, data and checkpoint to engine, stream, guards and reports."""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.checkpoint.compare import check_same_run
+from pretrain.checkpoint.resume import Resumable, check_layout, load
+from pretrain.checkpoint.save import Saver
+from pretrain.data.bad_samples import BadSampleLedger
+from pretrain.data.stream import OpenSource, StreamPlan, TrainStream
+from pretrain.engine.build import Built, build_engine
+from pretrain.engine.ds_config import describe, unwrapped
+from pretrain.engine.evaluate import Best, Evaluation, open_evaluation
+from pretrain.engine.folder import RunFolder
+from pretrain.engine.guard import NonFiniteGuard
+from pretrain.engine.health import HealthSignal, open_health
+from pretrain.engine.report import Reporter
+from pretrain.engine.schedule import Schedule
+from pretrain.engine.step import StepInputs
+from pretrain.errors import CheckpointError
+from pretrain.recipe.components import objective_file
+from pretrain.recipe.schema import Recipe
+from pretrain.runtime.metrics import keep_records
+from pretrain.runtime.process_group import Ranks
+from pretrain.runtime.stopping import StopWatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run is made of, built once."""
+
+    recipe: Recipe
+    ranks: Ranks
+    folder: RunFolder
+    sources: list[OpenSource]
+    schedule: Schedule
+    built: Built
+    inputs: StepInputs
+    guard: NonFiniteGuard
+    saver: Saver
+    reporter: Reporter
+    stop: StopWatch
+    evaluation: Evaluation | None
+    health: HealthSignal | None
+    best: Best
+
+
+def check_continues(found: Resumable, recipe: Recipe, ranks: Ranks, sources: list[OpenSource]) -> None:
+    """Refuse a checkpoint of another run, other data or another layout; name what differs without harm."""
+    for line in check_same_run(found.state["recipe"], recipe, str(found.folder)):
+        logger.info("continuing with another %s", line)
+    check_layout(found, ranks.world_size, recipe.zero.stage)
+    before, now = found.state["sources"], fingerprints(sources)
+    if before != now:
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        raise CheckpointError(
+            f"{found.folder}: the data of {', '.join(changed)} is not what it was (fingerprints {before}, now {now}): "
+            "the order of samples would be another. Restore the shards, or start a new run.dir"
+        )
+    logger.info("continuing from %s, step %d", found.folder, found.step)
+
+
+def fingerprints(sources: list[OpenSource]) -> dict[str, str]:
+    return {source.name: source.index.fingerprint for source in sources}
+
+
+def forget_after(folder: RunFolder, step: int, plan: StreamPlan) -> None:
+    """Drop what the steps after the checkpoint had written: they are run again."""
+    keep_records(folder.metrics, lambda record: record["step"] <= step)
+
+    def served_before(record: dict[str, Any]) -> bool:
+        return bool(record["epoch"] * plan.steps_per_epoch + record["position"] // plan.samples < step)
+
+    keep_records(folder.bad_samples, served_before)
+
+
+def build_run(
+    recipe: Recipe,
+    ranks: Ranks,
+    folder: RunFolder,
+    sources: list[OpenSource],
+    schedule: Schedule,
+    found: Resumable | None,
+    stop: StopWatch,
+) -> Run:
+    first_step = found.step if found else 0
+    stream = open_stream(recipe, sources, ranks, first_step)
+    built = build_engine(recipe, ranks, stream.accumulation, resumes=found is not None)
+    for line in describe(recipe, built.config, ranks.world_size):
+        logger.info(line)
+    _log_schedule(recipe, schedule, built)
+    if found is not None:
+        load(built.engine, found)
+    ledger = BadSampleLedger(folder.root, [s.name for s in sources], recipe.data.bad_rate, recipe.data.bad_minimum)
+    if found is not None:
+        ledger.load(found.state["bad_samples"][ranks.rank])
+    skips = found.state["skips"] if found else {}
+    keep_every = recipe.checkpoint.keep_every_epochs
+    return Run(
+        recipe=recipe,
+        ranks=ranks,
+        folder=folder,
+        sources=sources,
+        schedule=schedule,
+        built=built,
+        inputs=StepInputs(
+            engine=built.engine,
+            batches=stream,
+            accumulation=stream.accumulation,
+            own_clip=(recipe.optim.clip_grad or math.inf) if unwrapped(recipe) else None,
+            ledger=ledger,
+            ranks=ranks,
+            seed=recipe.run.seed,
+            asked_to_stop=stop.asked,
+        ),
+        guard=NonFiniteGuard(recipe.guard, **skips),
+        saver=Saver(
+            folder.checkpoints,
+            ranks,
+            recipe.checkpoint.keep_last,
+            max(1, round(keep_every * schedule.steps_per_epoch)) if keep_every else None,
+        ),
+        reporter=Reporter(recipe, folder, schedule, ranks, first_step),
+        stop=stop,
+        evaluation=open_evaluation(recipe, ranks),
+        health=open_health(recipe, ranks, built.engine.module),
+        best=Best(**found.state["best"]) if found else Best(),
+    )
+
+
+def open_stream(recipe: Recipe, sources: list[OpenSource], ranks: Ranks, first_step: int) -> TrainStream:
+    method = objective_file(recipe)
+    views = method.sample_views(recipe) if hasattr(method, "sample_views") else method.view_tensors(recipe)
+    return TrainStream(recipe, sources, views, ranks.rank, ranks.world_size, first_step)
+
+
+def _log_schedule(recipe: Recipe, schedule: Schedule, built: Built) -> None:
+    logger.info("model: %s parameters", f"{built.parameters:,}")
+    logger.info(
+        "schedule: %d steps an epoch, %d steps, warm-up %d; lr = %g x %d / %d = %.4g, down to %.4g",
+        schedule.steps_per_epoch,
+        schedule.total,
+        schedule.warmup,
+        recipe.optim.base_lr,
+        recipe.batch.samples,
+        recipe.optim.base_batch,
+        schedule.peak,
+        schedule.floor,
+    )
