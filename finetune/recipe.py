@@ -41,7 +41,7 @@ class TuneData(Data):
 
 @dataclass
 class TuneOptim(Optim):
-    """AdamW and its learning rate."""
+    """The optimiser and its learning rate."""
 
     base_lr: float = 1e-3
     """learning rate for base_batch videos; actual peak = base_lr x batch.samples / base_batch"""

@@ -1,6 +1,6 @@
 """Whether a run may go on under a recipe that differs from the one it was started with."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from pretrain.errors import CheckpointError
@@ -67,13 +67,25 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     }
 
 
+def _new_keys(before: dict[str, Any], recipe: Recipe) -> set[str]:
+    """Keys that the program has learnt since, at their defaults, which are what it did before."""
+    blank = replace(type(recipe)(), model=type(recipe.model)(), objective=type(recipe.objective)())
+    old, now = flat(before), flat(asdict(recipe))
+    return {key for key, value in flat(asdict(blank)).items() if key not in old and now.get(key) == value}
+
+
 def check_same_run(before: dict[str, Any], recipe: Recipe, where: str) -> list[str]:
     """Compare the recipe stored in a checkpoint with the present one; returns the harmless differences.
 
     Raises:
         CheckpointError: lists every difference that would make it another run.
     """
-    lines = {key: f"{key}: {old!r} -> {new!r}" for key, (old, new) in differences(before, asdict(recipe)).items()}
+    added = _new_keys(before, recipe)
+    lines = {
+        key: f"{key}: {old!r} -> {new!r}"
+        for key, (old, new) in differences(before, asdict(recipe)).items()
+        if key not in added
+    }
     serious = [line for key, line in lines.items() if not is_harmless(key)]
     if serious:
         raise CheckpointError(

@@ -27,8 +27,10 @@ def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if unwrapped(recipe) else recipe.optim.clip_grad or 0.0,
         "zero_optimization": _zero(recipe, parameters, on_cpu),
-        # AdamW is torch's own everywhere, also with offload: DeepSpeedCPUAdam would have to be compiled on the machine.
+        # Optimisers are torch's own, also with offload: DeepSpeedCPUAdam would have to be compiled on the machine.
         "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed calls every optimiser but Adam untested; tests/engine/test_sgd.py tests SGD with all stages.
+        "zero_allow_untested_optimizer": recipe.optim.name != "adamw",
         "steps_per_print": None,
     }
     if recipe.compute.dtype == "bf16":
@@ -43,7 +45,7 @@ def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu:
 
 
 def unwrapped(recipe: Recipe) -> bool:
-    """Whether DeepSpeed updates with our AdamW as it is: no optimiser of its own checks and clips the gradient."""
+    """Whether torch's optimiser updates as it is: DeepSpeed has none of its own that checks and clips the gradient."""
     return recipe.zero.stage == 0 and recipe.compute.dtype == "fp32"
 
 
@@ -81,10 +83,11 @@ def describe(recipe: Recipe, config: Config, world_size: int) -> list[str]:
     accumulated = " in bf16" if recipe.compute.dtype == "bf16" and zero.stage == 0 else " in float32"
     if recipe.compute.dtype == "fp16":
         accumulated = " in fp16"
+    optimiser = {"adamw": "AdamW", "sgd": f"SGD (momentum {recipe.optim.momentum:g})"}[recipe.optim.name]
     return [
         f"batch: {batch.samples} videos a step = {batch.micro} x {world_size} ranks x "
         f"{config['gradient_accumulation_steps']} accumulated; {batch.samples * recipe.data.views} clips",
-        f"precision: {recipe.compute.dtype}, gradients accumulated{accumulated}, AdamW in float32",
+        f"precision: {recipe.compute.dtype}, gradients accumulated{accumulated}, {optimiser} in float32",
         f"ZeRO stage {zero.stage}: shards {sharded} over {world_size} ranks; offload {zero.offload}; "
         f"DeepSpeed: {config['zero_optimization']}",
     ]

@@ -1,7 +1,8 @@
-"""AdamW and its parameter groups."""
+"""The optimiser and its parameter groups."""
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,20 +56,23 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
-def build_optimizer(recipe: Recipe, module: nn.Module, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over `module`: one fused kernel on an accelerator, torch's plain loop on the CPU.
+def build_optimizer(recipe: Recipe, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's optimiser over `module`: one fused kernel on an accelerator, torch's plain loop on the CPU.
 
     The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit optimiser without ZeRO takes a step with
     zero gradients when it is built, which would otherwise decay the weights once.
     """
-    optim = recipe.optim
+    optim, fused = recipe.optim, device.type != "cpu"
+    groups: Any = parameter_groups(module, optim.weight_decay)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused)
     return torch.optim.AdamW(
-        parameter_groups(module, optim.weight_decay),  # type: ignore[arg-type]
+        groups,
         lr=0.0,
         betas=(optim.betas[0], optim.betas[1]),
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        fused=device.type != "cpu",
+        fused=fused,
     )
 
 
@@ -79,11 +83,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def forget_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Set AdamW's step counters back to 0, after DeepSpeed has built its wrapper and before a checkpoint is loaded.
+    """Undo the step named in `build_optimizer`, after DeepSpeed has built its wrapper, before a checkpoint is loaded.
 
-    Undoes the step with zero gradients named in `build_optimizer`, which would make the bias correction of the first
-    steps wrong (measured: a different loss after the first update).
+    AdamW's step counter would make the bias correction of the first steps wrong (measured: a different loss after the
+    first update). SGD's momentum would start with the weight decay of that step; from zero it takes up the first
+    gradient whole, like one that has not been there before.
     """
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
+        if state.get("momentum_buffer") is not None:
+            state["momentum_buffer"].zero_()

@@ -163,8 +163,8 @@ def agree(sums: dict[str, Tensor], waited: float, inputs: StepInputs) -> _Agreed
 def clip_or_drop(module: nn.Module, largest: float) -> float:
     """Scale the gradients to a norm of at most `largest`, or drop them all where the norm is not finite.
 
-    AdamW passes over parameters without gradient, so the weights and its states then stay as they are. Returns the norm
-    before clipping; the gradients are all-reduced, so all ranks come to the same.
+    AdamW and SGD pass over parameters without gradient, so the weights and their states then stay as they are. Returns
+    the norm before clipping; the gradients are all-reduced, so all ranks come to the same.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])

@@ -34,6 +34,12 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     data, warnings = recipe.data, []
     if data.cache_dir is None and data.cache_gb != type(data)().cache_gb:
         warnings.append(f"data.cache_gb={data.cache_gb:g} has no effect: data.cache_dir is null")
+    unused = ("momentum",) if recipe.optim.name == "adamw" else ("betas", "eps")
+    warnings += [
+        f"optim.{key} has no effect: optim.name is {recipe.optim.name}"
+        for key in unused
+        if getattr(recipe.optim, key) != getattr(type(recipe.optim)(), key)
+    ]
     if recipe.zero.stage == 0 and recipe.zero.offload != "none":
         warnings.append("zero.offload has no effect: zero.stage 0 shards no optimiser; use stage 1 or more")
     if recipe.zero.init == "always" and recipe.zero.stage != 3:
@@ -91,6 +97,8 @@ def _check_ranges(recipe: Recipe) -> list[str]:
                     problems.append(f"{section}.{name}: found {value}, allowed: {allowed}")
     if recipe.zero.stage not in (0, 1, 2, 3):
         problems.append(f"zero.stage: found {recipe.zero.stage}, allowed: 0, 1, 2 or 3")
+    if not 0 <= recipe.optim.momentum < 1:
+        problems.append(f"optim.momentum: found {recipe.optim.momentum}, allowed: a number from 0 to below 1")
     if not all(0 <= beta < 1 for beta in recipe.optim.betas):
         problems.append(f"optim.betas: found {list(recipe.optim.betas)}, allowed: two numbers from 0 to below 1")
     if recipe.data.bad_rate > 1:

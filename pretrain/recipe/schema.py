@@ -87,8 +87,10 @@ class Batch:
 
 @dataclass
 class Optim:
-    """AdamW and its learning rate."""
+    """The optimiser and its learning rate."""
 
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with momentum (AdaptFormer's recipes)"""
     base_lr: float = 1.5e-4
     """learning rate for base_batch videos; actual peak = base_lr x batch.samples / base_batch"""
     base_batch: int = 256
@@ -99,8 +101,10 @@ class Optim:
     """AdamW's decay rates of the two moments"""
     eps: float = 1e-8
     """AdamW's epsilon"""
+    momentum: float = 0.9
+    """SGD's momentum, without Nesterov's correction"""
     weight_decay: float = 0.05
-    """decoupled weight decay, for tensors of two or more dimensions"""
+    """weight decay, for tensors of two or more dimensions; decoupled in AdamW, added to the gradient in SGD"""
     clip_grad: float | None = None
     """largest global gradient norm; null: no clipping"""
 

@@ -101,6 +101,16 @@ def test_the_same_recipe_continues() -> None:
     assert check_same_run(stored, recipe(), "x") == []
 
 
+def test_keys_that_came_later_continue_at_their_defaults() -> None:
+    stored = asdict(recipe())
+    del stored["optim"]["momentum"]
+    assert check_same_run(stored, recipe(), "x") == []
+    other = recipe()
+    other.optim.momentum = 0.5
+    with pytest.raises(CheckpointError, match="optim.momentum: None -> 0.5"):
+        check_same_run(stored, other, "x")
+
+
 def test_harmless_differences_are_named() -> None:
     other = recipe()
     other.data.workers, other.log.every_steps, other.data.sources["toy"].shards = 3, 7, "there"

@@ -74,3 +74,20 @@ def test_forgotten_steps_restore_the_first_bias_correction() -> None:
         return weight.detach()
 
     assert torch.equal(first_update(idle_step=True), first_update(idle_step=False))
+
+
+def test_forgotten_steps_leave_sgd_without_momentum() -> None:
+    def two_updates(idle_step: bool) -> torch.Tensor:
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([weight], lr=0.0, momentum=0.9, weight_decay=0.5)
+        if idle_step:
+            weight.grad = torch.zeros(3)
+            optimizer.step()
+            forget_steps(optimizer)
+        optimizer.param_groups[0]["lr"] = 0.1
+        for _ in range(2):
+            weight.grad = torch.tensor([1.0, -2.0, 3.0])
+            optimizer.step()
+        return weight.detach()
+
+    assert torch.equal(two_updates(idle_step=True), two_updates(idle_step=False))
