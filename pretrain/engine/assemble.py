@@ -14,8 +14,10 @@ from pretrain.engine.build import Built, build_engine
 from pretrain.engine.ds_config import describe, unwrapped
 from pretrain.engine.evaluate import Best, Evaluation, open_evaluation
 from pretrain.engine.folder import RunFolder
-from pretrain.engine.guard import NonFiniteGuard
+from pretrain.engine.guard import StepGuard
 from pretrain.engine.health import HealthSignal, open_health
+from pretrain.engine.incident import Incidents
+from pretrain.engine.left_out import state_at_start
 from pretrain.engine.report import Reporter
 from pretrain.engine.schedule import Schedule
 from pretrain.engine.step import StepInputs
@@ -40,7 +42,7 @@ class Run:
     schedule: Schedule
     built: Built
     inputs: StepInputs
-    guard: NonFiniteGuard
+    guard: StepGuard
     saver: Saver
     reporter: Reporter
     stop: StopWatch
@@ -95,10 +97,8 @@ def build_run(
     _log_schedule(recipe, schedule, built)
     if found is not None:
         load(built.engine, found)
-    ledger = BadSampleLedger(folder.root, [s.name for s in sources], recipe.data.bad_rate, recipe.data.bad_minimum)
-    if found is not None:
-        ledger.load(found.state["bad_samples"][ranks.rank])
-    skips = found.state["skips"] if found else {}
+    ledger = open_ledger(recipe, folder, sources, ranks, found)
+    guard = StepGuard(recipe.guard, state_at_start(folder.guard, ranks, found.state if found else None))
     keep_every = recipe.checkpoint.keep_every_epochs
     return Run(
         recipe=recipe,
@@ -116,8 +116,10 @@ def build_run(
             ranks=ranks,
             seed=recipe.run.seed,
             asked_to_stop=stop.asked,
+            guard=guard,
+            incidents=Incidents(folder.incidents, ranks, recipe.run.seed, [source.name for source in sources]),
         ),
-        guard=NonFiniteGuard(recipe.guard, **skips),
+        guard=guard,
         saver=Saver(
             folder.checkpoints,
             ranks,
@@ -130,6 +132,16 @@ def build_run(
         health=open_health(recipe, ranks, built.engine.module),
         best=Best(**found.state["best"]) if found else Best(),
     )
+
+
+def open_ledger(
+    recipe: Recipe, folder: RunFolder, sources: list[OpenSource], ranks: Ranks, found: Resumable | None
+) -> BadSampleLedger:
+    """Counts of unusable samples, with those of the checkpoint."""
+    ledger = BadSampleLedger(folder.root, [s.name for s in sources], recipe.data.bad_rate, recipe.data.bad_minimum)
+    if found is not None:
+        ledger.load(found.state["bad_samples"][ranks.rank])
+    return ledger
 
 
 def open_stream(recipe: Recipe, sources: list[OpenSource], ranks: Ranks, first_step: int) -> TrainStream:

@@ -48,6 +48,14 @@ class RunFolder:
         return self.root / "logs"
 
     @property
+    def incidents(self) -> Path:
+        return self.root / "incidents"
+
+    @property
+    def guard(self) -> Path:
+        return self.root / "guard.json"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.json"
 

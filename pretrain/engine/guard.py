@@ -1,50 +1,202 @@
-"""What happens after a step whose update was left out."""
+"""What happens when a step goes wrong: the loss or the gradient is not finite, or the loss jumps far above recent ones.
+
+Every number that is judged here has been agreed on by all ranks, and the guard's own state is the same on all, so all
+come to the same decision without talking about it. The state is saved in checkpoints: a resumed run decides as the
+uninterrupted one.
+"""
 
 import logging
+import math
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from pretrain.engine.step import StepResult
-from pretrain.errors import TrainingError
-from pretrain.recipe.schema import Guard
+from pretrain.recipe.schema import Guard as Options
+
+if TYPE_CHECKING:
+    from pretrain.engine.step import StepResult
 
 logger = logging.getLogger(__name__)
 
+Kind = Literal["loss", "gradient", "spike"]
+Action = Literal["record", "skip", "lower_lr", "rewind", "stop"]
 
-class NonFiniteGuard:
-    """Counts skipped steps in a row, which is saved in checkpoints, and ends the run by the recipe's rule.
+#: Standard deviation of a normal distribution, in median absolute deviations.
+MAD_TO_DEVIATION = 1.4826
+#: Least deviation that a spike is measured in, as a share of the median: a loss that hardly moves has none of its own.
+LEAST_DEVIATION = 1e-3
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss far above the recent ones: median and robust deviation of the window, and how many deviations above."""
+
+    median: float
+    deviation: float
+    z: float
+
+
+@dataclass
+class GuardState:
+    """What the guard remembers from step to step.
+
+    Attributes:
+        window: Losses of the latest updates, oldest first.
+        in_a_row: Steps without an update up to now.
+        skipped: Steps without an update in the whole run.
+        lowered: How often the learning rate was lowered.
+        lowered_left: Coming steps that still have the lowered rate.
+        rewinds: How often the run went back to a checkpoint.
+        left_out: Steps, counted from 0, that pass without being trained on.
+    """
+
+    window: list[float] = field(default_factory=list)
+    in_a_row: int = 0
+    skipped: int = 0
+    lowered: int = 0
+    lowered_left: int = 0
+    rewinds: int = 0
+    left_out: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done about a bad step.
+
+    Attributes:
+        kind: What was bad.
+        what: The same in words.
+        asked: The recipe's policy.
+        action: What is done: the policy, or stop where its budget is spent.
+        reason: What a person should know; of a stop, the error.
+    """
+
+    kind: Kind
+    what: str
+    asked: Action
+    action: Action
+    reason: str
+    spike: Spike | None = None
+
+
+class StepGuard:
+    """Judges each step by the recipe's rules.
 
     An fp16 step that only overflowed the loss scale, with a finite loss, is the loss scale's ordinary work: it does not
     count until the scale can't go lower.
     """
 
-    def __init__(self, options: Guard, in_a_row: int = 0, total: int = 0) -> None:
-        self._options = options
-        self.in_a_row, self.total = in_a_row, total
+    def __init__(self, options: Options, state: GuardState | None = None) -> None:
+        self._options, self.state = options, state or GuardState()
 
-    def check(self, step: int, result: StepResult) -> None:
-        """Take note of step `step`; every rank has the same result and so ends, or goes on, alike.
+    def saved(self) -> dict[str, Any]:
+        """The state, for a checkpoint."""
+        return asdict(self.state)
 
-        Raises:
-            TrainingError: guard.nonfinite is stop, or guard.max_skips steps in a row were left out.
+    def lr(self, scheduled: float) -> float:
+        """The learning rate of the coming step."""
+        return scheduled * self._options.lower_lr_factor if self.state.lowered_left else scheduled
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether step `step`, counted from 0, passes without being trained on."""
+        return step in self.state.left_out
+
+    def spike(self, loss: float) -> Spike | None:
+        """How far a step's loss lies above the recent ones, where that is a spike.
+
+        Nothing is one before half of the window is filled, or below the window's median.
         """
+        window, options = self.state.window, self._options
+        if options.spike == "ignore" or not math.isfinite(loss) or 2 * len(window) < options.window:
+            return None
+        median = statistics.median(window)
+        spread = statistics.median(abs(value - median) for value in window) * MAD_TO_DEVIATION
+        deviation = max(spread, LEAST_DEVIATION * abs(median))
+        z = (loss - median) / deviation if deviation else 0.0
+        return Spike(median, deviation, z) if z > options.z else None
+
+    @property
+    def drops_spikes(self) -> bool:
+        """Whether the update of a step whose loss is a spike is left out."""
+        return self._options.spike not in ("ignore", "record")
+
+    def decide(self, step: int, result: "StepResult") -> Decision | None:
+        """Take note of step `step` (counted from 1); what to do where it was bad."""
+        state = self.state
+        state.lowered_left = max(0, state.lowered_left - 1)
         if result.applied:
-            self.in_a_row = 0
-            return
-        if result.finite_loss and result.loss_scale is not None and result.loss_scale > 1:
+            state.in_a_row = 0
+            state.window = [*state.window, result.metrics["loss"]][-self._options.window :]
+        if result.applied and result.spike is None:
+            return None
+        if result.spike is None and result.finite_loss and result.loss_scale is not None and result.loss_scale > 1:
             logger.info("step %d: fp16 overflow, loss scale now %g", step, result.loss_scale)
-            return
-        self.in_a_row += 1
-        self.total += 1
-        what = "the gradient" if result.finite_loss else "the loss"
-        if self._options.nonfinite == "stop":
-            raise TrainingError(
-                f"step {step}: {what} is not finite, the update was left out and the run ends (guard.nonfinite=stop). "
-                "The newest checkpoint is from before it; lower optim.base_lr, set optim.clip_grad, or "
-                "guard.nonfinite=skip"
-            )
-        logger.warning("step %d: %s is not finite on some rank, update left out on all", step, what)
-        if self.in_a_row > self._options.max_skips:
-            raise TrainingError(
-                f"step {step}: {self.in_a_row} steps in a row without a finite loss and gradient (guard.max_skips = "
-                f"{self._options.max_skips}); the newest checkpoint is the place to go back to; lower optim.base_lr or "
-                "set optim.clip_grad"
-            )
+            return None
+        if not result.applied:
+            state.in_a_row += 1
+            state.skipped += 1
+        return self._decision(step, result)
+
+    def _decision(self, step: int, result: "StepResult") -> Decision:
+        kind, what = describe(result)
+        key = "spike" if kind == "spike" else "nonfinite"
+        asked: Action = getattr(self._options, key)
+        spent = self._spent(asked)
+        if not spent and asked != "stop":
+            return Decision(kind, what, asked, asked, f"step {step}: {what}; {_WORDS[asked]}", result.spike)
+        end = spent or "the update was left out and the run ends"
+        advice = (
+            f"(guard.{key}={asked}). The newest checkpoint is from before it; lower optim.base_lr, set optim.clip_grad "
+            f"or another guard.{key}. launch/replay.py runs the step again and names the module that went wrong"
+        )
+        return Decision(kind, what, asked, "stop", f"step {step}: {what}, {end} {advice}", result.spike)
+
+    def _spent(self, asked: Action) -> str:
+        """The budget that leaves no way but to stop; empty where none is spent."""
+        options, state = self._options, self.state
+        if state.in_a_row > options.max_skips:
+            return f"{state.in_a_row} steps in a row without an update (guard.max_skips = {options.max_skips})"
+        if asked == "lower_lr" and state.lowered >= options.max_lowered:
+            return f"the rate was lowered {state.lowered} times already (guard.max_lowered = {options.max_lowered})"
+        if asked == "rewind" and state.rewinds >= options.max_rewinds:
+            return f"the run went back {state.rewinds} times already (guard.max_rewinds = {options.max_rewinds})"
+        return ""
+
+    def lower(self) -> None:
+        """The coming steps get the lowered rate."""
+        self.state.lowered += 1
+        self.state.lowered_left = self._options.lower_lr_steps
+
+    def rewound(self, before: GuardState, step: int, target: int) -> None:
+        """Go on as after `target` steps, with the steps up to `step` (counted from 1) left out.
+
+        Args:
+            before: The state that was saved after `target` steps.
+            step: The bad step.
+            target: Steps done in the checkpoint.
+        """
+        first = max(target, step - self._options.leave_out)
+        now = self.state
+        left_out = sorted({*before.left_out, *now.left_out, *range(first, step)})
+        self.state = GuardState(**asdict(before) | {"rewinds": now.rewinds + 1, "left_out": left_out})
+
+
+_WORDS = {
+    "record": "the update was applied",
+    "skip": "update left out on all ranks",
+    "lower_lr": "update left out on all ranks, and the learning rate is lowered",
+    "rewind": "the run goes back to its newest checkpoint",
+}
+
+
+def describe(result: "StepResult") -> tuple[Kind, str]:
+    """What is bad about a step."""
+    if not result.finite_loss:
+        return "loss", "the loss is not finite"
+    if result.spike is None:
+        return "gradient", "the gradient is not finite"
+    spike = result.spike
+    return "spike", (
+        f"the loss {result.metrics['loss']:.6g} is a spike: {spike.z:.1f} deviations of {spike.deviation:.3g} above "
+        f"the median {spike.median:.6g} of recent steps"
+    )

@@ -97,6 +97,19 @@ class Reporter:
             self._speeds.append(record["speed/step_s"])
         self._last = record
 
+    def left_out(self, steps_done: int, lr: float) -> None:
+        """Report a step that passed without being trained on: it has no loss."""
+        if self._writes:
+            record: Record = {"step": steps_done, "epoch": self._schedule.epoch(steps_done)}
+            self._lines.write(record | {"optim/lr": lr, "optim/skipped": 1, "guard/left_out": 1})
+
+    def rewound(self, steps_done: int) -> None:
+        """The run went back to `steps_done`: metrics.jsonl was shortened, so it is another file now."""
+        if self._writes:
+            self._lines.close()
+            self._lines = JsonLines(self._folder.metrics)
+            logger.info("metrics.jsonl goes on after step %d; wandb keeps the steps that it has seen", steps_done)
+
     def evaluation(self, steps_done: int, metrics: dict[str, float], seconds: float) -> None:
         """Report an evaluation after `steps_done` steps."""
         self._measured("evaluation", "eval", steps_done, metrics, seconds)

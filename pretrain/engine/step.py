@@ -1,7 +1,7 @@
 """One optimiser step, from top to bottom."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.data.bad_samples import BadSampleLedger
+from pretrain.data.stream import TrainStream
+from pretrain.engine.guard import Spike, StepGuard
+from pretrain.engine.incident import Incidents
 from pretrain.engine.optim import set_lr
 from pretrain.objectives.base import Batch
 from pretrain.runtime.process_group import Ranks
@@ -30,16 +33,20 @@ class StepInputs:
         ranks: This process among all.
         seed: The run's seed.
         asked_to_stop: Whether this rank was asked to stop.
+        guard: Tells spikes of the loss.
+        incidents: Notes what each step is made of.
     """
 
     engine: Any
-    batches: Iterator[Batch]
+    batches: TrainStream
     accumulation: int
     own_clip: float | None
     ledger: BadSampleLedger
     ranks: Ranks
     seed: int
     asked_to_stop: Callable[[], bool]
+    guard: StepGuard
+    incidents: Incidents
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class StepResult:
         applied: Whether the weights were updated.
         grad_norm: Norm of the whole gradient before clipping; inf where it is not finite.
         loss_scale: fp16's, after the step; None in other formats.
+        spike: Where the loss is a spike, how large.
         stop: Whether any rank was asked to stop.
         bad_samples: Unusable samples so far, all ranks.
         data_s: Seconds spent waiting for data, mean over ranks.
@@ -63,6 +71,7 @@ class StepResult:
     applied: bool = True
     grad_norm: float = 0.0
     loss_scale: float | None = None
+    spike: Spike | None = None
     stop: bool = False
     bad_samples: int = 0
     data_s: float = 0.0
@@ -75,29 +84,26 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
     The update is left out on all ranks where any rank's loss or the gradient is not finite. Two things make sure: a
     loss that is not finite poisons its own gradient, and the norm of the whole gradient, which all ranks have in
     common, is checked before the update, by DeepSpeed's optimisers, and here where there is none (float32 without
-    ZeRO).
+    ZeRO). A spike of the loss goes the same way: ranks agree on the loss before the last backward pass, so that it can
+    still be poisoned, and no ZeRO stage needs another way to drop gradients.
 
     Args:
         inputs: The run.
         step: Steps done before, over all epochs.
         lr: Learning rate of this step.
     """
-    engine, started, waited = inputs.engine, time.perf_counter(), 0.0
-    sums: dict[str, Tensor] = {}
-    for micro in range(inputs.accumulation):
-        asked = time.perf_counter()
-        batch = next(inputs.batches)
-        waited += time.perf_counter() - asked
-        inputs.ledger.record(batch)
-        seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
-        output = engine(to_device(batch, inputs.ranks.device))
-        engine.backward(poisoned(output.loss))
-        for name, value in {**output.metrics, "loss": output.loss}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().double() / inputs.accumulation
-        if micro + 1 < inputs.accumulation:
-            engine.step()  # only counts the micro-batch; DeepSpeed updates at the last one
-    agreed = agree(sums, waited, inputs)
-    own_norm = None if inputs.own_clip is None else clip_or_drop(engine.module, inputs.own_clip)
+    engine, started, sums = inputs.engine, time.perf_counter(), _Sums()
+    inputs.incidents.begin(step)
+    for micro in range(inputs.accumulation - 1):
+        engine.backward(poisoned(_forward(inputs, step, micro, sums)))
+        engine.step()  # only counts the micro-batch; DeepSpeed updates at the last one
+    loss = _forward(inputs, step, inputs.accumulation - 1, sums)
+    agreed = agree(sums.metrics, sums.waited, inputs)
+    spike = inputs.guard.spike(agreed.metrics["loss"])
+    engine.backward(poisoned(loss, always=spike is not None and inputs.guard.drops_spikes))
+    if spike is not None or agreed.nonfinite:
+        inputs.incidents.look_at_gradients(engine.module)
+    own_norm = None if inputs.own_clip is None else clip_or_drop(engine.module, inputs.own_clip, inputs.incidents)
     set_lr(engine.optimizer, lr)
     engine.step()  # DeepSpeed clips, checks the norm, updates, and clears the gradients
     norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
@@ -108,11 +114,35 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
         applied=engine.was_step_applied() and finite_norm,
         grad_norm=norm if finite_norm else float("inf"),
         loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
+        spike=spike,
         stop=agreed.stop > 0,
         bad_samples=round(agreed.bad_samples),
         data_s=agreed.data_s,
         step_s=time.perf_counter() - started,
     )
+
+
+@dataclass
+class _Sums:
+    """What a step's micro-batches add up to: means of metrics, seconds of waiting for data."""
+
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    waited: float = 0.0
+
+
+def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums) -> Tensor:
+    """Fetch a micro-batch and compute its loss."""
+    asked = time.perf_counter()
+    batch = next(inputs.batches)
+    sums.waited += time.perf_counter() - asked
+    inputs.ledger.record(batch)
+    seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
+    output = inputs.engine(to_device(batch, inputs.ranks.device))
+    inputs.incidents.note(batch, output.loss)
+    for name, value in {**output.metrics, "loss": output.loss}.items():
+        sums.metrics[name] = sums.metrics.get(name, 0.0) + value.detach().double() / inputs.accumulation
+    loss: Tensor = output.loss
+    return loss
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -123,13 +153,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
-def poisoned(loss: Tensor) -> Tensor:
-    """The loss itself where it is finite, else NaN with a NaN gradient.
+def poisoned(loss: Tensor, always: bool = False) -> Tensor:
+    """The loss itself where it is finite, else, or if `always`, NaN with a NaN gradient.
 
     An infinite loss can have a finite gradient (a sum that overflowed), which would go unnoticed into the update. Works
     on the device, without waiting for it.
     """
-    return loss * torch.where(loss.isfinite(), 1.0, float("nan"))
+    return loss * (float("nan") if always else torch.where(loss.isfinite(), 1.0, float("nan")))
 
 
 @dataclass(frozen=True)
@@ -160,7 +190,7 @@ def agree(sums: dict[str, Tensor], waited: float, inputs: StepInputs) -> _Agreed
     return _Agreed(dict(zip(names, metrics, strict=True)), data_s, bad_losses, stop, bad_samples)
 
 
-def clip_or_drop(module: nn.Module, largest: float) -> float:
+def clip_or_drop(module: nn.Module, largest: float, incidents: Incidents) -> float:
     """Scale the gradients to a norm of at most `largest`, or drop them all where the norm is not finite.
 
     AdamW and SGD pass over parameters without gradient, so the weights and their states then stay as they are. Returns
@@ -171,6 +201,7 @@ def clip_or_drop(module: nn.Module, largest: float) -> float:
     if bool(norm.isfinite()):
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     else:
+        incidents.look_at_gradients(module)
         for parameter in parameters:
             parameter.grad = None
     return float(norm)

@@ -16,8 +16,9 @@ from pretrain.data.stream import StreamPlan, open_sources
 from pretrain.engine.assemble import Run, build_run, check_continues, fingerprints, forget_after, open_stream
 from pretrain.engine.evaluate import every_steps as evaluate_every_steps
 from pretrain.engine.folder import RunFolder, describe_start, open_folder
+from pretrain.engine.intervene import intervene, pass_over
 from pretrain.engine.schedule import build_schedule, every_steps, pictures_every_steps
-from pretrain.engine.step import to_device, train_step
+from pretrain.engine.step import StepResult, to_device, train_step
 from pretrain.objectives.base import Batch
 from pretrain.recipe.schema import Recipe
 from pretrain.recipe.show import show_recipe
@@ -89,12 +90,18 @@ def _loop(run: Run, steps_done: int) -> int:
     evaluate_every = evaluate_every_steps(run.evaluation, run.schedule) if run.evaluation else 0
     health_every = evaluate_every_steps(run.health, run.schedule) if run.health else 0
     while steps_done < run.schedule.last:
-        lr = run.schedule.lr(steps_done)
-        run.built.engine.module.before_step(steps_done, run.schedule.steps_per_epoch)
-        result = train_step(run.inputs, steps_done, lr)
-        steps_done += 1
-        run.reporter.step(steps_done, lr, result)
-        run.guard.check(steps_done, result)
+        lr = run.guard.lr(run.schedule.lr(steps_done))
+        if run.guard.leaves_out(steps_done):
+            result, steps_done = StepResult(applied=False), pass_over(run, steps_done, lr)
+        else:
+            run.built.engine.module.before_step(steps_done, run.schedule.steps_per_epoch)
+            result = train_step(run.inputs, steps_done, lr)
+            steps_done += 1
+            run.reporter.step(steps_done, lr, result)
+            run, went_back = intervene(run, steps_done, lr, result)
+            if went_back is not None:
+                steps_done = went_back
+                continue
         if result.applied:
             run.built.engine.module.after_step()
         last = steps_done == run.schedule.last
@@ -148,7 +155,7 @@ def _save(run: Run, steps_done: int) -> None:
         "world_size": run.ranks.world_size,
         "zero_stage": run.recipe.zero.stage,
         "seed": run.recipe.run.seed,
-        "skips": {"in_a_row": run.guard.in_a_row, "total": run.guard.total},
+        "guard": run.guard.saved(),
         "sources": fingerprints(run.sources),
         "bad_samples": gather_objects(run.ranks, run.inputs.ledger.state()),
         "best": asdict(run.best),

@@ -77,6 +77,7 @@ def _check_ranges(recipe: Recipe) -> list[str]:
         "checkpoint": ("every_steps", "every_epochs", "keep_last", "keep_every_epochs"),
         "zero": ("bucket_mb",),
         "log": ("every_steps", "pictures", "peak_tflops"),
+        "guard": ("window", "z", "lower_lr_factor", "lower_lr_steps", "leave_out"),
         "health": ("every_epochs", "neighbours"),
         "run": ("time_limit_minutes",),
     }  # fmt: skip
@@ -84,7 +85,7 @@ def _check_ranges(recipe: Recipe) -> list[str]:
         "data": ("workers", "readahead", "bad_rate", "bad_minimum", "bad_attempts"),
         "optim": ("base_min_lr", "weight_decay"),
         "schedule": ("warmup_epochs",),
-        "guard": ("max_skips",),
+        "guard": ("max_skips", "max_lowered", "max_rewinds"),
         "log": ("pictures_every_steps",),
         "run": ("seed",),
     }

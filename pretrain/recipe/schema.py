@@ -167,12 +167,29 @@ class Checkpoint:
 
 @dataclass
 class Guard:
-    """What happens when a step's loss or gradient is not finite."""
+    """What happens when a step's loss or gradient is not finite, or its loss is a spike."""
 
-    nonfinite: Literal["skip", "stop"] = "skip"
-    """skip: leave the update out; stop: end the run with exit code 1"""
+    nonfinite: Literal["skip", "lower_lr", "rewind", "stop"] = "skip"
+    """the update is left out, and: skip: go on; lower_lr: go on with a lower rate for some steps; rewind: go back to
+    the newest checkpoint and leave these samples out; stop: end the run with exit code 1"""
+    spike: Literal["ignore", "record", "skip", "lower_lr", "rewind", "stop"] = "record"
+    """the same for a loss far above recent ones; record: update, and write the batch down; ignore: don't look"""
+    window: int = 200
+    """updates whose losses a spike is measured against; none is told before half of them are done"""
+    z: float = 10.0
+    """deviations (1.4826 x median absolute deviation) above the window's median from which a loss is a spike"""
     max_skips: int = 10
-    """steps in a row that may be skipped before the run stops"""
+    """steps in a row that may be left out (skip, lower_lr) before the run stops"""
+    lower_lr_factor: float = 0.1
+    """lower_lr: factor on the scheduled learning rate"""
+    lower_lr_steps: int = 100
+    """lower_lr: steps with the lowered rate"""
+    max_lowered: int = 10
+    """lower_lr: times that the rate may be lowered in a run before it stops"""
+    leave_out: int = 1
+    """rewind: steps, up to and with the bad one, whose samples are left out when the run comes there again"""
+    max_rewinds: int = 5
+    """rewind: times that a run may go back before it stops"""
 
 
 @dataclass

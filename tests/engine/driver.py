@@ -24,6 +24,8 @@ def accident(what: str, output, module, run_dir: Path):
     if what == "gradient":  # a finite loss with a gradient that is not
         token = module.model.mask_token
         return output._replace(loss=output.loss + (token - token.detach()).abs().sqrt().sum())
+    if what == "spike":
+        return output._replace(loss=output.loss * 50)
     if what == "stop file":
         (run_dir / "stop").touch()
     elif what == "kill in the middle of publishing":

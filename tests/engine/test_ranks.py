@@ -110,7 +110,9 @@ def test_stop_policy_ends_the_run_at_that_step(toy: Any, outcome: Any) -> None:
 
 
 def test_too_many_skips_in_a_row_end_the_run(toy: Any, outcome: Any) -> None:
-    assert outcome["nan, too often"].startswith("TrainingError: step 5: 3 steps in a row")
+    assert outcome["nan, too often"].startswith(
+        "TrainingError: step 5: the loss is not finite, 3 steps in a row without an update (guard.max_skips = 2)"
+    )
     assert len(toy.records("nan, too often")) == 5
 
 
