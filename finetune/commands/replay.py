@@ -1,0 +1,125 @@
+"""The command line of launch/replay.py."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.errors import TubeletError
+
+if TYPE_CHECKING:
+    from pretrain.engine.replay import MicroBatch, Place
+    from pretrain.recipe.schema import Recipe
+
+DESCRIPTION = """\
+Run one step of a run again, alone and without an update, and name the first module whose weights, output or gradient
+is not finite, with the samples that it saw. Pre-training and fine-tuning runs alike.
+"""
+EPILOG = """\
+example:
+  python launch/replay.py runs/mine 12345
+      steps are counted from 1, as in metrics.jsonl and the names of RUN/incidents/step_00012345.json
+
+The batch is exactly the run's, for all its ranks in turn. The weights are those of the newest checkpoint before the
+step; the first line says which.
+"""
+
+#: Modules that are shown around the one that went wrong.
+AROUND = 6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        return _replay(arguments)
+    except TubeletError as error:
+        print(f"replay: {error}", file=sys.stderr)
+        return 1
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from pretrain.engine.replay import find_place, most_suspicious, replay, write_report
+    from pretrain.runtime.pictures import save_pictures
+
+    place = find_place(arguments.run, arguments.step)
+    print("\n".join(_head(place)))
+    replayed = []
+    for one in replay(place, _recipe(place), arguments.rank):
+        print(_line(one))
+        replayed.append(one)
+        if one.finding is not None and not arguments.all:
+            break
+    shown = most_suspicious(replayed)
+    print("\n".join(_verdict(place, shown)))
+    print("\n".join(_table(shown)))
+    report = write_report(place, replayed)
+    stem = report.with_suffix("")
+    for path in [report, *save_pictures({"clip": shown.video}, stem, arguments.clips)]:
+        print(f"written: {path}")
+    return 0
+
+
+def _recipe(place: "Place") -> "Recipe":
+    import yaml
+
+    from finetune.recipe import TuneRecipe
+    from pretrain.recipe.load import load_recipe
+    from pretrain.recipe.schema import Recipe
+
+    tuned = "tune" in (yaml.safe_load(place.recipe_file.read_text(encoding="utf-8")) or {})
+    return load_recipe(str(place.recipe_file), schema=TuneRecipe if tuned else Recipe)
+
+
+def _head(place: "Place") -> Iterator[str]:
+    behind = place.step - 1 - place.weights_step
+    where = str(place.checkpoint) if place.checkpoint else "the recipe's first weights: no checkpoint is from before"
+    yield f"step {place.step}, {place.world_size} ranks; weights: {where}"
+    if behind:
+        yield f"  they are {behind} updates older than the step's own: losses will differ from the run's"
+    if place.record:
+        yield f"  recorded: {place.record['what']}; {place.record['action']}; update {place.record['update']}"
+
+
+def _line(one: "MicroBatch") -> str:
+    recorded = "" if one.recorded is None else f" (recorded: {one.recorded:.9g})"
+    found = f"  {one.finding.phase}: {one.finding.text}" if one.finding else ""
+    return f"rank {one.rank}, micro-batch {one.micro}: loss {one.loss:.9g}{recorded}{found}"
+
+
+def _verdict(place: "Place", one: "MicroBatch") -> Iterator[str]:
+    if one.finding is None:
+        yield "everything is finite; the highest loss has"
+    else:
+        yield f"first non-finite: {one.finding.module} ({one.finding.phase})"
+    yield f"  rank {one.rank}, micro-batch {one.micro}, its clips (key at position; * where it shows):"
+    marked = set(one.finding.clips) if one.finding else set()
+    for number, (key, position) in enumerate(zip(one.keys, one.positions, strict=True)):
+        yield f"  {'*' if number in marked else ' '} {key} at {position}"
+
+
+def _table(one: "MicroBatch") -> Iterator[str]:
+    """Activations of the modules around the finding, in the order in which they finish."""
+    names = list(one.activations)
+    if not names:
+        return
+    at = names.index(one.finding.module) if one.finding and one.finding.module in names else len(names) - 1
+    shown = names[max(0, at - AROUND) : at + AROUND + 1]
+    width = max(map(len, shown))
+    yield f"  {'module':{width}}  {'largest':>10}  {'rms':>10}  not finite"
+    for name in shown:
+        value = one.activations[name]
+        yield f"  {name:{width}}  {value.largest:10.4g}  {value.rms:10.4g}  {value.nonfinite}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "replay.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("step", type=int, help="step, counted from 1")
+    parser.add_argument("--rank", type=int, help="only this rank's micro-batches (default: all ranks in turn)")
+    parser.add_argument("--all", action="store_true", help="go on after the first micro-batch that is not finite")
+    parser.add_argument("--clips", type=int, default=8, help="clips in the picture (default 8)")
+    return parser
