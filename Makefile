@@ -13,7 +13,7 @@ TESTS ?= tests
 help:
 	@echo "make demo   run the main job end to end on this machine (about 10 minutes)"
 	@echo "make test   ruff, mypy, pytest (TESTS=path to select)"
-	@echo "make lint   ruff and hadolint only"
+	@echo "make lint   ruff, hadolint and shellcheck only"
 	@echo "make types  mypy only"
 	@echo "make clean  remove what demo made (.cache/demo, runs/demo); .venv stays"
 
@@ -37,6 +37,7 @@ test: lint types
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck .ci/run launch/demo.sh launch/slurm/*.sh launch/slurm/*.sbatch
 
 types: install
 	$(BIN)/mypy

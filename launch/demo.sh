@@ -9,7 +9,7 @@ export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TUBELET_DATA=.cache/demo/shards
 cache=.cache/demo
 run=runs/demo
 epochs=${TUBELET_DEMO_EPOCHS:-}
-overrides=(run.dir=$run ${epochs:+schedule.epochs=$epochs})
+overrides=("run.dir=$run" ${epochs:+schedule.epochs=$epochs})
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 show() {

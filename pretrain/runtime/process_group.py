@@ -58,7 +58,8 @@ def launch_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_launcher(environ)
-    if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+    # A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS too, but is no step: it would wait for ranks in vain.
+    if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
         return _from_slurm(environ)
     return {
         "RANK": "0",
@@ -81,12 +82,16 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
-    """Ranks of an srun step. They meet on its first host, at a port that follows from the job's number."""
+    """Ranks of an srun step. They meet on its first host, at a port that follows from the job and its restarts.
+
+    The port of a killed start may be held for a while. It lies below the range that systems hand out by themselves.
+    """
     first_host = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", ""))
     address = environ.get("MASTER_ADDR") or environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
     if not address or int(environ.get("SLURM_NNODES", "1")) > 1 and "MASTER_ADDR" not in environ:
         address = _first_of_nodelist(first_host)
-    port = environ.get("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
+    start = 16 * int(environ.get("SLURM_JOB_ID", "0")) + int(environ.get("SLURM_RESTART_COUNT", "0"))
+    port = environ.get("MASTER_PORT", str(20000 + start % 12000))
     return {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ["SLURM_NTASKS"],

@@ -40,11 +40,14 @@ def test_slurm_step() -> None:
         "SLURM_STEP_NODELIST": "gpu[017-018]",
         "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9",
         "SLURM_JOB_ID": "1234567",
+        "SLURM_STEP_ID": "0",
     }
     found = launch_environment(environ)
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("5", "8", "1")
     assert found["MASTER_ADDR"] == "gpu017"
     assert found["MASTER_PORT"] == launch_environment(environ | {"SLURM_PROCID": "0"})["MASTER_PORT"]
+    again = launch_environment(environ | {"SLURM_RESTART_COUNT": "1"})["MASTER_PORT"]
+    assert again != found["MASTER_PORT"] and 20000 <= int(again) < 32000
     assert launch_environment(environ | {"MASTER_ADDR": "10.1.1.1"})["MASTER_ADDR"] == "10.1.1.1"
 
 
@@ -54,12 +57,13 @@ def test_slurm_step() -> None:
 )
 def test_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
     environ = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_STEP_NODELIST": nodes}
+    environ["SLURM_STEP_ID"] = "0"
     assert launch_environment(environ)["MASTER_ADDR"] == first
 
 
 def test_an_allocation_without_a_step_is_one_process() -> None:
     """`python launch/pretrain.py` in a batch script: one task, although the job has several."""
-    assert launch_environment({"SLURM_NTASKS": "8"})["WORLD_SIZE"] == "1"
+    assert launch_environment({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})["WORLD_SIZE"] == "1"
 
 
 def test_ranks_that_met_have_more_patience_with_each_other() -> None:

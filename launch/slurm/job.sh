@@ -1,0 +1,178 @@
+# shellcheck shell=bash
+# What pretrain.sbatch and finetune.sbatch share; sourced by the batch shell, which runs on the first node of a job.
+#
+# The batch shell starts one job step, passes a request to stop on to the run, and decides at the end whether the job
+# goes back to the queue. It believes the run's own summary.json first: launchers lose exit codes (torchrun turns all
+# into 1, deepspeed turns a killed launcher into 0, srun reports the highest of all tasks, killed ones included).
+#
+#   TUBELET_LAUNCHER       srun: one task a GPU; deepspeed, torchrun: one launcher a node        (srun)
+#   TUBELET_REQUEUE        1: the job goes back to the queue by itself; 0: it ends               (1)
+#   TUBELET_MAX_FAILURES   failures in a row without a further step after which it gives up      (3)
+#   TUBELET_SRUN_OPTIONS   further options of srun, such as pyxis' --container-image=…           (none)
+#   TUBELET_CONTAINER_RUN  command before python, such as: apptainer exec --nv tubelet.sif       (none)
+set -uo pipefail
+
+readonly DONE=0 FAILED=1 WRONG_USAGE=2 STOPPED=75
+
+say() { printf '%s [job %s, start %s] %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$*" >&2; }
+
+run_job() { # SCRIPT ARGUMENT...
+    read_settings "$@"
+    mkdir -p "$run_dir" || exit $FAILED
+    in_step --ntasks=1 --nodes=1 -- python "$@" --check || give_up_on $?
+    agree_on_meeting_point
+    find_end_time
+    local before status
+    before=$(summary_stamp)
+    trap on_stop USR1
+    trap on_term TERM
+    start_ranks "$@" &
+    step=$!
+    wait_for_step
+    status=$?
+    rm -f "$run_dir/stop"
+    finish "$(outcome "$status" "$before")"
+}
+
+read_settings() {
+    : "${TUBELET_LAUNCHER:=srun}" "${TUBELET_REQUEUE:=1}" "${TUBELET_MAX_FAILURES:=3}"
+    run_dir='' end_time=0 term_seen=0 interrupted=0
+    local word
+    for word in "$@"; do
+        case $word in run.dir=*) run_dir=${word#run.dir=} ;; esac
+    done
+    if [ -z "$run_dir" ]; then
+        say "run.dir=FOLDER is missing among the arguments: this script touches FOLDER/stop and reads FOLDER/summary.json"
+        exit $WRONG_USAGE
+    fi
+}
+
+give_up_on() { # STATUS of --check
+    say "the recipe does not pass --check (exit code $1); the job does not go back to the queue"
+    exit "$1"
+}
+
+# All ranks meet at the address by which Slurm itself reaches the first node. The port differs between starts, since the
+# one of a killed start may be held for a while, and lies below the range that systems hand out by themselves.
+agree_on_meeting_point() {
+    local first address
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    address=$(scontrol show node --oneliner "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    export MASTER_ADDR=${MASTER_ADDR:-${address:-$first}}
+    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 12000))
+}
+
+# Older releases of Slurm don't tell a job when it ends; the run stops by itself before that, even without a signal.
+find_end_time() {
+    local text
+    text=$(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=EndTime:40 | tr -d ' ')
+    end_time=$(date --date="$text" +%s 2>/dev/null || echo 0)
+    if [ "$end_time" -gt 0 ]; then export SLURM_JOB_END_TIME=$end_time; fi
+}
+
+in_step() { # SRUN_OPTION... -- COMMAND...
+    local -a options=() site wrap
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    read -ra site <<<"${TUBELET_SRUN_OPTIONS:-}"
+    read -ra wrap <<<"${TUBELET_CONTAINER_RUN:-}"
+    shift
+    srun --kill-on-bad-exit=1 "${options[@]}" ${site[@]+"${site[@]}"} ${wrap[@]+"${wrap[@]}"} "$@"
+}
+
+start_ranks() { # SCRIPT ARGUMENT...
+    local nodes=$SLURM_JOB_NUM_NODES per_node=${SLURM_NTASKS_PER_NODE:-1} cpus=${SLURM_CPUS_PER_TASK:-1}
+    say "$TUBELET_LAUNCHER: $nodes nodes with $per_node ranks each meet at $MASTER_ADDR:$MASTER_PORT"
+    if [ "$TUBELET_LAUNCHER" = srun ]; then
+        in_step --nodes="$nodes" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" -- python -u "$@"
+        return
+    fi
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$per_node/" >"$run_dir/hostfile"
+    in_step --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task=$((cpus * per_node)) -- \
+        bash launch/slurm/node.sh "$TUBELET_LAUNCHER" "$run_dir/hostfile" "$per_node" "$@"
+}
+
+# A run removes the file when it starts, so a request that comes early is repeated until the ranks have left.
+on_stop() {
+    interrupted=1
+    say "asked to stop: touching $run_dir/stop"
+    while kill -0 "$step" 2>/dev/null; do
+        touch "$run_dir/stop"
+        sleep 2
+    done &
+}
+
+# Slurm ends the job: at its time limit, or since somebody cancels, requeues or preempts it.
+on_term() {
+    term_seen=1
+    on_stop
+    if [ "$end_time" -gt 0 ] && [ "$(date +%s)" -ge "$end_time" ]; then
+        requeue "the time limit came before the run had stopped"
+    fi
+}
+
+wait_for_step() {
+    local status=127 now
+    while interrupted=0; wait "$step"; now=$?; [ "$now" != 127 ]; do
+        status=$now
+        if [ "$interrupted" = 0 ]; then break; fi # else a trap cut the wait short: the step is still there
+    done
+    return "$status"
+}
+
+summary_stamp() { stat --format='%i %y' "$run_dir/summary.json" 2>/dev/null || echo none; }
+
+outcome() { # STATUS BEFORE
+    local told
+    told=$(sed -n 's/^ *"exit_code": *\([0-9]*\).*/\1/p' "$run_dir/summary.json" 2>/dev/null)
+    if [ "$(summary_stamp)" != "$2" ]; then
+        echo "${told:-$FAILED}"
+    elif [ "$1" = $DONE ] && [ "$told" != $DONE ]; then
+        echo $FAILED # nothing was written, and the run was not done before
+    else
+        echo "$1"
+    fi
+}
+
+finish() { # OUTCOME
+    case $1 in
+    "$DONE")
+        rm -f "$run_dir/failures"
+        say "done"
+        ;;
+    "$STOPPED") go_on "stopped with a checkpoint" ;;
+    *) if may_try_again; then go_on "failed with $1"; else say "failed with $1, for good"; fi ;;
+    esac
+    exit "$1"
+}
+
+# A crash that repeats at the same step would otherwise hold its nodes for ever. $run_dir/failures: count, most steps.
+may_try_again() {
+    local count=0 best=0 steps=0
+    if [ -f "$run_dir/failures" ]; then read -r count best <"$run_dir/failures"; fi
+    if [ -f "$run_dir/metrics.jsonl" ]; then steps=$(wc -l <"$run_dir/metrics.jsonl"); fi
+    if [ "$steps" -gt "$best" ]; then count=0 best=$steps; fi
+    count=$((count + 1))
+    echo "$count $best" >"$run_dir/failures"
+    say "failure $count without going beyond step $best, $TUBELET_MAX_FAILURES are allowed"
+    [ "$count" -le "$TUBELET_MAX_FAILURES" ]
+}
+
+go_on() { # WHY
+    if [ "$term_seen" = 1 ]; then
+        say "$1; Slurm ended this job and decides itself whether it comes back"
+    else
+        requeue "$1"
+    fi
+}
+
+requeue() { # WHY
+    if [ "$TUBELET_REQUEUE" = 1 ]; then
+        say "$1: back to the queue"
+        scontrol requeue "$SLURM_JOB_ID" || say "the job can't be requeued: submit the same command again"
+    else
+        say "$1: the next job of the chain, or the same command, continues"
+    fi
+}

@@ -1,0 +1,170 @@
+"""Command line of launch/slurm/submit.py: options of a cluster and a run -> one sbatch command, printed or run."""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """\
+examples:
+  python launch/slurm/submit.py pretrain --nodes 4 --recipe vit_b_dual run.dir=/shared/runs/vit_b --print
+      the sbatch command, nothing is submitted
+  python launch/slurm/submit.py pretrain --nodes 4 --launcher torchrun --recipe vit_b_dual run.dir=/shared/runs/vit_b
+      one torchrun on each node instead of one srun task for each GPU
+  python launch/slurm/submit.py finetune --recipe vit_b_k400 run.dir=/shared/k400 run.init_weights=/shared/runs/vit_b
+      one node of 8 GPUs
+  python launch/slurm/submit.py pretrain --chain 5 --time 12:00:00 --recipe vit_l_dual run.dir=/shared/runs/vit_l
+      five jobs, one after the other, where a cluster forbids that jobs return to the queue
+  python launch/slurm/submit.py pack --parts 16 train.csv s3://bucket/k400 --data-root /data/k400
+      a job array of sixteen packers
+
+exit codes: 0 submitted or printed, 1 sbatch failed, 2 wrong usage
+"""
+
+#: A batch script is copied before it runs and finds the repository by the folder in which it was submitted.
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Containers: what goes before python (apptainer), or into srun's options (pyxis).
+CONTAINERS = ("pyxis", "apptainer")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Options of submit.py; what it does not know belongs to the program that the job runs."""
+    parser = argparse.ArgumentParser(
+        prog="submit.py",
+        description="Submit pre-training, fine-tuning or packing to Slurm. Other arguments go to the program.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("program", choices=("pretrain", "finetune", "pack"), help="launch/slurm/<program>.sbatch")
+    parser.add_argument("--print", action="store_true", help="print the sbatch commands, submit nothing")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default 1)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="N", help="GPUs, and ranks, of a node (default 8)"
+    )
+    parser.add_argument(
+        "--cpus-per-gpu", type=int, default=12, metavar="N", help="processor cores of a rank (default 12)"
+    )
+    parser.add_argument("--no-gpus", action="store_true", help="as many ranks, but ask for no GPU (test on processors)")
+    parser.add_argument(
+        "--time", default="24:00:00", metavar="D-HH:MM:SS", help="time limit of a job (default 24:00:00)"
+    )
+    for name in ("partition", "account", "qos"):
+        parser.add_argument(f"--{name}", metavar="NAME", help=f"Slurm's {name}")
+    parser.add_argument("--launcher", choices=("srun", "deepspeed", "torchrun"), default="srun", help=_LAUNCHER)
+    parser.add_argument("--stop-lead", type=int, default=300, metavar="SECONDS", help=_LEAD)
+    parser.add_argument("--max-failures", type=int, default=3, metavar="N", help=_FAILURES)
+    parser.add_argument("--chain", type=int, default=0, metavar="N", help=_CHAIN)
+    parser.add_argument("--parts", type=int, default=16, metavar="N", help="pack: tasks of the job array (default 16)")
+    parser.add_argument("--container", metavar="IMAGE", help="image in which the ranks run")
+    parser.add_argument("--container-with", choices=CONTAINERS, default="pyxis", help="what runs it (default pyxis)")
+    parser.add_argument("--mount", action="append", default=[], metavar="PATH", help="folder that the container sees")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=_SBATCH)
+    return parser
+
+
+_LAUNCHER = "srun: one task for each GPU; deepspeed, torchrun: one launcher on each node (default srun)"
+_LEAD = "seconds before the time limit at which the run is asked to save and stop (default 300)"
+_FAILURES = "failures in a row without a further step after which the job ends (default 3)"
+_CHAIN = "submit N jobs, each starting when the one before ends, that never return to the queue themselves"
+_SBATCH = "further option of sbatch, repeatable: --sbatch=--exclude=node7"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Submit or print; returns the exit code."""
+    parser = make_parser()
+    arguments, words = parser.parse_known_args(argv)
+    problem = _problem(arguments, words)
+    if problem:
+        parser.error(problem)
+    if arguments.print:
+        for number in range(max(1, arguments.chain)):
+            before = "JOB_BEFORE" if number else ""
+            environ, command = sbatch_command(arguments, words, before)
+            print(shlex.join([*(f"{key}={value}" for key, value in environ.items()), *command]))
+        return 0
+    return _submit(arguments, words)
+
+
+def _problem(arguments: argparse.Namespace, words: list[str]) -> str:
+    if Path.cwd().resolve() != ROOT:
+        return f"start it in {ROOT}: the job's relative paths count from there"
+    if arguments.program == "pack":
+        return "" if words else "pack needs SOURCE and DEST, as launch/pack.py does"
+    if not any(word.startswith("run.dir=") for word in words):
+        return "run.dir=FOLDER is missing: a folder that all nodes see; the job is stopped and judged through its files"
+    if "--recipe" not in words and not any(word.startswith("--recipe=") for word in words):
+        return "--recipe NAME is missing"
+    return ""
+
+
+def sbatch_command(
+    arguments: argparse.Namespace, words: Sequence[str], before: str
+) -> tuple[dict[str, str], list[str]]:
+    """What to add to the environment, and the command; `before`: job that has to end first, empty for none."""
+    options = ["sbatch", "--parsable", f"--time={arguments.time}"]
+    for name in ("partition", "account", "qos"):
+        if value := getattr(arguments, name):
+            options.append(f"--{name}={value}")
+    environ = {"TUBELET_" + key: value for key, value in _container(arguments).items()}
+    if arguments.program == "pack":
+        options += [f"--array=0-{arguments.parts - 1}", f"--cpus-per-task={arguments.cpus_per_gpu}"]
+    else:
+        options += _sizes(arguments)
+        environ |= _settings(arguments)
+    if arguments.chain:
+        options += ["--no-requeue"] + ([f"--dependency=afterany:{before}"] if before else [])
+    return environ, [*options, *arguments.sbatch, f"launch/slurm/{arguments.program}.sbatch", *words]
+
+
+def _sizes(arguments: argparse.Namespace) -> list[str]:
+    gpus = 0 if arguments.no_gpus else arguments.gpus_per_node
+    return [
+        f"--nodes={arguments.nodes}",
+        f"--ntasks-per-node={arguments.gpus_per_node}",
+        f"--gpus-per-node={gpus}",
+        f"--cpus-per-task={arguments.cpus_per_gpu}",
+        f"--signal=B:USR1@{arguments.stop_lead}",
+    ]
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+    settings = {
+        "TUBELET_LAUNCHER": arguments.launcher,
+        "TUBELET_STOP_LEAD_S": str(arguments.stop_lead),
+        "TUBELET_MAX_FAILURES": str(arguments.max_failures),
+    }
+    return settings | ({"TUBELET_REQUEUE": "0"} if arguments.chain else {})
+
+
+def _container(arguments: argparse.Namespace) -> dict[str, str]:
+    """The repository is mounted where it is outside, so that its scripts and paths are the same inside."""
+    if not arguments.container:
+        return {}
+    mounts = [str(ROOT), *arguments.mount]
+    if arguments.container_with == "apptainer":
+        binds = " ".join(f"--bind {path}" for path in mounts)
+        return {"CONTAINER_RUN": f"apptainer exec --nv {binds} --pwd {ROOT} {arguments.container}"}
+    pairs = ",".join(f"{path}:{path}" for path in mounts)
+    options = f"--container-image={arguments.container} --container-mounts={pairs} --container-workdir={ROOT}"
+    return {"SRUN_OPTIONS": options}
+
+
+def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
+    if shutil.which("sbatch") is None:
+        print("sbatch is not on PATH: run this on a login node of a Slurm cluster, or add --print", file=sys.stderr)
+        return 1
+    before = ""
+    for _ in range(max(1, arguments.chain)):
+        environ, command = sbatch_command(arguments, words, before)
+        done = subprocess.run(command, env=os.environ | environ, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            return 1
+        before = done.stdout.strip().partition(";")[0]
+        print(f"job {before}: output in {ROOT}/{arguments.program}-{before}.out")
+    return 0

@@ -1,0 +1,86 @@
+"""Jobs of launch/slurm/pretrain.sbatch over two nodes of a real Slurm: each comes back and loses nothing.
+
+`loses nothing`: the losses of all steps are, bit for bit, those of a run that nothing happened to.
+"""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+#: Step at which a run is disturbed: checkpoints are 25 steps apart, so steps are lost where nothing is saved.
+STEP = 35
+
+
+def disturbed(site: Any, name: str, **environ: str) -> str:
+    """Submit a run and wait until it is well under way; returns the job's number."""
+    job: str = site.submit(name, **environ)
+    site.wait_for_step(name, job, STEP)
+    return job
+
+
+def came_back(site: Any, name: str, job: str, undisturbed: list[float], restarts: int = 1) -> str:
+    """Wait for the end and compare; returns what the job printed."""
+    said: str = site.finish(name, job)
+    assert site.cluster.job(job, "Restarts") == str(restarts), said
+    assert site.toy.losses(name) == undisturbed
+    assert "continuing from" in said
+    return said
+
+
+@pytest.mark.parametrize("launcher", ["srun", "deepspeed", "torchrun"])
+def test_usr1_to_the_batch_shell(site: Any, undisturbed: list[float], launcher: str) -> None:
+    job = disturbed(site, launcher, TUBELET_LAUNCHER=launcher)
+    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    said = came_back(site, launcher, job, undisturbed)
+    assert f"{launcher}: 2 nodes with 1 ranks each" in said
+    assert "asked to stop" in said and "stopped with a checkpoint: back to the queue" in said
+
+
+def test_a_killed_rank(site: Any, undisturbed: list[float]) -> None:
+    job = disturbed(site, "killed")
+    ranks = [process for process in site.cluster.processes("n2") if "launch/pretrain.py" in process.cmdline()]
+    os.kill(ranks[0].pid, signal.SIGKILL)
+    said = came_back(site, "killed", job, undisturbed)
+    assert "failure 1 without going beyond" in said and "back to the queue" in said
+
+
+def test_scontrol_requeue(site: Any, undisturbed: list[float]) -> None:
+    job = disturbed(site, "requeued")
+    site.cluster.run("scontrol", "requeue", job)
+    came_back(site, "requeued", job, undisturbed)
+
+
+def test_a_wrong_recipe_ends_the_job_for_good(site: Any) -> None:
+    job = site.submit("wrong", overrides=("batch.sampels=8",))
+    said = site.finish("wrong", job, expect="FAILED")
+    assert "batch.sampels" in said and "does not go back to the queue" in said
+    assert (site.cluster.job(job, "ExitCode"), site.cluster.job(job, "Restarts")) == ("2:0", "0")
+
+
+def test_a_crash_that_repeats_gives_up(site: Any) -> None:
+    """Its data is not there: no start gets to a step, so the second failure is the last."""
+    nowhere = f"data.sources.toy.shards={site.toy.folder / 'nowhere'}"
+    job = site.submit("crashing", overrides=(nowhere,), TUBELET_MAX_FAILURES="1")
+    said = site.finish("crashing", job, expect="FAILED")
+    assert said.count("back to the queue") == 1 and "failed with 1, for good" in said
+    assert site.cluster.job(job, "Restarts") == "1"
+
+
+@pytest.mark.faults
+def test_the_time_limit(site: Any, undisturbed: list[float]) -> None:
+    """A minute, the shortest that Slurm knows; it signals up to a minute early, so the run is slowed down to last."""
+    job = site.submit("limited", "--time=1", "--signal=B:USR1@20", TUBELET_STOP_LEAD_S="20")
+    said = came_back(site, "limited", job, undisturbed)
+    assert "asked to stop" in said or "wall-clock limit" in said
+
+
+@pytest.mark.faults
+def test_a_node_that_dies(site: Any, undisturbed: list[float]) -> None:
+    """SIGKILL to slurmd and all that runs there; Slurm notices it and requeues the job, which waits for the node."""
+    job = disturbed(site, "dead node")
+    site.cluster.kill_node("n2")
+    site.cluster.wait("Slurm gives the node up", lambda: site.cluster.node_state("n2").startswith("DOWN"))
+    site.cluster.start_node("n2")
+    came_back(site, "dead node", job, undisturbed)
