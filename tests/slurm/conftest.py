@@ -14,7 +14,7 @@ from tests.faults.slurm_cluster import SlurmCluster, missing_programs
 
 ROOT = Path(__file__).resolve().parents[2]
 
-EPOCHS = 60
+EPOCHS = 30
 #: Of 5 steps an epoch, see tests/engine/conftest.py.
 STEPS = 5 * EPOCHS
 OVERRIDES = (f"schedule.epochs={EPOCHS}", "checkpoint.every_steps=25", "zero.stage=1")
