@@ -33,9 +33,7 @@ HARMLESS = (
     "run.name",
     "run.time_limit_minutes",
     "schedule.max_steps",
-    "zero.bucket_mb",
-    "zero.init",
-    "zero.overlap",
+    "zero",
 )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import problems
+from pretrain.checkpoint.reshape import Layout, load_reshaped
 from pretrain.checkpoint.save import STATE, TAG
+from pretrain.checkpoint.shards import Groups
 from pretrain.errors import CheckpointError
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 
@@ -86,29 +88,31 @@ def _open(folder: Path) -> Resumable:
         raise CheckpointError(f"{folder / STATE}: unreadable ({error})") from error
 
 
-def check_layout(found: Resumable, world_size: int, zero_stage: int) -> None:
-    """Refuse a checkpoint whose shards don't fit the present ranks.
+def layout_of(found: Resumable) -> Layout:
+    """The layout that a checkpoint was written with."""
+    return Layout.of(found.state["world_size"], found.state["recipe"]["zero"])
+
+
+def load(engine: Any, found: Resumable, now: Layout, groups: Groups) -> None:
+    """Load weights, optimiser states and loss scale into a DeepSpeed engine, whichever layout wrote them.
+
+    The same layout is DeepSpeed's to load, each rank its own files; others are converted (`reshape`). The files were
+    written by this program and their hashes verified, so they may be unpickled; checkpoints from elsewhere never come
+    this way (run.init_weights reads tensors only).
+
+    Args:
+        engine: The engine, not yet trained.
+        found: The checkpoint.
+        now: The engine's layout.
+        groups: Names of the optimiser's parameters by group, in its order.
 
     Raises:
-        CheckpointError: another number of ranks (unless nothing is sharded), or another ZeRO stage.
+        CheckpointError: it is incomplete, or of another optimiser or other parameters.
     """
-    old_size, old_stage = found.state["world_size"], found.state["zero_stage"]
-    same_size = old_size == world_size or old_stage == zero_stage == 0
-    if same_size and old_stage == zero_stage:
+    before = layout_of(found)
+    if not before.fits(now):
+        load_reshaped(engine, found.folder / TAG, before, now, groups)
         return
-    raise CheckpointError(
-        f"{found.folder}: written by {old_size} ranks with zero.stage {old_stage}, this run has {world_size} "
-        f"ranks with zero.stage {zero_stage}. Its optimiser states are sharded for the former: start {old_size} ranks "
-        f"with zero.stage={old_stage}, or a new run.dir with run.init_weights={found.folder}"
-    )
-
-
-def load(engine: Any, found: Resumable) -> None:
-    """Load weights, optimiser states and loss scale into a DeepSpeed engine.
-
-    The files were written by this program and their hashes verified, so DeepSpeed may unpickle them; checkpoints from
-    elsewhere never come this way (run.init_weights reads tensors only).
-    """
     path, _ = engine.load_checkpoint(str(found.folder), tag=TAG, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(f"{found.folder / TAG}: DeepSpeed found nothing to load")

@@ -2,11 +2,12 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pretrain.checkpoint.compare import check_same_run
-from pretrain.checkpoint.resume import Resumable, check_layout, load
+from pretrain.checkpoint.reshape import Layout
+from pretrain.checkpoint.resume import Resumable, layout_of, load
 from pretrain.checkpoint.save import Saver
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.stream import OpenSource, StreamPlan, TrainStream
@@ -52,10 +53,12 @@ class Run:
 
 
 def check_continues(found: Resumable, recipe: Recipe, ranks: Ranks, sources: list[OpenSource]) -> None:
-    """Refuse a checkpoint of another run, other data or another layout; name what differs without harm."""
+    """Refuse a checkpoint of another run or other data; name what differs without harm."""
     for line in check_same_run(found.state["recipe"], recipe, str(found.folder)):
         logger.info("continuing with another %s", line)
-    check_layout(found, ranks.world_size, recipe.zero.stage)
+    written, here = layout_of(found), layout(recipe, ranks)
+    if not written.fits(here):
+        logger.info("continuing on another layout: %s -> %s; the checkpoint will be converted", written, here)
     before, now = found.state["sources"], fingerprints(sources)
     if before != now:
         changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
@@ -64,6 +67,11 @@ def check_continues(found: Resumable, recipe: Recipe, ranks: Ranks, sources: lis
             "the order of samples would be another. Restore the shards, or start a new run.dir"
         )
     logger.info("continuing from %s, step %d", found.folder, found.step)
+
+
+def layout(recipe: Recipe, ranks: Ranks) -> Layout:
+    """How this run spreads weights and optimiser over its ranks."""
+    return Layout.of(ranks.world_size, asdict(recipe.zero))
 
 
 def fingerprints(sources: list[OpenSource]) -> dict[str, str]:
@@ -96,7 +104,7 @@ def build_run(
         logger.info(line)
     _log_schedule(recipe, schedule, built)
     if found is not None:
-        load(built.engine, found)
+        load(built.engine, found, layout(recipe, ranks), built.groups)
     ledger = open_ledger(recipe, folder, sources, ranks, found)
     guard = StepGuard(recipe.guard, state_at_start(folder.guard, ranks, found.state if found else None))
     keep_every = recipe.checkpoint.keep_every_epochs
@@ -140,7 +148,9 @@ def open_ledger(
     """Counts of unusable samples, with those of the checkpoint."""
     ledger = BadSampleLedger(folder.root, [s.name for s in sources], recipe.data.bad_rate, recipe.data.bad_minimum)
     if found is not None:
-        ledger.load(found.state["bad_samples"][ranks.rank])
+        # Counts are only ever added up, so those of more ranks than there are now go to the present ones in turn.
+        for counts in found.state["bad_samples"][ranks.rank :: ranks.world_size]:
+            ledger.load(counts)
     return ledger
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pretrain.checkpoint.shards import Groups
 from pretrain.engine.ds_config import Config, builds_sharded, deepspeed_config
 from pretrain.engine.optim import build_optimizer, forget_steps
 from pretrain.engine.trained import read_weights
@@ -22,11 +23,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Built:
-    """A DeepSpeed engine, its configuration, and the number of parameters of the model."""
+    """A DeepSpeed engine, its configuration, the number of parameters of the model, and what the optimiser updates.
+
+    `groups` are the names of the parameters in each of the optimiser's groups, which DeepSpeed forgets.
+    """
 
     engine: Any
     config: Config
     parameters: int
+    groups: Groups
 
 
 def count_parameters(recipe: Recipe) -> int:
@@ -60,11 +65,17 @@ def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int, resumes: bool 
     if recipe.run.init_weights and not resumes:
         objective.load_pretrained(recipe.run.init_weights, read_weights(recipe.run.init_weights))
     optimizer = build_optimizer(recipe, objective, ranks.device)
+    groups = _group_names(objective, optimizer)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
     forget_steps(engine.basic_optimizer)
     if recipe.compute.compile:
         engine.compile()
-    return Built(engine, config, parameters)
+    return Built(engine, config, parameters, groups)
+
+
+def _group_names(objective: Objective, optimizer: torch.optim.Optimizer) -> Groups:
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
 def _build_objective(recipe: Recipe, config: Config, parameters: int) -> Objective:
