@@ -141,7 +141,7 @@ def _fill_optimizer(shards: Shards, optimizer: torch.optim.Optimizer, held: list
         for kind, pieces in shards.pieces.items():
             if kind == WEIGHT or part.name not in pieces:  # without ZeRO a parameter that had no gradient has no state
                 continue
-            if kind not in state:  # some of DeepSpeed's optimisers make the states only at the first step
+            if state.get(kind) is None:  # some of DeepSpeed's optimisers make the states only at the first step
                 state[kind] = torch.zeros_like(part.line, requires_grad=False)
             _copy(shards.read(kind, part.name, part.begin, part.count), state[kind], part.offset)
         for kind, values in shards.scalars.items():

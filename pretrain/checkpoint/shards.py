@@ -212,7 +212,7 @@ def _scalars(state: dict[int, dict[str, Any]], stage: int, groups: Groups) -> di
     scalars: dict[str, dict[str, Tensor]] = {}
     for number, members in enumerate(names):
         for key, value in state.get(number, {}).items():
-            if not _is_line(value):
+            if value is not None and not _is_line(value):
                 scalars.setdefault(key, {}).update(dict.fromkeys(members, torch.as_tensor(value)))
     return scalars
 

@@ -146,6 +146,29 @@ def test_workers_change_nothing(
         assert_same(clips(batches), clips(ten_steps[start * 4 : (start + 3) * 4]))
 
 
+#: Ranks and workers of the stretches of one run that stops and goes on elsewhere.
+STRETCHES = [(1, 0), (2, 1), (4, 0), (1, 3), (2, 0), (4, 1)]
+
+
+def test_a_run_that_moves_between_ranks_and_workers_sees_the_same_global_batches(
+    make_recipe: MakeRecipe, two_sources: dict[str, str]
+) -> None:
+    """Two steps on each in epochs of three, so that borders of epochs lie inside the stretches and between them.
+
+    Bit for bit and step by step: keys, pixels (which say where clip and crop lie), masks.
+    """
+    expected = take(recipe_of(make_recipe, two_sources, epoch_samples=24), steps=2 * len(STRETCHES))
+    assert {int(batch["epoch"][0]) for batch in expected} == set(range(4))
+    for number, (world, workers) in enumerate(STRETCHES):
+        recipe = recipe_of(make_recipe, two_sources, epoch_samples=24, workers=workers)
+        start = 2 * number
+        ranks = [take(recipe, steps=2, rank=rank, world=world, start=start) for rank in range(world)]
+        per_step = 4 // world
+        for step in range(2):
+            served = [batch for batches in ranks for batch in batches[step * per_step : (step + 1) * per_step]]
+            assert_same(clips(served), clips(expected[(start + step) * 4 : (start + step + 1) * 4]))
+
+
 def test_seed_changes_order_and_crops(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
     one, other = (take(make_recipe(two_sources, seed=seed), steps=1) for seed in (0, 1))
     assert [b["key"] for b in one] != [b["key"] for b in other]
