@@ -2,6 +2,7 @@ import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from omegaconf import OmegaConf
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.compare import check_same_run, is_harmless
 from pretrain.checkpoint.manifest import Manifest, describe_file, write_manifest
-from pretrain.checkpoint.resume import Resumable, check_layout, find_checkpoint
+from pretrain.checkpoint.reshape import Layout
+from pretrain.checkpoint.resume import Resumable, find_checkpoint, layout_of
 from pretrain.errors import CheckpointError
 from pretrain.recipe.schema import Recipe, Source
 from pretrain.runtime.process_group import Ranks
@@ -74,18 +76,23 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(tmp_path: Path) -> N
     assert len(folders.published(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(("size", "stage", "fits"), [(2, 1, True), (4, 1, False), (2, 2, False), (2, 0, False)])
-def test_shards_of_another_layout_are_refused(size: int, stage: int, fits: bool) -> None:
-    found = Resumable(Path("x"), {"step": 1, "world_size": 2, "zero_stage": 1})
-    if fits:
-        check_layout(found, size, stage)
-    else:
-        with pytest.raises(CheckpointError, match=r"start 2 ranks with zero.stage=1"):
-            check_layout(found, size, stage)
+@pytest.mark.parametrize(
+    ("size", "zero", "fits"),
+    [
+        (2, {"stage": 1, "offload": "none"}, True),
+        (4, {"stage": 1, "offload": "none"}, False),
+        (2, {"stage": 2, "offload": "none"}, False),
+        (2, {"stage": 0, "offload": "none"}, False),
+        (2, {"stage": 1, "offload": "cpu"}, False),
+    ],
+)
+def test_only_the_same_layout_is_loaded_as_it_is(size: int, zero: dict[str, Any], fits: bool) -> None:
+    state = {"step": 1, "world_size": 2, "recipe": {"zero": {"stage": 1, "offload": "none"}}}
+    assert layout_of(Resumable(Path("x"), state)).fits(Layout.of(size, zero)) == fits
 
 
-def test_without_zero_any_number_of_ranks_continues() -> None:
-    check_layout(Resumable(Path("x"), {"step": 1, "world_size": 2, "zero_stage": 0}), 8, 0)
+def test_without_zero_any_number_of_ranks_loads_it_as_it_is() -> None:
+    assert Layout.of(2, {"stage": 0, "offload": "cpu"}).fits(Layout(8, 0))
 
 
 def recipe() -> Recipe:

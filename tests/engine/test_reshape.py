@@ -1,57 +1,54 @@
-"""Continuing on other numbers of ranks and ZeRO stages, with real processes."""
+"""Runs that move between numbers of ranks and ZeRO stages, with real processes."""
 
-import itertools
-import json
-import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-STEPS = 10
-#: Steps of the run that is continued elsewhere: inside the first epoch, so that the rest crosses its border.
-DONE = 3
-STAGES = (0, 1, 2, 3)
-FORMATS = ("fp32", "bf16")
+#: Each run's steps on 2, 1, 4 and 2 ranks in turn; the epoch has 5, so its border lies inside the second stretch.
+RANKS, UNTIL = (2, 1, 4, 2), (3, 6, 8, 10)
+
+#: ZeRO stage of each stretch: all twelve changes, half of them in each number format.
+RUNS = {
+    "fp32 up": ((0, 1, 2, 3), ["compute.dtype=fp32"]),
+    "fp32 skip": ((0, 2, 0, 3), ["compute.dtype=fp32"]),
+    "bf16 down": ((3, 2, 1, 0), ["compute.dtype=bf16"]),
+    "bf16 skip": ((3, 1, 3, 0), ["compute.dtype=bf16"]),
+    "sgd same": ((1, 1, 1, 1), ["optim.name=sgd", "optim.momentum=0.9"]),
+}
+
+#: Other sums of float32, and of bf16: measured 9e-8 and 2.3e-5 over all 32 pairs from two ranks to one. Without the
+#: optimiser's states, or with its step counter at 0, fp32 is off by more than 1e-4, bf16 by more than 5e-4.
+TOLERANCE = {"fp32": 2e-6, "bf16": 2e-4, "sgd": 2e-6}
 
 
-def plain(*overrides: str) -> dict[str, Any]:
-    return {"overrides": ["batch.micro=2", *overrides]}
-
-
-def spread(dtype: str, stage: int) -> list[str]:
-    return [f"compute.dtype={dtype}", f"zero.stage={stage}"]
-
-
-def begin(prefix: str, stages: tuple[int, ...] = STAGES) -> dict[str, dict[str, Any]]:
-    """Runs that end early, one for each number format and stage. Stage 3 last, see test_ranks.py."""
-    return {
-        f"{prefix} {dtype} {stage}": plain(*spread(dtype, stage), f"schedule.max_steps={DONE}")
-        for stage, dtype in itertools.product(stages, FORMATS)
-    }
+def stretch(name: str, number: int, *overrides: str) -> dict[str, Any]:
+    stages, options = RUNS[name]
+    here = [f"zero.stage={stages[number]}", f"schedule.max_steps={UNTIL[number]}", "batch.micro=2"]
+    return {"overrides": [*options, *here, *overrides]}
 
 
 @pytest.fixture(scope="module")
-def written_by_two(toy: Any) -> dict[str, Any]:
-    runs = {f"undisturbed {dtype}": plain(*spread(dtype, 0)) for dtype in FORMATS} | begin("two")
-    return toy.drive(runs, ranks=2)
+def moved(toy: Any) -> None:
+    for number, ranks in enumerate(RANKS):
+        plan = {name: stretch(name, number) for name in RUNS}
+        if number == 0:
+            undisturbed = {f"all {name}": stretch(name, 0, "schedule.max_steps=10", "zero.stage=0") for name in RUNS}
+            plan = {name: undisturbed[name] for name in ("all fp32 up", "all bf16 down", "all sgd same")} | plan
+        if number == 2:
+            for entry in plan.values():
+                entry["overrides"].append("zero.offload=cpu")
+        assert toy.drive(plan, ranks) == dict.fromkeys(plan, 0)
 
 
-def go_on(toy: Any, name: str, source: str, *overrides: str) -> dict[str, dict[str, Any]]:
-    shutil.copytree(toy.folder / source, toy.folder / name)
-    return {name: plain(*overrides)}
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_anywhere(name: str, toy: Any, moved: None) -> None:
+    dtype = name.split()[0]
+    whole = next(found for found in ("all fp32 up", "all bf16 down", "all sgd same") if f"all {dtype}" in found)
+    np.testing.assert_allclose(toy.losses(name), toy.losses(whole), rtol=0, atol=TOLERANCE[dtype])
 
 
-def test_two_to_one(toy: Any, written_by_two: dict[str, Any]) -> None:
-    runs: dict[str, Any] = {}
-    for new, dtype, old in itertools.product(STAGES, FORMATS, STAGES):
-        name = f"one {dtype} {old}-{new}"
-        runs |= go_on(toy, name, f"two {dtype} {old}", *spread(dtype, new))
-    results = toy.drive(runs, ranks=1)
-    print(results)
-    for name in runs:
-        dtype = name.split()[1]
-        a, b = np.array(toy.losses(name)), np.array(toy.losses(f"undisturbed {dtype}"))
-        print(name, results[name], len(a), np.abs(a - b).max() if len(a) == len(b) else None)
+def test_the_log_says_from_where_to_where(toy: Any, moved: None) -> None:
+    log = "".join(path.read_text() for path in (toy.folder / "fp32 up").rglob("*.log"))
+    assert "checkpoint converted: 2 ranks, ZeRO stage 0 -> 1 ranks, ZeRO stage 1, " in log
+    assert "4 ranks, ZeRO stage 2, optimiser offloaded to cpu -> 2 ranks, ZeRO stage 3, " in log

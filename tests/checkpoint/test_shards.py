@@ -1,0 +1,107 @@
+"""Reading DeepSpeed's three layouts, written here value by value from their description."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.shards import WEIGHT, Shards, open_shards
+from pretrain.errors import CheckpointError
+
+GROUPS = [["a", "b", "c"], ["d"]]
+SHAPES = {"a": torch.Size([3, 5]), "b": torch.Size([7]), "c": torch.Size([2, 2, 4]), "d": torch.Size([1])}
+
+
+def values(kind: str, name: str) -> Tensor:
+    """A number of its own for every value of every parameter and state."""
+    first = 1000.0 * list(SHAPES).index(name) + (500 if kind == "exp_avg" else 0)
+    return torch.arange(SHAPES[name].numel()) + first
+
+
+def group_options() -> list[dict[str, Any]]:
+    return [{"params": [number], "betas": (0.9, 0.95), "lr_scale": 1.0} for number in range(2)]
+
+
+def wrapped(lines: dict[str, list[Tensor]], stage: int) -> dict[str, Any]:
+    """One rank's optimiser as DeepSpeed stores it."""
+    state = {n: {"exp_avg": line, "step": torch.tensor(7.0)} for n, line in enumerate(lines["exp_avg"])}
+    base = {"state": state, "param_groups": group_options()}
+    if stage == 3:
+        return {"optimizer_state_dict": {"optimizer_state_dict": base, "fp32_flat_groups": lines[WEIGHT]}}
+    key = "single_partition_of_fp32_groups"
+    return {"optimizer_state_dict": {"base_optimizer_state": base, key: lines[WEIGHT]}}
+
+
+def pad(line: Tensor, multiple: int) -> Tensor:
+    return torch.cat([line, torch.full((-len(line) % multiple,), float("nan"))])
+
+
+def line_of(kind: str, group: list[str], rank: int, world: int, stage: int) -> Tensor:
+    if stage == 3:
+        return torch.cat([pad(values(kind, name), world).chunk(world)[rank] for name in group])
+    return pad(torch.cat([values(kind, name) for name in group]), 2 * world).chunk(world)[rank]
+
+
+def write(folder: Path, world: int, stage: int, prefix: str = "") -> Path:
+    counters = {"global_steps": 7, "global_samples": 56, "skipped_steps": 0}
+    shapes = [{name: SHAPES[name] for name in group} for group in GROUPS] if stage else None
+    module = {name: values(WEIGHT, name).view(shape) for name, shape in SHAPES.items()} | {"count": torch.tensor(3)}
+    model: dict[str, Any] = {"module": module, "param_shapes": shapes, "frozen_param_shapes": None, **counters}
+    if stage == 0:
+        flat = [name for group in GROUPS for name in group]
+        state = {n: {"exp_avg": values("exp_avg", name), "step": torch.tensor(7.0)} for n, name in enumerate(flat)}
+        model["optimizer"] = {"state": state, "param_groups": group_options()}
+    for rank in range(world):
+        lines = {kind: [line_of(kind, g, rank, world, stage) for g in GROUPS] for kind in (WEIGHT, "exp_avg")}
+        if stage:
+            torch.save(wrapped(lines, stage), folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        if stage == 3:
+            torch.save(model, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    if stage < 3:
+        torch.save(model, folder / "mp_rank_00_model_states.pt")
+    return folder
+
+
+def opened(folder: Path, world: int, stage: int, **changes: Any) -> Shards:
+    return open_shards(folder, world, stage, **({"groups": GROUPS, "shapes": SHAPES} | changes))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_stretch_of_every_parameter(world: int, stage: int, tmp_path: Path) -> None:
+    shards = opened(write(tmp_path, world, stage, "bf16_" if stage == 1 else ""), world, stage)
+    for kind in (WEIGHT, "exp_avg"):
+        for name, shape in SHAPES.items():
+            whole = values(kind, name)
+            for begin in range(shape.numel()):
+                for end in range(begin, shape.numel() + 1):
+                    assert torch.equal(shards.read(kind, name, begin, end - begin), whole[begin:end])
+    assert {name: float(step) for name, step in shards.scalars["step"].items()} == dict.fromkeys(SHAPES, 7.0)
+    assert shards.options == {"betas"} and shards.counters["global_samples"] == 56 and shards.whole["count"] == 3
+
+
+def test_values_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    shards = opened(write(tmp_path, 2, 1), 2, 1)
+    with pytest.raises(CheckpointError, match="weight of a: 14 of the 15 values from 1 on"):
+        shards.read(WEIGHT, "a", 1, 15)
+
+
+def test_a_missing_rank_is_named(tmp_path: Path) -> None:
+    (write(tmp_path, 2, 3) / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="1 of 2 files missing: zero_pp_rank_1_mp_rank_00_optim_states.pt"):
+        opened(tmp_path, 2, 3)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_other_parameters_are_refused(stage: int, tmp_path: Path) -> None:
+    write(tmp_path, 2, stage)
+    with pytest.raises(CheckpointError, match=r"1 trained parameters are not .*: b \[7\] -> \[8\].* run.init_weights"):
+        opened(tmp_path, 2, stage, shapes=SHAPES | {"b": torch.Size([8])})
+
+
+def test_another_order_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 2, 1)
+    with pytest.raises(CheckpointError, match="in another order"):
+        opened(tmp_path, 2, 1, groups=[["b", "a", "c"], ["d"]])
