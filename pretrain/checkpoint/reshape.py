@@ -61,7 +61,7 @@ def load_reshaped(engine: Any, folder: Path, before: Layout, now: Layout, groups
     """Load a checkpoint into an engine of another layout. All ranks call it.
 
     Args:
-        engine: DeepSpeed engine around the objective, not yet trained.
+        engine: DeepSpeed engine around the objective, trained or not.
         folder: DeepSpeed's folder inside the checkpoint.
         before: The layout that the checkpoint was written with.
         now: The engine's.

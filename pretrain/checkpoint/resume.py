@@ -101,7 +101,7 @@ def load(engine: Any, found: Resumable, now: Layout, groups: Groups) -> None:
     this way (run.init_weights reads tensors only).
 
     Args:
-        engine: The engine, not yet trained.
+        engine: The engine, trained or not.
         found: The checkpoint.
         now: The engine's layout.
         groups: Names of the optimiser's parameters by group, in its order.

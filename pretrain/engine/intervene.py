@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pretrain.checkpoint.resume import Resumable, find_checkpoint, load
-from pretrain.engine.assemble import Run, check_continues, forget_after, open_ledger, open_stream
+from pretrain.engine.assemble import Run, check_continues, forget_after, layout, open_ledger, open_stream
 from pretrain.engine.evaluate import Best
 from pretrain.engine.guard import Decision
 from pretrain.engine.left_out import guard_state, remember
@@ -85,7 +85,7 @@ def rewind(run: Run, step: int, found: Resumable) -> Run:
     run.inputs.batches.close()
     if run.ranks.first:
         remember(run.folder.guard, run.guard.state)
-    load(run.built.engine, found)
+    load(run.built.engine, found, layout(run.recipe, run.ranks), run.built.groups)
     dist.barrier()  # no rank writes to the lists while rank 0 shortens them
     if run.ranks.first:
         forget_after(run.folder, found.step, run.inputs.batches.plan)
