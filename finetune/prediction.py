@@ -83,7 +83,8 @@ def predict_video(
         raise DataError(f"{video}: can't be read as a video ({error})") from error
     logits = _logits(tuned, views)
     task = tuned.recipe.objective.task
-    merged = Predictions(task, tuned.names, [video], np.zeros(1), logits[None]).merged[0]
+    average = tuned.recipe.evaluate.average
+    merged = Predictions(task, tuned.names, [video], np.zeros(1), logits[None], average=average).merged[0]
     return Prediction(merged, views)
 
 

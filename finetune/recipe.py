@@ -19,8 +19,9 @@ class LabelledSource(Source):
     labels: str = "auto"
     """file of class names, one a line in the order of the classes, or a JSON list or {name: class}; integer: labels of
     the shards are class numbers; auto: numbers as they are, names numbered in alphabetical order"""
-    sampling: Literal["dense", "sparse"] = "dense"
-    """dense: frames at the stride (Kinetics); sparse: one frame of each of T segments (Something-Something)"""
+    sampling: Literal["dense", "sparse", "strided"] = "dense"
+    """dense: frames at about the stride, as officially fine-tuned (Kinetics); sparse: one frame of each of T segments
+    (Something-Something); strided: frames at exactly the stride, as in pre-training (AdaptFormer)"""
     flip: bool = True
     """mirror half of the training clips; false where classes tell left from right"""
     short_side: int | None = None
@@ -35,8 +36,9 @@ class TuneData(Data):
     """data sets by name; each owns its sampling, flip, short side and label map"""
     views: int = 2
     """augmented views of each decoded clip (repeated augmentation, officially num_sample)"""
-    crop: Literal["resized", "center"] = "resized"  # type: ignore[assignment]
-    """resized: random area and aspect; center: short side resized, centre cut"""
+    crop: Literal["resized", "multiscale", "center"] = "resized"  # type: ignore[assignment]
+    """resized: random area and aspect; multiscale: as in pre-training (AdaptFormer); center: short side resized, centre
+    cut"""
 
 
 @dataclass
@@ -103,6 +105,8 @@ class Evaluate:
     """test: clips of a video, evenly spread in time"""
     crops: int = 3
     """test: square crops along a frame's long side"""
+    average: Literal["probabilities", "logits"] = "probabilities"
+    """test: what the mean over views is of; logits: as for AdaptFormer's numbers, half a point less on Kinetics"""
     micro: int = 8
     """views in one forward pass of one rank"""
     test: Literal["last", "best", "none"] = "last"

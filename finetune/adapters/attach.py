@@ -15,8 +15,8 @@ from pretrain.models.vit import Block, Linear
 
 logger = logging.getLogger(__name__)
 
-#: Trained with every method: the head, and the norm between pooling and head.
-TASK = ("head.", "fc_norm.")
+#: Trained with every method: the head, the norm between pooling and head, and a class token that is new.
+TASK = ("head.", "fc_norm.", "added_class.")
 #: Row blocks of the linear layers that take a low-rank update.
 ROW_BLOCKS = {"qkv": ("query", "key", "value"), "proj": ("proj",), "fc1": ("fc1",), "fc2": ("fc2",)}
 

@@ -12,7 +12,7 @@ from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone
 
 #: Modules that belong to a task rather than to the backbone.
-TASK_MODULES = ("head", "fc_norm")
+TASK_MODULES = ("head", "fc_norm", "added_class")
 
 
 @dataclass

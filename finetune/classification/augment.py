@@ -106,7 +106,9 @@ def erase(clip: Clip, rng: np.random.Generator) -> Clip:
     return clip
 
 
-def augment(clip: Clip, options: Augment, flip: bool, size: tuple[int, int], draw: Any) -> Clip:
+def augment(
+    clip: Clip, options: Augment, flip: bool, size: tuple[int, int], draw: Any, crop: str = "resized"
+) -> Clip:
     """One training view of a decoded clip, in the official order.
 
     Args:
@@ -115,11 +117,16 @@ def augment(clip: Clip, options: Augment, flip: bool, size: tuple[int, int], dra
         flip: mirror every second clip.
         size: (width, height) of the view.
         draw: purpose -> generator of this sample and view.
+        crop: resized, or multiscale as in pre-training.
     """
     if options.randaugment:
         clip = rand_augment(clip, options.randaugment, draw("randaugment"))
-    box = resized_crop_box(clip.shape[2], clip.shape[1], options.area, options.aspect, draw("crop"))
-    clip = crop_resize(clip, box, *size)
+    if crop == "multiscale":
+        box = transforms.multiscale_box(clip.shape[2], clip.shape[1], *size, draw("crop"))
+        clip = transforms.crop_resize(clip, box, *size)
+    else:
+        box = resized_crop_box(clip.shape[2], clip.shape[1], options.area, options.aspect, draw("crop"))
+        clip = crop_resize(clip, box, *size)
     if flip and draw("flip").random() < 0.5:
         clip = np.ascontiguousarray(clip[:, :, ::-1])
     erasing = draw("erasing")

@@ -98,6 +98,8 @@ def classification_warnings(recipe: TuneRecipe) -> list[str]:
             warnings.append(f"{key}: neither val nor test shards; nothing is measured on it")
     if recipe.data.crop == "center" and recipe.augment != type(recipe.augment)():
         warnings.append("augment has no effect on pixels: data.crop=center takes the middle as it is (mixing is on)")
+    if recipe.data.crop == "multiscale" and recipe.augment.area != type(recipe.augment)().area:
+        warnings.append("augment.area has no effect: data.crop=multiscale draws its own sizes")
     if recipe.start != type(recipe.start)() and recipe.run.init_weights is None:
         warnings.append("start has no effect: run.init_weights is null")
     return warnings

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ class Predictions:
         targets: int64 [n] (single), float32 [n, K] (multi, regression).
         logits: float32 [n, V, K].
         unreadable: `key: reason` of videos that could not be read; they are in no score.
+        average: what the mean over views is taken of.
     """
 
     task: Task
@@ -43,18 +44,20 @@ class Predictions:
     targets: npt.NDArray[Any]
     logits: Floats
     unreadable: list[str] = field(default_factory=list)
+    average: Literal["probabilities", "logits"] = "probabilities"
 
     @property
     def merged(self) -> Floats:
-        """Probabilities (regression: values) [n, K]: the mean over views of each view's own.
+        """Probabilities (regression: values) [n, K]: the mean over views of each view's own, or that of mean logits.
 
         Softmax comes before the mean: averaging logits instead costs about half a point on Kinetics-400.
         """
+        logits = self.logits.mean(axis=1, keepdims=True) if self.average == "logits" else self.logits
         if self.task == "regression":
-            return self.logits.mean(axis=1)
+            return logits.mean(axis=1)
         if self.task == "multi":
-            return (1 / (1 + np.exp(-self.logits))).mean(axis=1)
-        shifted = np.exp(self.logits - self.logits.max(axis=-1, keepdims=True))
+            return (1 / (1 + np.exp(-logits))).mean(axis=1)
+        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
         probabilities: Floats = (shifted / shifted.sum(axis=-1, keepdims=True)).mean(axis=1)
         return probabilities
 
@@ -66,7 +69,7 @@ class Predictions:
             logits=self.logits, unreadable=np.array(self.unreadable, dtype=str),
         )  # fmt: skip
         if rank == 0:
-            info = {"task": self.task, "classes": self.names}
+            info = {"task": self.task, "average": self.average, "classes": self.names}
             (folder / INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
 
@@ -87,8 +90,9 @@ def read_predictions(folder: Path) -> Predictions:
     unreadable = [str(line) for part in parts for line in part["unreadable"]]
     return checked(
         Predictions(
-            info["task"], info["classes"], joined["keys"].tolist(), joined["targets"], joined["logits"], unreadable
-        )
+            info["task"], info["classes"], joined["keys"].tolist(), joined["targets"], joined["logits"], unreadable,
+            info.get("average", "probabilities"),
+        )  # fmt: skip
     )
 
 

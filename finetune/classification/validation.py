@@ -109,6 +109,7 @@ def predict(
         np.stack(targets) if targets else np.zeros((0,), np.int64),
         per_view.reshape(len(keys), views.count, classes),
         unreadable,
+        recipe.evaluate.average,
     )
 
 
@@ -128,6 +129,7 @@ def join(parts: list[Predictions]) -> Predictions:
         np.concatenate([part.targets for part in filled]),
         np.concatenate([part.logits for part in filled]),
         [line for part in parts for line in part.unreadable],
+        filled[0].average,
     )
 
 

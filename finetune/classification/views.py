@@ -55,15 +55,21 @@ class TrainingViews(SampleViews):
         if self._data.crop == "center":
             return transforms.centre_crop(clip, *size)
         draw = functools.partial(generator, self._seed, place.epoch, place.position, view)
-        return augment(clip, self._augment, flip, size, draw)
+        return augment(clip, self._augment, flip, size, draw, self._data.crop)
 
 
 def training_frames(num_frames: int, frames: int, rules: SourceRules, rng: np.random.Generator) -> sampling.Indices:
-    """Frames of a training clip; dense: the end uniform over {span, ..., n-1}, sparse: an offset in each segment."""
+    """Frames of a training clip.
+
+    Dense: the end uniform over {span, ..., n-1}; sparse: an offset in each segment; strided: the start uniform.
+    """
     if rules.sampling == "sparse":
         length = sampling.sparse_segment(num_frames, frames)
         offsets = rng.integers(length, size=frames) if length else np.zeros(frames, dtype=np.int64)
         return sampling.sparse_frames(num_frames, frames, offsets)
+    if rules.sampling == "strided":
+        start = int(rng.integers(sampling.clip_starts(num_frames, frames, rules.stride)))
+        return sampling.clip_frames(num_frames, frames, rules.stride, start)
     span = frames * rules.stride
     end = int(rng.integers(span, num_frames)) if num_frames > span else None
     return sampling.dense_frames(num_frames, frames, rules.stride, end)
@@ -73,6 +79,9 @@ def validation_frames(num_frames: int, frames: int, rules: SourceRules) -> sampl
     """Frames of the one validation clip, in the middle (V2)."""
     if rules.sampling == "sparse":
         return sampling.sparse_frames(num_frames, frames, sampling.sparse_segment(num_frames, frames) // 2)
+    if rules.sampling == "strided":
+        start = (sampling.clip_starts(num_frames, frames, rules.stride) - 1) // 2
+        return sampling.clip_frames(num_frames, frames, rules.stride, start)
     return sampling.dense_frames(num_frames, frames, rules.stride, sampling.dense_end(num_frames, frames, rules.stride))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
 from pretrain.models.token_reorganisation import (
+    Kind,
     Reorganisation,
     TokenReorganisation,
     Tokens,
@@ -57,7 +58,10 @@ class Backbone(nn.Module):
         if all(rate == 1 for rate in rates):
             self.reorganisation = None
             return
-        self.reorganisation = TokenReorganisation(rates, "class" if self.class_tokens else "received", config)
+        kind: Kind = "keyframe" if config.score == "keyframe" else "class" if self.class_tokens else "received"
+        if config.score == "added_class" and not self.class_tokens:
+            raise RecipeError("tokens.score=added_class: this model was built without a class token; build it with one")
+        self.reorganisation = TokenReorganisation(rates, kind, config)
 
     def run(
         self,
@@ -95,6 +99,21 @@ class Backbone(nn.Module):
             return x.mean(1)
         weight = tokens.sizes / tokens.sizes.sum(1, keepdim=True)
         return (x * weight[:, :, None].to(x.dtype)).sum(1)
+
+
+class AddedClass(nn.Module):
+    """A class token for a model that was pre-trained without one: learned, zero position code (systems/evit.md 6).
+
+    A module of its own for the reason that `Prompts` are one.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(truncated_normal(torch.empty(1, 1, dim)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The token in front of tokens [B, N, C]."""
+        return torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
 
 
 class Prompts(nn.Module):

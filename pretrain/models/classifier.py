@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
-from pretrain.models.backbone import Backbone, build_head
+from pretrain.models.backbone import AddedClass, Backbone, build_head
 from pretrain.models.cubes import Grid, cut_cubes, grid_of, grid_problems
 from pretrain.models.positions import InterpolatedPositions, SinCosPositions
 from pretrain.models.token_reorganisation import Reorganisation, Tokens, keep_rates, rate_problems, token_counts
@@ -44,8 +44,9 @@ class Config:
     """hidden channels of an MLP = int(channels x mlp_ratio)"""
     classes: int = 400
     """outputs of the head; 0: no head, the model gives features"""
-    pooling: Literal["mean", "token0"] = "mean"
-    """mean: over all tokens, then fc_norm; token0: the first token behind norm (no class token exists)"""
+    pooling: Literal["mean", "token0", "class"] = "mean"
+    """mean: over all tokens, then fc_norm; token0: the first token behind norm, officially (it is no class token);
+    class: the class token of tokens.score=added_class, then fc_norm"""
     head: Literal["linear", "batch_norm"] = "linear"
     """linear layer, or a parameter-free batch norm in front of it (AdaptFormer, linear probes)"""
     head_init_scale: float = 0.001
@@ -127,6 +128,8 @@ def check(config: Config, frames: int, height: int, width: int) -> list[str]:
     if config.classes < 0:
         problems.append(f"model.classes={config.classes}: 0 (no head) or more is needed")
     problems += [f"model.tokens: {problem}" for problem in rate_problems(config.tokens, shape.depth)]
+    if config.pooling == "class" and config.tokens.score != "added_class":
+        problems.append("model.pooling=class: there is a class token only with model.tokens.score=added_class")
     problems += grid_problems(frames, height, width, shape.tubelet, shape.patch_size)
     if config.positions == "interpolate":
         pretrain = (config.pretrain_frames, config.pretrain_height, config.pretrain_width)
@@ -150,6 +153,7 @@ class VideoClassifier(Backbone):
 
     norm: nn.LayerNorm | None
     fc_norm: nn.LayerNorm | None
+    added_class: AddedClass | None
 
     def __init__(
         self, config: Config, frames: int, height: int, width: int, activation_checkpointing: bool = False
@@ -158,16 +162,18 @@ class VideoClassifier(Backbone):
         if problems:
             raise RecipeError(problems)
         full, shape = resolve(config), shape_of(config)
-        super().__init__(shape.dim, 0, activation_checkpointing)
+        added = full.tokens.score == "added_class"
+        super().__init__(shape.dim, int(added), activation_checkpointing)
         self.config, self.shape = full, shape
         self.grid = grid_of(frames, height, width, shape.tubelet, shape.patch_size)
         self.patch_embed = CubeEmbedding(shape.dim, shape.tubelet, shape.patch_size)
         self.positions = _positions(full, shape, self.grid)
+        self.register_module("added_class", AddedClass(shape.dim) if added else None)
         self.dropout = dropout_layer(full.dropout)
         self.blocks = nn.ModuleList(_block(full, shape, rate) for rate in drop_path_rates(full.drop_path, shape.depth))
-        mean = full.pooling == "mean"
-        self.norm = None if mean else nn.LayerNorm(shape.dim, eps=full.norm_eps)
-        self.fc_norm = nn.LayerNorm(shape.dim, eps=full.fc_norm_eps or full.norm_eps) if mean else None
+        official = full.pooling == "token0"
+        self.norm = nn.LayerNorm(shape.dim, eps=full.norm_eps) if official else None
+        self.fc_norm = None if official else nn.LayerNorm(shape.dim, eps=full.fc_norm_eps or full.norm_eps)
         self.head_dropout = dropout_layer(full.head_dropout)
         self.head = build_head(full.head, shape.dim, full.classes, full.head_init_scale)
         self.reorganise(full.tokens)
@@ -189,7 +195,7 @@ class VideoClassifier(Backbone):
             keep_rate: run-time keep rate, where the model drops tokens.
         """
         tokens = self.encode(video, keep_rate)
-        return self.pool(tokens) if pooled else self._normed(tokens.x)
+        return self.pool(tokens) if pooled else self._normed(tokens.x)[:, self.class_tokens :]
 
     def encode(
         self,
@@ -201,19 +207,20 @@ class VideoClassifier(Backbone):
         return self.run(self.embed(video), self.grid.time, keep_rate, counts)
 
     def embed(self, video: Tensor) -> Tensor:
-        """Tokens [B, N, C] with positions, as they enter the first block."""
+        """Tokens [B, c+N, C] with positions, as they enter the first block."""
         found, expected = tuple(video.shape[1:4]), self._size()
         if found != expected:
             raise RecipeError(f"clips of {found} (frames, height, width) for a model built for {expected}")
         cubes = cut_cubes(video, self.shape.tubelet, self.shape.patch_size)
         tokens = self.patch_embed(cubes.to(self.patch_embed.proj.weight.dtype))
-        return self.dropout(tokens + self.positions.table.to(tokens.dtype))
+        tokens = tokens + self.positions.table.to(tokens.dtype)
+        return self.dropout(tokens if self.added_class is None else self.added_class(tokens))
 
     def pool(self, tokens: Tokens) -> Tensor:
-        """Features [B, C]: `fc_norm` of the mean, or token 0 behind `norm`."""
+        """Features [B, C]: `fc_norm` of the mean or of the class token, or token 0 behind `norm`."""
         if self.fc_norm is None:
-            return self._normed(tokens.x)[:, 0]
-        return self.fc_norm(self.mean_tokens(tokens))
+            return self._normed(tokens.x)[:, self.class_tokens]
+        return self.fc_norm(tokens.x[:, 0] if self.config.pooling == "class" else self.mean_tokens(tokens))
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Logits [B, classes] of features [B, C]."""
@@ -260,7 +267,8 @@ def layer_id(name: str, depth: int) -> int:
     0 for the embedding and whatever stands before the blocks, 1 to `depth` for blocks, `depth + 1` for norms and head
     (VideoMAEv2, optim_factory.get_num_layer_for_vit).
     """
-    if name.startswith(("patch_embed.", "embeddings.")) or name in ("pos_embed", "cls_token", "mask_token"):
+    in_front = ("patch_embed.", "embeddings.", "added_class.")
+    if name.startswith(in_front) or name in ("pos_embed", "cls_token", "mask_token"):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1

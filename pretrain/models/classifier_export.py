@@ -58,6 +58,7 @@ def export_problems(model: VideoClassifier, labels: Sequence[str] = ()) -> list[
         f"adapters ({len(attached)} tensors; low-rank updates can be merged)": bool(attached),
         "positions stretched to another grid": not torch.equal(model.positions.table.cpu(), rebuilt),
         f"clips that are not square ({grid.height}x{grid.width} patches)": grid.height != grid.width,
+        "an added class token": model.added_class is not None,
         "no head": config.classes == 0,
         f"{len(labels)} labels for {config.classes} classes": len(labels) not in (0, config.classes),
     }

@@ -62,7 +62,7 @@ def load_pretrained(
     if label_map is not None:
         state = map_head(state, label_map)
     state = _fit_head(model, state, head)
-    allowed = ["head.*"] + (["fc_norm.*"] if pretrained else [])
+    allowed = ["head.*", "added_class.*"] + (["fc_norm.*"] if pretrained else [])
     dropped = ("norm.*",) if model.norm is None else ()
     problems = _config_problems(model, path)
     return weights.load_state(model, state, report, allowed, (*IGNORED[:3], *dropped), problems)

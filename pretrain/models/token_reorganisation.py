@@ -3,7 +3,8 @@
 In chosen blocks, between attention and MLP, the tokens that get the least attention are dropped, or fused into one.
 There are no new parameters: a checkpoint trained without it runs at any keep rate. The score of a token is the class
 token's attention to it (`class`, exact EViT), or for models without a class token the attention that it receives from
-all tokens (`received`). Shapes: B samples, n tokens, c of them class tokens in front, h heads, d channels of a head.
+all tokens (`received`); `keyframe` keeps all tokens of the middle time slice besides (EVAD, Chen et al. 2023;
+systems/evad.md). Shapes: B samples, n tokens, c of them class tokens in front, h heads, d channels of a head.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import complement, take_tokens
 
+Kind = Literal["class", "received", "keyframe"]
 #: Queries whose attention weights exist at the same time while received attention is summed up.
 QUERY_CHUNK = 256
 
@@ -28,6 +30,11 @@ class Reorganisation:
 
     keep_rate: float = 1.0
     """share of tokens that each dropping block keeps; 1: token reorganisation is off"""
+    score: Literal["auto", "keyframe", "added_class"] = "auto"
+    """auto: attention of the class token, or received from all tokens where there is none; keyframe: received, and the
+    middle time slice always stays (EVAD); added_class: of a class token that video models get new and learn"""
+    keyframe_weight: float = 1.0
+    """with score keyframe: how much the attention of the middle slice's queries counts (EVAD: 1 at 0.7, 4 at 0.6)"""
     blocks: list[int] | None = None
     """dropping blocks, counted from 0; null: a quarter, a half and three quarters of the depth"""
     fuse: bool = True
@@ -97,6 +104,10 @@ def rate_problems(config: Reorganisation, depth: int) -> list[str]:
     ]
     if not 0 < config.keep_rate <= 1:
         problems.append(f"keep_rate={config.keep_rate}: above 0 and at most 1 is needed")
+    if config.score == "keyframe" and config.per_frame:
+        problems.append("score=keyframe: the middle slice keeps all its tokens; it excludes per_frame=true")
+    if config.keyframe_weight <= 0:
+        problems.append(f"keyframe_weight={config.keyframe_weight}: above 0 is needed")
     if config.size_weighted and not config.fuse:
         problems.append("size_weighted=true: without fuse=true every token stands for itself")
     return problems
@@ -139,14 +150,14 @@ class TokenReorganisation:
 
     Args:
         rates: keep rate of each block, 1 where nothing is dropped.
-        score: `class` needs exactly one class token in front; `received` takes any model.
+        score: `class` needs exactly one class token in front; `received` takes any model, `keyframe` one with slices.
         config: fusing and stratification; its rate and blocks are not read, `rates` says them.
 
     Attributes:
         rate: keep rate of the dropping blocks from now on; None: as constructed. Set by a schedule while training.
     """
 
-    def __init__(self, rates: Sequence[float], score: Literal["class", "received"], config: Reorganisation) -> None:
+    def __init__(self, rates: Sequence[float], score: Kind, config: Reorganisation) -> None:
         self.rates = tuple(float(rate) for rate in rates)
         self.score = score
         self.config = config
@@ -173,14 +184,17 @@ class TokenReorganisation:
             blocks: the model's blocks.
             x: tokens, the class tokens in front.
             class_tokens: c.
-            slices: time slices that the other tokens are ordered by, T'; used with `per_frame`.
+            slices: time slices that the other tokens are ordered by, T'; used with `per_frame` and `keyframe`.
             keep_rate: of this call, one number or one a block; acts only in dropping blocks and only below 1.
             counts: tokens to keep, one number or one a block (None: by rate); acts in any block.
             recompute: activation checkpointing.
         """
         if self.score == "class" and class_tokens != 1:
             raise RecipeError("token reorganisation by class attention needs a class token; use score `received`")
-        state = self._start(x, class_tokens)
+        if self.score == "keyframe" and slices < 2:
+            raise RecipeError("token reorganisation around a keyframe needs clips of two time slices or more")
+        state = self._start(x, class_tokens, slices)
+        held = state.x.shape[1] // slices if self.score == "keyframe" else 0
         fused = 0
         for index, block in enumerate(blocks):
             tokens = state.x.shape[1] - class_tokens
@@ -188,16 +202,25 @@ class TokenReorganisation:
             if kept is None:
                 state.x = _maybe_recompute(recompute, block, state.x)
                 continue
+            if kept <= held:
+                raise RecipeError(f"block {index}: {kept} of {tokens} tokens leave none beside the keyframe's {held}")
             strata = slices if self.config.per_frame else 1
-            reduction = _Reduction(self.config, self.score, index, class_tokens, strata, fused, kept)
+            reduction = _Reduction(self.config, self.score, index, class_tokens, strata, fused, kept, held)
             state.x, step = _maybe_recompute(recompute, block, state.x, reduction)
             self._account(state, step)
             fused = int(self.config.fuse)
         return state
 
-    def _start(self, x: Tensor, class_tokens: int) -> Tokens:
+    def _start(self, x: Tensor, class_tokens: int, slices: int) -> Tokens:
+        """All tokens; around a keyframe its slice comes first, as in EVAD, then the others in order."""
         tokens = x.shape[1] - class_tokens
-        origin = torch.arange(tokens, device=x.device).expand(x.shape[0], -1)
+        origin = torch.arange(tokens, device=x.device)
+        if self.score == "keyframe":
+            times = origin.reshape(slices, -1)
+            middle = slices // 2
+            origin = torch.cat((times[middle : middle + 1], times[:middle], times[middle + 1 :])).flatten()
+            x = torch.cat((x[:, :class_tokens], x[:, class_tokens:][:, origin]), dim=1)
+        origin = origin.expand(x.shape[0], -1)
         return Tokens(x, torch.ones(origin.shape, device=x.device), origin)
 
     def _kept(
@@ -237,22 +260,30 @@ class TokenReorganisation:
 
 @dataclass(frozen=True)
 class _Reduction:
-    """What one block takes away, see `vit.Reduction`: class tokens stay, then slices, then at most one fused token."""
+    """What one block takes away, see `vit.Reduction`: class tokens stay, then slices, then at most one fused token.
+
+    Of the others the first `held` stay, those of the keyframe; they count among the `kept` ones.
+    """
 
     config: Reorganisation
-    kind: str
+    kind: Kind
     block: int
     class_tokens: int
     slices: int
     fused: int
     kept: int
+    held: int = 0
 
     def score(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """Scores [B, c+n], float32: in half precision ties are common, and their order depends on the device."""
         with torch.autocast(query.device.type, enabled=False):
             if self.kind == "class":
                 return class_attention(query.float(), key.float(), scale)
-            return received_attention(query.float(), key.float(), scale)
+            weight = None
+            if self.held:
+                weight = torch.ones(query.shape[2], device=query.device)
+                weight[self.class_tokens : self.class_tokens + self.held] = self.config.keyframe_weight
+            return received_attention(query.float(), key.float(), scale, weight)
 
     def take(self, x: Tensor, score: Tensor) -> tuple[Tensor, Step]:
         """Class tokens, kept tokens and the fused one."""
@@ -272,6 +303,10 @@ class _Reduction:
 
     def _choose(self, score: Tensor) -> Tensor:
         """Kept tokens [B, k]. In slices, a fused token from before is always fused again: it belongs to no slice."""
+        if self.held:
+            best = score[:, self.held :].topk(self.kept - self.held, dim=1, sorted=True).indices + self.held
+            first = torch.arange(self.held, device=score.device).expand(len(score), -1)
+            return torch.cat((first, best), dim=1)
         if self.slices == 1:
             return score.topk(self.kept, dim=1, sorted=True).indices
         sliced = score[:, : score.shape[1] - self.fused].unflatten(1, (self.slices, -1))
@@ -286,19 +321,22 @@ def class_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return row.softmax(-1).mean(1)[:, 0]
 
 
-def received_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def received_attention(query: Tensor, key: Tensor, scale: float, weight: Tensor | None = None) -> Tensor:
     """Attention [B, N] that every token receives, mean over heads and queries; sums to 1.
 
-    Weights of `QUERY_CHUNK` queries exist at a time, in the backward pass too, where they are computed again.
+    `weight` [N] multiplies that of each query, without normalisation (EVAD's enhanced keyframe). Attention weights of
+    `QUERY_CHUNK` queries exist at a time, in the backward pass too, where they are computed again.
     """
     total = torch.zeros(query.shape[0], key.shape[2], device=query.device)
-    for chunk in query.split(QUERY_CHUNK, dim=2):
-        total = total + _maybe_recompute(query.requires_grad, _column_sums, chunk, key, scale)
+    weight = torch.ones(query.shape[2], device=query.device) if weight is None else weight
+    for chunk, counts in zip(query.split(QUERY_CHUNK, dim=2), weight.split(QUERY_CHUNK), strict=True):
+        total = total + _maybe_recompute(query.requires_grad, _column_sums, chunk, key, scale, counts)
     return total / (query.shape[1] * query.shape[2])
 
 
-def _column_sums(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    return ((query @ key.transpose(-2, -1)) * scale).softmax(-1).sum((1, 2))
+def _column_sums(query: Tensor, key: Tensor, scale: float, weight: Tensor) -> Tensor:
+    attention = ((query @ key.transpose(-2, -1)) * scale).softmax(-1)
+    return torch.einsum("bhqk,q->bk", attention, weight)
 
 
 def _maybe_recompute(recompute: bool, function: Callable[..., Any], *arguments: Any) -> Any:

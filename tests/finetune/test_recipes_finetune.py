@@ -41,11 +41,33 @@ PUBLISHED = {
     "vit_b_distill_k710": (86_773_190, 1.4e-3, 100, 0.75, 0.1, 0, 15, 512),
     "vit_g_hmdb51": (None, 4.6875e-5, 15, 0.9, 0.35, 0.5, 15, 24),
 }
+#: Recipe with fewer tokens: the one that it is based on, cost of a view (systems/evit.md section 6, and the embedding).
+DROPPING = {
+    "vit_s_evit_k400": ("vit_s_v1_k400", "34.8 GMAC"),
+    "vit_b_evit_k400": ("vit_b_k400", "113.1 GMAC"),
+    "vit_b_evit_ssv2": ("vit_b_ssv2", "113.1 GMAC"),
+}
 FROM_SCRATCH = "run.init_weights is null"
 
 
 def test_there_is_a_recipe_for_every_row() -> None:
-    assert set(recipe_names("finetune")) == {*PUBLISHED, "demo_finetune"}
+    recipes = {name: load_tune_recipe(name) for name in recipe_names("finetune")}
+    videomae = {name for name, recipe in recipes.items() if recipe.optim.name == "adamw"}
+    assert videomae == {*PUBLISHED, *DROPPING, "demo_finetune"}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_recipes_that_drop_tokens_are_their_base_otherwise(name: str) -> None:
+    base, gmacs = DROPPING[name]
+    recipe, plain = load_tune_recipe(name), load_tune_recipe(base)
+    assert check_recipe(recipe) == []
+    values = {row: value for section in dry_run(recipe) for row, value, _ in section.rows}
+    assert values["forward pass"] == gmacs
+    tokens, epochs = recipe.model.tokens, recipe.schedule.epochs
+    assert tokens.keep_rate == 0.7 and tokens.start_epoch == pytest.approx(epochs / 30, rel=0.01)
+    assert tokens.shrink_epochs == pytest.approx(epochs / 3, rel=0.01)
+    recipe.model.tokens, recipe.run = plain.model.tokens, plain.run
+    assert recipe == plain
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -4,10 +4,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from finetune.adapters.attach import apply_tuning
+from finetune.adapters.config import Tune
+from pretrain.engine.optim import decays
 from pretrain.errors import RecipeError
 from pretrain.models import token_reorganisation
 from pretrain.models.backbone import Prompts
-from pretrain.models.classifier import Config, VideoClassifier, cost
+from pretrain.models.classifier import Config, VideoClassifier, cost, layer_id
+from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.cubes import Grid, grid_of
 from pretrain.models.image_vit import SIZES, ImageOptions, ImageViT
 from pretrain.models.token_reorganisation import (
@@ -249,3 +253,66 @@ def test_images_of_other_sizes_stretch_their_positions() -> None:
     model = ImageViT(ImageOptions(16, 4, 24, 1, 3, 2.0, 0)).eval()
     assert model(torch.randn(1, 3, 24, 12)).shape == (1, 24)
     assert_close(model._positions(Grid(1, 4, 4)), model.pos_embed)
+
+
+@pytest.mark.parametrize(("weight", "fuse"), [(1.0, False), (4.0, True)])
+def test_keyframe_stays_and_its_queries_count_more(weight: float, fuse: bool) -> None:
+    """By hand, as systems/evad.md 2.2 says: 4 slices of 16 tokens, the middle one is number 2."""
+    model = video_model(keep_rate=0.6, blocks=[0], score="keyframe", keyframe_weight=weight, fuse=fuse)
+    tokens = model.encode(clips())
+    kept = tokens_kept(64, 0.6)
+    assert tokens.x.shape[1] == kept + fuse == token_counts(64, [0.6], fuse)[-1]
+    middle = torch.arange(32, 48)
+    assert (tokens.origin[:, :16] == middle).all()
+    first, embedded = model.blocks[0], model.embed(clips())
+    query, key, _ = first.attn.project(first.norm1(embedded))
+    counts = torch.ones(64)
+    counts[middle] = weight
+    score = (attention(query, key) * counts[:, None]).mean((1, 2))
+    score[:, middle] = -1
+    expected = score.topk(kept - 16, dim=1).indices
+    assert (tokens.origin[:, 16:kept] == expected).all()
+
+
+def test_keyframe_stays_through_all_blocks() -> None:
+    tokens = video_model(keep_rate=0.7, score="keyframe").encode(clips())
+    assert all(set(range(32, 48)) <= set(row.tolist()) for row in tokens.origin)
+    assert tokens.x.shape[1] == token_counts(64, [1, 0.7, 0.7, 0.7], True)[-1]
+    with pytest.raises(RecipeError, match="leave none beside the keyframe's 16"):
+        video_model(keep_rate=0.4, score="keyframe").encode(clips())
+
+
+def added_class(**options) -> VideoClassifier:
+    torch.manual_seed(0)
+    tokens = Reorganisation(0.5, score="added_class")
+    return VideoClassifier(Config(**TINY, classes=3, positions="rebuild", tokens=tokens, **options), 8, 16, 16)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "class"])
+def test_added_class_token_ranks_and_classifies(pooling: str) -> None:
+    model = added_class(pooling=pooling)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.2)
+    assert model.reorganisation.score == "class" and model.embed(clips()).shape[1] == 65
+    tokens = model.encode(clips())
+    assert tokens.x.shape[1] == 1 + token_counts(64, keep_rates(Reorganisation(0.5), 4), True)[-1]
+    model(clips()).sum().backward()
+    token = model.added_class.cls_token
+    assert token.grad.abs().sum() > 0
+    pooled = model.fc_norm(tokens.x[:, 0] if pooling == "class" else tokens.x[:, 1:].mean(1))
+    assert_close(model.forward_features(clips()), pooled)
+    assert model.forward_features(clips(), pooled=False).shape[1] == tokens.x.shape[1] - 1
+
+
+def test_added_class_token_starts_beside_pre_trained_weights(tmp_path) -> None:
+    plain = video_model()
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    model = added_class()
+    report = load_pretrained(model, str(tmp_path / "plain.pth"))
+    assert report.missing == ["added_class.cls_token"]
+    assert apply_tuning(model, Tune("linear"))[0] == "added_class.cls_token"
+    assert layer_id("added_class.cls_token", 4) == 0 and not decays("model.added_class.cls_token", (1, 1, 24))
+    with pytest.raises(RecipeError, match="score=added_class"):
+        VideoClassifier(Config(**TINY, classes=3, positions="rebuild", pooling="class"), 8, 16, 16)
+    with pytest.raises(RecipeError, match="built without a class token"):
+        plain.reorganise(Reorganisation(0.5, score="added_class"))

@@ -1,0 +1,87 @@
+"""AdaptFormer's published rows: the recipes load, are sound, and train as many parameters as the paper says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.classification.augment import augment
+from finetune.classification.labels import LabelMap
+from finetune.classification.predictions import Predictions, read_predictions
+from finetune.classification.views import SourceRules, training_frames, validation_frames
+from finetune.recipe import Augment, load_tune_recipe
+from pretrain.data.sampling import clip_starts
+from pretrain.data.transforms import crop_resize, multiscale_box
+from pretrain.engine.dry_run import dry_run
+from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.recipe.files import recipe_names
+
+#: Trained parameters on SSv2 and HMDB51: systems/adaptformer.md section 3.8.
+TRAINED = {
+    "linear": (135_342, 40_755),
+    "vpt": (144_558, 49_971),
+    "adaptformer1": (163_002, 68_415),
+    "adaptformer4": (218_334, 123_747),
+    "adaptformer64": (1_324_974, 1_230_387),
+    "full": (86_361_006, None),
+}
+ROWS = [(method, data) for method in TRAINED for data in ("ssv2", "hmdb51")]
+
+
+def test_there_is_a_recipe_for_every_row() -> None:
+    found = {name for name in recipe_names("finetune") if load_tune_recipe(name).optim.name == "sgd"}
+    assert found == {f"vit_b_{method}_{data}" for method, data in ROWS}
+
+
+@pytest.mark.parametrize(("method", "data"), ROWS)
+def test_published_numbers(method: str, data: str) -> None:
+    recipe = load_tune_recipe(f"vit_b_{method}_{data}")
+    assert check_recipe(recipe) == []
+    warnings = [line for line in recipe_warnings(recipe) if "no multiple of" not in line]
+    assert len(warnings) == 1 and "run.init_weights is null" in warnings[0]
+    values = {row.strip(): value for section in reversed(dry_run(recipe)) for row, value, _ in reversed(section.rows)}
+    trained = int(values.get("trained", values["parameters"]).replace(",", ""))
+    expected = TRAINED[method][data == "hmdb51"]
+    assert expected is None or trained == expected
+    assert float(values["peak"]) == pytest.approx(0.4) and values["end"] == "0" and values["accumulation"] == "1"
+    assert (recipe.optim.momentum, recipe.optim.weight_decay, recipe.optim.layer_decay) == (0.9, 0, 1)
+    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (90, 10)
+    assert (recipe.model.head, recipe.model.drop_path, recipe.objective.smoothing) == ("batch_norm", 0, 0)
+    assert (recipe.data.frames, recipe.data.crop, recipe.data.views) == (8, "multiscale", 1)
+    assert (recipe.evaluate.clips, recipe.evaluate.crops, recipe.evaluate.average) == (4, 3, "logits")
+    assert all(not source.flip and source.sampling == "strided" for source in recipe.data.sources.values())
+    augment = recipe.augment
+    assert not augment.randaugment and augment.erasing == augment.mixup == augment.cutmix == 0
+
+
+def test_strided_frames_are_those_of_pre_training() -> None:
+    rules = SourceRules(LabelMap(2, (), "single"), "strided", 4, False, 224)
+    starts = {int(training_frames(35, 8, rules, np.random.default_rng(seed))[0]) for seed in range(60)}
+    assert starts == set(range(clip_starts(35, 8, 4))) == {0, 1, 2, 3}
+    assert (np.diff(training_frames(100, 8, rules, np.random.default_rng(0))) == 4).all()
+    assert validation_frames(36, 8, rules).tolist() == [2, 6, 10, 14, 18, 22, 26, 30]
+    assert validation_frames(10, 8, rules).tolist() == [0, 4, 8, 8, 8, 8, 8, 8], "a short video repeats a frame"
+
+
+def test_crops_are_those_of_pre_training() -> None:
+    clip = np.random.default_rng(0).integers(0, 255, (2, 60, 80, 3), dtype=np.uint8)
+    plain = Augment(randaugment=None, erasing=0)
+    for seed in range(5):
+        view = augment(
+            clip, plain, False, (32, 32), lambda purpose, seed=seed: np.random.default_rng(seed), "multiscale"
+        )
+        box = multiscale_box(80, 60, 32, 32, np.random.default_rng(seed))
+        assert (view == crop_resize(clip, box, 32, 32)).all()
+
+
+def test_mean_of_logits_is_another_result(tmp_path: Path) -> None:
+    logits = np.array([[[5.0, 0, 0], [0, 2.6, 0], [0, 2.6, 0]]], np.float32)
+    merged = {
+        average: Predictions("single", list("abc"), ["x"], np.zeros(1, int), logits, average=average).merged[0]
+        for average in ("probabilities", "logits")
+    }
+    expected = np.exp(logits[0].mean(0))
+    assert np.allclose(merged["logits"], expected / expected.sum(), atol=1e-6)
+    assert not np.allclose(merged["logits"], merged["probabilities"], atol=1e-2)
+    Predictions("single", list("abc"), ["x"], np.zeros(1, int), logits, average="logits").write_part(tmp_path, 0)
+    assert np.allclose(read_predictions(tmp_path).merged[0], merged["logits"]), "scored again in the same way"
