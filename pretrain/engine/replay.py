@@ -165,7 +165,7 @@ def _run(objective: Objective, batch: Batch, seed: int, place: Place, rank: int,
     return MicroBatch(
         rank,
         micro,
-        float(loss),
+        float(loss.detach()),
         _recorded(place.record, rank, micro),
         batch["key"],
         batch["position"].tolist(),

@@ -11,6 +11,7 @@ import torch
 
 from finetune.classification.predictions import read_predictions
 from finetune.cli import main
+from finetune.commands import replay
 from pretrain.checkpoint.consolidate import consolidated_state
 
 
@@ -44,6 +45,17 @@ def test_test_covers_every_video_once_with_all_views(toy: Any, whole: str) -> No
     assert predictions.names == ["down", "left", "right"]
     assert sorted(predictions.targets.tolist()) == sorted(n % 3 for n in range(11))
     assert np.ptp(predictions.logits, axis=1).max() > 0, "views of a video differ"
+
+
+def test_a_step_can_be_replayed_with_its_mixing(toy: Any, whole: str, capsys: pytest.CaptureFixture[str]) -> None:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    assert replay.main([str(toy.folder / "whole"), "1"]) == 0
+    torch.use_deterministic_algorithms(deterministic)
+    output = capsys.readouterr().out
+    assert "first weights" in output and "everything is finite" in output
+    path = toy.folder / "whole" / "incidents" / "replay_step_00000001.json"
+    [batch] = json.loads(path.read_text())["micro_batches"]
+    assert batch["loss"] == training(toy.records("whole"))[0][1]
 
 
 def test_stopped_and_resumed_is_the_same_run(toy: Any, whole: str) -> None:

@@ -1,0 +1,130 @@
+"""The guard's decisions, as arithmetic: what is a spike, which budget ends a run, what a resumed guard decides."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.engine.guard import GuardState, StepGuard
+from pretrain.engine.left_out import guard_state, remember, state_at_start
+from pretrain.engine.step import StepResult
+from pretrain.errors import CheckpointError
+from pretrain.recipe.schema import Guard
+from pretrain.runtime.process_group import Ranks
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+def filled(losses: list[float], **options: Any) -> StepGuard:
+    """A guard whose window holds some losses."""
+    return StepGuard(Guard(window=len(losses), **options), GuardState(window=losses))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_spike_is_measured_in_deviations_that_single_outliers_do_not_move(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    losses = (2 + 0.1 * rng.standard_normal(101)).tolist()
+    guard = filled(losses, spike="skip", z=8.0)
+    assert all(guard.spike(2 + 0.1 * float(value)) is None for value in rng.standard_normal(50))
+    found = guard.spike(4.0)
+    assert found is not None and 14 < found.z < 28, "20 deviations, as far as 101 samples tell"
+    outliers = filled([*losses[:91], *[1000.0] * 10], spike="skip", z=8.0)
+    spread = outliers.spike(4.0)
+    assert spread is not None and spread.z > 10
+    # A rule in deviations does not know the unit of the loss.
+    scaled = filled([value * 1e3 for value in losses], spike="skip", z=8.0).spike(4e3)
+    assert scaled is not None and math.isclose(scaled.z, found.z, rel_tol=1e-9)
+
+
+def test_what_is_no_spike() -> None:
+    losses = [1.0] * 20
+    assert filled(losses, z=5.0).spike(1.0049) is None, "a loss that never moved: a thousandth of it is its deviation"
+    assert filled(losses, z=5.0).spike(1.0051) is not None
+    assert filled(losses, z=5.0).spike(0.0) is None
+    assert filled(losses, z=5.0).spike(math.nan) is None and filled(losses, z=5.0).spike(math.inf) is None
+    assert filled(losses, z=5.0, spike="ignore").spike(9.0) is None
+    assert filled([0.0] * 4, z=5.0).spike(1.0) is None, "no deviation at all"
+    options = Guard(window=10, z=5.0)
+    assert StepGuard(options, GuardState(window=[1.0] * 4)).spike(9.0) is None
+    assert StepGuard(options, GuardState(window=[1.0] * 5)).spike(9.0) is not None
+
+
+def test_only_updates_enter_the_window() -> None:
+    guard = StepGuard(Guard(window=3))
+    for step, loss in enumerate([1.0, 2.0, 3.0, 4.0, 5.0], start=1):
+        guard.decide(step, StepResult({"loss": loss}, applied=loss != 4.0))
+    assert guard.state.window == [2.0, 3.0, 5.0]
+
+
+def test_fp16_overflow_is_the_loss_scale_s_work_until_it_is_spent() -> None:
+    guard = StepGuard(Guard(nonfinite="stop"))
+    overflow = StepResult({"loss": 1.0}, applied=False, loss_scale=256.0)
+    assert guard.decide(1, overflow) is None and guard.state.skipped == 0
+    decision = guard.decide(2, replace(overflow, loss_scale=1.0))
+    assert decision is not None and (decision.kind, decision.action) == ("gradient", "stop")
+
+
+@pytest.mark.parametrize("policy", ("skip", "lower_lr", "rewind"))
+def test_every_policy_ends_when_no_step_gets_through(policy: Any) -> None:
+    guard = StepGuard(Guard(nonfinite=policy, max_skips=3))
+    bad = StepResult({"loss": math.nan}, finite_loss=False, applied=False)
+    decisions = [guard.decide(step, bad) for step in range(1, 5)]
+    assert [decision and decision.action for decision in decisions] == [policy, policy, policy, "stop"]
+    assert decisions[-1] is not None and "4 steps in a row" in decisions[-1].reason
+
+
+def test_a_rewind_takes_the_checkpoint_s_state_but_keeps_budgets_and_left_out_steps() -> None:
+    guard = StepGuard(Guard(leave_out=3), GuardState([9.0], in_a_row=1, rewinds=1, left_out=[2]))
+    guard.rewound(GuardState([1.0], skipped=4, lowered=2, lowered_left=5), step=9, target=7)
+    assert guard.state == GuardState(
+        [1.0], in_a_row=0, skipped=4, lowered=2, lowered_left=5, rewinds=2, left_out=[2, 7, 8]
+    )
+    assert [step for step in range(12) if guard.leaves_out(step)] == [2, 7, 8]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_guard_from_a_checkpoint_decides_as_the_one_that_went_on(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    options = Guard(spike="lower_lr", nonfinite="skip", window=8, z=4.0, lower_lr_steps=3, max_lowered=99)
+
+    def advance(guard: StepGuard, steps: range) -> list[Any]:
+        seen = []
+        for step in steps:
+            loss = losses[step]
+            spike = guard.spike(loss)
+            result = StepResult({"loss": loss}, math.isfinite(loss), applied=math.isfinite(loss) and not spike)
+            decision = guard.decide(step + 1, replace(result, spike=spike))
+            if decision is not None and decision.action == "lower_lr":
+                guard.lower()
+            seen.append((spike, decision and decision.action, guard.lr(1.0)))
+        return seen
+
+    losses = (1 + 0.1 * rng.standard_normal(120)).tolist()
+    for place, value in zip(rng.permutation(120)[:12], [5.0] * 8 + [math.nan] * 4, strict=True):
+        losses[place] = value
+    whole = StepGuard(options)
+    expected = advance(whole, range(120))
+    assert {action for _, action, _ in expected} == {None, "skip", "lower_lr"}, "or nothing is proven"
+    first = StepGuard(options)
+    half = advance(first, range(61))
+    second = StepGuard(options, guard_state({"guard": json.loads(json.dumps(first.saved()))}))
+    assert half + advance(second, range(61, 120)) == expected
+    assert second.state == whole.state
+
+
+def test_left_out_steps_survive_a_kill_before_the_next_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "guard.json"
+    saved = {"guard": GuardState(window=[1.0], rewinds=1, left_out=[3]).__dict__}
+    remember(path, GuardState(rewinds=2, left_out=[3, 8]))
+    state = state_at_start(path, ALONE, saved)
+    assert (state.rewinds, state.left_out, state.window) == (2, [3, 8], [1.0])
+    assert state_at_start(path, ALONE, {"skips": {"total": 3}}).left_out == [3, 8], "a checkpoint without a guard"
+    path.write_text('{"rewinds": ')
+    with pytest.raises(CheckpointError, match="remove it"):
+        state_at_start(path, ALONE, saved)
+    assert state_at_start(path, ALONE, None) == GuardState() and not path.exists(), "a run that starts anew"
