@@ -75,7 +75,7 @@ def load_reshaped(engine: Any, folder: Path, before: Layout, now: Layout, groups
     shapes = {name: _shape(parameter) for name, parameter in module.named_parameters()}
     trained = {name: shapes[name] for group in groups for name in group}
     shards = open_shards(folder, before.world_size, before.stage, groups, trained)
-    _check_optimizer(shards, engine.basic_optimizer)
+    check_optimizer(shards, engine.basic_optimizer)
     if hasattr(engine.optimizer, "checkpoint_event_prologue"):  # stage 3: give gathered weights back to their shards
         engine.optimizer.checkpoint_event_prologue()
     with torch.no_grad():
@@ -83,7 +83,7 @@ def load_reshaped(engine: Any, folder: Path, before: Layout, now: Layout, groups
         _fill_module(shards, module, now.stage)
     if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
         engine.optimizer.checkpoint_event_epilogue()
-    _carry_counters(shards, engine)
+    carry_counters(shards, engine)
     logger.info("checkpoint converted: %s -> %s, %.1f s", before, now, time.monotonic() - started)
 
 
@@ -91,7 +91,7 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _check_optimizer(shards: Shards, optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(shards: Shards, optimizer: torch.optim.Optimizer) -> None:
     """Refuse the states of another kind of optimiser, which the names of its options tell.
 
     Releases of torch add options, so a difference on one side only is none of kind.
@@ -197,7 +197,8 @@ def _stored_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def _carry_counters(shards: Shards, engine: Any) -> None:
+def carry_counters(shards: Shards, engine: Any) -> None:
+    """Take over DeepSpeed's counts of steps and fp16's loss scale, which its optimisers keep in two kinds of object."""
     for name, count in shards.counters.items():
         setattr(engine, name, count)
     if not engine.fp16_enabled():

@@ -1,12 +1,14 @@
 """Reading DeepSpeed's three layouts, written here value by value from their description."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.reshape import carry_counters, check_optimizer
 from pretrain.checkpoint.shards import WEIGHT, Shards, open_shards
 from pretrain.errors import CheckpointError
 
@@ -105,3 +107,50 @@ def test_another_order_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 2, 1)
     with pytest.raises(CheckpointError, match="in another order"):
         opened(tmp_path, 2, 1, groups=[["b", "a", "c"], ["d"]])
+
+
+class Fp16Engine:
+    """What a DeepSpeed engine has of fp16; DeepSpeed runs fp16 on accelerators only."""
+
+    def __init__(self, **optimizer: Any) -> None:
+        self.optimizer = SimpleNamespace(**optimizer)
+
+    def fp16_enabled(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("old", "new"), [(0, 1), (1, 0), (2, 3)])
+def test_the_loss_scale_of_fp16_moves_between_deepspeeds_two_kinds(old: int, new: int, tmp_path: Path) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig
+
+    write(tmp_path, 2, old)
+    scale = {"cur_scale": 512.0, "cur_iter": 41, "last_overflow_iter": 17}
+    if old == 0:
+        change(tmp_path / "mp_rank_00_model_states.pt", "optimizer", scale)
+    else:
+        scaler = DynamicLossScaler(2.0**16, 2.0, 1000, 1, 2, False, dtype=torch.float16)
+        vars(scaler).update(scale)
+        name = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        change(tmp_path / name, "optimizer_state_dict", {"loss_scaler": scaler})
+    holder: Any = (
+        LossScaleConfig(torch.float16, True, 1.0, None)
+        if new == 0
+        else DynamicLossScaler(2.0**16, 2.0, 1000, 1, 2, False, dtype=torch.float16)
+    )
+    engine = Fp16Engine(**{"loss_scaler" if new else "loss_scale_config": holder})
+    carry_counters(opened(tmp_path, 2, old), engine)
+    assert {name: getattr(holder, name) for name in scale} == scale
+    assert vars(engine)["global_steps"] == 7
+
+
+def change(path: Path, section: str, entries: dict[str, Any]) -> None:
+    content = torch.load(path, weights_only=False)
+    content[section] |= entries
+    torch.save(content, path)
+
+
+def test_another_optimiser_is_refused(tmp_path: Path) -> None:
+    shards = opened(write(tmp_path, 2, 1), 2, 1)
+    check_optimizer(shards, torch.optim.AdamW([torch.zeros(1)]))
+    with pytest.raises(CheckpointError, match=r"options betas, this run's SGD has .*momentum.* run.init_weights"):
+        check_optimizer(shards, torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9))
