@@ -14,6 +14,7 @@ from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.files import recipe_names
 from pretrain.recipe.load import read_recipe
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.orphans import die_with_launcher
 
 if TYPE_CHECKING:
     from pretrain.engine.dry_run import Section
@@ -72,6 +73,7 @@ PRETRAIN = Program("pretrain.py", "Pre-train a video model as a recipe says.", E
 
 def main(argv: Sequence[str] | None = None, program: Program = PRETRAIN) -> int:
     """Run a command line; returns the exit code."""
+    die_with_launcher()
     first_rank = os.environ.get("RANK", "0") == "0"
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv, program)

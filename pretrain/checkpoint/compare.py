@@ -34,6 +34,10 @@ HARMLESS = (
     "run.time_limit_minutes",
     "schedule.max_steps",
     "zero",
+    "watchdog",
+    "zero.bucket_mb",
+    "zero.init",
+    "zero.overlap",
 )
 
 

@@ -5,7 +5,6 @@ Workers replace a bad sample and send a record along with the micro-batch; the r
 
 import json
 import logging
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pretrain.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "bad_samples.jsonl"
+FOLDER_NAME = "bad_samples"
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,17 @@ class BadSampleLedger:
     """Counts what was tried and what was unusable, by source and reason; writes every record to the run folder.
 
     Args:
-        run_dir: The run folder; all ranks append to one bad_samples.jsonl, a line at a time. None: nothing is written.
+        run_dir: The run folder; nothing is written where it is None.
         sources: Names of the sources, in the recipe's order.
         rate: data.bad_rate, the share of unusable samples of a source above which the run stops.
         minimum: data.bad_minimum, unusable samples of a source below which the rate is not applied.
+        rank: This rank, which has a file of its own: appends of several hosts to one file overwrite each other on NFS.
     """
 
-    def __init__(self, run_dir: str | Path | None, sources: Iterable[str], rate: float, minimum: int) -> None:
-        self._path = None if run_dir is None else Path(run_dir) / FILE_NAME
+    def __init__(
+        self, run_dir: str | Path | None, sources: Iterable[str], rate: float, minimum: int, rank: int = 0
+    ) -> None:
+        self._path = None if run_dir is None else Path(run_dir) / FOLDER_NAME / f"rank_{rank:05d}.jsonl"
         self._sources = list(sources)
         self._rate, self._minimum = rate, minimum
         self.tried: Counter[str] = Counter()
@@ -87,7 +89,7 @@ class BadSampleLedger:
         if counts[bad.reason] == 1:
             logger.warning(
                 "unusable sample replaced (%s; further ones only in %s): source %s, shard %s, key %s: %s",
-                *(bad.reason, FILE_NAME, bad.source, bad.shard, bad.key, bad.detail),
+                *(bad.reason, FOLDER_NAME, bad.source, bad.shard, bad.key, bad.detail),
             )
 
     def _check(self, source: str) -> None:
@@ -95,7 +97,7 @@ class BadSampleLedger:
         if bad < self._minimum or bad <= self._rate * tried:
             return
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.bad[source].most_common(3))
-        where = f"; keys and shards are in {self._path}" if self._path else ""
+        where = f"; keys and shards are in {self._path.parent}" if self._path else ""
         raise DataError(
             f"source {source}: {bad} of {tried} samples unusable ({bad / tried:.1%}, data.bad_rate allows "
             f"{self._rate:.1%}); most frequent reasons: {reasons}{where}. Repack the source "
@@ -106,9 +108,6 @@ class BadSampleLedger:
         if self._path is None or not records:
             return
         lines = "".join(json.dumps(asdict(bad)) + "\n" for bad in records)
-        # One write in append mode, so that lines of several ranks don't mix.
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, lines.encode())
-        finally:
-            os.close(descriptor)
+        self._path.parent.mkdir(exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(lines)

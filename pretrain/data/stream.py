@@ -31,6 +31,7 @@ from pretrain.data.plan import OpenSource, StreamPlan, open_sources
 from pretrain.data.samples import Place, Sample, SampleMaker, SampleViews, SourceInfo, ViewTensors
 from pretrain.errors import DataError, TubeletError
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime import stacks
 
 __all__ = ["OpenSource", "StreamPlan", "TrainStream", "open_sources"]
 
@@ -220,7 +221,7 @@ def _stop_signals_held() -> Iterator[None]:
     """Start workers with their stop signals blocked: a process inherits that, and a signal would otherwise end a worker
     in the seconds before `prepare_worker` runs in it."""
     resource_tracker.ensure_running()  # multiprocessing starts it on demand, and then unblocks these signals itself
-    held = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    held = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, stacks.SIGNAL}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
         yield
@@ -237,17 +238,20 @@ def prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM, stacks.SIGNAL})
     # Not os.getppid(): a rank that was killed while this process started has been replaced by init there.
     rank = multiprocessing.parent_process()
     assert rank is not None
-    threading.Thread(target=_watch, args=(rank.pid,), daemon=True, name="watch").start()
+    threading.Thread(target=_watch, args=(rank.pid, worker), daemon=True, name="watch").start()
 
 
-def _watch(rank: int) -> None:
+def _watch(rank: int, worker: int) -> None:
     while True:
-        received = None if os.getppid() != rank else signal.sigtimedwait({signal.SIGTERM}, WATCH_S)
-        if os.getppid() != rank or (received is not None and received.si_pid == rank):
+        awaited = {signal.SIGTERM, stacks.SIGNAL}
+        received = None if os.getppid() != rank else signal.sigtimedwait(awaited, WATCH_S)
+        if received is not None and received.si_signo == stacks.SIGNAL:
+            stacks.dump_worker(worker)
+        elif os.getppid() != rank or (received is not None and received.si_pid == rank):
             # At once and without cleaning up: the main thread may be waiting for a read that never returns.
             os._exit(0)
 

@@ -28,6 +28,7 @@ from pretrain.recipe.schema import Recipe
 from pretrain.runtime.metrics import keep_records
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.stopping import StopWatch
+from pretrain.runtime.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Run:
     saver: Saver
     reporter: Reporter
     stop: StopWatch
+    watchdog: Watchdog
     evaluation: Evaluation | None
     health: HealthSignal | None
     best: Best
@@ -85,7 +87,8 @@ def forget_after(folder: RunFolder, step: int, plan: StreamPlan) -> None:
     def served_before(record: dict[str, Any]) -> bool:
         return bool(record["epoch"] * plan.steps_per_epoch + record["position"] // plan.samples < step)
 
-    keep_records(folder.bad_samples, served_before)
+    for records in folder.bad_samples.glob("rank_*.jsonl"):  # also of ranks that this start does not have
+        keep_records(records, served_before)
 
 
 def build_run(
@@ -96,6 +99,7 @@ def build_run(
     schedule: Schedule,
     found: Resumable | None,
     stop: StopWatch,
+    watchdog: Watchdog,
 ) -> Run:
     first_step = found.step if found else 0
     stream = open_stream(recipe, sources, ranks, first_step)
@@ -136,6 +140,7 @@ def build_run(
         ),
         reporter=Reporter(recipe, folder, schedule, ranks, first_step),
         stop=stop,
+        watchdog=watchdog,
         evaluation=open_evaluation(recipe, ranks),
         health=open_health(recipe, ranks, built.engine.module),
         best=Best(**found.state["best"]) if found else Best(),
@@ -146,7 +151,8 @@ def open_ledger(
     recipe: Recipe, folder: RunFolder, sources: list[OpenSource], ranks: Ranks, found: Resumable | None
 ) -> BadSampleLedger:
     """Counts of unusable samples, with those of the checkpoint."""
-    ledger = BadSampleLedger(folder.root, [s.name for s in sources], recipe.data.bad_rate, recipe.data.bad_minimum)
+    names = [source.name for source in sources]
+    ledger = BadSampleLedger(folder.root, names, recipe.data.bad_rate, recipe.data.bad_minimum, ranks.rank)
     if found is not None:
         # Counts are only ever added up, so those of more ranks than there are now go to the present ones in turn.
         for counts in found.state["bad_samples"][ranks.rank :: ranks.world_size]:

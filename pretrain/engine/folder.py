@@ -37,7 +37,8 @@ class RunFolder:
 
     @property
     def bad_samples(self) -> Path:
-        return self.root / "bad_samples.jsonl"
+        """Folder of one file of records a rank."""
+        return self.root / "bad_samples"
 
     @property
     def pictures(self) -> Path:

@@ -39,6 +39,7 @@ def intervene(run: Run, steps_done: int, lr: float, result: StepResult) -> tuple
         return run, None
     found = None
     if decision.action == "rewind":
+        run.watchdog.expect_long("rewind")
         run.saver.wait()
         dist.barrier()  # rank 0 has published
         found = find_checkpoint(run.folder.checkpoints, run.ranks)

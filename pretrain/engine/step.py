@@ -15,6 +15,7 @@ from pretrain.engine.guard import Spike, StepGuard
 from pretrain.engine.incident import Incidents
 from pretrain.engine.optim import set_lr
 from pretrain.objectives.base import Batch
+from pretrain.runtime.activity import note
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.seeds import seed_forward
 
@@ -95,15 +96,20 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
     engine, started, sums = inputs.engine, time.perf_counter(), _Sums()
     inputs.incidents.begin(step)
     for micro in range(inputs.accumulation - 1):
-        engine.backward(poisoned(_forward(inputs, step, micro, sums)))
+        loss = _forward(inputs, step, micro, sums)
+        note("backward")
+        engine.backward(poisoned(loss))
         engine.step()  # only counts the micro-batch; DeepSpeed updates at the last one
     loss = _forward(inputs, step, inputs.accumulation - 1, sums)
+    note("all-reduce")
     agreed = agree(sums.metrics, sums.waited, inputs)
     spike = inputs.guard.spike(agreed.metrics["loss"])
+    note("backward")
     engine.backward(poisoned(loss, always=spike is not None and inputs.guard.drops_spikes))
     if spike is not None or agreed.nonfinite:
         inputs.incidents.look_at_gradients(engine.module)
     own_norm = None if inputs.own_clip is None else clip_or_drop(engine.module, inputs.own_clip, inputs.incidents)
+    note("optimiser")
     set_lr(engine.optimizer, lr)
     engine.step()  # DeepSpeed clips, checks the norm, updates, and clears the gradients
     norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
@@ -132,10 +138,12 @@ class _Sums:
 
 def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums) -> Tensor:
     """Fetch a micro-batch and compute its loss."""
+    note("data")
     asked = time.perf_counter()
     batch = next(inputs.batches)
     sums.waited += time.perf_counter() - asked
     inputs.ledger.record(batch)
+    note("forward")
     seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
     output = inputs.engine(to_device(batch, inputs.ranks.device))
     inputs.incidents.note(batch, output.loss)

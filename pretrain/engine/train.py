@@ -24,8 +24,9 @@ from pretrain.recipe.schema import Recipe
 from pretrain.recipe.show import show_recipe
 from pretrain.runtime.environment import versions
 from pretrain.runtime.logging import set_up_logging
-from pretrain.runtime.process_group import Ranks, die_with_launcher, gather_objects, join, leave
+from pretrain.runtime.process_group import Ranks, gather_objects, join, leave
 from pretrain.runtime.stopping import EXIT_REQUEUE, StopWatch
+from pretrain.runtime.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +45,24 @@ def train(recipe: Recipe, resume: str = "auto") -> int:
     Raises:
         TubeletError: the run can't start or go on; exit code 1.
     """
-    ranks = join()
-    die_with_launcher()
+    ranks = join(timeout_s=recipe.watchdog.join_s)
     folder, lock = open_folder(recipe, ranks)
     set_up_logging(ranks.rank, folder.logs)
     stop = StopWatch(folder.root, ranks.first, recipe.run.time_limit_minutes)
+    watchdog = Watchdog(recipe.watchdog, recipe.data.deadline_s, folder.root, ranks)
     try:
-        return _train(recipe, resume, ranks, folder, stop)
+        return _train(recipe, resume, ranks, folder, stop, watchdog)
+    except Exception:
+        watchdog.leave_soon()
+        raise
     finally:
         stop.close()
         lock.release()
         leave(ranks)
+        watchdog.close()
 
 
-def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: StopWatch) -> int:
+def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: StopWatch, watchdog: Watchdog) -> int:
     sources = open_sources(recipe)
     plan = StreamPlan(recipe, sources)
     schedule = build_schedule(recipe, plan.steps_per_epoch)
@@ -70,10 +75,15 @@ def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: S
     if ranks.first:
         describe_start(folder, recipe)
         forget_after(folder, found.step if found else 0, plan)
-    run = build_run(recipe, ranks, folder, sources, schedule, found, stop)
+    first_step = found.step if found else 0
+    watchdog.begin(first_step)
+    run = build_run(recipe, ranks, folder, sources, schedule, found, stop, watchdog)
     exit_code = 1
     try:
-        exit_code = _loop(run, found.step if found else 0)
+        exit_code = _loop(run, first_step)
+    except Exception:
+        watchdog.leave_soon()  # what follows may wait for a rank that is gone
+        raise
     finally:
         run.saver.wait()
         run.reporter.close(exit_code)
@@ -97,6 +107,7 @@ def _loop(run: Run, steps_done: int) -> int:
             run.built.engine.module.before_step(steps_done, run.schedule.steps_per_epoch)
             result = train_step(run.inputs, steps_done, lr)
             steps_done += 1
+            run.watchdog.step_done(steps_done)
             run.reporter.step(steps_done, lr, result)
             run, went_back = intervene(run, steps_done, lr, result)
             if went_back is not None:
@@ -106,12 +117,15 @@ def _loop(run: Run, steps_done: int) -> int:
             run.built.engine.module.after_step()
         last = steps_done == run.schedule.last
         if pictures_every and (steps_done % pictures_every == 0 or last):
-            _make_pictures(run, steps_done, shown)
+            with run.watchdog.long("pictures"):
+                _make_pictures(run, steps_done, shown)
         if health_every and (steps_done % health_every == 0 or last):
-            _check_health(run, steps_done)
+            with run.watchdog.long("evaluate"):
+                _check_health(run, steps_done)
         is_best = bool(evaluate_every) and (steps_done % evaluate_every == 0 or last) and _evaluate(run, steps_done)
         if steps_done % save_every == 0 or is_best or last or result.stop:
-            _save(run, steps_done)
+            with run.watchdog.long("save"):
+                _save(run, steps_done)
         if result.stop and not last:
             return _finish(run, steps_done, EXIT_REQUEUE, run.stop.reason or "stopped as another rank was asked to")
     return _finish(run, steps_done, 0, "done")
@@ -122,7 +136,8 @@ def _evaluate(run: Run, steps_done: int) -> bool:
     assert run.evaluation is not None
     started, module = time.monotonic(), run.built.engine.module
     module.eval()
-    metrics = run.evaluation(module)
+    with run.watchdog.long("evaluate"):
+        metrics = run.evaluation(module)
     module.train()
     is_best = run.best.consider(steps_done, run.evaluation.best_by, metrics[run.evaluation.best_by])
     if run.ranks.first:
@@ -142,7 +157,8 @@ def _check_health(run: Run, steps_done: int) -> None:
 
 
 def _finish(run: Run, steps_done: int, exit_code: int, reason: str) -> int:
-    run.saver.wait()
+    with run.watchdog.long("publish"):
+        run.saver.wait()
     run.reporter.summary(steps_done, exit_code, reason)
     return exit_code
 

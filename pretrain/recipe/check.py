@@ -78,6 +78,7 @@ def _check_ranges(recipe: Recipe) -> list[str]:
         "zero": ("bucket_mb",),
         "log": ("every_steps", "pictures", "peak_tflops"),
         "guard": ("window", "z", "lower_lr_factor", "lower_lr_steps", "leave_out"),
+        "watchdog": ("factor", "least_s", "long_s", "stop_after_s", "leave_s", "join_s", "beat_s"),
         "health": ("every_epochs", "neighbours"),
         "run": ("time_limit_minutes",),
     }  # fmt: skip
@@ -86,6 +87,7 @@ def _check_ranges(recipe: Recipe) -> list[str]:
         "optim": ("base_min_lr", "weight_decay"),
         "schedule": ("warmup_epochs",),
         "guard": ("max_skips", "max_lowered", "max_rewinds"),
+        "watchdog": ("max_restarts",),
         "log": ("pictures_every_steps",),
         "run": ("seed",),
     }

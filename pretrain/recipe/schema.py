@@ -193,6 +193,32 @@ class Guard:
 
 
 @dataclass
+class Watchdog:
+    """What happens when no step finishes any more."""
+
+    enabled: bool = True
+    """watch for hangs; false for work with a debugger"""
+    factor: float = 10.0
+    """a step that takes this many times the median is a stall: every rank and data worker writes its stacks"""
+    least_s: float = 120.0
+    """shortest time after which a step is a stall, seconds"""
+    long_s: float = 1800.0
+    """the same at the start with the first step, and for a save, an evaluation or pictures with the step after it"""
+    stop_after_s: float | None = None
+    """a stall in which no rank goes on for so long ends the run, seconds; null: data.deadline_s + 60"""
+    leave_s: float = 120.0
+    """a rank that failed may take this long to clean up, seconds; then it is ended, whatever it waits for"""
+    join_s: float = 120.0
+    """ranks that have not all met after this end, seconds; longer where many hosts load Python from one file server"""
+    beat_s: float = 10.0
+    """seconds between two heartbeats of a rank; six missed ones in a stall mean that it is gone"""
+    on_hang: Literal["requeue", "fail"] = "requeue"
+    """exit code after a hang: requeue = 75 (start the same command again), fail = 1"""
+    max_restarts: int = 3
+    """hangs without a checkpoint in between after which the exit code is 1 also with on_hang=requeue"""
+
+
+@dataclass
 class Log:
     """What is written while training."""
 
@@ -259,6 +285,7 @@ class Recipe:
     zero: Zero = field(default_factory=Zero)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guard: Guard = field(default_factory=Guard)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     log: Log = field(default_factory=Log)
     health: Health = field(default_factory=Health)
     run: Run = field(default_factory=Run)

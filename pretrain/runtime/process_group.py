@@ -3,8 +3,6 @@
 import logging
 import os
 import socket
-import threading
-import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,11 +19,8 @@ T = TypeVar("T")
 #: A rank that never shows up ends the others after this; torch would wait for 30 minutes.
 JOIN_TIMEOUT_S = 120.0
 
-#: Longest time that ranks wait for each other later on: one may read slowly (data.deadline_s) or save for long.
+#: Longest time that ranks wait for each other then; the watchdog shortens it for ordinary steps.
 WORK_TIMEOUT_S = 1800.0
-
-#: Seconds between two looks at whether the launcher still lives.
-WATCH_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -182,6 +177,12 @@ def leave(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
+def set_timeout(seconds: float) -> None:
+    """From now on, collectives that this rank starts fail when the others have not come after `seconds`."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
 def gather_objects(ranks: Ranks, value: T) -> list[T]:
     """`value` of every rank, on every rank."""
     if ranks.world_size == 1:
@@ -198,21 +199,3 @@ def from_first(ranks: Ranks, value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def die_with_launcher(environ: Mapping[str, str] | None = None) -> None:
-    """End this process soon after the launcher that started it is gone, without cleaning up.
-
-    A killed launcher (kill -9) otherwise leaves its ranks training, and the next start finds the run folder in use.
-    Without a launcher nothing is watched: a parent shell may end while its job goes on.
-    """
-    environ = os.environ if environ is None else environ
-    launched = "CROSS_RANK" in environ or "TORCHELASTIC_RUN_ID" in environ
-    if launched:
-        threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True, name="watch-launcher").start()
-
-
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(WATCH_S)
-    os._exit(1)

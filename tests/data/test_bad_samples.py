@@ -40,12 +40,14 @@ def test_minimum_comes_before_rate(tmp_path: Path) -> None:
 
 
 def test_records_are_written_before_the_run_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first, second = (BadSampleLedger(tmp_path, ["a"], rate=0.0, minimum=2) for _ in range(2))
+    first, second = (BadSampleLedger(tmp_path, ["a"], rate=0.0, minimum=2, rank=rank) for rank in (0, 7))
     first.record(batch([0], bad=[bad(position=1)]))
     with pytest.raises(DataError):
         second.record(batch([0], bad=[bad(position=2), bad(position=3)]))
-    lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
-    assert [line["position"] for line in lines] == [1, 2, 3]
+    lines = [json.loads(line) for line in (tmp_path / "bad_samples" / "rank_00000.jsonl").read_text().splitlines()]
+    assert [line["position"] for line in lines] == [1]
+    others = (tmp_path / "bad_samples" / "rank_00007.jsonl").read_text().splitlines()
+    assert [json.loads(line)["position"] for line in others] == [2, 3]
     assert lines[0] == {
         "source": "a", "shard": "00000.tar", "key": "key", "epoch": 0, "position": 1, "attempt": 0,
         "reason": "decode", "detail": "detail",

@@ -259,7 +259,7 @@ def test_too_many_bad_samples_stop_the_run(
     with pytest.raises(DataError, match=r"source a: 3 of \d+ samples unusable .* most frequent reasons: (open|decode)"):
         for batch in take(make_recipe(broken_sources), steps=12):
             ledger.record(batch)
-    assert len((tmp_path / "bad_samples.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "bad_samples" / "rank_00000.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,6 +29,8 @@ def accident(what: str, output, module, run_dir: Path):
         return output._replace(loss=output.loss * 50)
     if what == "stop file":
         (run_dir / "stop").touch()
+    elif what == "hang":
+        time.sleep(3600)
     elif what == "kill in the middle of publishing":
         from pretrain.checkpoint import folders
 

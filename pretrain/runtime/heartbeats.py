@@ -1,0 +1,154 @@
+"""What every rank is doing, as small files in the run folder that all ranks can read.
+
+    heartbeats/rank_00003.json    host, pid, step, phase, seconds in it, and a number that grows
+    heartbeats/verdict_<start>.json   why this start was given up; whoever writes it first is believed by all
+
+Files, not the process group: a rank that hangs in a collective can't take part in another one, and the store of the
+process group ends with rank 0. Ages are compared by the number that grows and the reader's clock, since clocks of hosts
+differ.
+"""
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.runtime.activity import COLLECTIVE, current
+
+FOLDER_NAME = "heartbeats"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What one rank last said of itself: `number` grows, `phase_s` is how long it had been in its phase then."""
+
+    start: str
+    number: int
+    rank: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    phase_s: float
+    written_at: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A rank's newest beat and how long ago this process first saw it, seconds."""
+
+    beat: Beat
+    age_s: float
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the rank entered its phase."""
+        return self.beat.phase_s + self.age_s
+
+    def __str__(self) -> str:
+        beat = self.beat
+        return (
+            f"rank {beat.rank} (host {beat.host}, pid {beat.pid}): {beat.phase} of step {beat.step} "
+            f"for {self.idle_s:.0f} s"
+        )
+
+
+class Heartbeats:
+    """Writes this rank's beats and reads those of all.
+
+    Args:
+        folder: The run folder.
+        start: Name of this start of the run, the same on all ranks; files of other starts are not looked at.
+        rank: This rank.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, folder: Path, start: str, rank: int, world_size: int) -> None:
+        self._folder = folder / FOLDER_NAME
+        self._start, self._rank, self._world_size = start, rank, world_size
+        self._number = 0
+        self._first_seen: dict[int, tuple[int, float]] = {}
+        self._began = time.monotonic()
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def beat(self, step: int) -> None:
+        """Say what this rank is doing; `step` is the one it works on."""
+        self._number += 1
+        moment = current()
+        beat = Beat(
+            *(self._start, self._number, self._rank, platform.node(), os.getpid(), step),
+            *(moment.phase, round(moment.seconds, 1), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())),
+        )
+        path = self._path(self._rank)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    def read(self) -> dict[int, Seen]:
+        """The newest beat of every rank that has written one in this start."""
+        found, now = {}, time.monotonic()
+        for rank in range(self._world_size):
+            content = _read(self._path(rank))
+            if content is None or content.get("start") != self._start:
+                continue
+            beat = Beat(**content)
+            number, seen_at = self._first_seen.get(rank, (-1, now))
+            if beat.number != number:
+                seen_at = now
+                self._first_seen[rank] = (beat.number, now)
+            found[rank] = Seen(beat, now - seen_at)
+        return found
+
+    def give_up(self, reason: str) -> bool:
+        """Leave a verdict for all ranks; whether this rank was the first to."""
+        try:
+            descriptor = os.open(self._verdict, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump({"reason": reason, "rank": self._rank}, file)
+        return True
+
+    @property
+    def given_up(self) -> bool:
+        """Whether some rank has left a verdict."""
+        return self._verdict.exists()
+
+    def clear_others(self) -> None:
+        """Remove the files of earlier starts."""
+        for path in self._folder.glob("*.json"):
+            content = _read(path)
+            if path != self._verdict and (content is None or content.get("start") != self._start):
+                path.unlink(missing_ok=True)
+
+    @property
+    def _verdict(self) -> Path:
+        return self._folder / f"verdict_{self._start}.json"
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"rank_{rank:05d}.json"
+
+
+def behind(seen: dict[int, Seen]) -> list[Seen]:
+    """The ranks that the others are waiting for: of the lowest step, and not in a collective where others are.
+
+    Those that have been in their phase for longest come first. Empty where all ranks wait in collectives of one step.
+    """
+    if not seen:
+        return []
+    lowest = min(one.beat.step for one in seen.values())
+    slow = [one for one in seen.values() if one.beat.step == lowest]
+    if len(slow) == len(seen):
+        slow = [one for one in slow if one.beat.phase not in COLLECTIVE]
+    return sorted(slow, key=lambda one: -one.idle_s)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,246 @@
+"""The hang watchdog: a thread in every rank that notices when no step finishes.
+
+    a step takes `factor` times the median (at least `least_s`):  every rank writes its stacks, nothing is ended
+    no rank enters another phase for `stop_after_s`, or one is gone:  the run ends, naming the ranks that are behind
+
+A rank that waits for the others can't tell a hang from a slow rank; the heartbeat files can (runtime/heartbeats.py).
+Long work is expected at the start (the first step compiles), in a save, an evaluation and pictures: until the first
+step after it has finished, `long_s` stands in for the limit, and the process group is as patient.
+"""
+
+import contextlib
+import logging
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.recipe.schema import Watchdog as Options
+from pretrain.runtime import stacks
+from pretrain.runtime.activity import note
+from pretrain.runtime.heartbeats import Heartbeats, Seen, behind
+from pretrain.runtime.metrics import JsonLines, read_records
+from pretrain.runtime.process_group import WORK_TIMEOUT_S, Ranks, from_first, set_timeout
+from pretrain.runtime.stopping import EXIT_REQUEUE
+
+logger = logging.getLogger(__name__)
+
+#: Steps whose median is the usual length of one.
+WINDOW = 50
+
+#: A rank whose beat has not changed for so many beats is gone, or its host is.
+GONE_BEATS = 6
+
+#: Ranks that read the beats of all in a stall; all of a thousand doing so would stall the file system.
+JUDGES = 8
+
+#: The process group is more patient than the watchdog, and that more than a read, by this many seconds: what the inner
+#: one says of the cause is more to the point.
+MARGIN_S = 60.0
+
+#: Run folder's list of the starts that ended in a hang.
+HANGS = "hangs.jsonl"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds until a step is a stall, and from then on until a run in which nobody goes on is given up.
+
+    `slow_s` and `factor` hold in ordinary steps, `long_s` where long work is expected.
+    """
+
+    factor: float
+    slow_s: float
+    long_s: float
+    stop_after_s: float
+
+    @classmethod
+    def of(cls, options: Options, deadline_s: float) -> "Limits":
+        """From the recipe's section; a rank may wait for storage for `deadline_s` and hold the others."""
+        stop = options.stop_after_s or deadline_s + MARGIN_S
+        return cls(options.factor, options.least_s, options.long_s, stop)
+
+
+class Watchdog:
+    """Watches one start of a run in one rank. Every rank makes one at the same time.
+
+    Args:
+        options: The recipe's `watchdog`.
+        deadline_s: The recipe's data.deadline_s.
+        folder: The run folder.
+        ranks: This process among all.
+        leave: Ends the process; for tests.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        deadline_s: float,
+        folder: Path,
+        ranks: Ranks,
+        leave: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._options, self._folder, self._ranks, self._leave = options, folder, ranks, leave
+        self.limits = Limits.of(options, deadline_s)
+        self._first_step, self._step, self._saved, self._hangs = 0, 0, False, 0
+        self._steps_s: deque[float] = deque(maxlen=WINDOW)
+        self._mark = time.monotonic()
+        self._patient, self._timeout_s = True, 0.0
+        self._reported: float | None = None
+        start = from_first(ranks, f"{time.time_ns():x}")
+        self._beats = Heartbeats(folder, start, ranks.rank, ranks.world_size)
+        if ranks.first:
+            self._beats.clear_others()
+        stacks.announce(folder, ranks.rank)
+        self._closed = threading.Event()
+        self._leaving: threading.Timer | None = None
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        note("start")
+        self._set_patience(True)
+        if options.enabled:
+            self._thread.start()
+
+    def begin(self, first_step: int) -> None:
+        """Tell how many steps earlier starts have done: where this one continues."""
+        self._first_step = self._step = first_step
+        self._hangs = sum(record["from_step"] == first_step for record in read_records(self._folder / HANGS))
+
+    def step_done(self, steps_done: int) -> None:
+        """A step has finished: its length counts towards the median, unless long work lay in it."""
+        now = time.monotonic()
+        if not self._patient:
+            self._steps_s.append(now - self._mark)
+        self._mark, self._step = now, steps_done
+        self._set_patience(False)
+
+    @contextlib.contextmanager
+    def long(self, phase: str) -> Iterator[None]:
+        """`expect_long` around what the block does."""
+        self.expect_long(phase)
+        try:
+            yield
+        finally:
+            self._mark = time.monotonic()
+            self._saved = self._saved or phase == "save"
+            note("data")
+
+    def expect_long(self, phase: str) -> None:
+        """Long work that all ranks, or one of them, do now; the others may wait for it in the next step."""
+        self._set_patience(True)
+        self._mark = time.monotonic()
+        note(phase)
+
+    def close(self) -> None:
+        """Stop watching: the run is over, or has failed and is cleaned up."""
+        self._closed.set()
+        if self._leaving is not None:
+            self._leaving.cancel()
+        set_timeout(WORK_TIMEOUT_S)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def leave_soon(self) -> None:
+        """This rank failed: end the process in `leave_s` even if cleaning up waits for ranks that are gone."""
+        self._closed.set()
+        note("leaving")
+        if self._options.enabled and self._leaving is None:
+            self._leaving = threading.Timer(self._options.leave_s, self._leave_unclean)
+            self._leaving.daemon = True
+            self._leaving.start()
+
+    @property
+    def limit_s(self) -> float:
+        """How long the present step may take before it is a stall."""
+        if self._patient:
+            return self.limits.long_s
+        usual_s = statistics.median(self._steps_s) if self._steps_s else 0.0
+        return max(self.limits.slow_s, self.limits.factor * usual_s)
+
+    @property
+    def exit_code(self) -> int:
+        """75 asks for another start, unless several in a row have hung without a checkpoint between them."""
+        again = self._saved or self._hangs < self._options.max_restarts
+        return EXIT_REQUEUE if self._options.on_hang == "requeue" and again else 1
+
+    def _set_patience(self, patient: bool) -> None:
+        self._patient = patient
+        timeout_s = self.limit_s + self.limits.stop_after_s + MARGIN_S
+        if self._options.enabled and abs(timeout_s - self._timeout_s) > 0.1 * timeout_s:
+            set_timeout(timeout_s)
+            self._timeout_s = timeout_s
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                self._look()
+            except OSError as error:  # a full or lost file system must not end the watch
+                logger.warning("watchdog: %s", error)
+            if self._closed.wait(self._options.beat_s):
+                return
+
+    def _look(self) -> None:
+        self._beats.beat(self._step + 1)
+        if self._beats.given_up:
+            self._end()
+            return
+        stalled_s = time.monotonic() - self._mark - self.limit_s
+        if stalled_s < 0:
+            if self._reported is not None:
+                logger.warning(
+                    "step %d: going on after a stall of %.0f s", self._step, time.monotonic() - self._reported
+                )
+                self._reported = None
+            return
+        if self._reported is None:
+            self._reported = time.monotonic() - self.limit_s
+            path = stacks.dump(self._step + 1)
+            logger.warning(
+                "step %d: not finished after %.0f s (watchdog.factor, watchdog.least_s); stacks in %s, stop in %.0f s "
+                "unless some rank goes on",
+                *(self._step + 1, self.limit_s, path.parent, self.limits.stop_after_s),
+            )
+        self._judge()
+
+    def _judge(self) -> None:
+        if self._ranks.rank % max(1, self._ranks.world_size // JUDGES):
+            return
+        seen = self._beats.read()
+        gone = [one for one in seen.values() if one.age_s > GONE_BEATS * self._options.beat_s]
+        idle_s = min((one.idle_s for one in seen.values() if one not in gone), default=0.0)
+        if (gone or idle_s > self.limits.stop_after_s) and self._beats.give_up(reason := self._reason(seen, gone)):
+            logger.critical(reason)
+            record = {"from_step": self._first_step, "step": self._step + 1, "reason": reason, "at": time.time()}
+            JsonLines(self._folder / HANGS).write(record)
+
+    def _reason(self, seen: dict[int, Seen], gone: list[Seen]) -> str:
+        if gone:
+            names, what = gone, "no longer write their heartbeat (process or host lost?)"
+        else:
+            names, what = behind(seen), "are behind, the others wait for them"
+        if not names:
+            names, what = list(seen.values()), "wait for each other in a collective: a network, or a rank that left it"
+        listed = "; ".join(map(str, names[:8])) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
+        return (
+            f"hang: step {self._step + 1} has not finished after {time.monotonic() - self._mark:.0f} s. "
+            f"{len(names)} of {self._ranks.world_size} ranks {what}: {listed}. Stacks of every rank and data worker "
+            f"are in {self._folder / 'stacks'}; launch/doctor.py checks hosts, network and storage"
+        )
+
+    def _end(self) -> None:
+        """Leave without cleaning up, which might wait for a rank that hangs."""
+        stacks.dump(self._step + 1)
+        # Whoever leaves first makes the launcher end the others, who are still writing their stacks.
+        time.sleep(min(2 * self._options.beat_s, 10.0))
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self._leave(self.exit_code)
+
+    def _leave_unclean(self) -> None:
+        seconds = self._options.leave_s
+        logger.critical("this rank failed and could not clean up within %.0f s; it leaves now", seconds)
+        self._leave(1)
