@@ -49,7 +49,9 @@ class Pair:
 
     def alive(self, rank: int) -> list[int]:
         """Processes of a rank, data workers among them, that have not ended."""
-        found = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(self.ranks[rank].pid)], capture_output=True, text=True)
+        found = subprocess.run(
+            ["ps", "-o", "pid=,stat=", "-s", str(self.ranks[rank].pid)], capture_output=True, text=True
+        )
         lines = [line.split() for line in found.stdout.splitlines()]
         return [int(pid) for pid, state in lines if not state.startswith("Z")]
 
