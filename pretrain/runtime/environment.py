@@ -36,7 +36,7 @@ def environment_report() -> dict[str, Any]:
         "platform": platform.platform(),
         "host": platform.node(),
         "cores": os.cpu_count(),
-        "commit": _commit(),
+        "commit": commit(),
         "packages": versions(),
         "devices": _devices(),
         "variables": {
@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the checkout, `+` appended where files differ from it; None outside of a checkout."""
     root = Path(__file__).resolve().parents[2]
     try:

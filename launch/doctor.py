@@ -1,0 +1,16 @@
+"""Are the hosts of a run fit for it? deepspeed launch/doctor.py --recipe NAME"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file
+    # Python put launch/ first on sys.path, where pretrain.py hides the package pretrain: the root takes its place.
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != root / "launch")]
+
+if __name__ == "__main__":
+    from finetune.recipe import TuneRecipe
+    from pretrain.commands.doctor import main
+    from pretrain.recipe.schema import Recipe
+
+    sys.exit(main(kinds={"pretrain": Recipe, "finetune": TuneRecipe}))

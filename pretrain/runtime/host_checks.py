@@ -1,0 +1,122 @@
+"""Checks of this host that need nothing but itself: limits, memory, disk, arithmetic."""
+
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from pretrain.runtime.findings import Finding
+from pretrain.runtime.speed import matmul_tflops, synchronize
+
+#: Descriptors that a process needs besides its data workers: libraries, sockets, logs.
+BASE_DESCRIPTORS = 256
+
+#: Descriptors of one worker in its rank (pipes, sentinel), and of one micro-batch on its way: each tensor has one.
+WORKER_DESCRIPTORS, BATCH_DESCRIPTORS = 8, 12
+
+#: Bytes written and read back to measure a disk, and of memory that is checked at most on a CPU.
+DISK_BYTES = 64 << 20
+MEMORY_BYTES = 256 << 20
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def check_descriptors(workers: int, prefetch: int) -> Finding:
+    """Whether `ulimit -n` is enough for what the data workers keep open in their rank."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = BASE_DESCRIPTORS + workers * (WORKER_DESCRIPTORS + prefetch * BATCH_DESCRIPTORS)
+    value = f"{limit} open files allowed, about {needed} needed"
+    if limit >= needed:
+        return Finding("open files", "ok", value)
+    fix = f"ulimit -n {max(needed, 65536)}" if hard >= needed else f"the hard limit is {hard}: ask the administrator"
+    return Finding("open files", "fail", value, f"{fix}, or lower data.workers or data.prefetch")
+
+
+def check_shared_memory(needed: int, folder: Path = SHARED_MEMORY) -> Finding:
+    """Whether the micro-batches that wait on this host, `needed` bytes, find room in shared memory."""
+    if not needed:
+        return Finding("shared memory", "ok", "not used: data.workers=0")
+    free = shutil.disk_usage(folder).free
+    value = f"{_gb(free)} free in {folder}, {_gb(needed)} needed by the data workers"
+    if free >= needed:
+        return Finding("shared memory", "ok", value)
+    advice = "docker run --shm-size=32g (or --ipc=host), or lower data.workers, data.prefetch or batch.micro"
+    return Finding("shared memory", "fail", value, advice)
+
+
+def check_disk_space(folder: Path, checkpoint: int, kept: int) -> Finding:
+    """Whether the disk of `folder` has room for `kept` checkpoints of `checkpoint` bytes and the one being written."""
+    free = shutil.disk_usage(_existing(folder)).free
+    value = f"{_gb(free)} free, {kept + 1} checkpoints of {_gb(checkpoint)}"
+    advice = "make room, lower checkpoint.keep_last, or another run.dir"
+    if free < checkpoint:
+        return Finding("disk space", "fail", value, advice)
+    return Finding("disk space", "ok" if free >= (kept + 1) * checkpoint else "warn", value, advice)
+
+
+def check_disk_rate(folder: Path, name: str) -> Finding:
+    """Write a file into the run folder, durably, and read it back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, data = folder / f".doctor_{name}", os.urandom(1 << 20)
+    started = time.perf_counter()
+    try:
+        with path.open("wb") as file:
+            for _ in range(DISK_BYTES >> 20):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        written = time.perf_counter() - started
+        with path.open("rb") as file:
+            same = all(file.read(1 << 20) == data for _ in range(DISK_BYTES >> 20))
+    finally:
+        path.unlink(missing_ok=True)
+    if not same:
+        return Finding("run folder", "fail", f"{folder}: other bytes came back", "replace the disk, or another run.dir")
+    return Finding("run folder", "ok", f"{folder}: {DISK_BYTES / 1e6 / written:.0f} MB/s written")
+
+
+def check_memory(device: torch.device) -> Finding:
+    """Write patterns into most of the free memory of an accelerator (a part of a host's) and read them back."""
+    cuda = device.type == "cuda"
+    size = int(0.8 * torch.cuda.mem_get_info(device)[0]) if cuda else MEMORY_BYTES
+    block = torch.empty(size // 8, dtype=torch.int64, device=device)
+    wrong = 0
+    for pattern in (0x5555555555555555, -0x5555555555555556):
+        block.fill_(pattern)
+        synchronize(device)
+        wrong += (
+            int((block != pattern).sum())
+            if not cuda
+            else sum(int((part != pattern).sum()) for part in block.split(1 << 26))
+        )
+    del block
+    if cuda:
+        torch.cuda.empty_cache()
+    advice = "take the host out of the job and have its memory replaced"
+    return Finding("memory", "fail" if wrong else "ok", f"{_gb(size)} of {device} checked, {wrong} wrong words", advice)
+
+
+def check_arithmetic(device: torch.device) -> Finding:
+    """A product of small whole numbers, which is exact in every format, against the same in int64."""
+    a = (torch.arange(512 * 512).reshape(512, 512) * 7) % 3 - 1
+    b = (torch.arange(512 * 512).reshape(512, 512) * 5) % 7 % 3 - 1
+    product = (a.float().to(device) @ b.float().to(device)).cpu()
+    same = torch.equal(product.long(), a @ b)
+    advice = "take the host out of the job: it computes wrongly"
+    return Finding("arithmetic", "ok" if same else "fail", "exact" if same else f"wrong products on {device}", advice)
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """Rate of matrix products, TFLOP/s."""
+    return matmul_tflops(device, dtype)
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() or folder == folder.parent else _existing(folder.parent)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
