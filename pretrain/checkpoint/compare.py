@@ -33,11 +33,8 @@ HARMLESS = (
     "run.name",
     "run.time_limit_minutes",
     "schedule.max_steps",
-    "zero",
     "watchdog",
-    "zero.bucket_mb",
-    "zero.init",
-    "zero.overlap",
+    "zero",
 )
 
 

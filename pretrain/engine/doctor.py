@@ -29,7 +29,7 @@ from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime import host_checks, storage
 from pretrain.runtime.environment import commit, versions
-from pretrain.runtime.findings import Finding, Line, attempt, merge, odd_ones
+from pretrain.runtime.findings import Finding, Line, Status, attempt, merge, odd_ones
 from pretrain.runtime.process_group import Ranks, gather_objects
 
 #: Packages that must be the same everywhere; another version of the others is a warning.
@@ -171,7 +171,7 @@ def _device(recipe: Recipe, ranks: Ranks) -> Iterator[Finding]:
     yield attempt("memory", lambda: host_checks.check_memory(device), "see what else uses this device's memory")
     rates = gather_objects(ranks, host_checks.measure_matmul(device, DTYPES[recipe.compute.dtype]))
     usual, own = sorted(rates)[len(rates) // 2], rates[ranks.rank]
-    status = "ok" if own >= SLOW * usual else "warn"
+    status: Status = "ok" if own >= SLOW * usual else "warn"
     value = f"{own:.2f} TFLOP/s, the usual rank {usual:.2f}"
     yield Finding("matrix products", status, value, "" if status == "ok" else "look for heat, power caps, other jobs")
 
