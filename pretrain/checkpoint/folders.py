@@ -32,6 +32,11 @@ def working_folder_of(root: Path, step: int) -> Path:
     return root / f".saving_step_{step:08d}"
 
 
+def is_name(name: str) -> bool:
+    """Whether a published checkpoint may be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
 def step_of(folder: Path) -> int:
     """The step of a published checkpoint, from its name."""
     match = _NAME.fullmatch(folder.name)

@@ -28,6 +28,11 @@ class Manifest:
     step: int
     files: tuple[FileEntry, ...]
 
+    def to_json(self) -> str:
+        """The content of manifest.json."""
+        content = {"version": VERSION, "step": self.step, "files": [asdict(entry) for entry in self.files]}
+        return json.dumps(content, indent=1)
+
 
 def describe_file(folder: Path, relative: str) -> FileEntry:
     """Size and hash of a file as it lies on disk, after making sure that it does."""
@@ -39,8 +44,7 @@ def describe_file(folder: Path, relative: str) -> FileEntry:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest` into `folder` and make it durable."""
-    content = {"version": VERSION, "step": manifest.step, "files": [asdict(entry) for entry in manifest.files]}
-    write_durably(folder / MANIFEST, json.dumps(content, indent=1))
+    write_durably(folder / MANIFEST, manifest.to_json())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -51,14 +55,27 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != VERSION:
-            raise CheckpointError(f"{path}: version {content['version']}, this release reads {VERSION}")
-        return Manifest(content["step"], tuple(FileEntry(**entry) for entry in content["files"]))
+        text = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no {MANIFEST}, so the checkpoint was never finished") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: unreadable ({type(error).__name__}: {error})") from error
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """The manifest out of the content of a manifest.json found at `where`.
+
+    Raises:
+        CheckpointError: damaged, or of another version.
+    """
+    try:
+        content = json.loads(text)
+        if content["version"] != VERSION:
+            raise CheckpointError(f"{where}: version {content['version']}, this release reads {VERSION}")
+        return Manifest(content["step"], tuple(FileEntry(**entry) for entry in content["files"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: unreadable ({type(error).__name__}: {error})") from error
 
 
 def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:

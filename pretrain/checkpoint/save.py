@@ -7,25 +7,35 @@
         recipe.yaml          the recipe, for people
         manifest.json        sizes and hashes
 
-The ranks wait until DeepSpeed's files are written. Hashing, publishing and retention go on in a thread while training
-continues; ranks tell rank 0 their hashes through files, because collectives are not safe outside of the main thread.
+Training waits while states are copied in memory; a thread writes, makes durable, hashes and publishes them. A save that
+fails leaves the checkpoints before it as they are, is told at once, and is tried again when the next one is due.
 """
 
 import json
 import logging
+import secrets
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 
 from pretrain.checkpoint import folders
-from pretrain.checkpoint.manifest import FileEntry, Manifest, describe_file, write_durably, write_manifest
+from pretrain.checkpoint.board import Board
+from pretrain.checkpoint.collect import Collected, collect
+from pretrain.checkpoint.manifest import FileEntry, Manifest, describe_file, write_manifest
+from pretrain.checkpoint.remote import RECORDS
+from pretrain.checkpoint.restore import open_remote
+from pretrain.checkpoint.snapshot import HostCopies
+from pretrain.checkpoint.upload import Uploader
 from pretrain.errors import CheckpointError
-from pretrain.runtime.process_group import Ranks, from_first
+from pretrain.recipe.schema import Checkpoint
+from pretrain.runtime.disk import advice
+from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +43,11 @@ TAG = "deepspeed"
 STATE = "state.json"
 RECIPE = "recipe.yaml"
 
-#: Longest time that rank 0 waits for the hashes of the others, seconds.
-HASH_TIMEOUT_S = 3600.0
+#: Longest time that rank 0 waits for the parts of the others, and they for its verdict, seconds.
+PARTS_TIMEOUT_S = 3600.0
+
+#: Pause before the last checkpoint of a run is tried again, seconds.
+AGAIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -56,91 +69,208 @@ class Saver:
     Args:
         root: The run's folder of checkpoints, visible to all ranks.
         ranks: This process among all.
-        keep_last: Newest checkpoints that stay.
+        options: The recipe's section.
         keep_every_steps: One checkpoint of every so many steps stays for good; None: none.
+        board: Messages between the ranks' threads.
+        uploader: Takes published checkpoints to an object store; None: they stay where they are.
     """
 
-    def __init__(self, root: Path, ranks: Ranks, keep_last: int, keep_every_steps: int | None) -> None:
-        self.root, self.ranks = root, ranks
-        self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+    def __init__(
+        self,
+        root: Path,
+        ranks: Ranks,
+        options: Checkpoint,
+        keep_every_steps: int | None,
+        board: Board,
+        uploader: Uploader | None = None,
+    ) -> None:
+        self.root, self.ranks, self._options = root, ranks, options
+        self._keep_every_steps, self._board, self._uploader = keep_every_steps, board, uploader
+        self._copies = HostCopies() if options.asynchronous else None
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._problem = ""
+        self._unsettled = False
+        self._failures = 0
+        self._saves = 0
+        self._published_s = 0.0
+        self._again: Callable[[], float] | None = None
+
+    @property
+    def longest_s(self) -> float:
+        """Longest time from the start of a save until it was published, and uploaded, so far."""
+        return self._published_s + (self._uploader.longest_s if self._uploader else 0.0)
 
     def save(self, engine: Any, content: Content) -> float:
-        """Write the checkpoint of a DeepSpeed engine and start publishing it; returns the seconds that it took.
+        """Save the state of a DeepSpeed engine; returns the seconds that training waited.
 
         Raises:
-            CheckpointError: this save, or publishing the one before, failed.
+            CheckpointError: checkpoint.max_failures saves in a row have failed.
         """
-        self.wait()
+        self._settle()
+        if self._failures > self._options.max_failures:
+            raise CheckpointError(
+                f"{self.root}: {self._failures} saves in a row failed (checkpoint.max_failures = "
+                f"{self._options.max_failures}); the last one: {self._problem}. Checkpoints published before are "
+                "untouched: when there is room, start the same command again"
+            )
         started = time.monotonic()
         folder = folders.working_folder_of(self.root, content.step)
-        try:
-            files = self._write(engine, folder, content)
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: could not be written ({type(error).__name__}: {error}); checkpoints published before are "
-                "untouched. Make room or fix the file system, then start the same command again"
-            ) from error
-        self._thread = threading.Thread(target=self._publish, args=(folder, content, files), name="publish")
+        if self.ranks.first:
+            shutil.rmtree(folder, ignore_errors=True)
+        collected = collect(engine, folder, TAG, self._copies)
+        self._saves += 1
+        self._again = lambda: self.save(engine, content)
+        arguments = (self._saves, folder, content, collected, started)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="save", daemon=True)
+        self._unsettled = True
         self._thread.start()
+        if self._copies is None:
+            self._thread.join()
         return time.monotonic() - started
 
+    def finish(self) -> str:
+        """Return when the newest checkpoint is published, and uploaded; a failed save is tried again first.
+
+        Returns:
+            What could not be uploaded, and why; an empty string where nothing is missing.
+
+        Raises:
+            CheckpointError: the save still fails after checkpoint.max_failures attempts.
+        """
+        self._settle()
+        while self._failures and self._again is not None:
+            time.sleep(AGAIN_S)
+            self._again()
+            self._settle()
+        if self._uploader is None:
+            return ""
+        return from_first(self.ranks, self._uploader.finish())
+
     def wait(self) -> None:
-        """Return when the newest checkpoint is published on rank 0, and this rank's part of it is done elsewhere."""
+        """Return when no save is going on; how it ended has been logged. Needs no other rank's help."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise CheckpointError(f"{self.root}: publishing a checkpoint failed: {error}") from error
 
-    def _write(self, engine: Any, folder: Path, content: Content) -> list[str]:
-        """DeepSpeed's files and ours; returns the paths of all, relative to the folder."""
-        if self.ranks.first:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            (folder / STATE).write_text(json.dumps(content.state, indent=1), encoding="utf-8")
-            (folder / RECIPE).write_text(content.recipe_text, encoding="utf-8")
-        dist.barrier()
-        engine.save_checkpoint(str(folder), tag=TAG, save_latest=True)
-        return from_first(self.ranks, _list_files(folder) if self.ranks.first else [])
+    def close(self) -> None:
+        """End the threads. An upload that is going on is left: the next start takes it up again."""
+        self.wait()
+        self._board.closed = True
 
-    def _publish(self, folder: Path, content: Content, files: list[str]) -> None:
-        step = content.step
+    def _settle(self) -> None:
+        """Wait for the save that is going on and agree with all ranks on how it ended."""
+        if not self._unsettled:
+            return
+        self.wait()
+        self._unsettled = False
+        problems = sorted({problem for problem in gather_objects(self.ranks, self._problem) if problem})
+        self._problem = "; ".join(problems)
+        self._failures = self._failures + 1 if problems else 0
+
+    def _run(self, number: int, folder: Path, content: Content, collected: Collected, started: float) -> None:
+        """One save, in a thread. Whatever goes wrong ends in `_problem`, on all ranks."""
+        key = f"save/{number}"
         try:
-            mine = [describe_file(folder, path) for path in files[self.ranks.rank :: self.ranks.world_size]]
-            if not self.ranks.first:
-                write_durably(_hashes_file(folder, self.ranks.rank), json.dumps([asdict(entry) for entry in mine]))
-                return
-            entries = mine + _hashes_of_others(folder, self.ranks.world_size)
-            write_manifest(folder, Manifest(step, tuple(sorted(entries, key=lambda entry: entry.path))))
-            published = folders.publish(self.root, step)
-            removed = folders.apply_retention(self.root, self.keep_last, self.keep_every_steps, content.keep)
-            size = sum(entry.bytes for entry in entries)
-            logger.info("checkpoint %s published, %.1f MB; removed %s", published, size / 1e6, removed or "none")
-        except BaseException as error:  # raised again in the main thread by wait()
-            self._error = error
+            self._board.post(f"{key}/{self.ranks.rank}", self._write_part(folder, content, collected))
+            if self.ranks.first:
+                self._board.post(key, self._judge(key, folder, content))
+            self._problem = self._board.wait(key, 2 * PARTS_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to
+            self._problem = advice(error)
+        if self._problem:
+            if self.ranks.first:
+                logger.error("step %d: NO CHECKPOINT, training goes on: %s", content.step, self._problem)
+            return
+        self._published_s = max(self._published_s, time.monotonic() - started)
+        if self._uploader is not None:
+            self._uploader.offer(content.step)
+
+    def _write_part(self, folder: Path, content: Content, collected: Collected) -> str:
+        """Write this rank's files; a JSON message for rank 0: sizes and hashes, or what went wrong."""
+        try:
+            written = write_files(folder, content if self.ranks.first else None, collected)
+            return json.dumps({"entries": [asdict(describe_file(folder, path)) for path in written]})
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = _reason(folder) if isinstance(error, RuntimeError) else None
+            return json.dumps({"problem": f"rank {self.ranks.rank}: {folder}: {advice(reason or error)}"})
+
+    def _judge(self, key: str, folder: Path, content: Content) -> str:
+        """Rank 0: publish what all ranks have written, or clear it away; what is wrong, else an empty string."""
+        parts = [
+            json.loads(self._board.take(f"{key}/{rank}", PARTS_TIMEOUT_S)) for rank in range(self.ranks.world_size)
+        ]
+        problems = [part["problem"] for part in parts if "problem" in part]
+        if not problems:
+            try:
+                self._publish(folder, content, [FileEntry(**entry) for part in parts for entry in part["entries"]])
+            except OSError as error:
+                problems = [f"rank 0: {folder}: {advice(error)}"]
+        if problems:
+            shutil.rmtree(folder, ignore_errors=True)  # it holds the room that the next attempt needs
+        return "; ".join(problems)
+
+    def _publish(self, folder: Path, content: Content, entries: list[FileEntry]) -> None:
+        write_manifest(folder, Manifest(content.step, tuple(sorted(entries, key=lambda entry: entry.path))))
+        published = folders.publish(self.root, content.step)
+        keep = content.keep | (self._uploader.busy() if self._uploader else set())
+        try:
+            removed = folders.apply_retention(self.root, self._options.keep_last, self._keep_every_steps, keep)
+        except OSError as error:
+            removed = []
+            logger.warning("%s: old checkpoints could not be removed: %s", self.root, advice(error))
+        size = sum(entry.bytes for entry in entries)
+        logger.info("checkpoint %s published, %.1f MB; removed %s", published, size / 1e6, removed or "none")
 
 
-def _list_files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def write_files(folder: Path, content: Content | None, collected: Collected) -> list[str]:
+    """Write what was collected, and (rank 0) `content`; returns the paths of all files relative to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, state in collected.states:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path)
+    written = [str(path.relative_to(folder)) for path, _ in collected.states]
+    collected.states.clear()
+    if content is None:
+        return written
+    for write in collected.afterwards:
+        write()
+    (folder / "latest").write_text(TAG, encoding="utf-8")
+    (folder / STATE).write_text(json.dumps(content.state, indent=1), encoding="utf-8")
+    (folder / RECIPE).write_text(content.recipe_text, encoding="utf-8")
+    return written + sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
-def _hashes_file(folder: Path, rank: int) -> Path:
-    return folder / f".hashes_{rank:05d}.json"
+def _reason(folder: Path) -> OSError | None:
+    """The operating system's word on why torch could not write into `folder`, found by trying."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".probe").write_bytes(bytes(2**20))
+    except OSError as error:
+        return error
+    return None
 
 
-def _hashes_of_others(folder: Path, world_size: int) -> list[FileEntry]:
-    """Wait for the hashes of ranks 1 and up, read and remove them."""
-    entries: list[FileEntry] = []
-    deadline = time.monotonic() + HASH_TIMEOUT_S
-    for rank in range(1, world_size):
-        path = _hashes_file(folder, rank)
-        while not path.exists():
-            if time.monotonic() > deadline:
-                raise CheckpointError(f"{path}: rank {rank} did not deliver its hashes within {HASH_TIMEOUT_S:.0f} s")
-            time.sleep(0.02)
-        entries += [FileEntry(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-        path.unlink()
-    return entries
+def open_saver(root: Path, ranks: Ranks, options: Checkpoint, keep_every_steps: int | None) -> Saver:
+    """The saver of a run, with what uploads its checkpoints where the recipe says so; all ranks call it together."""
+    # A space of its own for each run: several may follow one another in one set of processes.
+    board = Board(from_first(ranks, secrets.token_hex(8)))
+    remote, uploader = open_remote(options), None
+    if remote is not None:
+        extras = tuple(root.parent / name for name in RECORDS)
+        uploader = Uploader(root, remote, ranks, board, options.keep_last, keep_every_steps, extras)
+    return Saver(root, ranks, options, keep_every_steps, board, uploader)
+
+
+def upload_rest(root: Path, ranks: Ranks, options: Checkpoint, keep_every_steps: int | None) -> None:
+    """Upload what a finished run could not upload before.
+
+    Raises:
+        CheckpointError: it still can't be.
+    """
+    if not options.upload:
+        return
+    saver = open_saver(root, ranks, options, keep_every_steps)
+    missing = saver.finish()
+    saver.close()
+    if missing:
+        raise CheckpointError(missing)

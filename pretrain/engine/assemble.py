@@ -8,7 +8,7 @@ from typing import Any
 from pretrain.checkpoint.compare import check_same_run
 from pretrain.checkpoint.reshape import Layout
 from pretrain.checkpoint.resume import Resumable, layout_of, load
-from pretrain.checkpoint.save import Saver
+from pretrain.checkpoint.save import Saver, open_saver
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.stream import OpenSource, StreamPlan, TrainStream
 from pretrain.engine.build import Built, build_engine
@@ -80,6 +80,12 @@ def fingerprints(sources: list[OpenSource]) -> dict[str, str]:
     return {source.name: source.index.fingerprint for source in sources}
 
 
+def keep_every(recipe: Recipe, schedule: Schedule) -> int | None:
+    """Steps between two checkpoints that are kept for good; None: only the last ones are kept."""
+    epochs = recipe.checkpoint.keep_every_epochs
+    return max(1, round(epochs * schedule.steps_per_epoch)) if epochs else None
+
+
 def forget_after(folder: RunFolder, step: int, plan: StreamPlan) -> None:
     """Drop what the steps after the checkpoint had written: they are run again."""
     keep_records(folder.metrics, lambda record: record["step"] <= step)
@@ -111,7 +117,6 @@ def build_run(
         load(built.engine, found, layout(recipe, ranks), built.groups)
     ledger = open_ledger(recipe, folder, sources, ranks, found)
     guard = StepGuard(recipe.guard, state_at_start(folder.guard, ranks, found.state if found else None))
-    keep_every = recipe.checkpoint.keep_every_epochs
     return Run(
         recipe=recipe,
         ranks=ranks,
@@ -132,11 +137,11 @@ def build_run(
             incidents=Incidents(folder.incidents, ranks, recipe.run.seed, [source.name for source in sources]),
         ),
         guard=guard,
-        saver=Saver(
+        saver=open_saver(
             folder.checkpoints,
             ranks,
-            recipe.checkpoint.keep_last,
-            max(1, round(keep_every * schedule.steps_per_epoch)) if keep_every else None,
+            recipe.checkpoint,
+            keep_every(recipe, schedule),
         ),
         reporter=Reporter(recipe, folder, schedule, ranks, first_step),
         stop=stop,

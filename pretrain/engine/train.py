@@ -10,15 +10,25 @@ from dataclasses import asdict, replace
 
 import torch.distributed as dist
 
+from pretrain.checkpoint.restore import open_remote, prepare_resume
 from pretrain.checkpoint.resume import find_checkpoint
-from pretrain.checkpoint.save import Content
+from pretrain.checkpoint.save import Content, upload_rest
 from pretrain.data.stream import StreamPlan, open_sources
-from pretrain.engine.assemble import Run, build_run, check_continues, fingerprints, forget_after, open_stream
+from pretrain.engine.assemble import (
+    Run,
+    build_run,
+    check_continues,
+    fingerprints,
+    forget_after,
+    keep_every,
+    open_stream,
+)
 from pretrain.engine.evaluate import every_steps as evaluate_every_steps
 from pretrain.engine.folder import RunFolder, describe_start, open_folder
 from pretrain.engine.intervene import intervene, pass_over
 from pretrain.engine.schedule import build_schedule, every_steps, pictures_every_steps
 from pretrain.engine.step import StepResult, to_device, train_step
+from pretrain.errors import CheckpointError
 from pretrain.objectives.base import Batch
 from pretrain.recipe.schema import Recipe
 from pretrain.recipe.show import show_recipe
@@ -66,11 +76,15 @@ def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: S
     sources = open_sources(recipe)
     plan = StreamPlan(recipe, sources)
     schedule = build_schedule(recipe, plan.steps_per_epoch)
-    found = find_checkpoint(folder.checkpoints, ranks, resume)
+    resume_from = prepare_resume(folder.checkpoints, recipe.checkpoint, ranks, resume)
+    found = find_checkpoint(folder.checkpoints, ranks, resume_from)
     if found is not None:
         check_continues(found, recipe, ranks, sources)
+        if resume != "auto" and ranks.first and (remote := open_remote(recipe.checkpoint)):
+            remote.supersede_after(found.step)
         if found.step >= schedule.last:
             logger.info("%s: finished, %d of %d steps are done", folder.root, found.step, schedule.last)
+            upload_rest(folder.checkpoints, ranks, recipe.checkpoint, keep_every(recipe, schedule))
             return 0
     if ranks.first:
         describe_start(folder, recipe)
@@ -85,7 +99,7 @@ def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: S
         watchdog.leave_soon()  # what follows may wait for a rank that is gone
         raise
     finally:
-        run.saver.wait()
+        run.saver.close()
         run.reporter.close(exit_code)
     # A launcher ends all ranks as soon as one leaves with 75: none may, before rank 0 has published and reported.
     dist.barrier()
@@ -158,8 +172,10 @@ def _check_health(run: Run, steps_done: int) -> None:
 
 def _finish(run: Run, steps_done: int, exit_code: int, reason: str) -> int:
     with run.watchdog.long("publish"):
-        run.saver.wait()
+        not_uploaded = run.saver.finish()
     run.reporter.summary(steps_done, exit_code, reason)
+    if not_uploaded and exit_code == 0:
+        raise CheckpointError(not_uploaded)
     return exit_code
 
 
@@ -180,7 +196,7 @@ def _save(run: Run, steps_done: int) -> None:
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     seconds = run.saver.save(run.built.engine, Content(steps_done, state, show_recipe(run.recipe), keep=run.best.steps))
-    run.stop.saved_in(seconds)
+    run.stop.saved_in(max(seconds, run.saver.longest_s))
 
 
 def _shown_clips(run: Run) -> Batch:

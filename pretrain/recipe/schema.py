@@ -163,6 +163,14 @@ class Checkpoint:
     """newest checkpoints that are kept"""
     keep_every_epochs: float | None = None
     """a checkpoint of every so many epochs is kept for good; null: none but the last ones"""
+    asynchronous: bool = True
+    """training goes on while a copy of the state in host memory is written; false: it waits until it is published"""
+    max_failures: int = 3
+    """saves in a row that may fail (full disk, ...) before the run stops; older checkpoints stay as they are"""
+    upload: str | None = None
+    """folder (any fsspec URL) of this run alone that checkpoints are copied to, and come back from; null: none"""
+    upload_deadline_s: float = 1800
+    """longest time that a checkpoint's upload or download may take on a rank, retries included, seconds"""
 
 
 @dataclass

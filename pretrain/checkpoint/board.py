@@ -1,0 +1,49 @@
+"""Short messages between ranks out of background threads, where collectives are not safe.
+
+They go through the key-value store at which the ranks met, not through files: a full disk must not silence the rank
+that tells of it.
+"""
+
+import time
+
+import torch.distributed as dist
+
+from pretrain.errors import CheckpointError
+
+#: Seconds between two looks, at first and at most. Many ranks ask one store.
+SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.02, 1.0
+
+
+class Board:
+    """Messages by key, each written once, visible to all ranks that use the same `space`."""
+
+    def __init__(self, space: str) -> None:
+        self._space = space
+        self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        self.closed = False
+
+    def post(self, key: str, text: str) -> None:
+        """Leave a message."""
+        self._store.set(f"{self._space}/{key}", text)
+
+    def wait(self, key: str, timeout_s: float = float("inf")) -> str:
+        """The message under `key`, as soon as it is there.
+
+        Raises:
+            CheckpointError: it did not come in time, or the board was closed.
+        """
+        full, deadline, pause = f"{self._space}/{key}", time.monotonic() + timeout_s, SHORTEST_LOOK_S
+        while not self._store.check([full]):
+            if self.closed:
+                raise CheckpointError(f"{key}: the run ended before it came")
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"{key}: nothing from that rank within {timeout_s:.0f} s")
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_LOOK_S)
+        return bytes(self._store.get(full)).decode()
+
+    def take(self, key: str, timeout_s: float) -> str:
+        """As `wait`; the message is removed."""
+        text = self.wait(key, timeout_s)
+        self._store.delete_key(f"{self._space}/{key}")
+        return text

@@ -1,0 +1,126 @@
+"""Checkpoints on an object store: the same files below `<url>/checkpoints/step_…`, the manifest uploaded last.
+
+A store has no rename. A checkpoint there exists from the moment its manifest does, and stops existing when its manifest
+is removed, which is done first; so no reader ever takes a part for the whole.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.checkpoint import folders
+from pretrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, describe_file, parse_manifest
+from pretrain.errors import CheckpointError, StorageError
+from pretrain.runtime import storage
+
+logger = logging.getLogger(__name__)
+
+#: What a manifest is called whose checkpoint lies after the one that a run was taken back to.
+SUPERSEDED = "superseded_manifest.json"
+
+#: Files of the run folder that travel with its checkpoints, so that a run which lost its local disk has its history.
+RECORDS = ("recipe.yaml", "environment.json", "metrics.jsonl", "bad_samples.jsonl", "best.json", "wandb_id")
+
+#: Longest time of a small request, seconds.
+REQUEST_S = 120.0
+
+
+class RemoteCheckpoints:
+    """The checkpoints of one run below a URL.
+
+    Args:
+        url: The run's folder on the store, any fsspec URL.
+        deadline_s: Longest time that a transfer of several files may take, retries included.
+    """
+
+    def __init__(self, url: str, deadline_s: float) -> None:
+        self.url, self.deadline_s = url.rstrip("/"), deadline_s
+
+    def __str__(self) -> str:
+        return self.url
+
+    def of(self, step: int) -> str:
+        """URL of the checkpoint of `step`."""
+        return storage.join(self.url, "checkpoints", folders.folder_of(Path(), step).name)
+
+    def steps(self) -> list[int]:
+        """Steps whose checkpoints are complete, ascending."""
+        found = storage.find(storage.join(self.url, "checkpoints"), REQUEST_S)
+        manifests = [Path(path).parent for path in found if Path(path).name == MANIFEST]
+        return sorted(folders.step_of(folder) for folder in manifests if folders.is_name(folder.name))
+
+    def manifest(self, step: int) -> Manifest:
+        """Raises: CheckpointError: damaged. StorageError: not there."""
+        url = storage.join(self.of(step), MANIFEST)
+        return parse_manifest(storage.read_bytes(url, deadline_s=REQUEST_S), url)
+
+    def upload(self, folder: Path, step: int, entries: Sequence[FileEntry]) -> None:
+        """Copy some files of a checkpoint; its manifest comes separately."""
+        end = time.monotonic() + self.deadline_s
+        for entry in entries:
+            left = max(end - time.monotonic(), 1.0)
+            storage.upload(str(folder / entry.path), storage.join(self.of(step), entry.path), left)
+
+    def upload_beside(self, path: Path) -> None:
+        """Copy a file of the run folder, such as metrics.jsonl, to where the run's folder of checkpoints is."""
+        storage.upload(str(path), storage.join(self.url, path.name), self.deadline_s)
+
+    def publish(self, manifest: Manifest) -> None:
+        """Compare the sizes of what arrived and add the manifest.
+
+        Raises:
+            CheckpointError: something is missing or cut.
+        """
+        found = storage.find(self.of(manifest.step), REQUEST_S)
+        wrong = [
+            f"{entry.path}: {found.get(entry.path)} bytes instead of {entry.bytes}"
+            for entry in manifest.files
+            if found.get(entry.path) != entry.bytes
+        ]
+        if wrong:
+            raise CheckpointError(f"{self.of(manifest.step)}: not what was uploaded: {'; '.join(wrong)}")
+        storage.write_bytes(storage.join(self.of(manifest.step), MANIFEST), manifest.to_json().encode(), REQUEST_S)
+
+    def unpublish(self, step: int) -> None:
+        """Remove the manifest, so that the files may be replaced or removed."""
+        storage.remove(storage.join(self.of(step), MANIFEST), REQUEST_S)
+
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint."""
+        self.unpublish(step)
+        storage.remove(self.of(step), self.deadline_s)
+
+    def retire(self, keep_last: int, keep_every_steps: int | None, keep: set[int]) -> list[int]:
+        """Remove what the rule of retention does not keep; returns the steps."""
+        steps = self.steps()
+        kept = folders.retained(steps, keep_last, keep_every_steps) | keep
+        gone = [step for step in steps if step not in kept and not self._marked(step)]
+        for step in gone:
+            self.remove(step)
+        return gone
+
+    def _marked(self, step: int) -> bool:
+        return storage.exists(storage.join(self.of(step), folders.KEEP_FILE), REQUEST_S)
+
+    def supersede_after(self, step: int) -> None:
+        """Hide the checkpoints after `step` from the next start; their files stay until they are overwritten."""
+        for later in [found for found in self.steps() if found > step]:
+            storage.move(storage.join(self.of(later), MANIFEST), storage.join(self.of(later), SUPERSEDED), REQUEST_S)
+            logger.warning("%s superseded: the run goes on from step %d", self.of(later), step)
+
+    def fetch(self, manifest: Manifest, folder: Path, part: int = 0, parts: int = 1) -> None:
+        """Download every `parts`-th file from `part` on into `folder`, but not what is there and right already.
+
+        Raises:
+            StorageError: a file could not be read, or is not what the manifest says.
+        """
+        end = time.monotonic() + self.deadline_s
+        for entry in manifest.files[part::parts]:
+            target, url = folder / entry.path, storage.join(self.of(manifest.step), entry.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_file() and describe_file(folder, entry.path) == entry:
+                continue
+            storage.download(url, str(target), entry.bytes, max(end - time.monotonic(), 1.0))
+            if describe_file(folder, entry.path) != entry:
+                raise StorageError(f"{url}: content differs from its sha256")

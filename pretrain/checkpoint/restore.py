@@ -1,0 +1,159 @@
+"""Bringing checkpoints back from an object store, when the local disk has none that is as new and whole."""
+
+import logging
+from pathlib import Path
+
+from pretrain.checkpoint import folders
+from pretrain.checkpoint.manifest import MANIFEST, problems
+from pretrain.checkpoint.remote import RECORDS, RemoteCheckpoints
+from pretrain.errors import CheckpointError, StorageError, TubeletError
+from pretrain.recipe.schema import Checkpoint
+from pretrain.runtime import storage
+from pretrain.runtime.process_group import Ranks, from_first, gather_objects
+
+logger = logging.getLogger(__name__)
+
+
+def open_remote(options: Checkpoint) -> RemoteCheckpoints | None:
+    """Where the recipe uploads checkpoints to; None: nowhere."""
+    return RemoteCheckpoints(options.upload, options.upload_deadline_s) if options.upload else None
+
+
+def prepare_resume(root: Path, options: Checkpoint, ranks: Ranks, resume: str) -> str:
+    """Bring what `resume` means from the store to the local disk; returns what it means for `find_checkpoint`.
+
+    Args:
+        root: The run's folder of checkpoints.
+        options: The recipe's section.
+        ranks: This process among all.
+        resume: auto, never, or the path or URL of a checkpoint.
+
+    Raises:
+        CheckpointError: never, and the store holds checkpoints; or a URL whose checkpoint does not verify.
+    """
+    if "://" in resume:
+        return str(_restore_url(root, resume, options.upload_deadline_s, ranks))
+    remote = open_remote(options)
+    if remote is not None and resume == "auto":
+        restore_newest(root, remote, ranks)
+    elif remote is not None and resume == "never" and (steps := _steps(root, remote, ranks)):
+        raise CheckpointError(
+            f"--resume never: {remote} holds the checkpoints of steps {steps}; give another checkpoint.upload, or "
+            "leave --resume out to continue"
+        )
+    return resume
+
+
+def _restore_url(root: Path, url: str, deadline_s: float, ranks: Ranks) -> Path:
+    run, _, name = url.rstrip("/").rpartition("/checkpoints/")
+    if not folders.is_name(name):
+        raise CheckpointError(f"--resume {url}: allowed is the URL of one checkpoint: …/checkpoints/step_00000100")
+    step = folders.step_of(Path(name))
+    if not restore(root, RemoteCheckpoints(run, deadline_s), step, ranks):
+        raise CheckpointError(f"--resume {url}: can't be restored (see the lines above)")
+    return folders.folder_of(root, step)
+
+
+def restore_newest(root: Path, remote: RemoteCheckpoints, ranks: Ranks) -> None:
+    """See to it that the newest checkpoint which verifies, here or at `remote`, lies below `root`.
+
+    All ranks call it together and share the reading. A checkpoint that does not verify at `remote` either is told and
+    passed over, as `find_checkpoint` does with local ones.
+
+    Raises:
+        CheckpointError: the store does not answer, and there is no local checkpoint to go on with.
+    """
+    if ranks.first:
+        folders.clean_leftovers(root)
+    there = _steps(root, remote, ranks)
+    here = from_first(ranks, [folders.step_of(folder) for folder in folders.published(root)])
+    for step in sorted({*here, *there}, reverse=True):
+        if step in here and not _problems_on_all(ranks, folders.folder_of(root, step)):
+            return
+        if step in there and restore(root, remote, step, ranks):
+            return
+
+
+def _steps(root: Path, remote: RemoteCheckpoints, ranks: Ranks) -> list[int]:
+    """Steps at `remote`, found by rank 0 for all."""
+    steps: list[int] = []
+    problem = ""
+    if ranks.first:
+        try:
+            steps = remote.steps()
+        except StorageError as error:
+            problem = str(error)
+    steps, problem = from_first(ranks, (steps, problem))
+    if not problem:
+        return steps
+    if not from_first(ranks, [folder.name for folder in folders.published(root)]):
+        raise CheckpointError(
+            f"checkpoint.upload: {remote} can't be listed ({problem}), and {root} holds no checkpoint: this run may "
+            "have been going on there. Check the address, the credentials and the network; to start without the "
+            "store, set checkpoint.upload=null"
+        )
+    logger.warning("%s can't be listed, going on with what is on the local disk: %s", remote, problem)
+    return []
+
+
+def restore(root: Path, remote: RemoteCheckpoints, step: int, ranks: Ranks) -> bool:
+    """Download the checkpoint of `step` and publish it below `root`; whether it verified."""
+    folder = folders.working_folder_of(root, step)
+    problem = ""
+    try:
+        manifest = remote.manifest(step)
+        remote.fetch(manifest, folder, ranks.rank, ranks.world_size)
+    except (TubeletError, OSError) as error:
+        problem = str(error)
+    wrong = sorted({found for found in gather_objects(ranks, problem) if found})
+    if wrong:
+        logger.error("%s can't be restored and is passed over: %s", remote.of(step), "; ".join(wrong))
+        return False
+    if ranks.first:
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        folders.publish(root, step)
+        logger.warning("checkpoint of step %d restored from %s", step, remote.of(step))
+        _restore_records(root.parent, remote)
+    from_first(ranks, None)
+    return True
+
+
+def _restore_records(run_dir: Path, remote: RemoteCheckpoints) -> None:
+    """metrics.jsonl and the like, where the local ones are gone; a run goes on without them."""
+    for name in RECORDS:
+        url = storage.join(remote.url, name)
+        try:
+            if not (run_dir / name).exists() and storage.exists(url):
+                storage.download(url, str(run_dir / name))
+        except (StorageError, OSError) as error:
+            logger.warning("%s could not be restored: %s", url, error)
+
+
+def _problems_on_all(ranks: Ranks, folder: Path) -> list[str]:
+    gathered = gather_objects(ranks, problems(folder, ranks.rank, ranks.world_size))
+    return sorted({line for lines in gathered for line in lines})
+
+
+def fetch_checkpoint(url: str, cache: Path, deadline_s: float = 3600.0) -> Path:
+    """A local copy of the newest checkpoint of an uploaded run, or of the one that `url` names, for readers of weights.
+
+    Copies are kept in `cache` by run and step, and used again where they verify.
+
+    Raises:
+        CheckpointError: there is none at `url` that verifies.
+    """
+    run, _, name = url.rstrip("/").rpartition("/checkpoints/")
+    remote = RemoteCheckpoints(run if folders.is_name(name) else url, deadline_s)
+    steps = [folders.step_of(Path(name))] if folders.is_name(name) else remote.steps()[::-1]
+    found = []
+    for step in steps:
+        folder = folders.folder_of(cache, step)
+        try:
+            manifest = remote.manifest(step)
+            folder.mkdir(parents=True, exist_ok=True)
+            remote.fetch(manifest, folder)
+            (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            return folder
+        except TubeletError as error:
+            found.append(str(error))
+    raise CheckpointError(f"{url}: no checkpoint that verifies" + "".join(f"\n  {line}" for line in found))

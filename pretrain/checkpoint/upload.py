@@ -1,0 +1,201 @@
+"""Copying published checkpoints to an object store, in a thread of each rank, while training goes on.
+
+Rank 0 decides what is uploaded next, every rank uploads its share of the files, and rank 0 adds the manifest when all
+have done so. What could not be uploaded stays on the local disk under the same rule of retention, is told at WARNING
+and in uploads.json, and is tried again when the next checkpoint is published, or at the next start.
+"""
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import folders
+from pretrain.checkpoint.board import Board
+from pretrain.checkpoint.manifest import read_manifest, write_durably
+from pretrain.checkpoint.remote import RemoteCheckpoints
+from pretrain.errors import TubeletError
+from pretrain.runtime.disk import Tolerance
+from pretrain.runtime.process_group import Ranks
+
+logger = logging.getLogger(__name__)
+
+#: What is told of uploads, in the run folder.
+REPORT = "uploads.json"
+
+#: What rank 0 posts instead of a step when nothing follows.
+END = "end"
+
+
+class Uploader:
+    """Keeps `remote` up to date with the published checkpoints below `root`.
+
+    Args:
+        root: The run's folder of checkpoints, visible to all ranks.
+        remote: Where they go.
+        ranks: This process among all.
+        board: Messages between ranks.
+        keep_last: Newest checkpoints that stay at `remote`.
+        keep_every_steps: One of every so many steps stays there for good; None: none.
+        extras: Further files of the run folder that go along (rank 0), such as metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        remote: RemoteCheckpoints,
+        ranks: Ranks,
+        board: Board,
+        keep_last: int,
+        keep_every_steps: int | None,
+        extras: tuple[Path, ...] = (),
+    ) -> None:
+        self._root, self._remote, self._ranks, self._board = root, remote, ranks, board
+        self._keep_last, self._keep_every_steps, self._extras = keep_last, keep_every_steps, extras
+        self._changed = threading.Condition()
+        self._uploaded: set[int] = set()
+        self._failed: dict[int, str] = {}
+        self._current: int | None = None
+        self._ending = False
+        self._number = 0
+        self._tolerate = Tolerance()
+        self.longest_s = 0.0
+        self._thread = threading.Thread(target=self._lead if ranks.first else self._follow, name="upload", daemon=True)
+        self._thread.start()
+
+    def offer(self, step: int) -> None:
+        """A checkpoint was published (rank 0 acts on it): upload it, then what failed before."""
+        with self._changed:
+            self._uploaded.discard(step)
+            self._failed.clear()
+            self._changed.notify()
+
+    def busy(self) -> set[int]:
+        """The step that is being uploaded: its local files must stay."""
+        current = self._current
+        return set() if current is None else {current}
+
+    def finish(self) -> str:
+        """Return when all that is to be uploaded is there, or has failed once more.
+
+        Returns:
+            On rank 0 what could not be uploaded and why; else, and on other ranks, an empty string.
+        """
+        with self._changed:
+            self._failed.clear()
+            self._ending = True
+            self._changed.notify()
+        self._thread.join()
+        if not self._failed:
+            return ""
+        step, reason = max(self._failed.items())
+        return (
+            f"{folders.folder_of(self._root, step)} could not be uploaded to {self._remote}: {reason}. It is whole on "
+            "the local disk: start the same command again when the store answers, and it is uploaded"
+        )
+
+    def _lead(self) -> None:
+        """Rank 0's thread: choose, upload, tell, until `finish`."""
+        self._look_at_remote()
+        while (step := self._next()) is not None:
+            started = time.monotonic()
+            try:
+                problem = self._upload_with_all(step)
+            except Exception as error:  # a thread has nobody to raise to; the checkpoint stays in the queue
+                problem = str(error)
+            seconds = time.monotonic() - started
+            with self._changed:
+                self._current = None
+                if problem:
+                    self._failed[step] = problem
+                else:
+                    self._uploaded.add(step)
+                    self.longest_s = max(self.longest_s, seconds)
+            self._tell(step, problem, seconds)
+        self._board.post(f"upload/{self._number + 1}", END)
+
+    def _look_at_remote(self) -> None:
+        try:
+            with self._changed:
+                self._uploaded = set(self._remote.steps())
+        except TubeletError as error:
+            logger.warning("%s can't be listed, all local checkpoints will be uploaded: %s", self._remote, error)
+
+    def _next(self) -> int | None:
+        """The newest step that waits, as soon as there is one; None: nothing waits and `finish` was called."""
+        with self._changed:
+            while True:
+                steps = [folders.step_of(folder) for folder in folders.published(self._root)]
+                wanted = folders.retained(steps, self._keep_last, self._keep_every_steps)
+                waiting = wanted - self._uploaded - self._failed.keys()
+                if waiting:
+                    self._current = max(waiting)
+                    return self._current
+                if self._ending or self._board.closed:
+                    return None
+                self._changed.wait(timeout=1.0)
+
+    def _upload_with_all(self, step: int) -> str:
+        """Rank 0's side of one upload; what went wrong on any rank, else an empty string."""
+        manifest = read_manifest(folders.folder_of(self._root, step))
+        self._remote.unpublish(step)
+        self._number += 1
+        key = f"upload/{self._number}"
+        self._board.post(key, str(step))
+        self._board.post(f"{key}/0", self._upload_share(step))
+        timeout = 2 * self._remote.deadline_s
+        answers = {self._board.take(f"{key}/{rank}", timeout) for rank in range(self._ranks.world_size)} - {""}
+        if answers:
+            return "; ".join(sorted(answers))
+        for path in self._extras:
+            if path.is_file():
+                self._remote.upload_beside(path)
+        self._remote.publish(manifest)
+        try:
+            self._remote.retire(self._keep_last, self._keep_every_steps, {step})
+        except TubeletError as error:
+            logger.warning("%s: old checkpoints could not be removed: %s", self._remote, error)
+        return ""
+
+    def _upload_share(self, step: int) -> str:
+        """Upload this rank's files; what went wrong, else an empty string."""
+        folder = folders.folder_of(self._root, step)
+        try:
+            # Large files in turn, so that shares are of like size.
+            files = sorted(read_manifest(folder).files, key=lambda entry: (-entry.bytes, entry.path))
+            self._remote.upload(folder, step, files[self._ranks.rank :: self._ranks.world_size])
+        except Exception as error:
+            return f"rank {self._ranks.rank}: {error}"
+        return ""
+
+    def _follow(self) -> None:
+        """The thread of the other ranks: do as rank 0 says."""
+        number = 1
+        try:
+            while (word := self._board.wait(f"upload/{number}")) != END:
+                self._board.post(f"upload/{number}/{self._ranks.rank}", self._upload_share(int(word)))
+                number += 1
+        except Exception as error:
+            if not self._board.closed:
+                logger.warning("uploads end, rank 0 does not answer: %s", error)
+
+    def _tell(self, step: int, problem: str, seconds: float) -> None:
+        """Log an upload and write uploads.json."""
+        if problem:
+            logger.warning(
+                "checkpoint of step %d NOT UPLOADED to %s (kept on the local disk, tried again when the next one is "
+                "due): %s",
+                *(step, self._remote, problem),
+            )
+        else:
+            logger.info("checkpoint of step %d uploaded to %s in %.1f s", step, self._remote, seconds)
+        report: dict[str, Any] = {
+            "url": str(self._remote),
+            "uploaded": sorted(self._uploaded),
+            "failed": {str(failed): reason for failed, reason in self._failed.items()},
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        with self._tolerate(REPORT):
+            write_durably(self._root.parent / REPORT, json.dumps(report, indent=1) + "\n")
