@@ -36,6 +36,7 @@ class RemoteCheckpoints:
 
     def __init__(self, url: str, deadline_s: float) -> None:
         self.url, self.deadline_s = url.rstrip("/"), deadline_s
+        self._request_s = min(REQUEST_S, deadline_s)
 
     def __str__(self) -> str:
         return self.url
@@ -46,14 +47,14 @@ class RemoteCheckpoints:
 
     def steps(self) -> list[int]:
         """Steps whose checkpoints are complete, ascending."""
-        found = storage.find(storage.join(self.url, "checkpoints"), REQUEST_S)
+        found = storage.find(storage.join(self.url, "checkpoints"), self._request_s)
         manifests = [Path(path).parent for path in found if Path(path).name == MANIFEST]
         return sorted(folders.step_of(folder) for folder in manifests if folders.is_name(folder.name))
 
     def manifest(self, step: int) -> Manifest:
         """Raises: CheckpointError: damaged. StorageError: not there."""
         url = storage.join(self.of(step), MANIFEST)
-        return parse_manifest(storage.read_bytes(url, deadline_s=REQUEST_S), url)
+        return parse_manifest(storage.read_bytes(url, deadline_s=self._request_s), url)
 
     def upload(self, folder: Path, step: int, entries: Sequence[FileEntry]) -> None:
         """Copy some files of a checkpoint; its manifest comes separately."""
@@ -72,7 +73,7 @@ class RemoteCheckpoints:
         Raises:
             CheckpointError: something is missing or cut.
         """
-        found = storage.find(self.of(manifest.step), REQUEST_S)
+        found = storage.find(self.of(manifest.step), self._request_s)
         wrong = [
             f"{entry.path}: {found.get(entry.path)} bytes instead of {entry.bytes}"
             for entry in manifest.files
@@ -80,11 +81,11 @@ class RemoteCheckpoints:
         ]
         if wrong:
             raise CheckpointError(f"{self.of(manifest.step)}: not what was uploaded: {'; '.join(wrong)}")
-        storage.write_bytes(storage.join(self.of(manifest.step), MANIFEST), manifest.to_json().encode(), REQUEST_S)
+        storage.write_bytes(storage.join(self.of(manifest.step), MANIFEST), manifest.to_json().encode(), self._request_s)
 
     def unpublish(self, step: int) -> None:
         """Remove the manifest, so that the files may be replaced or removed."""
-        storage.remove(storage.join(self.of(step), MANIFEST), REQUEST_S)
+        storage.remove(storage.join(self.of(step), MANIFEST), self._request_s)
 
     def remove(self, step: int) -> None:
         """Remove a checkpoint."""
@@ -101,12 +102,12 @@ class RemoteCheckpoints:
         return gone
 
     def _marked(self, step: int) -> bool:
-        return storage.exists(storage.join(self.of(step), folders.KEEP_FILE), REQUEST_S)
+        return storage.exists(storage.join(self.of(step), folders.KEEP_FILE), self._request_s)
 
     def supersede_after(self, step: int) -> None:
         """Hide the checkpoints after `step` from the next start; their files stay until they are overwritten."""
         for later in [found for found in self.steps() if found > step]:
-            storage.move(storage.join(self.of(later), MANIFEST), storage.join(self.of(later), SUPERSEDED), REQUEST_S)
+            storage.move(storage.join(self.of(later), MANIFEST), storage.join(self.of(later), SUPERSEDED), self._request_s)
             logger.warning("%s superseded: the run goes on from step %d", self.of(later), step)
 
     def fetch(self, manifest: Manifest, folder: Path, part: int = 0, parts: int = 1) -> None:
