@@ -81,7 +81,9 @@ class RemoteCheckpoints:
         ]
         if wrong:
             raise CheckpointError(f"{self.of(manifest.step)}: not what was uploaded: {'; '.join(wrong)}")
-        storage.write_bytes(storage.join(self.of(manifest.step), MANIFEST), manifest.to_json().encode(), self._request_s)
+        storage.write_bytes(
+            storage.join(self.of(manifest.step), MANIFEST), manifest.to_json().encode(), self._request_s
+        )
 
     def unpublish(self, step: int) -> None:
         """Remove the manifest, so that the files may be replaced or removed."""
@@ -107,7 +109,9 @@ class RemoteCheckpoints:
     def supersede_after(self, step: int) -> None:
         """Hide the checkpoints after `step` from the next start; their files stay until they are overwritten."""
         for later in [found for found in self.steps() if found > step]:
-            storage.move(storage.join(self.of(later), MANIFEST), storage.join(self.of(later), SUPERSEDED), self._request_s)
+            storage.move(
+                storage.join(self.of(later), MANIFEST), storage.join(self.of(later), SUPERSEDED), self._request_s
+            )
             logger.warning("%s superseded: the run goes on from step %d", self.of(later), step)
 
     def fetch(self, manifest: Manifest, folder: Path, part: int = 0, parts: int = 1) -> None:
