@@ -6,6 +6,7 @@ Every rank examines its own host; what they found is gathered and told once, wit
 import functools
 import hashlib
 import json
+import logging
 import platform
 import sys
 import time
@@ -31,6 +32,8 @@ from pretrain.runtime import host_checks, storage
 from pretrain.runtime.environment import commit, versions
 from pretrain.runtime.findings import Finding, Line, Status, attempt, merge, odd_ones
 from pretrain.runtime.process_group import Ranks, gather_objects
+
+logger = logging.getLogger(__name__)
 
 #: Packages that must be the same everywhere; another version of the others is a warning.
 ESSENTIAL = ("python", "torch", "deepspeed", "cuda")
@@ -72,12 +75,16 @@ def examine(recipe: Recipe, ranks: Ranks) -> list[Line]:
     return merge(gather_objects(ranks, findings), hosts)
 
 
-def refuse(lines: list[Line]) -> None:
-    """Raise for what would end or spoil a run.
+def check_hosts(recipe: Recipe, ranks: Ranks) -> None:
+    """Make the checks of a start: warn of what is odd, refuse what would end or spoil the run.
 
     Raises:
         TrainingError: some check failed; all of them are in the message.
     """
+    lines = examine_start(recipe, ranks)
+    for line in lines:
+        if ranks.first and line.status == "warn":
+            logger.warning("%s", line)
     failed = [str(line) for line in lines if line.status == "fail"]
     if failed:
         more = "launch/doctor.py with the same recipe examines all hosts closely"

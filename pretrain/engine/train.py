@@ -23,6 +23,7 @@ from pretrain.engine.assemble import (
     keep_every,
     open_stream,
 )
+from pretrain.engine.doctor import check_hosts
 from pretrain.engine.evaluate import every_steps as evaluate_every_steps
 from pretrain.engine.folder import RunFolder, describe_start, open_folder
 from pretrain.engine.intervene import intervene, pass_over
@@ -73,6 +74,7 @@ def train(recipe: Recipe, resume: str = "auto") -> int:
 
 
 def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: StopWatch, watchdog: Watchdog) -> int:
+    check_hosts(recipe, ranks)
     sources = open_sources(recipe)
     plan = StreamPlan(recipe, sources)
     schedule = build_schedule(recipe, plan.steps_per_epoch)

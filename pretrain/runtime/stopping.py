@@ -5,6 +5,7 @@ same step. The deepspeed launcher passes SIGTERM on to its ranks one after anoth
 sent to the launcher reaches some ranks too late. Touch the stop file instead, or signal a rank itself; one is enough.
 """
 
+import json
 import logging
 import os
 import signal
@@ -23,6 +24,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 #: Least time before the wall-clock limit at which a run stops, seconds; a save that took longer counts double.
 LEAST_MARGIN_S = 30.0
+
+
+#: Environment variable of the job scripts (launch/slurm): seconds between the signal to stop and the end of the job.
+LEAD_VARIABLE = "TUBELET_STOP_LEAD_S"
+
+#: File of the run folder with the longest save so far, which the next start compares with the job script's lead.
+TIMINGS = "timings.json"
 
 
 class StopWatch:
@@ -48,14 +56,22 @@ class StopWatch:
         self._file = run_dir / STOP_FILE
         self._first = first
         self._deadline = _deadline(time_limit_minutes, started or time.time(), environ or os.environ)
-        self._save_s = 0.0
+        self._timings = run_dir / TIMINGS
+        self._lead_s = float((environ or os.environ).get(LEAD_VARIABLE, "inf"))
+        self._save_s = _longest_save(self._timings) if first else 0.0
+        self._warned = False
+        self._check_lead()
         self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         if first:
             self._file.unlink(missing_ok=True)
 
     def saved_in(self, seconds: float) -> None:
-        """Remember how long a save took: the run stops early enough for another one."""
-        self._save_s = max(self._save_s, seconds)
+        """Remember how long a save took: the run, and later starts of it, stop early enough for another one."""
+        if seconds > self._save_s:
+            self._save_s = seconds
+            if self._first:
+                self._timings.write_text(json.dumps({"save_s": round(seconds, 3)}) + "\n", encoding="utf-8")
+        self._check_lead()
 
     def asked(self) -> bool:
         """Whether this rank was asked to stop."""
@@ -73,6 +89,17 @@ class StopWatch:
         if self._first:
             self._file.unlink(missing_ok=True)
 
+    def _check_lead(self) -> None:
+        """Warn once where the job script's signal leaves too little time; a save counts double, as everywhere here."""
+        if self._first and not self._warned and 2 * self._save_s > self._lead_s:
+            self._warned = True
+            logger.warning(
+                "a save takes %.0f s, and the job script asks for the stop %.0f s before the end (%s): too short for "
+                "the rest of a step, the save and a slow disk. Ask for at least %.0f s: "
+                "launch/slurm/submit.py --stop-lead, or --signal=B:USR1@N and %s in the job script",
+                *(self._save_s, self._lead_s, LEAD_VARIABLE, 2 * self._save_s + LEAST_MARGIN_S, LEAD_VARIABLE),
+            )
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
 
@@ -81,3 +108,10 @@ def _deadline(time_limit_minutes: float | None, started: float, environ: Mapping
     if time_limit_minutes is not None:
         return started + 60 * time_limit_minutes
     return float(environ.get("SLURM_JOB_END_TIME", "inf"))
+
+
+def _longest_save(path: Path) -> float:
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["save_s"])
+    except (OSError, ValueError, KeyError):  # none yet, or cut by a kill
+        return 0.0

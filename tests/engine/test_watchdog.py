@@ -105,7 +105,7 @@ def test_a_frozen_host_is_named_and_repeated_hangs_end_with_1(pair: Any, toy: An
     folder = toy.folder / "frozen"
     folder.mkdir()
     (folder / "hangs.jsonl").write_text(json.dumps({"from_step": 0}) + "\n")
-    frozen = pair("frozen", [[2, 0, "SIGSTOP"]], "watchdog.max_restarts=1")
+    frozen = pair("frozen", [[2, 0, "SIGSTOP"]], "watchdog.max_restarts=1", "watchdog.stop_after_s=60")
     output = frozen.ranks[1].communicate(timeout=PATIENCE_S)[0]
     assert frozen.ranks[1].returncode == 1, output
     assert "1 of 2 ranks no longer write their heartbeat" in output and "rank 0 (host" in output

@@ -71,3 +71,30 @@ def test_signals_are_given_back(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     StopWatch(tmp_path, first=True, time_limit_minutes=None, environ={}).close()
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_save_longer_than_half_the_job_scripts_lead_is_warned_of_now_and_at_the_next_start(
+    tmp_path: Path, watches: list[StopWatch], caplog: pytest.LogCaptureFixture
+) -> None:
+    environ = {"TUBELET_STOP_LEAD_S": "100"}
+
+    def start(first: bool = True) -> StopWatch:
+        watches.append(StopWatch(tmp_path, first, time_limit_minutes=None, environ=environ))
+        return watches[-1]
+
+    watch = start()
+    watch.saved_in(49)
+    assert not caplog.records
+    watch.saved_in(70)
+    watch.saved_in(80)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "a save takes 70 s" in caplog.text and "at least 170 s" in caplog.text
+    caplog.clear()
+    start(first=False)
+    assert not caplog.records
+    start()
+    assert "a save takes 80 s" in caplog.text
+    environ["TUBELET_STOP_LEAD_S"] = "300"
+    caplog.clear()
+    start()
+    assert not caplog.records
