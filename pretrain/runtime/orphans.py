@@ -20,13 +20,15 @@ def die_with_launcher(environ: Mapping[str, str] | None = None) -> None:
     """End this process soon after the launcher that started it is gone, without cleaning up.
 
     Ranks without a launcher would train on, or wait for each other, and the next start would find the run folder in
-    use. Called first of all, because a launcher that is gone already can't be told from init. Without a launcher
+    use. Called first of all, because a launcher that is gone already can hardly be told from init. Without a launcher
     nothing is watched: a parent shell may end while its job goes on.
     """
     environ = os.environ if environ is None else environ
     if not any(name in environ for name in LAUNCHERS) or _watching():
         return
     parent = os.getppid()
+    if "CROSS_RANK" in environ and os.getsid(parent) != os.getsid(0):
+        os._exit(1)  # deepspeed's launcher shares its ranks' session: it was killed before this process came so far
     front_end = parent_of(parent)
     watched = front_end if front_end is not None and _is_front_end(front_end) else None
     threading.Thread(target=_watch, args=(parent, watched), daemon=True, name="watch-launcher").start()

@@ -7,6 +7,7 @@ from 1 in each run. Exit codes, or errors, of the runs are printed as a JSON lin
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -29,6 +30,12 @@ def accident(what: str, output, module, run_dir: Path):
         return output._replace(loss=output.loss * 50)
     if what == "stop file":
         (run_dir / "stop").touch()
+    elif what == "kill a data worker":
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    elif what == "kill while hashing":
+        from pretrain.checkpoint import save
+
+        save.describe_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     elif what == "hang":
         time.sleep(3600)
     elif what == "kill in the middle of publishing":

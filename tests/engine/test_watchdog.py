@@ -24,20 +24,22 @@ PATIENCE_S = 120
 class Pair:
     """Two ranks without a launcher, as on two hosts: nobody but themselves ends one when the other is gone."""
 
-    def __init__(self, toy: Any, name: str, accidents: list[list[Any]], *overrides: str) -> None:
+    def __init__(self, toy: Any, name: str, accidents: list[list[Any]] | None, *overrides: str) -> None:
         self.folder = toy.folder / name
         plan = toy.folder / f"{name}.json"
-        entry = {"overrides": [toy.run_dir(name), *OPTIONS, *overrides], "accidents": accidents}
-        plan.write_text(json.dumps([entry]))
+        words = [toy.run_dir(name), *OPTIONS, *overrides]
+        plan.write_text(json.dumps([{"overrides": words, "accidents": accidents}]))
+        command = [str(Path(__file__).with_name("driver.py")), str(toy.recipe), str(plan)]
+        if accidents is None:
+            command = [str(ROOT / "launch" / "pretrain.py"), "--recipe", str(toy.recipe), *words]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         common |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        driver = str(Path(__file__).with_name("driver.py"))
         self.ranks = [
             subprocess.Popen(
-                [sys.executable, driver, str(toy.recipe), str(plan)],
+                [sys.executable, *command],
                 env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -49,11 +51,7 @@ class Pair:
 
     def alive(self, rank: int) -> list[int]:
         """Processes of a rank, data workers among them, that have not ended."""
-        found = subprocess.run(
-            ["ps", "-o", "pid=,stat=", "-s", str(self.ranks[rank].pid)], capture_output=True, text=True
-        )
-        lines = [line.split() for line in found.stdout.splitlines()]
-        return [int(pid) for pid, state in lines if not state.startswith("Z")]
+        return list(session(self.ranks[rank].pid))
 
     def close(self) -> None:
         for rank in self.ranks:
@@ -61,6 +59,13 @@ class Pair:
                 os.killpg(rank.pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def session(leader: int) -> dict[int, str]:
+    """Command lines by process of a session; what has ended does not count."""
+    found = subprocess.run(["ps", "-o", "pid=,stat=,args=", "-s", str(leader)], capture_output=True, text=True)
+    lines = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
+    return {int(pid): command for pid, state, command in lines if not state.startswith("Z")}
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
@@ -74,7 +79,7 @@ def wait_until(condition: Callable[[], Any]) -> None:
 def pair(toy: Any) -> Iterator[Callable[..., Pair]]:
     made: list[Pair] = []
 
-    def make(name: str, accidents: list[list[Any]], *overrides: str) -> Pair:
+    def make(name: str, accidents: list[list[Any]] | None, *overrides: str) -> Pair:
         made.append(Pair(toy, name, accidents, *overrides))
         return made[-1]
 
@@ -111,10 +116,47 @@ def test_a_frozen_host_is_named_and_repeated_hangs_end_with_1(pair: Any, toy: An
     assert "1 of 2 ranks no longer write their heartbeat" in output and "rank 0 (host" in output
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_death_of_a_rank_ends_the_other_and_all_workers(pair: Any, victim: int) -> None:
-    left = pair(f"dead {victim}", [[6, victim, "SIGKILL"]])
-    other = left.ranks[1 - victim]
+@pytest.mark.parametrize(
+    ("accident", "said"),
+    [
+        ([4, 0, "SIGKILL"], ""),
+        ([3, 1, "kill while hashing"], "could not clean up within"),  # rank 0 waits for its hashes
+        ([4, 1, "kill a data worker"], ""),
+    ],
+)
+def test_the_death_of_a_rank_or_worker_ends_all_ranks_and_workers(pair: Any, accident: list[Any], said: str) -> None:
+    left = pair(str(accident[2]), [accident])
+    other = left.ranks[1 - accident[1]]
     output = other.communicate(timeout=PATIENCE_S)[0]
-    assert other.returncode not in (0, None), output
+    assert other.returncode not in (0, None) and said in output, output
     wait_until(lambda: not left.alive(0) and not left.alive(1))
+
+
+def test_a_rank_that_dies_before_the_ranks_have_met_ends_the_other(pair: Any) -> None:
+    left = pair("early", None, "watchdog.join_s=8")
+    left.ranks[1].kill()
+    output = left.ranks[0].communicate(timeout=PATIENCE_S)[0]
+    assert left.ranks[0].returncode not in (0, None) and "rank 0 of 2" in output and "could not meet" in output, output
+
+
+@pytest.mark.parametrize("when", ["before the ranks have met", "in training"])
+def test_nothing_outlives_a_killed_launcher(toy: Any, when: str) -> None:
+    """The one that a person starts in training, and the one that it starts on each host before."""
+    launcher = toy.start(f"launcher {when}", *OPTIONS, ranks=2)
+    try:
+        if when == "in training":
+            toy.wait_for(f"launcher {when}", 2, launcher)
+            os.kill(launcher.pid, signal.SIGKILL)
+        else:
+            wait_until(lambda: of_host(launcher.pid))
+            os.kill(of_host(launcher.pid)[0], signal.SIGKILL)
+        wait_until(lambda: not session(launcher.pid))
+    finally:
+        toy.kill(launcher) if session(launcher.pid) else launcher.communicate()
+
+
+def of_host(front_end: int) -> list[int]:
+    """The launcher that `deepspeed` has started for this host, once that has started its ranks."""
+    children = {pid: command for pid, command in session(front_end).items() if "--master_port" in command}
+    started = any("pretrain.py" in command and "--local_rank" in command for command in session(front_end).values())
+    return [pid for pid in children if pid != front_end] if started else []
