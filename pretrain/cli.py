@@ -14,6 +14,7 @@ from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.files import recipe_names
 from pretrain.recipe.load import read_recipe
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.disk import advice, of_a_disk
 from pretrain.runtime.orphans import die_with_launcher
 
 if TYPE_CHECKING:
@@ -88,6 +89,12 @@ def main(argv: Sequence[str] | None = None, program: Program = PRETRAIN) -> int:
         # Every rank may fail on its own (one lost node, one bad disk), so other ranks tell theirs in one line.
         rank = "" if first_rank else f"rank {os.environ['RANK']}: "
         print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not of_a_disk(error):
+            raise
+        rank = "" if first_rank else f"rank {os.environ['RANK']}: "
+        print(f"{rank}{advice(error)}; checkpoints published before are untouched", file=sys.stderr)
         return 1
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import DataError
+from pretrain.runtime.disk import Tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class BadSampleLedger:
         self._path = None if run_dir is None else Path(run_dir) / FOLDER_NAME / f"rank_{rank:05d}.jsonl"
         self._sources = list(sources)
         self._rate, self._minimum = rate, minimum
+        self._tolerate = Tolerance()
         self.tried: Counter[str] = Counter()
         self.bad: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
@@ -108,6 +110,11 @@ class BadSampleLedger:
         if self._path is None or not records:
             return
         lines = "".join(json.dumps(asdict(bad)) + "\n" for bad in records)
+        with self._tolerate(str(self._path)):
+            self._append(lines)
+
+    def _append(self, lines: str) -> None:
+        assert self._path is not None
         self._path.parent.mkdir(exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(lines)

@@ -12,6 +12,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from pretrain.errors import TrainingError
 from pretrain.recipe.schema import Recipe
 from pretrain.recipe.show import show_recipe
+from pretrain.runtime.disk import advice
 from pretrain.runtime.environment import environment_report
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 
@@ -73,8 +74,6 @@ def open_folder(recipe: Recipe, ranks: Ranks) -> tuple[RunFolder, BaseFileLock]:
         )
     folder = RunFolder(Path(recipe.run.dir).absolute())
     lock = FileLock(folder.root / ".lock")
-    if ranks.first:
-        folder.root.mkdir(parents=True, exist_ok=True)
     problem = from_first(ranks, _acquire(lock, folder.root) if ranks.first else "")
     if problem:
         raise TrainingError(problem)
@@ -85,12 +84,16 @@ def open_folder(recipe: Recipe, ranks: Ranks) -> tuple[RunFolder, BaseFileLock]:
 def _acquire(lock: BaseFileLock, root: Path) -> str:
     """Take the lock; what is wrong otherwise, for all ranks to raise."""
     try:
+        root.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOCK_WAIT_S)
+        (root / ".visible").write_text("", encoding="utf-8")
     except Timeout:
         return (
             f"{root} is in use by another process (after {LOCK_WAIT_S:.0f} s): the run is still going on; wait, touch "
             f"{root}/stop to end it with a checkpoint, or give another run.dir"
         )
+    except OSError as error:
+        return f"run.dir: {root} can't be written: {advice(error)}"
     return ""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pretrain.checkpoint.manifest import write_durably
 from pretrain.engine.guard import Decision
 from pretrain.objectives.base import Batch
+from pretrain.runtime.disk import advice
 from pretrain.runtime.process_group import Ranks, gather_objects
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,11 @@ class Incidents:
             "modules": {name: _row(weights[name], gradients.get(name)) for name in weights},
             "gradients": _about(decision, self._gradients),
         }
-        return _write(self.folder, self._step + 1, content)
+        try:
+            return _write(self.folder, self._step + 1, content)
+        except OSError as error:
+            logger.warning("step %d: its record could not be written: %s", self._step + 1, advice(error))
+            return None
 
     def _describe(self) -> dict[str, Any]:
         batches = [

@@ -15,6 +15,7 @@ from pretrain.engine.schedule import Schedule
 from pretrain.engine.step import StepResult
 from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.disk import Tolerance
 from pretrain.runtime.metrics import JsonLines, Record
 from pretrain.runtime.pictures import save_pictures
 from pretrain.runtime.process_group import Ranks
@@ -71,6 +72,7 @@ class Reporter:
         self._last: Record = {}
         self._evaluated: dict[str, float] = {}
         self._writes = ranks.first
+        self.tolerate = Tolerance()
         if ranks.first:
             logger.info("matrix products: %.2f TFLOP/s a device, MFU is relative to it", self._meter.peak_tflops)
             self._lines = JsonLines(folder.metrics)
@@ -133,9 +135,10 @@ class Reporter:
         """Write and send reconstruction pictures."""
         if not self._writes:
             return
-        paths = save_pictures(videos, self._folder.pictures / f"step_{steps_done:08d}", clips)
-        logger.info("pictures: %s", ", ".join(map(str, paths)))
-        self._wandb.log_pictures(paths, steps_done)
+        with self.tolerate("a picture"):
+            paths = save_pictures(videos, self._folder.pictures / f"step_{steps_done:08d}", clips)
+            logger.info("pictures: %s", ", ".join(map(str, paths)))
+            self._wandb.log_pictures(paths, steps_done)
 
     def summary(self, steps_done: int, exit_code: int, reason: str) -> None:
         """Write summary.json and print it."""
@@ -155,7 +158,8 @@ class Reporter:
             "picture": newest_picture(self._folder.pictures),
             "run_dir": str(self._folder.root),
         }
-        self._folder.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        with self.tolerate("summary.json"):
+            self._folder.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         for line in _summary_lines(summary):
             logger.info(line)
 

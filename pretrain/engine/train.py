@@ -157,7 +157,8 @@ def _evaluate(run: Run, steps_done: int) -> bool:
     module.train()
     is_best = run.best.consider(steps_done, run.evaluation.best_by, metrics[run.evaluation.best_by])
     if run.ranks.first:
-        run.best.write(run.folder.root / "best.json")
+        with run.reporter.tolerate("best.json"):
+            run.best.write(run.folder.root / "best.json")
     run.reporter.evaluation(steps_done, metrics, time.monotonic() - started)
     return is_best
 

@@ -10,6 +10,18 @@ from collections.abc import Iterator
 logger = logging.getLogger(__name__)
 
 
+#: Errors of a disk, of its permissions, or of limits on files, which the user can cure.
+OF_A_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EIO, errno.ESTALE),
+)
+
+
+def of_a_disk(error: OSError) -> bool:
+    """Whether `advice` has something to say about an error."""
+    return error.errno in OF_A_DISK
+
+
 def advice(error: BaseException) -> str:
     """The error of a write in words, with what the user can do about it."""
     code = error.errno if isinstance(error, OSError) else None
@@ -25,6 +37,8 @@ def advice(error: BaseException) -> str:
         return f"{what}. Raise the limit of open files (now {soft}, at most {hard}): ulimit -n {hard}"
     if code == errno.EFBIG:
         return f"{what}. Raise the limit of file sizes: ulimit -f unlimited"
+    if code in (errno.EIO, errno.ESTALE):
+        return f"{what}. The disk or file server has a fault: see dmesg, or take another host"
     return what
 
 

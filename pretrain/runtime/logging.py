@@ -1,11 +1,36 @@
 """Log lines: rank in the format, INFO from rank 0 only, warnings from all, everything into the run folder."""
 
+import contextlib
 import logging
 import sys
 import warnings
 from pathlib import Path
 
+from pretrain.runtime.disk import advice
+
 FORMAT = "%(asctime)s %(levelname)s [rank {rank}] %(name)s: %(message)s"
+
+
+class RunFileHandler(logging.FileHandler):
+    """A log file that a full disk does not turn into a traceback for every line."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Tell the first failed write on the console; the lines themselves are there as well."""
+        error = sys.exc_info()[1]
+        if not self._failing and isinstance(error, OSError):
+            self._failing = True
+            logging.getLogger(__name__).warning("%s takes no more lines: %s", self.baseFilename, advice(error))
+        elif not isinstance(error, OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close; what the disk does not take is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def set_up_logging(rank: int, folder: Path | None = None) -> None:
@@ -21,7 +46,7 @@ def set_up_logging(rank: int, folder: Path | None = None) -> None:
     handlers: list[logging.Handler] = [console]
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / f"rank_{rank:05d}.log"))
+        handlers.append(RunFileHandler(folder / f"rank_{rank:05d}.log"))
     for handler in handlers:
         handler.setFormatter(formatter)
         root.addHandler(handler)

@@ -1,13 +1,22 @@
 """metrics.jsonl: one dictionary a step, each step once, also after kills and resumes."""
 
 import json
+import logging
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pretrain.runtime.disk import Tolerance
+
+logger = logging.getLogger(__name__)
+
 Record = dict[str, Any]
+
+#: Records that are kept while a disk takes none.
+MOST_WAITING = 100_000
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -34,19 +43,39 @@ def keep_records(path: Path, keep: Callable[[Record], bool]) -> None:
 
 
 class JsonLines:
-    """Appends records to a .jsonl file; each is one write, visible to readers at once."""
+    """Appends records to a .jsonl file; each is one write, visible to readers at once.
+
+    Records that a full disk does not take wait in memory, up to `MOST_WAITING`, and are written when it takes them
+    again: a run must not end because its losses can't be written down for a while.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._tolerate = Tolerance()
 
     def write(self, record: Record) -> None:
         """Append one record. Numbers that JSON can't express (nan, inf) become strings."""
-        self._file.write(_line(record))
-        self._file.flush()
+        self._waiting.append(_line(record).encode())
+        with self._tolerate(str(self._file.name)):
+            self._drain()
 
     def close(self) -> None:
+        """Close the file; records that still wait are lost, which is told."""
+        with self._tolerate(str(self._file.name)):
+            self._drain()
+        if self._waiting:
+            logger.warning("%s: the last %d records are lost", self._file.name, len(self._waiting))
         self._file.close()
+
+    def _drain(self) -> None:
+        while self._waiting:
+            written = self._file.write(self._waiting[0])
+            if written < len(self._waiting[0]):  # the disk took a part: the rest of this very line comes first
+                self._waiting[0] = self._waiting[0][written:]
+            else:
+                self._waiting.popleft()
 
 
 def _line(record: Record) -> str:

@@ -5,6 +5,7 @@ same step. The deepspeed launcher passes SIGTERM on to its ranks one after anoth
 sent to the launcher reaches some ranks too late. Touch the stop file instead, or signal a rank itself; one is enough.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -87,7 +88,8 @@ class StopWatch:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._first:
-            self._file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that became read-only must not hide why the run ended
+                self._file.unlink(missing_ok=True)
 
     def _check_lead(self) -> None:
         """Warn once where the job script's signal leaves too little time; a save counts double, as everywhere here."""

@@ -6,6 +6,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from pretrain.runtime.disk import Tolerance
+
 logger = logging.getLogger(__name__)
 
 
@@ -14,25 +16,34 @@ class WandbRun:
 
     def __init__(self, run: Any | None) -> None:
         self._run = run
+        self._tolerate = Tolerance()
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Send the numbers of one step."""
         if self._run is not None:
-            self._run.log({key: value for key, value in record.items() if "/" in key}, step=step)
+            # Its background process may be gone, which it tells by errors of many kinds; the numbers are ours as well.
+            with self._tolerate("wandb's record", Exception):
+                self._run.log({key: value for key, value in record.items() if "/" in key}, step=step)
 
     def log_pictures(self, paths: list[Path], step: int) -> None:
         """Send picture files; GIFs move in the browser."""
         if self._run is None:
             return
+        with self._tolerate("wandb's pictures", Exception):
+            self._send(paths, step)
+
+    def _send(self, paths: list[Path], step: int) -> None:
         import wandb
 
+        assert self._run is not None
         media = {path.suffix: _moving(path) if path.suffix == ".gif" else wandb.Image(str(path)) for path in paths}
         self._run.log({f"pictures/{suffix[1:]}": medium for suffix, medium in media.items()}, step=step)
 
     def close(self, exit_code: int) -> None:
         """Finish the run; a stopped one (75) is marked as preempted, to be continued."""
         if self._run is not None:
-            self._run.finish(exit_code=exit_code)
+            with self._tolerate("wandb's end", Exception):
+                self._run.finish(exit_code=exit_code)
 
 
 def wandb_mode(setting: str, environ: Any = os.environ) -> str:

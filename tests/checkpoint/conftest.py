@@ -1,8 +1,6 @@
 """A real DeepSpeed engine around a small model, alone in this process."""
 
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,15 +40,3 @@ def engine(ranks: Ranks) -> Any:
     made.backward(made(torch.ones(4, 300, dtype=torch.bfloat16)).sum())
     made.step()
     return made
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 6 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("needs root, to mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
