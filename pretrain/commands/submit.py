@@ -22,6 +22,7 @@ examples:
   python launch/slurm/submit.py pack --parts 16 train.csv s3://bucket/k400 --data-root /data/k400
       a job array of sixteen packers
 
+Prints the number of each job. What a job says goes to <program>-<number>.out in the repository's folder.
 exit codes: 0 submitted or printed, 1 sbatch failed, 2 wrong usage
 """
 
@@ -42,13 +43,13 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("program", choices=("pretrain", "finetune", "pack"), help="launch/slurm/<program>.sbatch")
-    parser.add_argument("--print", action="store_true", help="print the sbatch commands, submit nothing")
+    parser.add_argument("--print", action="store_true", help="print the sbatch commands instead of running them")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default 1)")
     parser.add_argument(
         "--gpus-per-node", type=int, default=8, metavar="N", help="GPUs, and ranks, of a node (default 8)"
     )
     parser.add_argument(
-        "--cpus-per-gpu", type=int, default=12, metavar="N", help="processor cores of a rank (default 12)"
+        "--cpus-per-task", type=int, default=12, metavar="N", help="cores of a rank or packer (default 12)"
     )
     parser.add_argument("--no-gpus", action="store_true", help="as many ranks, but ask for no GPU (test on processors)")
     parser.add_argument(
@@ -113,7 +114,7 @@ def sbatch_command(
             options.append(f"--{name}={value}")
     environ = {"TUBELET_" + key: value for key, value in _container(arguments).items()}
     if arguments.program == "pack":
-        options += [f"--array=0-{arguments.parts - 1}", f"--cpus-per-task={arguments.cpus_per_gpu}"]
+        options += [f"--array=0-{arguments.parts - 1}", f"--cpus-per-task={arguments.cpus_per_task}"]
     else:
         options += _sizes(arguments)
         environ |= _settings(arguments)
@@ -128,7 +129,7 @@ def _sizes(arguments: argparse.Namespace) -> list[str]:
         f"--nodes={arguments.nodes}",
         f"--ntasks-per-node={arguments.gpus_per_node}",
         f"--gpus-per-node={gpus}",
-        f"--cpus-per-task={arguments.cpus_per_gpu}",
+        f"--cpus-per-task={arguments.cpus_per_task}",
         f"--signal=B:USR1@{arguments.stop_lead}",
     ]
 
@@ -166,5 +167,5 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
         if done.returncode:
             return 1
         before = done.stdout.strip().partition(";")[0]
-        print(f"job {before}: output in {ROOT}/{arguments.program}-{before}.out")
+        print(before)
     return 0

@@ -33,6 +33,11 @@ SEARCH = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin"
 #: A patient limit for anything that takes seconds on an idle machine.
 PATIENCE_S = 120.0
 
+FINAL = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY")
+
+#: A job on its way back to the queue looks FAILED for a moment; after so many seconds it is final.
+SETTLED_S = 4.0
+
 CONFIGURATION = """\
 ClusterName=tubelet
 SlurmctldHost={host}(127.0.0.1)
@@ -192,10 +197,16 @@ class SlurmCluster:
     def finish(self, number: str, timeout_s: float = PATIENCE_S, hurry: bool = True) -> str:
         """Wait for a job's end, over any number of requeues; returns its last state."""
 
+        final_since: list[float] = []
+
         def ended() -> bool:
             if hurry:
                 self.start_now(number)
-            return self.job(number, "JobState") not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+            if self.job(number, "JobState") not in FINAL:
+                final_since.clear()
+                return False
+            final_since.append(time.monotonic())
+            return final_since[-1] - final_since[0] > SETTLED_S
 
         self.wait(f"job {number} ends", ended, timeout_s)
         return self.job(number, "JobState")

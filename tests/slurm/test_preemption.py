@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.slurm.conftest import OVERRIDES
+
 #: Step at which a run is disturbed: checkpoints are 25 steps apart, so steps are lost where nothing is saved.
 STEP = 35
 
@@ -64,15 +66,20 @@ def test_a_crash_that_repeats_gives_up(site: Any) -> None:
     nowhere = f"data.sources.toy.shards={site.toy.folder / 'nowhere'}"
     job = site.submit("crashing", overrides=(nowhere,), TUBELET_MAX_FAILURES="1")
     said = site.finish("crashing", job, expect="FAILED")
-    assert said.count("back to the queue") == 1 and "failed with 1, for good" in said
+    assert said.count("back to the queue") == 1 and "for good" in said
     assert site.cluster.job(job, "Restarts") == "1"
 
 
 @pytest.mark.faults
-def test_the_time_limit(site: Any, undisturbed: list[float]) -> None:
-    """A minute, the shortest that Slurm knows; it signals up to a minute early, so the run is slowed down to last."""
-    job = site.submit("limited", "--time=1", "--signal=B:USR1@20", TUBELET_STOP_LEAD_S="20")
-    said = came_back(site, "limited", job, undisturbed)
+def test_the_time_limit(site: Any) -> None:
+    """A minute, the shortest that Slurm knows, and it signals up to a minute early: the run must outlast several."""
+    overrides = (*OVERRIDES, "schedule.epochs=200")
+    site.toy.train("long", *overrides, ranks=2)
+    limits = ("--time=1", "--signal=B:USR1@20")
+    job = site.submit("limited", *limits, overrides=overrides, TUBELET_STOP_LEAD_S="20")
+    said = site.finish("limited", job)
+    assert site.toy.losses("limited") == site.toy.losses("long")
+    assert int(site.cluster.job(job, "Restarts")) >= 1
     assert "asked to stop" in said or "wall-clock limit" in said
 
 

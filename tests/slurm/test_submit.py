@@ -1,0 +1,83 @@
+"""launch/slurm/submit.py: what it would submit, and what it refuses."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pretrain.commands.submit import ROOT, main
+
+RUN = ["--recipe", "vit_b_dual", "run.dir=/shared/run"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
+    """The commands of `--print`, as words."""
+    assert main([*words, "--print"]) == 0
+    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_lead_is_one_number_in_both_places(capsys: pytest.CaptureFixture[str]) -> None:
+    [words] = printed(capsys, "pretrain", "--stop-lead", "77", "--nodes", "4", "--qos=high", *RUN)
+    assert "--signal=B:USR1@77" in words and "TUBELET_STOP_LEAD_S=77" in words
+    assert words[words.index("launch/slurm/pretrain.sbatch") + 1 :] == RUN
+    assert "--nodes=4" in words and "--qos=high" in words and "--no-requeue" not in words
+
+
+@pytest.mark.parametrize("program", ["pretrain", "finetune"])
+def test_the_template_states_one_lead_too(program: str) -> None:
+    text = (ROOT / "launch" / "slurm" / f"{program}.sbatch").read_text()
+    signal = re.search(r"--signal=B:USR1@(\d+)", text)
+    lead = re.search(r"TUBELET_STOP_LEAD_S:-(\d+)}", text)
+    assert signal and lead and signal[1] == lead[1]
+
+
+def test_a_chain_waits_and_never_returns(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = printed(capsys, "pretrain", "--chain", "2", *RUN)
+    assert "--no-requeue" in first and "TUBELET_REQUEUE=0" in first
+    assert not any(word.startswith("--dependency") for word in first)
+    assert "--dependency=afterany:JOB_BEFORE" in second
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("pyxis", f"TUBELET_SRUN_OPTIONS=--container-image=a:1 --container-mounts={ROOT}:{ROOT},/shared:/shared"),
+        ("apptainer", f"TUBELET_CONTAINER_RUN=apptainer exec --nv --bind {ROOT} --bind /shared"),
+    ],
+)
+def test_containers(capsys: pytest.CaptureFixture[str], kind: str, expected: str) -> None:
+    [words] = printed(capsys, "pretrain", "--container=a:1", "--mount=/shared", f"--container-with={kind}", *RUN)
+    assert any(word.startswith(expected) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrain", "--recipe", "vit_b_dual"], "run.dir=FOLDER is missing"),
+        (["pretrain", "run.dir=/x"], "--recipe NAME is missing"),
+        (["pack"], "SOURCE and DEST"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_queue(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(words)
+    assert leave.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_it_runs_where_the_templates_find_the_repository(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["pretrain", *RUN])
+    assert str(ROOT) in capsys.readouterr().err
+
+
+def test_without_slurm(capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ["PATH"] = ""
+    assert main(["pretrain", *RUN]) == 1
+    assert "login node" in capsys.readouterr().err
