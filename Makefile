@@ -8,11 +8,12 @@ CONSTRAINTS := .ci/constraints.txt
 # Tests and tools that a variable selects from outside: make test TESTS=tests/models
 TESTS ?= tests
 
-.PHONY: help install demo test lint types bench clean
+.PHONY: help install demo test faults lint types bench clean
 
 help:
 	@echo "make demo   run the main job end to end on this machine (about 10 minutes)"
 	@echo "make test   ruff, mypy, pytest (TESTS=path to select)"
+	@echo "make faults the tests that take minutes each: lost nodes, time limits (pytest -m faults)"
 	@echo "make lint   ruff, hadolint and shellcheck only"
 	@echo "make types  mypy only"
 	@echo "make clean  remove what demo made (.cache/demo, runs/demo); .venv stays"
@@ -33,6 +34,9 @@ demo: install
 
 test: lint types
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)
+
+faults: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -143,7 +143,10 @@ finish() { # OUTCOME
         say "done"
         ;;
     "$STOPPED") go_on "stopped with a checkpoint" ;;
-    *) if may_try_again; then go_on "failed with $1"; else say "failed with $1, for good"; fi ;;
+    *)
+        # What Slurm itself ends has not failed.
+        if [ "$term_seen" = 1 ] || may_try_again; then go_on "failed with $1"; else say "failed with $1, for good"; fi
+        ;;
     esac
     exit "$1"
 }

@@ -51,6 +51,11 @@ def plan(script: str, arguments: list[str]) -> int:
 
 def parse(script: str, arguments: list[str]) -> None:
     """Arguments as the command's own parser takes them; it leaves with SystemExit where it does not."""
+    if script == "submit":  # the rest is the program's, and the same as that of the other commands
+        from pretrain.commands.submit import make_parser
+
+        make_parser().parse_known_args(arguments)
+        return
     if script == "pack":
         from pretrain.data.pack.arguments import make_parser
     elif script == "export":
