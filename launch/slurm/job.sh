@@ -45,6 +45,9 @@ read_settings() {
         say "run.dir=FOLDER is missing among the arguments: this script touches FOLDER/stop and reads FOLDER/summary.json"
         exit $WRONG_USAGE
     fi
+    case $TUBELET_LAUNCHER in srun | deepspeed | torchrun) return ;; esac
+    say "TUBELET_LAUNCHER: found $TUBELET_LAUNCHER, allowed: srun, deepspeed, torchrun"
+    exit $WRONG_USAGE
 }
 
 give_up_on() { # STATUS of --check
@@ -62,11 +65,12 @@ agree_on_meeting_point() {
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 12000))
 }
 
-# Older releases of Slurm don't tell a job when it ends; the run stops by itself before that, even without a signal.
+# Older releases of Slurm don't tell a job when it ends, and what is set may be of the job from which this one was
+# submitted. The run stops by itself before that time, even without a signal.
 find_end_time() {
     local text
     text=$(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=EndTime:40 | tr -d ' ')
-    end_time=$(date --date="$text" +%s 2>/dev/null || echo 0)
+    end_time=$(date --date="${text:-none}" +%s 2>/dev/null || echo 0) # of no text date makes midnight
     if [ "$end_time" -gt 0 ]; then export SLURM_JOB_END_TIME=$end_time; fi
 }
 
@@ -83,7 +87,8 @@ in_step() { # SRUN_OPTION... -- COMMAND...
 }
 
 start_ranks() { # SCRIPT ARGUMENT...
-    local nodes=$SLURM_JOB_NUM_NODES per_node=${SLURM_NTASKS_PER_NODE:-1} cpus=${SLURM_CPUS_PER_TASK:-1}
+    local nodes=$SLURM_JOB_NUM_NODES cpus=${SLURM_CPUS_PER_TASK:-1} per_node
+    per_node=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / nodes))}
     say "$TUBELET_LAUNCHER: $nodes nodes with $per_node ranks each meet at $MASTER_ADDR:$MASTER_PORT"
     if [ "$TUBELET_LAUNCHER" = srun ]; then
         in_step --nodes="$nodes" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" -- python -u "$@"
@@ -143,6 +148,7 @@ finish() { # OUTCOME
         say "done"
         ;;
     "$STOPPED") go_on "stopped with a checkpoint" ;;
+    "$WRONG_USAGE") say "wrong usage: the job does not go back to the queue" ;;
     *)
         # What Slurm itself ends has not failed.
         if [ "$term_seen" = 1 ] || may_try_again; then go_on "failed with $1"; else say "failed with $1, for good"; fi
