@@ -31,8 +31,8 @@ def came_back(site: Any, name: str, job: str, undisturbed: list[float], restarts
     return said
 
 
-@pytest.mark.parametrize("launcher", ["srun", "deepspeed", "torchrun"])
-def test_usr1_to_the_batch_shell(site: Any, undisturbed: list[float], launcher: str) -> None:
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_usr1_with_a_launcher_on_each_node(site: Any, undisturbed: list[float], launcher: str) -> None:
     job = disturbed(site, launcher, TUBELET_LAUNCHER=launcher)
     site.cluster.run("scancel", "--batch", "--signal=USR1", job)
     said = came_back(site, launcher, job, undisturbed)
@@ -40,18 +40,30 @@ def test_usr1_to_the_batch_shell(site: Any, undisturbed: list[float], launcher: 
     assert "asked to stop" in said and "stopped with a checkpoint: back to the queue" in said
 
 
-def test_a_killed_rank(site: Any, undisturbed: list[float]) -> None:
-    job = disturbed(site, "killed")
+def test_usr1_a_killed_rank_and_scontrol_requeue(site: Any, undisturbed: list[float]) -> None:
+    """One srun task a rank, and one job to which all of it happens."""
+    job = disturbed(site, "three")
+    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    again(site, "three", job, restarts=1, step=65)
     ranks = [process for process in site.cluster.processes("n2") if "launch/pretrain.py" in process.cmdline()]
     os.kill(ranks[0].pid, signal.SIGKILL)
-    said = came_back(site, "killed", job, undisturbed)
-    assert "failure 1 without going beyond" in said and "back to the queue" in said
-
-
-def test_scontrol_requeue(site: Any, undisturbed: list[float]) -> None:
-    job = disturbed(site, "requeued")
+    again(site, "three", job, restarts=2, step=95)
     site.cluster.run("scontrol", "requeue", job)
-    came_back(site, "requeued", job, undisturbed)
+    said = came_back(site, "three", job, undisturbed, restarts=3)
+    assert "srun: 2 nodes with 1 ranks each" in said
+    assert "stopped with a checkpoint: back to the queue" in said
+    assert "failure 1 without going beyond" in said
+
+
+def again(site: Any, name: str, job: str, restarts: int, step: int) -> None:
+    """Wait until a job has come back and done a further step."""
+
+    def back() -> bool:
+        site.cluster.start_now(job)
+        return f"start {restarts}] srun" in site.said(name)
+
+    site.cluster.wait("the job comes back", back)
+    site.wait_for_step(name, job, step)
 
 
 def test_a_wrong_recipe_ends_the_job_for_good(site: Any) -> None:
