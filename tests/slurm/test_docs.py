@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.engine.conftest import RECIPE, ROOT
 
 TEXT = (ROOT / "docs" / "clusters.md").read_text()
@@ -106,6 +108,7 @@ def test_the_sections_are_those_that_are_typed() -> None:
     assert "make install" in sections()["Install"][0]  # what `make test` does before it comes here
 
 
+@pytest.mark.faults
 def test_every_command(site: Any, s3_server: Any, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
