@@ -49,13 +49,14 @@ def _replay(arguments: argparse.Namespace) -> int:
     for one in replay(place, _recipe(place), arguments.rank):
         print(_line(one))
         replayed.append(one)
+        shown = most_suspicious(replayed)
         if one.finding is not None and not arguments.all:
             break
-    shown = most_suspicious(replayed)
     print("\n".join(_verdict(place, shown)))
     print("\n".join(_table(shown)))
     report = write_report(place, replayed)
     stem = report.with_suffix("")
+    assert shown.video is not None
     for path in [report, *save_pictures({"clip": shown.video}, stem, arguments.clips)]:
         print(f"written: {path}")
     return 0

@@ -83,6 +83,9 @@ class Incidents:
             decision: What was bad, and what is done.
             numbers: Further facts of the step.
             module: The objective.
+
+        Returns:
+            Where it is; None on other ranks, and where it could not be written, which the log then says.
         """
         weights = _by_module(module, _weight)
         ranks = gather_objects(self.ranks, self._describe())

@@ -55,7 +55,7 @@ class Place:
 
 @dataclass
 class MicroBatch:
-    """One micro-batch of one rank as replayed."""
+    """One micro-batch of one rank as replayed; `video` is kept of the most suspicious one alone."""
 
     rank: int
     micro: int
@@ -66,7 +66,7 @@ class MicroBatch:
     finding: Finding | None
     activations: dict[str, Activation]
     gradients: dict[str, float]
-    video: Tensor = field(repr=False)
+    video: Tensor | None = field(repr=False)
 
 
 def find_place(run: Path, step: int) -> Place:
@@ -193,11 +193,13 @@ def _gradient_norms(objective: Objective) -> dict[str, float]:
 
 
 def most_suspicious(replayed: list[MicroBatch]) -> MicroBatch:
-    """The first micro-batch with a finding, else the one with the highest loss."""
+    """The first micro-batch with a finding, else the one with the highest loss; the others' clips are let go."""
+    found = [one for one in replayed if one.finding is not None]
+    chosen = found[0] if found else max(replayed, key=lambda one: one.loss)
     for one in replayed:
-        if one.finding is not None:
-            return one
-    return max(replayed, key=lambda one: one.loss)
+        if one is not chosen:
+            one.video = None
+    return chosen
 
 
 def write_report(place: Place, replayed: list[MicroBatch]) -> Path:

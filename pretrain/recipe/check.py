@@ -5,7 +5,7 @@ import math
 import os
 
 from pretrain.recipe.components import objective_file
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import Guard, Recipe
 
 
 def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
@@ -50,6 +50,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append("log.pictures has no effect: log.pictures_every_steps is 0")
     if recipe.health.shards is None and recipe.health != type(recipe.health)():
         warnings.append("health has no effect: health.shards is null")
+    warnings += _guard_warnings(recipe.guard)
     if recipe.batch.samples > 1 and data.workers == 0 and recipe.batch.micro > 8:
         warnings.append("data.workers=0 decodes in the training process: the accelerator waits for every batch")
     ranks = _launched_ranks() or recipe.batch.ranks
@@ -60,6 +61,17 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         )
     method = objective_file(recipe)
     return warnings + (method.warnings(recipe) if hasattr(method, "warnings") else [])
+
+
+def _guard_warnings(guard: Guard) -> list[str]:
+    """Options of policies that neither of the two kinds of bad step has."""
+    options = {"lower_lr": ("lower_lr_factor", "lower_lr_steps", "max_lowered"), "rewind": ("leave_out", "max_rewinds")}
+    return [
+        f"guard.{name} has no effect: neither guard.nonfinite nor guard.spike is {policy}"
+        for policy, names in options.items()
+        for name in names
+        if policy not in (guard.nonfinite, guard.spike) and getattr(guard, name) != getattr(Guard(), name)
+    ]
 
 
 def _launched_ranks() -> int | None:

@@ -14,6 +14,8 @@ from pretrain.engine.guard import GuardState, StepGuard
 from pretrain.engine.left_out import guard_state, remember, state_at_start
 from pretrain.engine.step import StepResult
 from pretrain.errors import CheckpointError
+from pretrain.recipe.check import recipe_warnings
+from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Guard
 from pretrain.runtime.process_group import Ranks
 
@@ -128,3 +130,9 @@ def test_left_out_steps_survive_a_kill_before_the_next_checkpoint(tmp_path: Path
     with pytest.raises(CheckpointError, match="remove it"):
         state_at_start(path, ALONE, saved)
     assert state_at_start(path, ALONE, None) == GuardState() and not path.exists(), "a run that starts anew"
+
+
+def test_options_of_policies_that_are_not_used_are_told() -> None:
+    recipe = load_recipe("vit_b_dual", ["guard.leave_out=3", "guard.lower_lr_steps=9", "guard.spike=lower_lr"])
+    told = [line for line in recipe_warnings(recipe) if line.startswith("guard.")]
+    assert told == ["guard.leave_out has no effect: neither guard.nonfinite nor guard.spike is rewind"]

@@ -54,8 +54,8 @@ def test_a_step_can_be_replayed_with_its_mixing(toy: Any, whole: str, capsys: py
     output = capsys.readouterr().out
     assert "first weights" in output and "everything is finite" in output
     path = toy.folder / "whole" / "incidents" / "replay_step_00000001.json"
-    [batch] = json.loads(path.read_text())["micro_batches"]
-    assert batch["loss"] == training(toy.records("whole"))[0][1]
+    losses = [batch["loss"] for batch in json.loads(path.read_text())["micro_batches"]]
+    assert len(losses) > 1 and sum(losses) / len(losses) == training(toy.records("whole"))[0][1]
 
 
 def test_stopped_and_resumed_is_the_same_run(toy: Any, whole: str) -> None:
