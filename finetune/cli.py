@@ -19,6 +19,8 @@ examples:
       test the best checkpoint of a run again, with more clips
   python launch/finetune.py --rescore runs/vit_b_k400/predictions/step_00090000
       accuracy, per-class table and confusion matrix from stored predictions, without the model
+  python launch/finetune.py --compare runs/vit_b_k400 runs/scratch
+      tested runs side by side: what was trained, accuracy, chance
 
 exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 75 stopped on purpose: start the same command again
 guide: docs/finetuning.md
@@ -28,22 +30,29 @@ guide: docs/finetuning.md
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if "--rescore" in words:
-        return _rescore(words)
+    if "--rescore" in words or "--compare" in words:
+        return _read_only(words)
     return cli.main(words, PROGRAM)
 
 
-def _rescore(words: list[str]) -> int:
+def _read_only(words: list[str]) -> int:
+    """What is done with finished tests; it needs neither recipe nor model."""
     from finetune.classification.testing import rescore
+    from finetune.commands.compare import compare
     from pretrain.errors import TubeletError
 
-    parser = argparse.ArgumentParser(prog="finetune.py", description="Score stored predictions again.")
-    parser.add_argument("--rescore", metavar="FOLDER", required=True, type=Path, help="folder with predictions.json")
+    parser = argparse.ArgumentParser(prog="finetune.py", description="Score or compare what was tested.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--rescore", metavar="FOLDER", type=Path, help="folder with predictions.json")
+    what.add_argument("--compare", metavar="RUN", type=Path, nargs="+", help="folders of tested runs")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        rescore(arguments.rescore)
+        if arguments.rescore:
+            rescore(arguments.rescore)
+        else:
+            print("\n".join(compare(arguments.compare)))
     except TubeletError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -57,6 +66,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="test this checkpoint of the run (clips x crops) without training",
     )
     parser.add_argument("--rescore", metavar="FOLDER", help="score stored predictions again; needs no recipe")
+    parser.add_argument("--compare", metavar="RUN", nargs="+", help="tested runs side by side; needs no recipe")
 
 
 def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:

@@ -113,6 +113,8 @@ class Evaluate:
     """weights that are tested when training is done (officially the last epoch's)"""
     workers: int = 2
     """data worker processes of each rank while evaluating"""
+    pictures: int = 8
+    """test: videos in examples.png, with their true and predicted classes; 0: no such picture"""
 
 
 @dataclass

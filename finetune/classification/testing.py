@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from finetune.classification.confusion import save_confusion
+from finetune.classification.examples import pick_examples, save_examples
 from finetune.classification.predictions import Predictions, class_accuracy, confusion, read_predictions, scores
-from finetune.classification.validation import predict, test_views, video_sets
+from finetune.classification.validation import centre_view, predict, test_views, video_sets
+from finetune.classification.videos import VideoSet
 from finetune.recipe import TuneRecipe
 from pretrain.checkpoint.consolidate import consolidated_state, newest_checkpoint
 from pretrain.checkpoint.folders import folder_of
@@ -52,7 +54,18 @@ def run_test(recipe: TuneRecipe, ranks: Ranks, which: str) -> dict[str, float]:
     predict(objective, recipe, ranks, sets, test_views(recipe)).write_part(folder, ranks.rank)
     # Rank 0 reads what the others have written: they must be done.
     gather_objects(ranks, None)
-    result = from_first(ranks, rescore(folder) if ranks.first else {})
+    result = from_first(ranks, _report(recipe, sets, folder) if ranks.first else {})
+    return result
+
+
+def _report(recipe: TuneRecipe, sets: list[VideoSet], folder: Path) -> dict[str, float]:
+    """Scores and pictures, of rank 0."""
+    result, count = rescore(folder), recipe.evaluate.pictures
+    if count and recipe.objective.task == "single":
+        predictions = read_predictions(folder)
+        examples = pick_examples(predictions, sets, centre_view(recipe), count, recipe.data.deadline_s)
+        save_examples(examples, predictions.names, folder / "examples.png")
+        logger.info("  picture: %s", folder / "examples.png")
     return result
 
 

@@ -9,7 +9,10 @@ from pretrain.engine.trained import read_weights
 from pretrain.models.classifier_weights import classifier_state
 from pretrain.models.videomae import Config, VideoMAE
 
-TINY = ["model.dim=24", "model.depth=4", "model.heads=3", "data.frames=4", "data.height=32", "data.width=32"]
+TINY = [
+    *("model.dim=24", "model.patch_size=16", "model.depth=4", "model.heads=3"),
+    *("data.frames=4", "data.height=32", "data.width=32"),
+]
 
 
 def objective(*overrides: str) -> ClassificationObjective:
@@ -59,8 +62,9 @@ def test_keep_rate_follows_its_schedule() -> None:
 def test_dry_run_counts_a_frozen_giant_as_weights_only() -> None:
     """2 bytes a frozen parameter in bf16; gradients and optimiser states of the adapter alone."""
     giant = ["model.size=giant", "model.patch_size=14", "data.height=224", "data.width=224", "model.head=batch_norm"]
+    giant += ["data.frames=16", "model.pretrain_frames=16"]
     giant += [f"model.{key}=null" for key in ("dim", "depth", "heads", "mlp_ratio")]
-    giant += ["model.pretrain_height=224", "model.pretrain_width=224", "optim.layer_decay=1"]
+    giant += ["model.pretrain_height=224", "model.pretrain_width=224", "optim.layer_decay=1", "compute.dtype=bf16"]
     recipe = load_tune_recipe("demo_finetune", [*giant, "tune.method=adaptformer"])
     rows = {row[0].strip(): row for section in dry_run(recipe) for row in section.rows}
     assert rows["trained"][1] == f"{7_267_840 + 2 * 1408 + 1408 * 27 + 27:,}"

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from finetune.classification.examples import pick_examples, save_examples
 from finetune.classification.predictions import read_predictions
+from finetune.classification.validation import centre_view, video_sets
 from finetune.cli import main
 from finetune.commands import replay
+from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 
 
@@ -56,6 +60,38 @@ def test_a_step_can_be_replayed_with_its_mixing(toy: Any, whole: str, capsys: py
     path = toy.folder / "whole" / "incidents" / "replay_step_00000001.json"
     losses = [batch["loss"] for batch in json.loads(path.read_text())["micro_batches"]]
     assert len(losses) > 1 and sum(losses) / len(losses) == training(toy.records("whole"))[0][1]
+
+
+def test_examples_are_drawn_with_their_classes(toy: Any, whole: str, tmp_path: Path) -> None:
+    """Videos at even distances; what is drawn of each is what the predictions hold."""
+    recipe = load_tune_recipe(str(toy.folder / "whole" / "recipe.yaml"))
+    predictions = read_predictions(toy.folder / "whole" / "predictions" / "step_00000006")
+    sets = video_sets(recipe, test=True)
+    examples = pick_examples(predictions, sets, centre_view(recipe), 4, 60)
+    rows = {key: row for row, key in enumerate(predictions.keys)}
+    # Keys of the second shard start again at 0000: videos 0, 3, 7 and 10 of all.
+    keys = [f"toy/{name}" for name in ("s-000000/0000", "s-000000/0003", "s-000001/0002", "s-000001/0005")]
+    assert [example.target for example in examples] == [int(predictions.targets[rows[key]]) for key in keys]
+    for example, key in zip(examples, keys, strict=True):
+        assert np.array_equal(example.probabilities, predictions.merged[rows[key]])
+        assert example.clip.shape == (4, 32, 32, 3)
+    save_examples(examples, predictions.names, tmp_path / "examples.png")
+    drawn = toy.folder / "whole" / "predictions" / "step_00000006" / "examples.png"
+    assert Image.open(drawn).height == 2 * Image.open(tmp_path / "examples.png").height, "8 by default"
+
+
+def test_runs_side_by_side(toy: Any, whole: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = toy.folder / "whole"
+    assert main(["--compare", str(run), str(run)]) == 0
+    head, row, again, chance = capsys.readouterr().out.splitlines()
+    scores = json.loads((run / "predictions" / "step_00000006" / "scores.json").read_text())
+    trained = sum(value.numel() for name, value in consolidated_state(run / "checkpoints" / "step_00000006").items()
+                  if name.startswith("model."))  # fmt: skip
+    assert row == again and row.split()[:4] == [str(run), "scratch", "full", f"{trained:,}"]
+    assert row.split()[4] == f"{scores['top1']:.1f}" and "top-1" in head
+    assert chance.split()[-4:] == ["33.3", "%", "100.0", "%"] and "3 classes" in chance
+    assert main(["--compare", str(toy.folder)]) == 1
+    assert "was not tested" in capsys.readouterr().err
 
 
 def test_stopped_and_resumed_is_the_same_run(toy: Any, whole: str) -> None:

@@ -1,0 +1,96 @@
+"""Tested runs side by side: launch/finetune.py --compare RUN RUN ..."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.classification.predictions import INFO
+from finetune.recipe import TuneRecipe, load_tune_recipe
+from pretrain.engine.folder import RunFolder
+from pretrain.errors import DataError
+from pretrain.recipe.components import objective_file
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What became of a run.
+
+    Attributes:
+        name: the run's folder.
+        recipe: the run.
+        scores: of its newest test, by metric.
+        classes: number of classes.
+        trained: parameters that were trained.
+        memory_gib: most memory that its training process held; None where nothing was recorded.
+    """
+
+    name: str
+    recipe: TuneRecipe
+    scores: dict[str, float]
+    classes: int
+    trained: int
+    memory_gib: float | None
+
+    @property
+    def start(self) -> str:
+        """What the weights were before."""
+        return "pre-trained" if self.recipe.run.init_weights else "scratch"
+
+
+def read_tested(run: Path) -> Tested:
+    """A run whose test is done.
+
+    Raises:
+        DataError: no test there, or not a fine-tuning run.
+    """
+    found = sorted(run.glob(f"predictions/*/{SCORES}"))
+    if not found:
+        raise DataError(f"{run}: no predictions/*/{SCORES}, so it was not tested; launch/finetune.py --test last does")
+    recipe = load_tune_recipe(str(run / "recipe.yaml"))
+    info = json.loads((found[-1].parent / INFO).read_text(encoding="utf-8"))
+    return Tested(
+        name=str(run),
+        recipe=recipe,
+        scores=json.loads(found[-1].read_text(encoding="utf-8")),
+        classes=len(info["classes"]),
+        trained=trained_parameters(recipe),
+        memory_gib=_peak_memory(RunFolder(run).metrics),
+    )
+
+
+def trained_parameters(recipe: TuneRecipe) -> int:
+    """Parameters that the recipe's method trains."""
+    objective: Any = objective_file(recipe).build(recipe)
+    return sum(value.numel() for value in objective.parameters() if value.requires_grad)
+
+
+def compare(runs: list[Path]) -> list[str]:
+    """Lines of a table: each run's start, method, size and accuracy, and what guessing reaches.
+
+    Raises:
+        DataError: one of them has no test.
+    """
+    tested = [read_tested(run) for run in runs]
+    width = max(len(one.name) for one in tested)
+    lines = [f"{'run':{width}}  {'start':11}  {'method':11}  {'trained':>11}  {'top-1':>7}  {'top-5':>7}"]
+    for one in tested:
+        top1, top5 = (one.scores.get(name, float("nan")) for name in ("top1", "top5"))
+        lines.append(
+            f"{one.name:{width}}  {one.start:11}  {one.recipe.tune.method:11}  {one.trained:11,}"
+            f"  {top1:5.1f} %  {top5:5.1f} %"
+        )
+    for count in sorted({one.classes for one in tested}):
+        guess = f"guessing one of {count} classes"
+        lines.append(f"{guess:{width + 39}}  {100 / count:5.1f} %  {min(500 / count, 100):5.1f} %")
+    return lines
+
+
+def _peak_memory(metrics: Path) -> float | None:
+    if not metrics.is_file():
+        return None
+    records = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
+    peaks = [record["memory/peak_gib"] for record in records if "memory/peak_gib" in record]
+    return max(peaks, default=None)
