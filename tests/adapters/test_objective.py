@@ -62,7 +62,7 @@ def test_keep_rate_follows_its_schedule() -> None:
 def test_dry_run_counts_a_frozen_giant_as_weights_only() -> None:
     """2 bytes a frozen parameter in bf16; gradients and optimiser states of the adapter alone."""
     giant = ["model.size=giant", "model.patch_size=14", "data.height=224", "data.width=224", "model.head=batch_norm"]
-    giant += ["data.frames=16", "model.pretrain_frames=16"]
+    giant += ["data.frames=16", "model.pretrain_frames=16", "batch.samples=12", "batch.ranks=2"]
     giant += [f"model.{key}=null" for key in ("dim", "depth", "heads", "mlp_ratio")]
     giant += ["model.pretrain_height=224", "model.pretrain_width=224", "optim.layer_decay=1", "compute.dtype=bf16"]
     recipe = load_tune_recipe("demo_finetune", [*giant, "tune.method=adaptformer"])
