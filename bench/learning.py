@@ -1,7 +1,7 @@
 """Does pre-training help? Several seeds of pre-training and fine-tuning against the same network from scratch.
 
 python bench/learning.py --seeds 0 1 2
-The product's own commands on the data of `make demo` (pack them first: docs/demo_data.md). Each seed pre-trains, asks
+The product's own commands on the data of `make demo` (pack them first: docs/finetuning.md). Each seed pre-trains, asks
 its nearest neighbours, and fine-tunes with every method from the pre-trained and from random weights, with one budget.
 Start it again after an interruption: what is tested is not done again, what was cut off continues. Results go to
 bench/results/ with the machine and the date.
@@ -34,7 +34,7 @@ OPTIONS = {
     "full": (),
     "linear": ("optim.base_lr=1e-2", "optim.layer_decay=1"),
     "adaptformer": ("optim.base_lr=3e-3", "optim.layer_decay=1"),
-    "vpt": ("optim.base_lr=1e-2", "optim.layer_decay=1", "tune.vpt.tokens=8"),
+    "vpt": ("optim.base_lr=1e-2", "optim.layer_decay=1"),
     "lora": ("optim.base_lr=3e-3", "optim.layer_decay=1"),
     "bitfit": ("optim.base_lr=3e-3", "optim.layer_decay=1"),
 }
@@ -90,7 +90,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     today = datetime.date.today().isoformat()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
+    parser.add_argument("--methods", nargs="+", default=["full", "linear", "adaptformer"], choices=list(OPTIONS))
+    parser.add_argument(
+        "--once", nargs="*", default=["vpt", "lora", "bitfit"], choices=list(OPTIONS), help="with the first seed only"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; each takes a core and a half")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of all runs")
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="KEY=VALUE", help="of recipes/demo.yaml")
@@ -114,30 +117,32 @@ def jobs(options: argparse.Namespace, seed: int) -> Iterator[Job]:
     starts = {"pretrained": (f"run.init_weights={runs / f'pretrain_{seed}'}",), "scratch": ()}
     for start, words in starts.items():
         yield job("evaluate", "demo_finetune", f"knn_{start}", "--method", "knn", *words)
-    for method in options.methods:
+    for method in methods(options, seed):
         for start, words in starts.items():
             if start == "pretrained" or method in FROM_SCRATCH:
                 tuning = (f"tune.method={method}", *OPTIONS[method])
                 yield job("finetune", "demo_finetune", f"{method}_{start}", *tuning, *words, *options.tune)
 
 
+def methods(options: argparse.Namespace, seed: int) -> list[str]:
+    """Methods of a seed."""
+    return [*options.methods, *(options.once if seed == options.seeds[0] else [])]
+
+
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """Numbers of all runs, with what they were made on."""
-    found = []
+    found: list[dict[str, Any]] = []
     for seed in options.seeds:
         for start in ("pretrained", "scratch"):
-            path = ROOT / options.runs / f"knn_{start}_{seed}" / "frozen" / "knn.json"
-            found.append({"method": "knn", "start": start, "seed": seed, "trained": 0, "memory_gib": None,
-                          "top1": json.loads(path.read_text())["top1"]})  # fmt: skip
-            for method in options.methods:
-                run = ROOT / options.runs / f"{method}_{start}_{seed}"
+            common = {"start": start, "seed": seed}
+            score = json.loads((ROOT / options.runs / f"knn_{start}_{seed}" / "frozen" / "knn.json").read_text())
+            found.append(common | {"method": "knn", "trained": 0, "memory_gib": None, "top1": score["top1"]})
+            for method in methods(options, seed):
                 if start == "scratch" and method not in FROM_SCRATCH:
                     continue
-                tested = read_tested(run)
-                found.append({"method": method, "start": start, "seed": seed, "trained": tested.trained,
-                              "memory_gib": tested.memory_gib, "top1": tested.scores["top1"],
-                              "top5": tested.scores["top5"], "classes": tested.classes,
-                              "videos": tested.scores["videos"]})  # fmt: skip
+                tested = read_tested(ROOT / options.runs / f"{method}_{start}_{seed}")
+                numbers = {"trained": tested.trained, "memory_gib": tested.memory_gib, "classes": tested.classes}
+                found.append(common | {"method": method} | numbers | tested.scores)
     settings = {"pretrain": options.pretrain, "tune": options.tune, "options": OPTIONS}
     return {"date": datetime.date.today().isoformat(), "machine": machine(), "settings": settings, "runs": found}
 
@@ -160,7 +165,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['date']}, {report['machine']}. {len(seeds)} seeds; mean and standard deviation of top-1 on "
         f"{tested[0]['videos']:.0f} clips of performers that were never trained on; chance "
-        f"{100 / tested[0]['classes']:.1f} %.\n",
+        f"{100 / tested[0]['classes']:.1f} %. Without a spread: one seed.\n",
         "| method | trained parameters | peak memory | pre-trained | from scratch |\n|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(run["method"] for run in runs):
