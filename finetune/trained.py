@@ -43,7 +43,7 @@ class FineTuned:
         return self.objective.model
 
 
-def is_fine_tuned(path: Path) -> bool:
+def is_fine_tuned(path: str | Path) -> bool:
     """Whether the recipe beside the weights is one of fine-tuning, which alone has the section `tune`.
 
     Raises:
@@ -53,7 +53,7 @@ def is_fine_tuned(path: Path) -> bool:
     return "tune" in (yaml.safe_load(text) or {})
 
 
-def load_fine_tuned(path: Path) -> FineTuned:
+def load_fine_tuned(path: str | Path) -> FineTuned:
     """Open a fine-tuning run (its newest checkpoint that verifies), a checkpoint, or an exported folder.
 
     Raises:

@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         "export.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "run", type=Path, help="run folder (its newest checkpoint that verifies), checkpoint, or export"
+        "run", help="run folder (its newest checkpoint that verifies) or URL it was uploaded to, checkpoint, or export"
     )
     parser.add_argument("dest", help="where to write: a folder or a file, as above; any fsspec URL")
     formats = ("safetensors", "official", "huggingface", "onnx", "torch_export", "adapter")

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("video", help="video file, any fsspec URL")
     parser.add_argument(
-        "--weights", type=Path, required=True, metavar="RUN_OR_EXPORT",
+        "--weights", required=True, metavar="RUN_OR_EXPORT",
         help="fine-tuning run (its newest checkpoint that verifies), checkpoint, or folder that export.py wrote",
     )  # fmt: skip
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line or JSON (default: the run's)")

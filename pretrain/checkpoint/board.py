@@ -15,11 +15,18 @@ SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.02, 1.0
 
 
 class Board:
-    """Messages by key, each written once, visible to all ranks that use the same `space`."""
+    """Messages by key, each written once, visible to all ranks that use the same `space`.
 
-    def __init__(self, space: str) -> None:
+    Args:
+        space: What keeps the keys of one run apart from those of another.
+        store: Where they are; None: where the ranks met, or nowhere else where this is a single process.
+    """
+
+    def __init__(self, space: str, store: dist.Store | None = None) -> None:
         self._space = space
-        self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        if store is None:
+            store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        self._store = store
         self.closed = False
 
     def post(self, key: str, text: str) -> None:

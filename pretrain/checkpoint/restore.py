@@ -1,10 +1,14 @@
 """Bringing checkpoints back from an object store, when the local disk has none that is as new and whole."""
 
+import hashlib
 import logging
+import os
 from pathlib import Path
 
+from filelock import FileLock
+
 from pretrain.checkpoint import folders
-from pretrain.checkpoint.manifest import MANIFEST, problems
+from pretrain.checkpoint.manifest import problems, write_manifest
 from pretrain.checkpoint.remote import RECORDS, RemoteCheckpoints
 from pretrain.errors import CheckpointError, StorageError, TubeletError
 from pretrain.recipe.schema import Checkpoint
@@ -12,6 +16,9 @@ from pretrain.runtime import storage
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 
 logger = logging.getLogger(__name__)
+
+#: Longest time that the download of a checkpoint for a reader of weights may take, seconds.
+FETCH_S = 3600.0
 
 
 def open_remote(options: Checkpoint) -> RemoteCheckpoints | None:
@@ -110,7 +117,7 @@ def restore(root: Path, remote: RemoteCheckpoints, step: int, ranks: Ranks) -> b
         logger.error("%s can't be restored and is passed over: %s", remote.of(step), "; ".join(wrong))
         return False
     if ranks.first:
-        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        write_manifest(folder, manifest)
         folders.publish(root, step)
         logger.warning("checkpoint of step %d restored from %s", step, remote.of(step))
         _restore_records(root.parent, remote)
@@ -134,26 +141,42 @@ def _problems_on_all(ranks: Ranks, folder: Path) -> list[str]:
     return sorted({line for lines in gathered for line in lines})
 
 
-def fetch_checkpoint(url: str, cache: Path, deadline_s: float = 3600.0) -> Path:
-    """A local copy of the newest checkpoint of an uploaded run, or of the one that `url` names, for readers of weights.
+def local_copy(path: str | Path, cache: Path | None = None) -> Path:
+    """A local path for readers of weights: `path` itself, or a copy of the uploaded checkpoint that a URL names.
 
-    Copies are kept in `cache` by run and step, and used again where they verify.
+    Args:
+        path: A local path; the URL of an uploaded run, which means its newest checkpoint that verifies; the URL of one
+            of its checkpoints; or any other URL, which is returned as it is.
+        cache: Where copies are kept, and used again while they verify; default: $TUBELET_CACHE, or ~/.cache/tubelet.
 
     Raises:
-        CheckpointError: there is none at `url` that verifies.
+        CheckpointError: no checkpoint at the URL verifies.
     """
-    run, _, name = url.rstrip("/").rpartition("/checkpoints/")
-    remote = RemoteCheckpoints(run if folders.is_name(name) else url, deadline_s)
-    steps = [folders.step_of(Path(name))] if folders.is_name(name) else remote.steps()[::-1]
+    url = str(path).rstrip("/")
+    if "://" not in url:
+        return Path(path)
+    run, _, name = url.rpartition("/checkpoints/")
+    one = folders.is_name(name)
+    if not one and not storage.exists(storage.join(url, "checkpoints")):
+        return Path(url)
+    remote = RemoteCheckpoints(run if one else url, FETCH_S)
+    home = cache or Path(os.environ.get("TUBELET_CACHE", "~/.cache/tubelet")).expanduser()
+    place = home / "checkpoints" / hashlib.sha256(remote.url.encode()).hexdigest()[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / ".lock"):  # the ranks of a host ask for the same copy
+        return _fetch_newest(remote, [folders.step_of(Path(name))] if one else remote.steps()[::-1], place)
+
+
+def _fetch_newest(remote: RemoteCheckpoints, steps: list[int], place: Path) -> Path:
     found = []
     for step in steps:
-        folder = folders.folder_of(cache, step)
+        folder = folders.folder_of(place, step)
         try:
             manifest = remote.manifest(step)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
             remote.fetch(manifest, folder)
-            (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            write_manifest(folder, manifest)
             return folder
         except TubeletError as error:
             found.append(str(error))
-    raise CheckpointError(f"{url}: no checkpoint that verifies" + "".join(f"\n  {line}" for line in found))
+    raise CheckpointError(f"{remote}: no checkpoint that verifies" + "".join(f"\n  {line}" for line in found))

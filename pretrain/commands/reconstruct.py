@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _reconstruct(arguments: argparse.Namespace) -> int:
     import torch
 
+    from pretrain.checkpoint.restore import local_copy
     from pretrain.engine.reconstruct import held_out_batches, reconstruction_errors, reconstruction_pictures
     from pretrain.engine.trained import load_trained
     from pretrain.runtime.pictures import save_pictures
@@ -53,7 +54,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
             compared = "" if name == "model" else _compared(errors["model"], errors[name])
             print(f"    {errors[name]:.4f}  {text}{compared}")
         shown.append(reconstruction_pictures(trained, batches, arguments.pictures))
-    out = arguments.out or arguments.run / "pictures" / "held_out"
+    out = arguments.out or local_copy(arguments.run) / "pictures" / "held_out"
     videos = {name: torch.cat([one[name] for one in shown]) for name in shown[0]}
     for path in save_pictures(videos, out.with_suffix(""), arguments.pictures * len(shown)):
         print(f"picture: {path}")
@@ -69,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "reconstruct.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder, checkpoint, or export with recipe.yaml")
+    parser.add_argument("run", help="run folder or URL it was uploaded to, checkpoint, or export with recipe.yaml")
     parser.add_argument(
         "shards", nargs="+", help="folders (any fsspec URL) of packed shards that the run did not train on"
     )

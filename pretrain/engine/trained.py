@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pretrain.checkpoint.consolidate import consolidated_state, is_checkpoint, newest_checkpoint
+from pretrain.checkpoint.restore import local_copy
 from pretrain.engine.folder import RunFolder
 from pretrain.errors import CheckpointError, WeightsError
 from pretrain.models.weights import load_weights, read_raw
@@ -27,8 +28,10 @@ class Trained:
     source: Path
 
 
-def load_trained(path: Path) -> Trained:
+def load_trained(path: str | Path) -> Trained:
     """Open a run folder (its newest checkpoint that verifies), a checkpoint, or an exported folder with recipe.yaml.
+
+    A run that was uploaded, or a checkpoint of it, may be named by its URL.
 
     Raises:
         CheckpointError: nothing of that kind is there, or it does not verify.
@@ -44,7 +47,7 @@ def load_trained(path: Path) -> Trained:
     return Trained(recipe, objective.eval(), source)
 
 
-def find_trained(path: Path) -> Path:
+def find_trained(path: str | Path) -> Path:
     """The folder with weights and recipe.yaml that `path` means: of a run, its newest checkpoint that verifies.
 
     Raises:
@@ -63,17 +66,18 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
     Of a checkpoint only the model is taken, not what its objective holds beside it.
     """
-    source = _source(Path(path))
+    source = _source(path)
     if not is_checkpoint(source):
         return read_raw(path)
     state = consolidated_state(source)
     return {name.removeprefix(MODEL): value for name, value in state.items() if name.startswith(MODEL)}
 
 
-def _source(path: Path) -> Path:
-    """A run's newest checkpoint that verifies; anything else is what it is."""
-    checkpoints = RunFolder(path).checkpoints
-    return newest_checkpoint(checkpoints) if checkpoints.is_dir() else path
+def _source(path: str | Path) -> Path:
+    """A run's newest checkpoint that verifies, fetched where it was uploaded; anything else is what it is."""
+    place = local_copy(path)
+    checkpoints = RunFolder(place).checkpoints
+    return newest_checkpoint(checkpoints) if checkpoints.is_dir() else place
 
 
 def load_checkpoint(objective: Objective, source: Path) -> None:
