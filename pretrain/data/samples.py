@@ -20,6 +20,7 @@ from pretrain.data.order import EpochOrder
 from pretrain.data.randomness import generator
 from pretrain.errors import DataError, SampleError
 from pretrain.recipe.schema import Data
+from pretrain.runtime.activity import note
 
 #: An objective's draws for one view: (purpose -> generator of this sample and view) -> named arrays.
 ViewTensors = Callable[[Callable[[str], np.random.Generator]], dict[str, np.ndarray]]
@@ -149,7 +150,9 @@ class SampleMaker:
                 shard, row = order.substitute(place.source, place.position, attempt)
                 read = functools.partial(self._reader.read, place.source, shard, row)
             try:
+                note(f"data: reading position {place.position} of epoch {place.epoch}")
                 raw = read()
+                note(f"data: decoding {raw.key} of {raw.url}")
                 arrays = self._views(place, self._sources[place.source], parse_sample(raw))
                 return Sample(place, raw.key, arrays, bad)
             except SampleError as error:

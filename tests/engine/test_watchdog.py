@@ -100,6 +100,7 @@ def test_a_rank_that_hangs_is_named_and_both_leave_with_their_stacks(pair: Any) 
         *("rank_00000_step_00000008.txt", "rank_00000_worker_0.txt"),
         *("rank_00001_step_00000008.txt", "rank_00001_worker_0.txt"),
     ]
+    assert ": data: " in (hung.folder / "stacks" / names[1]).read_text(), "which sample the worker is at"
     assert "in accident" in (hung.folder / "stacks" / names[2]).read_text()
     assert "in agree" in (hung.folder / "stacks" / names[0]).read_text()
     assert json.loads((hung.folder / "hangs.jsonl").read_text())["step"] == 8
