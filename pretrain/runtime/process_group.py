@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.errors import TrainingError
+from pretrain.runtime.roll_call import roll_call
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -131,13 +133,16 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
         return Ranks(dist.get_rank(), dist.get_world_size(), int(environ["LOCAL_RANK"]), device, joined=False)
     meeting = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
     _leave_out_inference_op()
+    started = time.monotonic()
     try:
+        store = roll_call(environ, timeout_s)
         deepspeed.init_distributed(
             accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=max(timeout_s / 4, timeout_s - (time.monotonic() - started))),
             auto_mpi_discovery=False,
             verbose=False,
         )
+        del store
         dist.barrier()
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=WORK_TIMEOUT_S))
     except (RuntimeError, ValueError) as error:

@@ -118,4 +118,5 @@ def test_a_rank_that_never_comes_ends_the_others_soon_and_clearly() -> None:
     )
     assert "CLEAR rank 0 of 2" in done.stdout, done.stdout + done.stderr
     assert f"127.0.0.1:{port}" in done.stdout
+    assert "1 of 2 ranks have not come: 1; others are on " in done.stdout
     assert time.monotonic() - started < 100
