@@ -5,13 +5,17 @@ next checkpoint would send the run into the same bad step again, with a fresh bu
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.manifest import write_durably
 from pretrain.engine.guard import GuardState
 from pretrain.errors import CheckpointError
+from pretrain.runtime.disk import advice
 from pretrain.runtime.process_group import Ranks, from_first
+
+logger = logging.getLogger(__name__)
 
 
 def guard_state(saved: dict[str, Any]) -> GuardState:
@@ -20,8 +24,11 @@ def guard_state(saved: dict[str, Any]) -> GuardState:
 
 
 def remember(path: Path, state: GuardState) -> None:
-    """Write the file, from rank 0."""
-    write_durably(path, json.dumps({"rewinds": state.rewinds, "left_out": state.left_out}) + "\n")
+    """Write the file, from rank 0. A disk that does not take it costs memory of this rewind, not the run."""
+    try:
+        write_durably(path, json.dumps({"rewinds": state.rewinds, "left_out": state.left_out}) + "\n")
+    except OSError as error:
+        logger.warning("%s could not be written; a kill before the next checkpoint forgets: %s", path, advice(error))
 
 
 def state_at_start(path: Path, ranks: Ranks, saved: dict[str, Any] | None) -> GuardState:
