@@ -22,10 +22,21 @@ from finetune.objectives.classification import (
     tokens_per_clip,
 )
 from finetune.recipe import TuneRecipe
+from pretrain.engine.ds_config import DTYPES
 from pretrain.models import classifier
 from pretrain.objectives.base import Batch, Output
 
-__all__ = ["Config", "build", "check", "cost", "evaluation", "sample_views", "tokens_per_clip", "warnings"]
+__all__ = [
+    "Config",
+    "build",
+    "check",
+    "cost",
+    "evaluation",
+    "held_beside",
+    "sample_views",
+    "tokens_per_clip",
+    "warnings",
+]
 
 
 @dataclass
@@ -72,6 +83,16 @@ def warnings(recipe: TuneRecipe) -> list[str]:
     if recipe.objective.label_weight == 0 and recipe.objective.smoothing != default:
         found.append("objective.smoothing has no effect: objective.label_weight is 0, the loss has no labels")
     return found
+
+
+def held_beside(recipe: TuneRecipe) -> dict[str, tuple[float, str]]:
+    """Bytes of the teacher on each rank, for the dry run."""
+    options, data = recipe.objective.teacher, recipe.data
+    with torch.device("meta"):
+        model = classifier.build(options.model, data.frames, data.height, data.width)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    size = float(count * DTYPES[options.dtype].itemsize)
+    return {"teacher": (size, f"{count:,} parameters in {options.dtype}: frozen, whole on each rank")}
 
 
 def build(recipe: TuneRecipe) -> "DistillationObjective":

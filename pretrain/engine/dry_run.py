@@ -15,6 +15,7 @@ from pretrain.data.index import ShardIndex, load_index
 from pretrain.data.order import SourceShape, epoch_quotas
 from pretrain.data.randomness import generator
 from pretrain.engine.ds_config import DTYPES, builds_sharded, deepspeed_config
+from pretrain.engine.memory import Held, model_states
 from pretrain.engine.schedule import Schedule, build_schedule, every_steps
 from pretrain.errors import DataError, StorageError
 from pretrain.objectives.base import Objective
@@ -67,7 +68,7 @@ def dry_run(recipe: Recipe) -> list[Section]:
         _batch_section(recipe, plan),
         _learning_rate_section(recipe),
         _schedule_section(recipe, plan),
-        _memory_section(recipe, plan),
+        _memory_section(recipe, plan, objective),
         _deepspeed_section(recipe, plan),
         _checkpoint_section(recipe, plan),
     ]
@@ -269,30 +270,18 @@ def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
     return section
 
 
-def _memory_section(recipe: Recipe, plan: Plan) -> Section:
-    """Model states, which ZeRO shards: bytes a parameter, and the stage from which on each rank holds a part only."""
-    zero, dtype = recipe.zero, recipe.compute.dtype
-    section = Section(f"memory of one rank (ZeRO {zero.stage}, {dtype})")
-    width = DTYPES[dtype].itemsize
-    # DeepSpeed's sharded and low-precision optimisers keep a float32 copy of the weights beside the two moments.
-    moments_only = dtype == "fp32" and zero.stage == 0
-    summed = 4 if dtype == "bf16" and zero.stage > 0 else width
-    parts = (
-        ("weights", width, 3, dtype),
-        ("gradients", summed, 2, "summed in float32" if summed == 4 else dtype),
-        ("optimiser", 8 if moments_only else 12, 1, "two moments" if moments_only else "float32 weights, two moments"),
-    )
-    on_device = 0.0
-    for name, size, sharding_stage, content in parts:
-        ranks = plan.ranks if zero.stage >= sharding_stage else 1
-        offloaded = name == "optimiser" and zero.stage > 0 and zero.offload == "cpu"
-        # Frozen parameters are weights only: no gradient, and nothing in the optimiser.
-        held = (plan.parameters if name == "weights" else plan.trained) * size / ranks
-        on_device += 0 if offloaded else held
-        where = f"over {ranks} ranks" if ranks > 1 else "whole on each rank"
-        remark = f"{content}: {size} bytes a parameter, {where}{', in host memory' if offloaded else ''}"
-        section.add(name, _gigabytes(held), remark)
-    section.add("together", _gigabytes(on_device), "activations and communication buckets come on top")
+def _memory_section(recipe: Recipe, plan: Plan, objective: Objective) -> Section:
+    """What a rank holds of the model, and of what the objective keeps beside it."""
+    section = Section(f"memory of one rank (ZeRO {recipe.zero.stage}, {recipe.compute.dtype})")
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in objective.buffers())
+    parts = model_states(recipe, plan.parameters, plan.trained, buffers, plan.ranks)
+    method = objective_file(recipe)
+    if hasattr(method, "held_beside"):
+        parts += [Held(name, size, remark) for name, (size, remark) in method.held_beside(recipe).items()]
+    for part in parts:
+        section.add(part.name, _gigabytes(part.size), part.remark)
+    together = sum(part.size for part in parts if not part.host)
+    section.add("together", _gigabytes(together), "activations and communication buckets come on top")
     return section
 
 

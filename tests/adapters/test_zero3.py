@@ -75,6 +75,28 @@ for method in TUNES:
     with deepspeed.zero.Init(config_dict_or_path=SETTINGS):
         model = VideoClassifier(config, 4, 16, 16)
     found[method] = plain, steps(model, method, True)
+
+# In bf16: the frozen backbone has no second copy, and the optimiser knows the trained parameters only.
+settings = SETTINGS | {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+with deepspeed.zero.Init(config_dict_or_path=settings):
+    model = VideoClassifier(config, 4, 16, 16)
+load_pretrained(model, sys.argv[1])
+apply_tuning(model, TUNES["adaptformer"])
+trained = [value for value in model.parameters() if value.requires_grad]
+optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+video = torch.randn(4, 4, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+engine.backward(F.cross_entropy(engine(video).float(), torch.tensor([0, 1, 2, 0])))
+engine.step()
+frozen = [value for value in model.parameters() if not value.requires_grad]
+states = {
+    "frozen": sum(value.ds_numel for value in frozen),
+    "dtypes": sorted({str(value.ds_tensor.dtype) for value in frozen}),
+    "trained": sum(value.ds_numel for value in trained),
+    "masters": sum(value.numel() for value in optimizer.fp32_partitioned_groups_flat),
+    "gradients": sum(value.grad is not None for value in frozen),
+}
+print("STATES", json.dumps(states))
 print("FOUND", json.dumps(found))
 """
 SIZES = {"size": "custom", "patch_size": 4, "dim": 24, "depth": 4, "heads": 3, "mlp_ratio": 2.0, "drop_path": 0.0}
@@ -95,6 +117,9 @@ def test_losses_equal_those_of_the_plain_model(tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    states = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("STATES"))[7:])
+    assert states["dtypes"] == ["torch.bfloat16"] and states["frozen"] > 10 * states["trained"]
+    assert states["masters"] == states["trained"] and states["gradients"] == 0
     line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
     for method, (plain, partitioned) in json.loads(line.removeprefix("FOUND")).items():
         assert partitioned == pytest.approx(plain, rel=1e-6), method

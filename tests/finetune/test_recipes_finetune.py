@@ -136,3 +136,27 @@ def test_printed_recipe_is_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path
     again = load_tune_recipe(path, ["run.name=demo_finetune"])
     assert again == load_tune_recipe("demo_finetune", ["optim.layer_decay=0.5"])
     assert "officially num_sample" in text, "every key carries its meaning"
+
+
+def memory_of(name: str, *words: str) -> dict[str, str]:
+    """The dry run's table of a rank's memory."""
+    for section in dry_run(load_tune_recipe(name, list(words))):
+        if section.title.startswith("memory"):
+            return {row: value for row, value, _ in section.rows}
+    raise AssertionError("no such table")
+
+
+def test_memory_of_a_frozen_giant_with_adapters() -> None:
+    trained = 7_267_840 + 2 * 1408 + 710 * 1409  # bottlenecks, fc_norm, head
+    found = memory_of("vit_g_k710", "tune.method=adaptformer", "batch.ranks=1", "batch.samples=3", "zero.stage=1")
+    assert found["frozen weights"] == f"{(1_012_611_142 - 2 * 1408 - 710 * 1409) * 2 / 1e9:.2f} GB", "bf16, and no more"
+    assert found["optimiser"] == f"{trained * 12 / 1e6:.1f} MB" and found["gradients"] == f"{trained * 4 / 1e6:.1f} MB"
+    sharded = memory_of("vit_g_k710", "tune.method=adaptformer", "zero.stage=3", "optim.name=sgd")
+    assert sharded["frozen weights"] == f"{(1_012_611_142 - 2 * 1408 - 710 * 1409) * 2 / 32 / 1e6:.1f} MB"
+    assert sharded["optimiser"] == f"{trained * 8 / 32 / 1e6:.1f} MB", "SGD has one moment"
+
+
+def test_memory_of_the_teacher_counts() -> None:
+    found = memory_of("vit_s_distill_k710")
+    assert found["teacher"] == f"{1_012_611_142 * 2 / 1e9:.2f} GB"
+    assert float(found["together"].removesuffix(" GB")) > 2.03
