@@ -42,7 +42,7 @@ ESSENTIAL = ("python", "torch", "deepspeed", "cuda")
 SKEW_S, REFUSED_SKEW_S = 2.0, 600.0
 
 #: Keys that may differ from host to host: where things lie.
-PLACES = ("data.root", "data.cache_dir")
+PLACES = ("data.root", "data.cache_dir", "health.shards", "run.init_weights")
 
 #: A host that computes at less than this share of what the usual one does slows all of them down.
 SLOW = 0.7
@@ -143,8 +143,11 @@ def _compare_recipes(recipes: list[dict[str, Any]], rank: int) -> Finding:
 def _comparable(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what may differ from host to host."""
     items = flat(asdict(recipe))
-    local = [key for key in items if key in PLACES or (key.startswith("data.sources.") and key.endswith(".shards"))]
-    return {key: value for key, value in items.items() if key not in local}
+
+    def is_place(key: str) -> bool:
+        return key in PLACES or (key.startswith("data.sources.") and key.endswith((".shards", ".val", ".test")))
+
+    return {key: value for key, value in items.items() if not is_place(key)}
 
 
 def recipe_hash(recipe: dict[str, Any]) -> str:

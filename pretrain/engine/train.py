@@ -35,6 +35,7 @@ from pretrain.recipe.schema import Recipe
 from pretrain.recipe.show import show_recipe
 from pretrain.runtime.environment import versions
 from pretrain.runtime.logging import set_up_logging
+from pretrain.runtime.orphans import die_with_launcher
 from pretrain.runtime.process_group import Ranks, gather_objects, join, leave
 from pretrain.runtime.stopping import EXIT_REQUEUE, StopWatch
 from pretrain.runtime.watchdog import Watchdog
@@ -56,6 +57,7 @@ def train(recipe: Recipe, resume: str = "auto") -> int:
     Raises:
         TubeletError: the run can't start or go on; exit code 1.
     """
+    die_with_launcher()
     ranks = join(timeout_s=recipe.watchdog.join_s)
     folder, lock = open_folder(recipe, ranks)
     set_up_logging(ranks.rank, folder.logs)

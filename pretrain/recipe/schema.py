@@ -214,7 +214,7 @@ class Watchdog:
     """the same at the start with the first step, and for a save, an evaluation or pictures with the step after it"""
     stop_after_s: float | None = None
     """a stall in which no rank goes on for so long ends the run, seconds; null: data.deadline_s + 60"""
-    leave_s: float = 120.0
+    leave_s: float = 300.0
     """a rank that failed may take this long to clean up, seconds; then it is ended, whatever it waits for"""
     join_s: float = 120.0
     """ranks that have not all met after this end, seconds; longer where many hosts load Python from one file server"""

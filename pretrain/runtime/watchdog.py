@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,18 +74,10 @@ class Watchdog:
         deadline_s: The recipe's data.deadline_s.
         folder: The run folder.
         ranks: This process among all.
-        leave: Ends the process; for tests.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        deadline_s: float,
-        folder: Path,
-        ranks: Ranks,
-        leave: Callable[[int], None] = os._exit,
-    ) -> None:
-        self._options, self._folder, self._ranks, self._leave = options, folder, ranks, leave
+    def __init__(self, options: Options, deadline_s: float, folder: Path, ranks: Ranks) -> None:
+        self._options, self._folder, self._ranks = options, folder, ranks
         self.limits = Limits.of(options, deadline_s)
         self._first_step, self._step, self._saved, self._hangs = 0, 0, False, 0
         self._steps_s: deque[float] = deque(maxlen=WINDOW)
@@ -120,14 +112,12 @@ class Watchdog:
 
     @contextlib.contextmanager
     def long(self, phase: str) -> Iterator[None]:
-        """`expect_long` around what the block does."""
+        """`expect_long` around what the block does; where that raises, the run is over."""
         self.expect_long(phase)
-        try:
-            yield
-        finally:
-            self._mark = time.monotonic()
-            self._saved = self._saved or phase == "save"
-            note("data")
+        yield
+        self._mark = time.monotonic()
+        self._saved = self._saved or phase == "save"
+        note("data")
 
     def expect_long(self, phase: str) -> None:
         """Long work that all ranks, or one of them, do now; the others may wait for it in the next step."""
@@ -178,8 +168,8 @@ class Watchdog:
         while True:
             try:
                 self._look()
-            except OSError as error:  # a full or lost file system must not end the watch
-                logger.warning("watchdog: %s", error)
+            except Exception as error:  # a full or lost file system, among others, must not end the watch
+                logger.warning("watchdog: %s: %s", type(error).__name__, error)
             if self._closed.wait(self._options.beat_s):
                 return
 
@@ -215,7 +205,8 @@ class Watchdog:
         if (gone or idle_s > self.limits.stop_after_s) and self._beats.give_up(reason := self._reason(seen, gone)):
             logger.critical(reason)
             record = {"from_step": self._first_step, "step": self._step + 1, "reason": reason, "at": time.time()}
-            JsonLines(self._folder / HANGS).write(record)
+            with contextlib.closing(JsonLines(self._folder / HANGS)) as hangs:
+                hangs.write(record)
 
     def _reason(self, seen: dict[int, Seen], gone: list[Seen]) -> str:
         if gone:
@@ -238,9 +229,9 @@ class Watchdog:
         time.sleep(min(2 * self._options.beat_s, 10.0))
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        self._leave(self.exit_code)
+        os._exit(self.exit_code)
 
     def _leave_unclean(self) -> None:
         seconds = self._options.leave_s
         logger.critical("this rank failed and could not clean up within %.0f s; it leaves now", seconds)
-        self._leave(1)
+        os._exit(1)
