@@ -78,7 +78,9 @@ class Toy:
         path = self.folder / "plan.json"
         path.write_text(json.dumps(plan))
         driver = str(Path(__file__).with_name("driver.py"))
-        output = finish(launch([driver, str(self.recipe), str(path)], ranks, self.folder), expect)
+        process = launch([driver, str(self.recipe), str(path)], ranks, self.folder)
+        # A run takes 2 s, and 20 s on a machine that does a dozen other things.
+        output = finish(process, expect, timeout_s=240 + 40 * len(runs))
         lines = [line for line in output.splitlines() if line.startswith("RESULTS ")]
         return dict(zip(runs, json.loads(lines[0].removeprefix("RESULTS ")), strict=True)) if lines else {}
 
@@ -126,10 +128,10 @@ def launch(words: list[str], ranks: int, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
+def finish(process: subprocess.Popen[str], expect: int = 0, timeout_s: float = 240) -> str:
     """Wait for the end and the expected exit code; returns what was printed."""
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         kill_session(process)
         raise

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.engine.guard import GuardState, StepGuard
+from pretrain.engine.guard import GuardState, Spike, StepGuard
 from pretrain.engine.left_out import guard_state, remember, state_at_start
 from pretrain.engine.step import StepResult
 from pretrain.errors import CheckpointError
@@ -78,6 +78,15 @@ def test_every_policy_ends_when_no_step_gets_through(policy: Any) -> None:
     decisions = [guard.decide(step, bad) for step in range(1, 5)]
     assert [decision and decision.action for decision in decisions] == [policy, policy, policy, "stop"]
     assert decisions[-1] is not None and "4 steps in a row" in decisions[-1].reason
+
+
+@pytest.mark.parametrize(("policy", "used"), [("lower_lr", "lowered"), ("rewind", "rewinds")])
+def test_a_policy_may_be_used_so_often_in_a_run(policy: Any, used: str) -> None:
+    bad = StepResult({"loss": 9.0}, applied=False, spike=Spike(1.0, 0.1, 80.0))
+    for spent, action in ((1, policy), (2, "stop")):
+        guard = StepGuard(Guard(spike=policy, max_lowered=2, max_rewinds=2), GuardState(**{used: spent}))
+        decision = guard.decide(5, bad)
+        assert decision is not None and (decision.asked, decision.action) == (policy, action)
 
 
 def test_a_rewind_takes_the_checkpoint_s_state_but_keeps_budgets_and_left_out_steps() -> None:
