@@ -187,7 +187,7 @@ class Guard:
     z: float = 10.0
     """deviations (1.4826 x median absolute deviation) above the window's median from which a loss is a spike"""
     max_skips: int = 10
-    """steps in a row that may be left out (skip, lower_lr) before the run stops"""
+    """steps in a row that may pass without an update, under any policy, before the run stops"""
     lower_lr_factor: float = 0.1
     """lower_lr: factor on the scheduled learning rate"""
     lower_lr_steps: int = 100
