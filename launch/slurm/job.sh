@@ -19,7 +19,7 @@ say() { printf '%s [job %s, start %s] %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "${
 run_job() { # SCRIPT ARGUMENT...
     read_settings "$@"
     mkdir -p "$run_dir" || exit $FAILED
-    in_step --ntasks=1 --nodes=1 -- python "$@" --check || give_up_on $?
+    in_step --ntasks=1 --nodes=1 -- python "$@" --check || finish $?
     agree_on_meeting_point
     find_end_time
     local before status
@@ -48,11 +48,6 @@ read_settings() {
     case $TUBELET_LAUNCHER in srun | deepspeed | torchrun) return ;; esac
     say "TUBELET_LAUNCHER: found $TUBELET_LAUNCHER, allowed: srun, deepspeed, torchrun"
     exit $WRONG_USAGE
-}
-
-give_up_on() { # STATUS of --check
-    say "the recipe does not pass --check (exit code $1); the job does not go back to the queue"
-    exit "$1"
 }
 
 # All ranks meet at the address by which Slurm itself reaches the first node. The port differs between starts, since the

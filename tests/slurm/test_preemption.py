@@ -5,6 +5,7 @@
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,12 +33,17 @@ def came_back(site: Any, name: str, job: str, undisturbed: list[float], restarts
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_usr1_with_a_launcher_on_each_node(site: Any, undisturbed: list[float], launcher: str) -> None:
-    job = disturbed(site, launcher, TUBELET_LAUNCHER=launcher)
+def test_usr1_with_a_launcher_on_each_node(site: Any, undisturbed: list[float], launcher: str, tmp_path: Path) -> None:
+    """In what stands for a container: a command before python that does something and then runs its arguments."""
+    container = tmp_path / "container"
+    container.write_text('#!/bin/sh\necho "$1" >>"$0.log"\nshift\nexec "$@"\n')
+    container.chmod(0o755)
+    job = disturbed(site, launcher, TUBELET_LAUNCHER=launcher, TUBELET_CONTAINER_RUN=f"{container} image")
     site.cluster.run("scancel", "--batch", "--signal=USR1", job)
     said = came_back(site, launcher, job, undisturbed)
     assert f"{launcher}: 2 nodes with 1 ranks each" in said
     assert "asked to stop" in said and "stopped with a checkpoint: back to the queue" in said
+    assert (tmp_path / "container.log").read_text() == "image\n" * 6  # a check and two launchers, twice
 
 
 def test_usr1_a_killed_rank_and_scontrol_requeue(site: Any, undisturbed: list[float]) -> None:
