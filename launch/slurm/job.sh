@@ -19,13 +19,13 @@ say() { printf '%s [job %s, start %s] %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "${
 run_job() { # SCRIPT ARGUMENT...
     read_settings "$@"
     mkdir -p "$run_dir" || exit $FAILED
+    trap on_stop USR1
+    trap on_term TERM
     in_step --ntasks=1 --nodes=1 -- python "$@" --check || finish $?
     agree_on_meeting_point
     find_end_time
     local before status
     before=$(summary_stamp)
-    trap on_stop USR1
-    trap on_term TERM
     start_ranks "$@" &
     step=$!
     wait_for_step
@@ -36,7 +36,7 @@ run_job() { # SCRIPT ARGUMENT...
 
 read_settings() {
     : "${TUBELET_LAUNCHER:=srun}" "${TUBELET_REQUEUE:=1}" "${TUBELET_MAX_FAILURES:=3}"
-    run_dir='' end_time=0 term_seen=0 interrupted=0
+    run_dir='' end_time=0 term_seen=0 interrupted=0 step=$$
     local word
     for word in "$@"; do
         case $word in run.dir=*) run_dir=${word#run.dir=} ;; esac
