@@ -148,6 +148,7 @@ def test_every_command(site: Any, s3_server: Any, tmp_path: Path) -> None:
     reader.type(smaller)
     reader.wait()
     assert json.loads((shared / "first" / "summary.json").read_text())["reason"] == "done"
+    assert list((s3_server.bucket / "runs" / "first").rglob("manifest.json"))
     reader.type(blocks["Fine-tune"][0])
     reader.wait()
     assert json.loads((shared / "tuned" / "summary.json").read_text())["reason"] == "done"
