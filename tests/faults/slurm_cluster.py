@@ -31,7 +31,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 SEARCH = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin"
 
 #: A patient limit for anything that takes seconds on an idle machine.
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 FINAL = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY")
 

@@ -109,6 +109,7 @@ def test_the_sections_are_those_that_are_typed() -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1500)
 def test_every_command(site: Any, s3_server: Any, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -12,6 +12,9 @@ import pytest
 
 from tests.slurm.conftest import OVERRIDES
 
+#: A job starts several times, and each start imports torch.
+pytestmark = pytest.mark.timeout(1500)
+
 #: Step at which a run is disturbed: checkpoints are 25 steps apart, so steps are lost where nothing is saved.
 STEP = 35
 
