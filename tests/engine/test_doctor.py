@@ -32,7 +32,7 @@ def examine(*words: str) -> tuple[int, dict[str, Any]]:
     """Exit code and findings of the doctor on this machine alone."""
     command = [sys.executable, str(ROOT / "launch" / "doctor.py"), *words, "--json"]
     environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     return done.returncode, json.loads(done.stdout) if done.stdout else {"stderr": done.stderr}
 
 
@@ -58,7 +58,7 @@ def pair(script: str, words: list[str], folder: Path) -> list[tuple[int, str]]:
         )
         for rank in (0, 1)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 

@@ -16,9 +16,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = (
     *("schedule.epochs=20", "checkpoint.every_steps=3", "data.workers=1", "zero.stage=1"),
-    *("watchdog.least_s=4", "watchdog.stop_after_s=6", "watchdog.beat_s=1", "watchdog.leave_s=5"),
+    "watchdog.leave_s=5",
 )
-PATIENCE_S = 120
+#: A machine with other work must not look like a hang of its own.
+SHORT = ("watchdog.least_s=4", "watchdog.stop_after_s=10", "watchdog.beat_s=2")
+PATIENCE_S = 300
 
 
 class Pair:
@@ -89,7 +91,7 @@ def pair(toy: Any) -> Iterator[Callable[..., Pair]]:
 
 
 def test_a_rank_that_hangs_is_named_and_both_leave_with_their_stacks(pair: Any) -> None:
-    hung = pair("hung", [[8, 1, "hang"]])
+    hung = pair("hung", [[8, 1, "hang"]], *SHORT)
     outputs = [rank.communicate(timeout=PATIENCE_S)[0] for rank in hung.ranks]
     assert [rank.returncode for rank in hung.ranks] == [75, 75], outputs
     said = [line for output in outputs for line in output.splitlines() if "hang: step 8" in line]
@@ -111,7 +113,7 @@ def test_a_frozen_host_is_named_and_repeated_hangs_end_with_1(pair: Any, toy: An
     folder = toy.folder / "frozen"
     folder.mkdir()
     (folder / "hangs.jsonl").write_text(json.dumps({"from_step": 0}) + "\n")
-    frozen = pair("frozen", [[2, 0, "SIGSTOP"]], "watchdog.max_restarts=1", "watchdog.stop_after_s=60")
+    frozen = pair("frozen", [[2, 0, "SIGSTOP"]], *SHORT, "watchdog.max_restarts=1", "watchdog.stop_after_s=60")
     output = frozen.ranks[1].communicate(timeout=PATIENCE_S)[0]
     assert frozen.ranks[1].returncode == 1, output
     assert "1 of 2 ranks no longer write their heartbeat" in output and "rank 0 (host" in output
