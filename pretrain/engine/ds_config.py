@@ -53,6 +53,7 @@ def _zero(recipe: Recipe, parameters: int, on_cpu: bool) -> Config:
     zero = recipe.zero
     element_bytes = DTYPES[recipe.compute.dtype].itemsize
     bucket = max(1, min(zero.bucket_mb * 2**20 // element_bytes, parameters))
+    bucket += bucket % 2  # ZeRO 1 and 2 refuse to start with an odd one, so a model with an odd head would not train
     section: Config = {
         "stage": zero.stage,
         "overlap_comm": zero.overlap and not on_cpu,

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from pretrain.engine.ds_config import deepspeed_config
 from pretrain.engine.optim import decays, forget_steps, parameter_groups
 
 
@@ -91,3 +92,10 @@ def test_forgotten_steps_leave_sgd_without_momentum() -> None:
         return weight.detach()
 
     assert torch.equal(two_updates(idle_step=True), two_updates(idle_step=False))
+
+
+@pytest.mark.parametrize("parameters", [7, 8, 10**9 + 1])
+def test_buckets_are_even_whatever_the_size_of_the_model(parameters: int) -> None:
+    """ZeRO 1 and 2 assert it; a head of 27 classes makes a model odd."""
+    section = deepspeed_config(load_recipe("demo"), 1, parameters, True)["zero_optimization"]
+    assert section["allgather_bucket_size"] % 2 == section["reduce_bucket_size"] % 2 == 0
