@@ -4,6 +4,7 @@ from torch import nn
 
 from pretrain.engine.ds_config import deepspeed_config
 from pretrain.engine.optim import decays, forget_steps, parameter_groups
+from pretrain.recipe.load import load_recipe
 
 
 @pytest.mark.parametrize(
