@@ -53,21 +53,34 @@ class BadSampleLedger:
         self._tolerate = Tolerance()
         self.tried: Counter[str] = Counter()
         self.bad: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._new: Counter[str] = Counter()
 
     def record(self, batch: dict[str, Any]) -> None:
-        """Take note of a micro-batch of the stream.
-
-        Raises:
-            DataError: a source has more unusable samples than the recipe allows.
-        """
+        """Take note of a micro-batch of the stream."""
         samples = batch["source"][batch["view"] == 0].tolist()
         self.tried.update(self._sources[source] for source in samples)
         records: list[BadSample] = batch["bad"]
         for bad in records:
             self._note(bad)
         self._write(records)
-        for source in {bad.source for bad in records}:
-            self._check(source)
+
+    def numbers(self) -> list[float]:
+        """What ranks add up to judge together: samples tried, unusable ones, and those since the last call; a source
+        after the other."""
+        rows = [(self.tried[name], self.bad.get(name, Counter()).total(), self._new[name]) for name in self._sources]
+        self._new.clear()
+        return [float(number) for row in rows for number in row]
+
+    def judge(self, numbers: list[float]) -> DataError | None:
+        """What stops the run: a source with more unusable samples than the recipe allows, and a new one among them.
+
+        Args:
+            numbers: the sum of every rank's `numbers`.
+        """
+        for source, tried, bad, new in zip(self._sources, numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+            if new and bad >= self._minimum and bad > self._rate * tried:
+                return self._too_many(source, round(bad), round(tried))
+        return None
 
     @property
     def total(self) -> int:
@@ -78,6 +91,12 @@ class BadSampleLedger:
         """Counts for a checkpoint, as plain numbers; counts of several ranks are added by loading them in turn."""
         return {"tried": dict(self.tried), "bad": {source: dict(counts) for source, counts in self.bad.items()}}
 
+    def reset(self, state: dict[str, Any]) -> None:
+        """Go back to earlier counts."""
+        self.tried.clear()
+        self.bad.clear()
+        self.load(state)
+
     def load(self, state: dict[str, Any]) -> None:
         """Add the counts of a checkpoint."""
         self.tried.update(state["tried"])
@@ -87,6 +106,7 @@ class BadSampleLedger:
     def _note(self, bad: BadSample) -> None:
         counts = self.bad[bad.source]
         self.tried[bad.source] += 1
+        self._new[bad.source] += 1
         counts[bad.reason] += 1
         if counts[bad.reason] == 1:
             logger.warning(
@@ -94,15 +114,12 @@ class BadSampleLedger:
                 *(bad.reason, FOLDER_NAME, bad.source, bad.shard, bad.key, bad.detail),
             )
 
-    def _check(self, source: str) -> None:
-        bad, tried = self.bad[source].total(), self.tried[source]
-        if bad < self._minimum or bad <= self._rate * tried:
-            return
-        reasons = ", ".join(f"{reason} {count}" for reason, count in self.bad[source].most_common(3))
+    def _too_many(self, source: str, bad: int, tried: int) -> DataError:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.bad[source].most_common(3)) or "none here"
         where = f"; keys and shards are in {self._path.parent}" if self._path else ""
-        raise DataError(
-            f"source {source}: {bad} of {tried} samples unusable ({bad / tried:.1%}, data.bad_rate allows "
-            f"{self._rate:.1%}); most frequent reasons: {reasons}{where}. Repack the source "
+        return DataError(
+            f"source {source}: {bad} of {tried} samples unusable on all ranks ({bad / tried:.1%}, data.bad_rate allows "
+            f"{self._rate:.1%}); most frequent reasons on this rank: {reasons}{where}. Repack the source "
             "(launch/pack.py --check finds what does not decode), or raise data.bad_rate"
         )
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pretrain.data.cache import ShardCache
-from pretrain.data.index import Members, ShardIndex, load_members
-from pretrain.errors import DataError, SampleError, StorageError
+from pretrain.data.index import Members, Shard, ShardIndex, load_members, members_name, store_error
+from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
 
 T = TypeVar("T")
@@ -51,23 +51,22 @@ class SampleReader:
         """Fetch one sample.
 
         Raises:
-            SampleError: "index" where the member table is missing or does not fit, "read" where reading failed.
+            DataError: the storage does not hand it out until the deadline, or holds another shard than the index says.
+                Neither is a matter of this sample, which another could stand in for: the run must wait, or stop.
         """
         index = self._indexes[source]
         entry = index.shards[shard]
         url = storage.join(index.url, entry.name)
+        members = self._members(source, shard)
+        begin, end = int(members.offsets[row]), int(members.offsets[row] + members.sizes[row])
         try:
-            members = self._members(source, shard)
-            begin, end = int(members.offsets[row]), int(members.offsets[row] + members.sizes[row])
             if self._cache is None:
-                data = storage.read_bytes(url, begin, end, self._deadline_s)
+                data = storage.read_bytes(url, begin, end, self._deadline_s, denied_for_good=False)
             else:
                 data = self._cache.read(url, entry, begin, end, self._deadline_s)
-            return RawSample(members.keys[row], url, data)
         except StorageError as error:
-            raise SampleError("read", str(error)) from error
-        except DataError as error:
-            raise SampleError("index", str(error)) from error
+            raise store_error(url, error) from error
+        return RawSample(members.keys[row], url, data)
 
     def key(self, source: int, shard: int, row: int) -> str:
         """Key of a sample by the member table, or its row where the table can't be read; for reports."""
@@ -79,13 +78,30 @@ class SampleReader:
     def _load_members(self, source: int, shard: int) -> Members:
         index = self._indexes[source]
         entry = index.shards[shard]
-        members = load_members(index.url, entry.name, self._deadline_s)
+        try:
+            members = load_members(index.url, entry.name, self._deadline_s)
+        except StorageError as error:
+            raise store_error(storage.join(index.url, members_name(entry.name)), error) from error
         if not len(members.keys) == len(members.offsets) == len(members.sizes) == entry.samples:
             raise DataError(
                 f"{entry.name}: the member table lists {len(members.keys)} samples, index.json {entry.samples}; "
                 f"run launch/pack.py --index-only {index.url}"
             )
+        self._check_size(index, entry)
         return members
+
+    def _check_size(self, index: ShardIndex, entry: Shard) -> None:
+        """Once each time a shard is opened: one question, against samples that silently are others."""
+        url = storage.join(index.url, entry.name)
+        try:
+            found = storage.size(url, self._deadline_s, denied_for_good=False)
+        except StorageError as error:
+            raise store_error(url, error) from error
+        if found != entry.bytes:
+            raise DataError(
+                f"{url}: {found} bytes, its index says {entry.bytes}: cut, or another file of the same name. Copy the "
+                f"shard again; launch/pack.py --check {index.url} --hashes-only finds all that differ"
+            )
 
 
 def read_ahead(items: Iterable[T], read: Callable[[T], R], depth: int) -> Iterator[tuple[T, Future[R]]]:

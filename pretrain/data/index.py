@@ -74,6 +74,31 @@ def members_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".members.json"
 
 
+def store_error(url: str, error: StorageError) -> DataError:
+    """What ends the run where a file of a data set can't be read: it says nothing about any sample.
+
+    Args:
+        url: The file.
+        error: What the storage said.
+    """
+    cause = error.__cause__
+    if isinstance(cause, FileNotFoundError):
+        advice = (
+            "it is listed in the index but is not there: copy it again, or look for what else is missing with "
+            f"launch/pack.py --check {storage.parent(url)} --hashes-only"
+        )
+    elif isinstance(cause, PermissionError):
+        advice = "access is denied: check the credentials (they may have expired) and what they are allowed to read"
+    elif cause is None:
+        advice = f"see launch/pack.py --check {storage.parent(url)} --hashes-only"
+    else:
+        advice = (
+            "check the store and the way to it, then start the same command again; data.deadline_s sets how long a "
+            "run waits for an answer"
+        )
+    return DataError(f"{url}: can't be read: {advice}. The storage said: {error}")
+
+
 def load_index(url: str, deadline_s: float = 300.0) -> ShardIndex:
     """Read `index.json` from the folder `url`, retrying for at most `deadline_s` seconds.
 
@@ -84,6 +109,8 @@ def load_index(url: str, deadline_s: float = 300.0) -> ShardIndex:
     try:
         content = json.loads(storage.read_bytes(where, deadline_s=deadline_s))
     except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise store_error(where, error) from error
         raise DataError(
             f"{where}: no readable index ({error}). Pack videos with launch/pack.py, or index shards that are "
             f"already there with: python launch/pack.py --index-only {url}"
@@ -121,16 +148,22 @@ def write_index(index: ShardIndex) -> None:
 
 
 def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
-    """Read the member table of one shard."""
+    """Read the member table of one shard.
+
+    Raises:
+        StorageError: the storage does not hand it out.
+        DataError: it is no member table.
+    """
     where = storage.join(url, members_name(shard))
     try:
-        content = json.loads(storage.read_bytes(where, deadline_s=deadline_s))
+        # Credentials that are wrong have been found at the index; a denial here may be one that passes.
+        content = json.loads(storage.read_bytes(where, deadline_s=deadline_s, denied_for_good=False))
         return Members(
             tuple(content["keys"]),
             np.array(content["offsets"], dtype=np.int64),
             np.array(content["sizes"], dtype=np.int64),
         )
-    except (StorageError, ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{where}: no readable member table ({error}); run launch/pack.py --index-only {url}"
         ) from error

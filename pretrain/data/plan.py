@@ -37,7 +37,7 @@ def open_sources(recipe: Recipe) -> list[OpenSource]:
     if not data.sources:
         raise RecipeError("data.sources is empty: name at least one data set, for example data.sources.k400.shards=URL")
     return [
-        OpenSource(name, load_index(source.shards), source.weight, source.stride or data.stride)
+        OpenSource(name, load_index(source.shards, data.deadline_s), source.weight, source.stride or data.stride)
         for name, source in data.sources.items()
     ]
 

@@ -13,6 +13,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.data import sampling, transforms
 from pretrain.data.bad_samples import BadSample
+from pretrain.data.crashes import Decoding
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import RawSample, SampleReader
 from pretrain.data.index import VIDEO_ENDINGS
@@ -103,9 +104,18 @@ def video_bytes(members: dict[str, Any]) -> bytes:
 
 
 def label_of(members: dict[str, Any]) -> Any:
-    """The label in a parsed sample's json; None without."""
-    facts = members.get("json")
-    return json.loads(facts).get("label") if facts is not None else None
+    """The label in a parsed sample's json; None without.
+
+    Raises:
+        SampleError: "label" where the json is none.
+    """
+    try:
+        facts = json.loads(members.get("json", b"{}"))
+    except ValueError as error:
+        raise SampleError("label", f"the sample's json is damaged: {error}") from error
+    if not isinstance(facts, dict):
+        raise SampleError("label", f"the sample's json holds {type(facts).__name__}, an object is allowed")
+    return facts.get("label")
 
 
 class SampleMaker:
@@ -117,6 +127,7 @@ class SampleMaker:
         sources: The sources, in the recipe's order.
         reader: Fetches substitutes.
         view_tensors: The objective's draws for one view, or what makes the views altogether.
+        decoding: Notes what is decoded, and knows what kills its decoder.
     """
 
     def __init__(
@@ -126,7 +137,9 @@ class SampleMaker:
         sources: list[SourceInfo],
         reader: SampleReader,
         view_tensors: ViewTensors | SampleViews,
+        decoding: Decoding,
     ) -> None:
+        self._decoding = decoding
         self._data, self._sources, self._reader = data, sources, reader
         self._views: SampleViews = (
             view_tensors if isinstance(view_tensors, SampleViews) else CroppedViews(data, seed, view_tensors)
@@ -153,7 +166,8 @@ class SampleMaker:
                 note(f"data: reading position {place.position} of epoch {place.epoch}")
                 raw = read()
                 note(f"data: decoding {raw.key} of {raw.url}")
-                arrays = self._views(place, self._sources[place.source], parse_sample(raw))
+                with self._decoding.of((place.source, shard, row)):
+                    arrays = self._views(place, self._sources[place.source], parse_sample(raw))
                 return Sample(place, raw.key, arrays, bad)
             except SampleError as error:
                 bad.append(self._record(place, shard, row, attempt, error))

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ import webdataset
 from torch.utils.data import DataLoader, get_worker_info
 
 from pretrain.data.cache import ShardCache
+from pretrain.data.crashes import CRASHES, CrashNotes
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
 from pretrain.data.plan import OpenSource, StreamPlan, open_sources
 from pretrain.data.samples import Place, Sample, SampleMaker, SampleViews, SourceInfo, ViewTensors
@@ -51,10 +53,11 @@ class WorkerPipeline:
         view_tensors: ViewTensors | SampleViews,
         rank: int,
         world_size: int,
-        start_step: int,
+        first: int,
+        crashes: CrashNotes,
     ) -> None:
         self._recipe, self._sources, self._view_tensors = recipe, sources, view_tensors
-        self._rank, self._world_size, self._start_step = rank, world_size, start_step
+        self._rank, self._world_size, self._first, self._crashes = rank, world_size, first, crashes
 
     def dataset(self) -> webdataset.DataPipeline:
         """The stages as a webdataset pipeline."""
@@ -69,8 +72,7 @@ class WorkerPipeline:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         plan = self._plan
-        first = self._start_step * plan.accumulation(self._world_size)
-        for number in itertools.count(first + worker, workers):
+        for number in itertools.count(self._first + worker, workers):
             epoch, positions = plan.positions(number, self._rank, self._world_size)
             location = plan.order(epoch).locate(positions)
             columns = (positions.tolist(), location.source.tolist(), location.shard.tolist(), location.row.tolist())
@@ -81,7 +83,9 @@ class WorkerPipeline:
         """Read ahead, decode, cut; an error that ends the run travels as an item, free of this process's traceback."""
         reader = self._reader()
         infos = [SourceInfo(s.name, tuple(shard.name for shard in s.index.shards), s.stride) for s in self._sources]
-        maker = SampleMaker(self._recipe.data, self._recipe.run.seed, infos, reader, self._view_tensors)
+        worker = get_worker_info()
+        decoding = self._crashes.decoder(worker.id if worker else None)
+        maker = SampleMaker(self._recipe.data, self._recipe.run.seed, infos, reader, self._view_tensors, decoding)
 
         def read(place: Place) -> RawSample:
             return reader.read(place.source, place.shard, place.row)
@@ -173,17 +177,11 @@ class TrainStream:
         if self._workers:
             _check_picklable(view_tensors)
         _warn_of_small_cache(recipe, sources)
-        pipeline = WorkerPipeline(recipe, sources, view_tensors, rank, world_size, start_step)
-        self._loader = DataLoader(
-            pipeline.dataset(),
-            batch_size=None,
-            num_workers=self._workers,
-            prefetch_factor=recipe.data.prefetch if self._workers else None,
-            pin_memory=torch.cuda.is_available(),
-            # A forked worker would inherit locks of file system, CUDA and process group threads in any state.
-            multiprocessing_context="spawn" if self._workers else None,
-            worker_init_fn=prepare_worker,
-        )
+        self._recipe, self._sources = recipe, sources
+        self._crashes = CrashNotes(self._workers, recipe.data.deadline_s)
+        self._pipeline = functools.partial(WorkerPipeline, recipe, sources, view_tensors, rank, world_size)
+        self._next = start_step * self.accumulation
+        self._processes: list[BaseProcess] = []
         self._batches: Iterator[dict[str, Any]] | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -195,24 +193,70 @@ class TrainStream:
         Raises:
             DataError: a worker met an error that ends the run, or died.
         """
-        if self._batches is None:
-            with _stop_signals_held():
-                self._batches = iter(self._loader)
-        try:
-            batch = next(self._batches)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
-                raise
-            raise DataError(
-                f"a data worker died ({error}). Killed for memory? Then lower data.workers, data.prefetch or "
-                "data.readahead; the kernel log (dmesg) names the process"
-            ) from error
+        while True:
+            if self._batches is None:
+                self._start()
+            assert self._batches is not None
+            try:
+                batch = next(self._batches)
+                break
+            except RuntimeError as error:
+                if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+                    raise
+                self._take_out(error)
         if "error" in batch:
             raise DataError(batch["error"])
+        self._next += 1
         return batch
 
     def close(self) -> None:
         """End the workers."""
+        self._batches = None
+
+    def _start(self) -> None:
+        """Start the workers at the next micro-batch."""
+        loader: DataLoader[dict[str, Any]] = DataLoader(
+            self._pipeline(self._next, self._crashes).dataset(),
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=self._recipe.data.prefetch if self._workers else None,
+            pin_memory=torch.cuda.is_available(),
+            # A forked worker would inherit locks of file system, CUDA and process group threads in any state.
+            multiprocessing_context="spawn" if self._workers else None,
+            worker_init_fn=prepare_worker,
+        )
+        others = set(multiprocessing.active_children())
+        on_death = signal.getsignal(signal.SIGCHLD)
+        with _stop_signals_held():
+            self._batches = iter(loader)
+        if self._workers and threading.current_thread() is threading.main_thread():
+            # The DataLoader's own handler raises wherever the main thread happens to be, in the middle of a step; that
+            # a worker has died is found in time when its micro-batch does not come.
+            signal.signal(signal.SIGCHLD, on_death)
+        self._processes = [process for process in multiprocessing.active_children() if process not in others]
+
+    def _take_out(self, error: RuntimeError) -> None:
+        """After the death of a worker: leave out the sample that caused it, so that the workers can start again.
+
+        Raises:
+            DataError: it was no sample.
+        """
+        dead = [process for process in self._processes if process.exitcode not in (None, 0)]
+        crashed = [process for process in dead if process.exitcode in CRASHES]
+        locations = [location for process in crashed if (location := self._crashes.of(process.pid or 0))]
+        if not locations or len(crashed) < len(dead):
+            raise DataError(
+                f"a data worker died ({error}). Killed for memory? Then lower data.workers, data.prefetch or "
+                "data.readahead; the kernel log (dmesg) names the process"
+            ) from error
+        for source, shard, row in locations:
+            self._crashes.remember((source, shard, row))
+            index = self._sources[source].index
+            logger.warning(
+                "source %s: sample %d of shard %s killed the data worker that decoded it, or kept it busy for %g s "
+                "(data.deadline_s); the workers start again without it",
+                *(self._sources[source].name, row, index.shards[shard].name, self._recipe.data.deadline_s),
+            )
         self._batches = None
 
 

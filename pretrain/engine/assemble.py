@@ -22,6 +22,7 @@ from pretrain.engine.left_out import state_at_start
 from pretrain.engine.report import Reporter
 from pretrain.engine.schedule import Schedule
 from pretrain.engine.step import StepInputs
+from pretrain.engine.supply import Supply
 from pretrain.errors import CheckpointError
 from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
@@ -126,7 +127,7 @@ def build_run(
         built=built,
         inputs=StepInputs(
             engine=built.engine,
-            batches=stream,
+            batches=Supply(stream),
             accumulation=stream.accumulation,
             own_clip=(recipe.optim.clip_grad or math.inf) if unwrapped(recipe) else None,
             ledger=ledger,

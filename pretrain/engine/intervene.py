@@ -20,6 +20,7 @@ from pretrain.engine.evaluate import Best
 from pretrain.engine.guard import Decision
 from pretrain.engine.left_out import guard_state, remember
 from pretrain.engine.step import StepResult
+from pretrain.engine.supply import Supply
 from pretrain.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def rewind(run: Run, step: int, found: Resumable) -> Run:
     stream = open_stream(run.recipe, run.sources, run.ranks, found.step)
     ledger = open_ledger(run.recipe, run.folder, run.sources, run.ranks, found)
     logger.warning("going on from step %d; left out: %s", found.step, run.guard.state.left_out)
-    inputs = replace(run.inputs, batches=stream, ledger=ledger)
+    inputs = replace(run.inputs, batches=Supply(stream), ledger=ledger)
     return replace(run, inputs=inputs, best=Best(**found.state["best"]))
 
 

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.data.bad_samples import BadSampleLedger
-from pretrain.data.stream import TrainStream
 from pretrain.engine.guard import Spike, StepGuard
 from pretrain.engine.incident import Incidents
 from pretrain.engine.optim import set_lr
+from pretrain.engine.supply import Supply
+from pretrain.errors import DataError
 from pretrain.objectives.base import Batch
 from pretrain.runtime.activity import note
 from pretrain.runtime.process_group import Ranks
@@ -39,7 +40,7 @@ class StepInputs:
     """
 
     engine: Any
-    batches: TrainStream
+    batches: Supply
     accumulation: int
     own_clip: float | None
     ledger: BadSampleLedger
@@ -63,6 +64,8 @@ class StepResult:
         spike: Where the loss is a spike, how large.
         stop: Whether any rank was asked to stop.
         bad_samples: Unusable samples so far, all ranks.
+        too_many_bad: Why the run must not go on after this step, where too many samples are unusable.
+        out_of_data: Whether some rank got no data: the step does not count, and the weights are as before it.
         data_s: Seconds spent waiting for data, mean over ranks.
         step_s: Seconds of the whole step.
     """
@@ -75,6 +78,8 @@ class StepResult:
     spike: Spike | None = None
     stop: bool = False
     bad_samples: int = 0
+    too_many_bad: DataError | None = None
+    out_of_data: bool = False
     data_s: float = 0.0
     step_s: float = 0.0
 
@@ -94,6 +99,7 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
         lr: Learning rate of this step.
     """
     engine, started, sums = inputs.engine, time.perf_counter(), _Sums()
+    counted = inputs.ledger.state()
     inputs.incidents.begin(step)
     for micro in range(inputs.accumulation - 1):
         loss = _forward(inputs, step, micro, sums)
@@ -103,6 +109,9 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
     loss = _forward(inputs, step, inputs.accumulation - 1, sums)
     note("all-reduce")
     agreed = agree(sums.metrics, sums.waited, inputs)
+    if agreed.out_of_data:
+        inputs.ledger.reset(counted)  # the samples of this step are served again when the run goes on
+        return StepResult(applied=False, out_of_data=True)
     spike = inputs.guard.spike(agreed.metrics["loss"])
     note("backward")
     engine.backward(poisoned(loss, always=spike is not None and inputs.guard.drops_spikes))
@@ -122,7 +131,8 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
         loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
         spike=spike,
         stop=agreed.stop > 0,
-        bad_samples=round(agreed.bad_samples),
+        bad_samples=round(sum(agreed.samples[1::3])),
+        too_many_bad=inputs.ledger.judge(agreed.samples),
         data_s=agreed.data_s,
         step_s=time.perf_counter() - started,
     )
@@ -176,26 +186,30 @@ class _Agreed:
     data_s: float
     nonfinite: float
     stop: float
-    bad_samples: float
+    out_of_data: float
+    samples: list[float]
 
 
 def agree(sums: dict[str, Tensor], waited: float, inputs: StepInputs) -> _Agreed:
     """One small all-reduce: means of the metrics, and the flags, whose sum is above 0 where any rank raised one."""
     world_size, device = inputs.ranks.world_size, inputs.ranks.device
     names = list(sums)
-    flags = [float(inputs.asked_to_stop()), float(inputs.ledger.total), waited / world_size]
+    flags = [float(inputs.asked_to_stop()), float(inputs.batches.error is not None), waited / world_size]
+    samples = inputs.ledger.numbers()
     nonfinite = (~sums["loss"].isfinite()).double().reshape(1)
     packed = torch.cat(
         [
             torch.stack([sums[name].reshape(()) for name in names]) / world_size,
             nonfinite,
-            torch.tensor(flags, dtype=torch.float64, device=device),
+            torch.tensor([*flags, *samples], dtype=torch.float64, device=device),
         ]
     )
     if world_size > 1:
         dist.all_reduce(packed)
-    *metrics, bad_losses, stop, bad_samples, data_s = packed.tolist()
-    return _Agreed(dict(zip(names, metrics, strict=True)), data_s, bad_losses, stop, bad_samples)
+    found = packed.tolist()
+    bad_losses, stop, out_of_data, data_s, *samples = found[len(names) :]
+    metrics = dict(zip(names, found, strict=False))
+    return _Agreed(metrics, data_s, bad_losses, stop, out_of_data, samples)
 
 
 def clip_or_drop(module: nn.Module, largest: float, incidents: Incidents) -> float:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -29,7 +30,7 @@ from pretrain.engine.folder import RunFolder, describe_start, open_folder
 from pretrain.engine.intervene import intervene, pass_over
 from pretrain.engine.schedule import build_schedule, every_steps, pictures_every_steps
 from pretrain.engine.step import StepResult, to_device, train_step
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, DataError
 from pretrain.objectives.base import Batch
 from pretrain.recipe.schema import Recipe
 from pretrain.recipe.show import show_recipe
@@ -112,6 +113,7 @@ def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: S
 
 def _loop(run: Run, steps_done: int) -> int:
     """Train from `steps_done` to the end; returns the exit code."""
+    saved = steps_done
     save_every = every_steps(run.recipe, run.schedule)
     pictures_every = pictures_every_steps(run.recipe, run.schedule)
     shown = _shown_clips(run) if pictures_every else {}
@@ -124,12 +126,14 @@ def _loop(run: Run, steps_done: int) -> int:
         else:
             run.built.engine.module.before_step(steps_done, run.schedule.steps_per_epoch)
             result = train_step(run.inputs, steps_done, lr)
+            if result.out_of_data:
+                _end_with(run, steps_done, run.inputs.batches.agreed_error(run.ranks), saved)
             steps_done += 1
             run.watchdog.step_done(steps_done)
             run.reporter.step(steps_done, lr, result)
             run, went_back = intervene(run, steps_done, lr, result)
             if went_back is not None:
-                steps_done = went_back
+                saved = steps_done = went_back
                 continue
         if result.applied:
             run.built.engine.module.after_step()
@@ -144,6 +148,9 @@ def _loop(run: Run, steps_done: int) -> int:
         if steps_done % save_every == 0 or is_best or last or result.stop:
             with run.watchdog.long("save"):
                 _save(run, steps_done)
+            saved = steps_done
+        if result.too_many_bad is not None:
+            _end_with(run, steps_done, result.too_many_bad, saved)
         if result.stop and not last:
             return _finish(run, steps_done, EXIT_REQUEUE, run.stop.reason or "stopped as another rank was asked to")
     return _finish(run, steps_done, 0, "done")
@@ -182,6 +189,16 @@ def _finish(run: Run, steps_done: int, exit_code: int, reason: str) -> int:
     if not_uploaded and exit_code == 0:
         raise CheckpointError(not_uploaded)
     return exit_code
+
+
+def _end_with(run: Run, steps_done: int, error: DataError, saved: int) -> NoReturn:
+    """End the run on all ranks for want of data; what was trained is kept, so that it can go on once data are back."""
+    if steps_done > saved:
+        with run.watchdog.long("save"):
+            _save(run, steps_done)
+    _finish(run, steps_done, 1, f"stopped: {error}")
+    dist.barrier()  # a launcher ends all ranks as soon as one leaves: none may, before rank 0 has published
+    raise error
 
 
 def _save(run: Run, steps_done: int) -> None:

@@ -4,7 +4,6 @@ Object-store clients retry by themselves, nested, for up to half an hour on a se
 bounds the whole, and no call returns later.
 """
 
-import logging
 import posixpath
 import shutil
 import threading
@@ -18,8 +17,8 @@ import fsspec
 import tenacity
 
 from pretrain.errors import StorageError
+from pretrain.runtime.outage import OUTAGES
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: Errors that trying again can't cure.
@@ -62,8 +61,18 @@ def is_local(url: str) -> bool:
     return fsspec.utils.get_protocol(url) in ("file", "local")
 
 
-def read_bytes(url: str, start: int | None = None, end: int | None = None, deadline_s: float = 300.0) -> bytes:
+def read_bytes(
+    url: str, start: int | None = None, end: int | None = None, deadline_s: float = 300.0, denied_for_good: bool = True
+) -> bytes:
     """The bytes of `url`, or of its range [start, end).
+
+    Args:
+        url: Where.
+        start: First byte.
+        end: Byte after the last.
+        deadline_s: Longest time of all attempts together, seconds.
+        denied_for_good: Whether a denied access is an error at once. Where the same credentials have worked before, it
+            may pass: keys are rotated, and a new one takes a while to be known everywhere.
 
     Raises:
         StorageError: still failing when `deadline_s` has passed, or failing for good.
@@ -73,12 +82,14 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None, deadl
         fs, path = filesystem(url)
         data: bytes = fs.cat_file(path, start=start, end=end)
         if start is not None and end is not None and len(data) != end - start:
+            if int(fs.size(path)) >= end:
+                raise ConnectionError(f"the answer ended after {len(data)} of {end - start} bytes")
             raise StorageError(
                 f"{url}: {len(data)} bytes from {start} on instead of {end - start}: shorter than its index says"
             )
         return data
 
-    return _retried(read, url, "reading", deadline_s)
+    return _retried(read, url, "reading", deadline_s, denied_for_good=denied_for_good)
 
 
 def write_bytes(url: str, data: bytes, deadline_s: float = 300.0) -> None:
@@ -107,14 +118,14 @@ def exists(url: str, deadline_s: float = 60.0) -> bool:
     return _retried(look, url, "looking for", deadline_s)
 
 
-def size(url: str, deadline_s: float = 60.0) -> int:
-    """Size of a file in bytes."""
+def size(url: str, deadline_s: float = 60.0, denied_for_good: bool = True) -> int:
+    """Size of a file in bytes; see `read_bytes` for the arguments."""
 
     def look() -> int:
         fs, path = filesystem(url)
         return int(fs.size(path))
 
-    return _retried(look, url, "looking for", deadline_s)
+    return _retried(look, url, "looking for", deadline_s, denied_for_good=denied_for_good)
 
 
 def list_names(url: str, deadline_s: float = 60.0) -> list[str]:
@@ -239,8 +250,16 @@ def transient(error: BaseException) -> bool:
     return kind.__module__.split(".")[0] in CLIENTS and kind.__name__ not in SETTINGS
 
 
-def _retried(call: Callable[[], T], url: str, what: str, deadline_s: float, attempt_s: float | None = None) -> T:
-    end = time.monotonic() + deadline_s
+def _retried(
+    call: Callable[[], T],
+    url: str,
+    what: str,
+    deadline_s: float,
+    attempt_s: float | None = None,
+    denied_for_good: bool = True,
+) -> T:
+    begin = time.monotonic()
+    end = begin + deadline_s
     longest = max(ATTEMPT_S, deadline_s / 4) if attempt_s is None else attempt_s
     # Only network clients can hang for ever; a local or in-memory call needs no thread to be given up on.
     remote = fsspec.utils.get_protocol(url) not in ("file", "local", "memory")
@@ -248,19 +267,30 @@ def _retried(call: Callable[[], T], url: str, what: str, deadline_s: float, atte
     def attempt() -> T:
         return _within(call, min(longest, max(end - time.monotonic(), 0.1))) if remote else call()
 
+    def retry(error: BaseException) -> bool:
+        return transient(error) or (remote and not denied_for_good and isinstance(error, PermissionError))
+
+    def tell(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        OUTAGES.failed(f"{what} {url}", error or TimeoutError(), end - time.monotonic())
+
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(deadline_s) | tenacity.stop_before_delay(deadline_s),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=20),
-        retry=tenacity.retry_if_exception(transient),
-        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
+        retry=tenacity.retry_if_exception(retry),
+        before_sleep=tell,
         reraise=True,
     )
     try:
-        return retrying(attempt)
+        result = retrying(attempt)
     except StorageError:
         raise
     except Exception as error:
-        raise StorageError(f"{what} {url}: {type(error).__name__}: {error}") from error
+        tried = f" (tried again for {time.monotonic() - begin:.0f} s)" if retry(error) else ""
+        raise StorageError(f"{what} {url}: {type(error).__name__}: {error}{tried}") from error
+    if retrying.statistics["attempt_number"] > 1:
+        OUTAGES.recovered(f"{what} {url}", time.monotonic() - begin)
+    return result
 
 
 def _within(call: Callable[[], T], seconds: float) -> T:

@@ -13,8 +13,9 @@ import threading
 import time
 from collections import Counter
 
-THROTTLED = b"""<?xml version="1.0" encoding="UTF-8"?>
-<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"""
+#: Answers of a store that does not want to: status line and body.
+THROTTLED = ("503 Slow Down", "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>")
+DENIED = ("403 Forbidden", "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 
 
 class FaultProxy:
@@ -31,6 +32,7 @@ class FaultProxy:
         cut: Share of requests whose connection is reset in mid-answer.
         cut_after: Bytes of the answer (head included) that come before that reset.
         hangs: While True, requests get no answer at all; they get one when it is False again.
+        denies: While True, requests get 403 AccessDenied.
         refuses: While True, every connection is reset at once, as if no server were there.
         bytes_per_s: Most bytes a second of each direction of a connection; 0: as fast as it goes.
         only: Regular expression for "METHOD /path?query"; others pass unharmed.
@@ -54,7 +56,7 @@ class FaultProxy:
         self.latency_s = (0.0, 0.0)
         self.throttled = self.cut = 0.0
         self.cut_after = 1000
-        self.hangs = self.refuses = False
+        self.hangs = self.denies = self.refuses = False
         self.bytes_per_s = 0
         self.only = ""
 
@@ -96,9 +98,10 @@ class FaultProxy:
             _reset(client)
         elif hit and self._random.random() < self.throttled:
             self.seen["throttled"] += 1
-            _drain(client, head, rest)
-            length = f"HTTP/1.1 503 Slow Down\r\nContent-Length: {len(THROTTLED)}\r\n".encode()
-            client.sendall(length + b"Content-Type: application/xml\r\nConnection: close\r\n\r\n" + THROTTLED)
+            _answer(client, head, rest, *THROTTLED)
+        elif hit and self.denies:
+            self.seen["denied"] += 1
+            _answer(client, head, rest, *DENIED)
         else:
             cut = hit and self._random.random() < self.cut
             self.seen["cut"] += cut
@@ -144,6 +147,12 @@ def _read_head(client: socket.socket) -> tuple[bytes, bytes]:
         data += more
     end = data.index(b"\r\n\r\n") + 4
     return data[:end], data[end:]
+
+
+def _answer(client: socket.socket, head: bytes, rest: bytes, status: str, body: str) -> None:
+    _drain(client, head, rest)
+    lines = (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Content-Type: application/xml", "Connection: close")
+    client.sendall("\r\n".join([*lines, "", "" if head.startswith(b"HEAD ") else body]).encode())
 
 
 def _drain(client: socket.socket, head: bytes, rest: bytes) -> None:

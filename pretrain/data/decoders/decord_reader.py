@@ -1,5 +1,6 @@
 """decord (FFmpeg 4.1): the default. Unmaintained since 2021; no AV1, inexact on some AVI and MPEG-PS files."""
 
+import contextlib
 import io
 import os
 
@@ -21,6 +22,8 @@ class DecordReader(VideoReader):
     """Reads with decord.VideoReader."""
 
     def __init__(self, data: bytes) -> None:
+        if _without_index(data):
+            raise SampleError("open", "an AVI file without its index, which kills decord where the file is cut")
         try:
             # fault_tol=0: an error instead of a neighbouring frame that silently stands for a damaged one.
             self._reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1, fault_tol=0)
@@ -32,7 +35,7 @@ class DecordReader(VideoReader):
     def _decode(self, wanted: list[int]) -> npt.NDArray[np.uint8]:
         try:
             frames: npt.NDArray[np.uint8] = self._reader.get_batch(wanted).asnumpy()
-        except (decord.DECORDError, decord.DECORDLimitReachedError) as error:
+        except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as error:
             raise SampleError("decode", _first_words(error)) from error
         return frames
 
@@ -40,7 +43,14 @@ class DecordReader(VideoReader):
         """Rewind, which stops decoding in the background (decord #208: memory grows otherwise), and free."""
         reader, self._reader = self._reader, None
         if reader is not None:
-            reader.seek(0)
+            # A file that can't be read from its beginning has nothing that could go on decoding.
+            with contextlib.suppress(RuntimeError, decord.DECORDError):
+                reader.seek(0)
+
+
+def _without_index(data: bytes) -> bool:
+    """Whether this is an AVI file that has lost its index; a RIFF file may have two kinds."""
+    return data[:4] == b"RIFF" and data[8:12] == b"AVI " and data.rfind(b"idx1") < 0 and data.find(b"indx") < 0
 
 
 def _first_words(error: Exception) -> str:

@@ -17,7 +17,7 @@ from pretrain.data.pack.options import Options
 from pretrain.data.pack.probe import Facts, probe
 from pretrain.data.pack.sources import IMAGE_EXTENSIONS, Item, extension_of
 from pretrain.data.pack.verify import check_random_reads, sequential_signatures
-from pretrain.errors import SampleError, StorageError
+from pretrain.errors import DataError, SampleError, StorageError
 from pretrain.runtime import storage
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def select_frames(item: Item) -> list[str]:
     try:
         names = [name for name in storage.find(item.path) if extension_of(name) in IMAGE_EXTENSIONS and "/" not in name]
     except StorageError as error:
-        raise SampleError("missing", str(error)) from error
+        raise _refusal(error) from error
     if not names:
         raise SampleError("missing", "no such folder, or no pictures in it; relative paths start at --data-root")
     names.sort(key=lambda name: (_number(name), name))
@@ -204,6 +204,14 @@ def _fetch(path: str) -> bytes:
     try:
         return storage.read_bytes(path)
     except StorageError as error:
-        raise SampleError(
-            "missing" if isinstance(error.__cause__, FileNotFoundError) else "storage", str(error)
-        ) from error
+        raise _refusal(error) from error
+
+
+def _refusal(error: StorageError) -> SampleError | DataError:
+    """What follows for the video: it is missing or denied; or, where the store does not answer, nothing, and the
+    packing stops: the next video would fare no better."""
+    if isinstance(error.__cause__, FileNotFoundError):
+        return SampleError("missing", str(error))
+    if isinstance(error.__cause__, PermissionError):
+        return SampleError("storage", str(error))
+    return DataError(f"{error}; when the store answers again, start the same command: packing goes on where it was")

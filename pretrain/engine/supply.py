@@ -1,0 +1,71 @@
+"""The micro-batches of a rank, and how a run ends when one rank gets no more.
+
+A rank that just raised would leave the others waiting in a collective call, and the steps since the last checkpoint
+would be lost. So it goes on with a stand-in to where all ranks agree on the step, and all end there, with a checkpoint.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from pretrain.data.stream import StreamPlan, TrainStream
+from pretrain.errors import DataError
+from pretrain.objectives.base import Batch
+from pretrain.runtime.process_group import Ranks, gather_objects
+
+logger = logging.getLogger(__name__)
+
+
+class Supply:
+    """Endless micro-batches.
+
+    Args:
+        stream: The rank's stream.
+
+    Attributes:
+        error: Why the stream ended; since then the last micro-batch is handed out again, without samples to count.
+    """
+
+    def __init__(self, stream: TrainStream) -> None:
+        self._stream = stream
+        self._last: Batch | None = None
+        self.error: DataError | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next micro-batch, or a stand-in after an error.
+
+        Raises:
+            DataError: there has been no micro-batch yet, and so no step that could be lost.
+        """
+        if self.error is None:
+            try:
+                self._last = next(self._stream)
+            except DataError as error:
+                if self._last is None:
+                    raise
+                logger.error("no more data: %s", error)
+                self.error = error
+                self._last = self._last | {"bad": [], "source": torch.empty(0), "view": torch.empty(0)}
+        assert self._last is not None
+        return self._last
+
+    @property
+    def plan(self) -> StreamPlan:
+        """The stream's order."""
+        return self._stream.plan
+
+    def close(self) -> None:
+        """End the stream's workers."""
+        self._stream.close()
+
+    def agreed_error(self, ranks: Ranks) -> DataError:
+        """What ended the data of some rank; all ranks call this after they have agreed that one has no more."""
+        said = gather_objects(ranks, None if self.error is None else str(self.error))
+        rank, first = next((rank, text) for rank, text in enumerate(said) if text is not None)
+        others = sum(text is not None for text in said) - 1
+        also = f" ({others} more ranks report the like)" if others else ""
+        return DataError(f"rank {rank}: {first}{also}" if ranks.world_size > 1 else first)

@@ -1,0 +1,81 @@
+"""A sample that crashes or hangs its decoder costs itself, not the run; a worker that is killed ends it."""
+
+import dataclasses
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from pretrain.data.samples import CroppedViews, Place, SampleViews, SourceInfo
+from pretrain.data.stream import TrainStream, open_sources
+from pretrain.errors import DataError
+from pretrain.objectives.videomae import view_tensors
+
+MakeRecipe = Callable[..., Any]
+STEPS = 3
+
+
+@dataclasses.dataclass
+class Deadly(SampleViews):
+    """Ordinary views, but some samples kill the process that makes them, or keep it for ever."""
+
+    views: CroppedViews
+    ends: dict[str, str]
+
+    def __call__(self, place: Place, source: SourceInfo, members: dict[str, Any]) -> dict[str, np.ndarray]:
+        end = self.ends.get(members["__key__"])
+        if end == "hang":
+            time.sleep(1000)
+        if end:
+            os.kill(os.getpid(), getattr(signal, end))
+            time.sleep(1000)
+        return self.views(place, source, members)
+
+
+def open_stream(recipe: Any, ends: dict[str, str]) -> TrainStream:
+    views = Deadly(CroppedViews(recipe.data, recipe.run.seed, view_tensors(recipe)), ends)
+    return TrainStream(recipe, open_sources(recipe), views, 0, 1)
+
+
+def take(stream: TrainStream) -> list[dict[str, Any]]:
+    batches = [next(stream) for _ in range(STEPS * stream.accumulation)]
+    stream.close()
+    return batches
+
+
+def test_crash_and_hang_cost_the_sample_only(
+    make_recipe: MakeRecipe, two_sources: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed = take(open_stream(make_recipe({"b": two_sources["b"]}, samples=4), {}))
+    keys = [key for batch in undisturbed for key in batch["key"]]
+    ends = {keys[3]: "SIGSEGV", keys[8]: "hang"}
+    recipe = make_recipe({"b": two_sources["b"]}, samples=4, workers=2, deadline_s=20.0)
+    with caplog.at_level(logging.WARNING):
+        batches = take(open_stream(recipe, ends))
+    found = [key for batch in batches for key in batch["key"]]
+    assert [new for new, old in zip(found, keys, strict=True) if old not in ends] == [k for k in keys if k not in ends]
+    assert not set(found) & ends.keys()
+    bad = {record.key: record.reason for batch in batches for record in batch["bad"]}
+    assert bad == dict.fromkeys(ends, "crash")
+    assert caplog.text.count("killed the data worker that decoded it") == 2
+
+
+def test_a_worker_that_is_killed_from_outside_ends_the_run(
+    make_recipe: MakeRecipe, two_sources: dict[str, str]
+) -> None:
+    """As the kernel does when memory runs out: no sample is to blame, and starting again would hide it."""
+    stream = open_stream(make_recipe({"b": two_sources["b"]}, samples=4, workers=1), {})
+    next(stream)
+    workers = [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
+    for worker in workers:
+        worker.kill()
+    with pytest.raises(DataError, match="a data worker died .* Killed for memory"):
+        for _ in range(100):
+            next(stream)
+    stream.close()

