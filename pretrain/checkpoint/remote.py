@@ -6,7 +6,7 @@ is removed, which is done first; so no reader ever takes a part for the whole.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from pretrain.checkpoint import folders
@@ -94,7 +94,7 @@ class RemoteCheckpoints:
         self.unpublish(step)
         storage.remove(self.of(step), self.deadline_s)
 
-    def retire(self, keep_last: int, keep_every_steps: int | None, keep: set[int]) -> list[int]:
+    def retire(self, keep_last: int, keep_every_steps: int | None, keep: Set[int]) -> list[int]:
         """Remove what the rule of retention does not keep; returns the steps."""
         steps = self.steps()
         kept = folders.retained(steps, keep_last, keep_every_steps) | keep

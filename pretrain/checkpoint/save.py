@@ -17,7 +17,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ class Saver:
             return
         self._published_s = max(self._published_s, time.monotonic() - started)
         if self._uploader is not None:
-            self._uploader.offer(content.step)
+            self._uploader.offer(content.step, content.keep)
 
     def _write_part(self, folder: Path, content: Content, collected: Collected) -> str:
         """Write this rank's files; a JSON message for rank 0: sizes and hashes, or what went wrong."""
@@ -250,18 +250,25 @@ def _reason(folder: Path) -> OSError | None:
     return None
 
 
-def open_saver(root: Path, ranks: Ranks, options: Checkpoint, keep_every_steps: int | None) -> Saver:
-    """The saver of a run, with what uploads its checkpoints where the recipe says so; all ranks call it together."""
+def open_saver(
+    root: Path, ranks: Ranks, options: Checkpoint, keep_every_steps: int | None, keep: Set[int] = frozenset()
+) -> Saver:
+    """The saver of a run, with what uploads its checkpoints where the recipe says so; all ranks call it together.
+
+    `keep` are the steps that must not be removed, until the first save says which.
+    """
     # A space of its own for each run: several may follow one another in one set of processes.
     board = Board(from_first(ranks, secrets.token_hex(8)))
     remote, uploader = open_remote(options), None
     if remote is not None:
         extras = tuple(root.parent / name for name in RECORDS)
-        uploader = Uploader(root, remote, ranks, board, options.keep_last, keep_every_steps, extras)
+        uploader = Uploader(root, remote, ranks, board, options.keep_last, keep_every_steps, extras, keep)
     return Saver(root, ranks, options, keep_every_steps, board, uploader)
 
 
-def upload_rest(root: Path, ranks: Ranks, options: Checkpoint, keep_every_steps: int | None) -> None:
+def upload_rest(
+    root: Path, ranks: Ranks, options: Checkpoint, keep_every_steps: int | None, keep: Set[int] = frozenset()
+) -> None:
     """Upload what a finished run could not upload before.
 
     Raises:
@@ -269,7 +276,7 @@ def upload_rest(root: Path, ranks: Ranks, options: Checkpoint, keep_every_steps:
     """
     if not options.upload:
         return
-    saver = open_saver(root, ranks, options, keep_every_steps)
+    saver = open_saver(root, ranks, options, keep_every_steps, keep)
     missing = saver.finish()
     saver.close()
     if missing:

@@ -9,6 +9,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pretrain.checkpoint.board import Board
 from pretrain.checkpoint.manifest import read_manifest, write_durably
 from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.errors import TubeletError
-from pretrain.runtime.disk import Tolerance
+from pretrain.runtime.disk import Tolerance, advice
 from pretrain.runtime.process_group import Ranks
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Uploader:
         board: Messages between ranks.
         keep_last: Newest checkpoints that stay at `remote`.
         keep_every_steps: One of every so many steps stays there for good; None: none.
+        keep: Further steps that stay there.
         extras: Further files of the run folder that go along (rank 0), such as metrics.jsonl.
     """
 
@@ -51,6 +53,7 @@ class Uploader:
         keep_last: int,
         keep_every_steps: int | None,
         extras: tuple[Path, ...] = (),
+        keep: Set[int] = frozenset(),
     ) -> None:
         self._root, self._remote, self._ranks, self._board = root, remote, ranks, board
         self._keep_last, self._keep_every_steps, self._extras = keep_last, keep_every_steps, extras
@@ -60,14 +63,16 @@ class Uploader:
         self._current: int | None = None
         self._ending = False
         self._number = 0
+        self._keep = keep
         self._tolerate = Tolerance()
         self.longest_s = 0.0
         self._thread = threading.Thread(target=self._lead if ranks.first else self._follow, name="upload", daemon=True)
         self._thread.start()
 
-    def offer(self, step: int) -> None:
-        """A checkpoint was published (rank 0 acts on it): upload it, then what failed before."""
+    def offer(self, step: int, keep: Set[int] = frozenset()) -> None:
+        """A checkpoint was published (rank 0 acts on it): upload it, then what failed before; `keep` stay as well."""
         with self._changed:
+            self._keep = keep
             self._uploaded.discard(step)
             self._failed.clear()
             self._changed.notify()
@@ -88,9 +93,11 @@ class Uploader:
             self._ending = True
             self._changed.notify()
         self._thread.join()
-        if not self._failed:
+        missing = self._waiting() if self._ranks.first else set()
+        if not missing:
             return ""
-        step, reason = max(self._failed.items())
+        step = max(missing)
+        reason = self._failed.get(step, "the upload thread ended (see the log)")
         return (
             f"{folders.folder_of(self._root, step)} could not be uploaded to {self._remote}: {reason}. It is whole on "
             "the local disk: start the same command again when the store answers, and it is uploaded"
@@ -127,15 +134,23 @@ class Uploader:
         """The newest step that waits, as soon as there is one; None: nothing waits and `finish` was called."""
         with self._changed:
             while True:
-                steps = [folders.step_of(folder) for folder in folders.published(self._root)]
-                wanted = folders.retained(steps, self._keep_last, self._keep_every_steps)
-                waiting = wanted - self._uploaded - self._failed.keys()
+                waiting = self._waiting() - self._failed.keys()
                 if waiting:
                     self._current = max(waiting)
                     return self._current
                 if self._ending or self._board.closed:
                     return None
                 self._changed.wait(timeout=1.0)
+
+    def _waiting(self) -> set[int]:
+        """Steps that are on the disk, are to be kept, and are not in the store."""
+        try:
+            steps = [folders.step_of(folder) for folder in folders.published(self._root)]
+        except OSError as error:
+            logger.warning("%s can't be listed: %s", self._root, advice(error))
+            return set()
+        wanted = folders.retained(steps, self._keep_last, self._keep_every_steps) | self._keep & set(steps)
+        return wanted - self._uploaded
 
     def _upload_with_all(self, step: int) -> str:
         """Rank 0's side of one upload; what went wrong on any rank, else an empty string."""
@@ -154,7 +169,7 @@ class Uploader:
                 self._remote.upload_beside(path)
         self._remote.publish(manifest)
         try:
-            self._remote.retire(self._keep_last, self._keep_every_steps, {step})
+            self._remote.retire(self._keep_last, self._keep_every_steps, {step} | self._keep)
         except TubeletError as error:
             logger.warning("%s: old checkpoints could not be removed: %s", self._remote, error)
         return ""

@@ -118,6 +118,7 @@ def build_run(
         load(built.engine, found, layout(recipe, ranks), built.groups)
     ledger = open_ledger(recipe, folder, sources, ranks, found)
     guard = StepGuard(recipe.guard, state_at_start(folder.guard, ranks, found.state if found else None))
+    best = Best(**found.state["best"]) if found else Best()
     return Run(
         recipe=recipe,
         ranks=ranks,
@@ -143,13 +144,14 @@ def build_run(
             ranks,
             recipe.checkpoint,
             keep_every(recipe, schedule),
+            best.steps,
         ),
         reporter=Reporter(recipe, folder, schedule, ranks, first_step),
         stop=stop,
         watchdog=watchdog,
         evaluation=open_evaluation(recipe, ranks),
         health=open_health(recipe, ranks, built.engine.module),
-        best=Best(**found.state["best"]) if found else Best(),
+        best=best,
     )
 
 

@@ -25,6 +25,7 @@ from pretrain.engine.assemble import (
     open_stream,
 )
 from pretrain.engine.doctor import check_hosts
+from pretrain.engine.evaluate import Best
 from pretrain.engine.evaluate import every_steps as evaluate_every_steps
 from pretrain.engine.folder import RunFolder, describe_start, open_folder
 from pretrain.engine.intervene import intervene, pass_over
@@ -89,7 +90,8 @@ def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: S
             remote.supersede_after(found.step)
         if found.step >= schedule.last:
             logger.info("%s: finished, %d of %d steps are done", folder.root, found.step, schedule.last)
-            upload_rest(folder.checkpoints, ranks, recipe.checkpoint, keep_every(recipe, schedule))
+            best = Best(**found.state["best"])
+            upload_rest(folder.checkpoints, ranks, recipe.checkpoint, keep_every(recipe, schedule), best.steps)
             return 0
     if ranks.first:
         describe_start(folder, recipe)
@@ -185,6 +187,7 @@ def _check_health(run: Run, steps_done: int) -> None:
 def _finish(run: Run, steps_done: int, exit_code: int, reason: str) -> int:
     with run.watchdog.long("publish"):
         not_uploaded = run.saver.finish()
+    run.stop.saved_in(run.saver.longest_s)
     run.reporter.summary(steps_done, exit_code, reason)
     if not_uploaded and exit_code == 0:
         raise CheckpointError(not_uploaded)

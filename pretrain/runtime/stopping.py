@@ -71,7 +71,8 @@ class StopWatch:
         if seconds > self._save_s:
             self._save_s = seconds
             if self._first:
-                self._timings.write_text(json.dumps({"save_s": round(seconds, 3)}) + "\n", encoding="utf-8")
+                with contextlib.suppress(OSError):  # measured anew by the next save
+                    self._timings.write_text(json.dumps({"save_s": round(seconds, 3)}) + "\n", encoding="utf-8")
         self._check_lead()
 
     def asked(self) -> bool:

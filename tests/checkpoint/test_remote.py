@@ -202,3 +202,15 @@ def test_readers_of_weights_get_a_local_copy(
     assert local_copy(f"{URL}/checkpoints/step_00000003", tmp_path / "cache").name == "step_00000003"
     assert str(local_copy("s3://bucket/other.pth", tmp_path / "cache")).endswith("other.pth")
     assert local_copy(tmp_path) == tmp_path
+
+
+def test_the_best_checkpoint_stays_in_the_store(
+    tmp_path: Path, s3_server: Any, remote: RemoteCheckpoints, uploader: Any
+) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    one = uploader(remote)
+    for step in (1, 2, 3, 4):
+        publish(root, step)
+        one.offer(step, {2})
+    assert one.finish() == ""
+    assert remote.steps() == [2, 3, 4]
