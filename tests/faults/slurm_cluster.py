@@ -155,6 +155,10 @@ class SlurmCluster:
         """Living processes of the cluster or of one node: daemons, steps, and what jobs run."""
         return [process for process in psutil.process_iter() if self._owns(process, node)]
 
+    def running(self, node: str, word: str) -> list[psutil.Process]:
+        """Processes of a node with that word in their command line, such as launch/pretrain.py: its ranks."""
+        return [process for process in self.processes(node) if word in _command(process)]
+
     def _owns(self, process: psutil.Process, node: str | None) -> bool:
         """Whether a process is of this cluster: by its environment or, as step daemons hide theirs, by its log."""
         try:
@@ -264,6 +268,13 @@ def kill(processes: list[psutil.Process]) -> None:
         except psutil.NoSuchProcess:
             pass
     psutil.wait_procs(processes, timeout=1)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return []
 
 
 def _seconds_until(moment: str) -> float:

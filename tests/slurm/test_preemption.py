@@ -3,8 +3,6 @@
 `loses nothing`: the losses of all steps are, bit for bit, those of a run that nothing happened to.
 """
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +52,7 @@ def test_usr1_a_killed_rank_and_scontrol_requeue(site: Any, undisturbed: list[fl
     job = disturbed(site, "three")
     site.cluster.run("scancel", "--batch", "--signal=USR1", job)
     again(site, "three", job, restarts=1, step=65)
-    ranks = [process for process in site.cluster.processes("n2") if "launch/pretrain.py" in process.cmdline()]
-    os.kill(ranks[0].pid, signal.SIGKILL)
+    site.cluster.running("n2", "launch/pretrain.py")[0].kill()
     again(site, "three", job, restarts=2, step=95)
     site.cluster.run("scontrol", "requeue", job)
     said = came_back(site, "three", job, undisturbed, restarts=3)
