@@ -101,7 +101,24 @@ def _problem(arguments: argparse.Namespace, words: list[str]) -> str:
         return "run.dir=FOLDER is missing: a folder that all nodes see; the job is stopped and judged through its files"
     if "--recipe" not in words and not any(word.startswith("--recipe=") for word in words):
         return "--recipe NAME is missing"
+    seconds = limit_seconds(arguments.time)
+    if seconds is not None and seconds < 2 * arguments.stop_lead:
+        return (
+            f"--time {arguments.time} is {seconds} s, and --stop-lead takes the last {arguments.stop_lead} s of it: the job "
+            "would do little but start and stop; allowed: at least twice the lead"
+        )
     return ""
+
+
+def limit_seconds(text: str) -> int | None:
+    """Seconds of Slurm's `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`; None for anything else, which Slurm judges."""
+    days, dash, clock = text.rpartition("-")
+    numbers = clock.split(":")
+    if not all(number.isdecimal() for number in [*numbers, *([days] if dash else [])]) or len(numbers) > 3:
+        return None
+    units = [3600, 60, 1] if dash or len(numbers) == 3 else [60, 1]
+    clock_s = sum(int(number) * unit for number, unit in zip(numbers, units, strict=False))
+    return 86400 * int(days or 0) + clock_s
 
 
 def sbatch_command(

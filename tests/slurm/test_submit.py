@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.commands.submit import ROOT, main
+from pretrain.commands.submit import ROOT, limit_seconds, main
 
 RUN = ["--recipe", "vit_b_dual", "run.dir=/shared/run"]
 
@@ -58,6 +58,7 @@ def test_containers(capsys: pytest.CaptureFixture[str], kind: str, expected: str
         (["pretrain", "--recipe", "vit_b_dual"], "run.dir=FOLDER is missing"),
         (["pretrain", "run.dir=/x"], "--recipe NAME is missing"),
         (["pack"], "SOURCE and DEST"),
+        (["pretrain", "--time", "5", *RUN], "--time 5 is 300 s"),
     ],
 )
 def test_what_is_missing_is_said_before_the_queue(
@@ -66,6 +67,15 @@ def test_what_is_missing_is_said_before_the_queue(
     with pytest.raises(SystemExit) as leave:
         main(words)
     assert leave.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5", 300), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-0:0:5", 86405)]
+    + [("UNLIMITED", None), ("1:2:3:4", None), ("a-1", None), ("", None)],
+)
+def test_time_limits_as_slurm_writes_them(text: str, seconds: int | None) -> None:
+    assert limit_seconds(text) == seconds
 
 
 def test_it_runs_where_the_templates_find_the_repository(
