@@ -104,14 +104,14 @@ def _problem(arguments: argparse.Namespace, words: list[str]) -> str:
     seconds = limit_seconds(arguments.time)
     if seconds is not None and seconds < 2 * arguments.stop_lead:
         return (
-            f"--time {arguments.time} is {seconds} s, and --stop-lead takes the last {arguments.stop_lead} s of it: the job "
-            "would do little but start and stop; allowed: at least twice the lead"
+            f"--time {arguments.time} is {seconds} s, and --stop-lead takes the last {arguments.stop_lead} s of it: "
+            "the job would do little but start and stop; allowed: at least twice the lead"
         )
     return ""
 
 
 def limit_seconds(text: str) -> int | None:
-    """Seconds of Slurm's `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`; None for anything else, which Slurm judges."""
+    """Seconds of Slurm's `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`; None for anything else: Slurm judges it."""
     days, dash, clock = text.rpartition("-")
     numbers = clock.split(":")
     if not all(number.isdecimal() for number in [*numbers, *([days] if dash else [])]) or len(numbers) > 3:
