@@ -164,7 +164,7 @@ def table(report: dict[str, Any]) -> str:
     seeds = sorted({run["seed"] for run in runs})
     lines = [
         f"{report['date']}, {report['machine']}. {len(seeds)} seeds; mean and standard deviation of top-1 on "
-        f"{tested[0]['videos']:.0f} clips of performers that were never trained on; chance "
+        f"{tested[0]['videos']:.0f} clips that were not trained on; chance "
         f"{100 / tested[0]['classes']:.1f} %. Without a spread: one seed.\n",
         "| method | trained parameters | peak memory | pre-trained | from scratch |\n|---|---|---|---|---|",
     ]

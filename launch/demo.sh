@@ -27,6 +27,10 @@ say "2/8 pack it into shards with an index; performers and scenes of the held-ou
 show python launch/pack.py tests/assets/actions/manifest.csv $TUBELET_DATA/actions --where split=train --copy
 show python launch/pack.py $cache/camera/bikes.mp4 $cache/camera/bigbuckbunny.mp4 $TUBELET_DATA/camera --short-side 128
 show python launch/pack.py tests/assets/actions/manifest.csv $TUBELET_DATA/held_out --where split=test --copy
+show python launch/pack.py tests/assets/actions/manifest.csv $TUBELET_DATA/new_performer \
+    --where who=woman --where tone=dark,medium,light --copy
+show python launch/pack.py tests/assets/actions/manifest.csv $TUBELET_DATA/new_performer_test \
+    --where who=woman --where tone=medium-dark,medium-light,yellow --copy
 show python launch/pack.py $cache/camera/carphone_pristine.mp4 $TUBELET_DATA/held_out_camera --short-side 128
 
 say "3/8 the plan, before anything is computed"
@@ -55,7 +59,7 @@ show "${train[@]}"
 say "6/8 what the model makes of performers and scenes that it has never seen"
 show python launch/reconstruct.py $run $TUBELET_DATA/held_out $TUBELET_DATA/held_out_camera
 
-say "7/8 fine-tune it to name 27 actions, and the same network from random weights with the same budget, side by side"
+say "7/8 fine-tune it to name 27 actions of a new performer from 3 clips of each, and the same network from random weights"
 tune=(python launch/finetune.py --recipe demo_finetune "${tuning[@]}")
 show "${tune[@]}" run.dir=$run/from_scratch >$run/from_scratch.log 2>&1 &
 scratch=$!
@@ -66,6 +70,6 @@ show "${tune[@]}" run.dir=$run/pretrained run.init_weights=$run
 wait $scratch || { cat $run/from_scratch.log; exit 1; }
 trap - EXIT
 
-say "8/8 accuracy on performers that neither of them has seen, and what the model says of some of their clips"
+say "8/8 accuracy on 81 other clips, which neither of them has seen, and what the model says of some of them"
 show python launch/finetune.py --compare $run/pretrained $run/from_scratch
 printf 'picture: %s\n' $run/pretrained/predictions/*/examples.png

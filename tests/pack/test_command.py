@@ -101,7 +101,9 @@ def test_where_and_labels_from_a_manifest(videos: Path, tmp_path: Path) -> None:
     lines = ["path,label,split", *(f"class0/v{n}.mp4,{n},{'test' if n == 3 else 'train'}" for n in (0, 3, 6))]
     (tmp_path / "m.csv").write_text("\n".join(lines))
     arguments = [str(tmp_path / "m.csv"), str(tmp_path / "out"), "--data-root", str(videos), "--where", "split=train"]
-    assert main([*arguments, *FAST]) == 0
+    assert main([*arguments, "--where", "label=0,3", *FAST]) == 0
+    assert load_index(str(tmp_path / "out")).samples == 1
+    assert main([*arguments, "--where", "label=0,6,9", "--overwrite", *FAST]) == 0
     assert load_index(str(tmp_path / "out")).samples == 2
 
 

@@ -77,8 +77,8 @@ def _add_source_options(group: "argparse._ArgumentGroup") -> None:
         type=_condition,
         action="append",
         default=[],
-        metavar="COLUMN=VALUE",
-        help="only manifest rows with this value; may be repeated",
+        metavar="COLUMN=VALUE[,VALUE]",
+        help="only manifest rows with one of these values; may be repeated, and then all must hold",
     )
     group.add_argument("--no-labels", action="store_true", help="do not take folder names as labels")
     group.add_argument(
@@ -214,5 +214,5 @@ def _names(text: str) -> tuple[str, ...]:
 def _condition(text: str) -> tuple[str, str]:
     column, equals, value = text.partition("=")
     if not equals or not column:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected COLUMN=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected COLUMN=VALUE[,VALUE]")
     return column, value

@@ -69,7 +69,7 @@ def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
 
 def _selected(item: Item, conditions: list[tuple[str, str]]) -> bool:
     columns = {"label": item.label, **item.meta}
-    return all(str(columns.get(column)) == value for column, value in conditions)
+    return all(str(columns.get(column)) in values.split(",") for column, values in conditions)
 
 
 def _options(args: argparse.Namespace) -> Options:
