@@ -52,11 +52,19 @@ def consolidated_state(folder: Path) -> dict[str, Tensor]:
     if wrong:
         raise CheckpointError("; ".join(wrong))
     stage = json.loads((folder / STATE).read_text(encoding="utf-8"))["zero_stage"]
+    if stage == 3:
+        return _merged(folder)
+    content = torch.load(folder / TAG / UNSHARDED, map_location="cpu", weights_only=False)
+    whole = {name: value.float() for name, value in content["module"].items()}
+    if stage == 0:
+        return whole
+    # The optimiser's parts hold what is trained; frozen parameters are in the whole model alone.
     parts = _bf16_parts(folder) if stage == 1 else []
-    if stage == 0 or parts:
-        content = torch.load(folder / TAG / UNSHARDED, map_location="cpu", weights_only=False)
-        whole = {name: value.float() for name, value in content["module"].items()}
-        return whole | (_masters(folder, parts, content["param_shapes"]) if parts else {})
+    return whole | (_masters(folder, parts, content["param_shapes"]) if parts else _merged(folder))
+
+
+def _merged(folder: Path) -> dict[str, Tensor]:
+    """What DeepSpeed's own merger makes of the parts of all ranks."""
     # DeepSpeed tells of its progress on standard output, which belongs to the command that asked for the weights.
     with contextlib.redirect_stdout(sys.stderr):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -147,3 +147,15 @@ def test_exit_codes(toy: Any, tmp_path: Path) -> None:
     assert "did you mean" in toy.run("wrong", "evaluate.clip=5", expect=2)
     shutil.rmtree(toy.folder / "wrong", ignore_errors=True)
     assert "no checkpoint that verifies" in toy.run("wrong", "--test", "last", expect=1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_frozen_weights_are_whole_in_float32(toy: Any, stage: int) -> None:
+    """ZeRO's parts hold what is trained; the frozen rest must come from the model, or nothing could be tested."""
+    name = f"frozen_{stage}"
+    toy.run(name, "tune.method=linear", f"zero.stage={stage}", "schedule.max_steps=2", "evaluate.every_epochs=9")
+    folder = toy.folder / name / "checkpoints" / "step_00000002"
+    computed = torch.load(folder / "deepspeed" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    merged = consolidated_state(folder)
+    assert merged.keys() == computed.keys() and "model.blocks.0.attn.qkv.weight" in merged
+    assert all(torch.equal(merged[name], value) for name, value in computed.items())
