@@ -9,6 +9,7 @@ encoder did not see, the loss's divisor, is constant only where T' is a multiple
 the weights carry exactly. Leaving out the seen ones (`skip_visible`) is therefore refused where their number varies.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,6 +101,7 @@ def tube_visible(plan: MaskPlan, rng: np.random.Generator) -> Index:
     return (np.arange(plan.time)[:, None] * cells + kept[None]).reshape(-1)
 
 
+@functools.lru_cache(maxsize=8)
 def running_cell_maps(time: int, height: int, width: int, ratio: float) -> npt.NDArray[np.uint8]:
     """The four running-cell masks [4, T', H'*W']; 1 = not reconstructed, first index = start of the queue.
 
@@ -115,7 +117,9 @@ def running_cell_maps(time: int, height: int, width: int, ratio: float) -> npt.N
     queue = np.array([1] * ones + [0] * (4 - ones), dtype=np.uint8)
     start, t, y, x = np.ogrid[:4, :time, :height, :width]
     maps: npt.NDArray[np.uint8] = queue[(2 * (y % 2) + x % 2 + start + t + 1) % 4]
-    return maps.reshape(4, time, height * width)
+    maps = maps.reshape(4, time, height * width)
+    maps.setflags(write=False)  # shared by all callers
+    return maps
 
 
 def _running_cell_problems(height: int, width: int, ratio: float) -> list[str]:

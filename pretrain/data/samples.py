@@ -118,6 +118,19 @@ def label_of(members: dict[str, Any]) -> Any:
     return facts.get("label")
 
 
+def grid_of(members: dict[str, Any]) -> tuple[int, int]:
+    """Step and phase of the video's grid of reference frames, as packing wrote them; (1, 0) where it has none.
+
+    Anything else under that name in the json of foreign shards is no grid.
+    """
+    try:
+        grid = json.loads(members.get("json", b"{}"))["grid"]
+        step, phase = grid["step"], grid["phase"]
+    except (ValueError, KeyError, TypeError):
+        return 1, 0
+    return (step, phase) if isinstance(step, int) and isinstance(phase, int) and step > 0 <= phase else (1, 0)
+
+
 class SampleMaker:
     """Makes samples; replaces those that can't be used.
 
@@ -200,17 +213,19 @@ class CroppedViews(SampleViews):
         self._data, self._seed, self._view_tensors = data, seed, view_tensors
 
     def __call__(self, place: Place, source: SourceInfo, members: dict[str, Any]) -> dict[str, np.ndarray]:
-        clip = self._clip(place, source.stride, video_bytes(members))
+        clip = self._clip(place, source.stride, members)
         views = [self._view(place, view, clip) for view in range(self._data.views)]
         return {name: np.stack([view[name] for view in views]) for name in views[0]}
 
-    def _clip(self, place: Place, stride: int, video: bytes) -> transforms.Clip:
+    def _clip(self, place: Place, stride: int, members: dict[str, Any]) -> transforms.Clip:
         """Decode one clip, [T, h, w, 3]; its start is drawn once for all views (repeated augmentation)."""
         data = self._data
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
-        with open_video(video, data.decoder) as reader:
-            starts = sampling.clip_starts(reader.num_frames, data.frames, stride)
-            start = int(rng.integers(starts))
+        step, phase = grid_of(members) if data.grid == "auto" else (1, 0)
+        with open_video(video_bytes(members), data.decoder) as reader:
+            every = sampling.clip_starts(reader.num_frames, data.frames, stride)
+            starts = sampling.grid_starts(every, stride, step, phase)
+            start = starts[int(rng.integers(len(starts)))]
             return reader.frames(sampling.clip_frames(reader.num_frames, data.frames, stride, start))
 
     def _view(self, place: Place, view: int, clip: transforms.Clip) -> dict[str, np.ndarray]:

@@ -4,6 +4,8 @@ Every function takes the number of frames n and whatever was drawn, and returns 
 Sources: datasets/kinetics.py, datasets/video_datasets.py and dataset/loader code of OpenGVLab/VideoMAEv2 @ 29eab1e.
 """
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,6 +15,22 @@ Indices = npt.NDArray[np.int64]
 def clip_starts(num_frames: int, frames: int, stride: int) -> int:
     """Number of start positions of a pre-training clip: n - L*s + 1, or 1 for a video shorter than L*s."""
     return max(num_frames - frames * stride + 1, 1)
+
+
+def grid_starts(starts: int, stride: int, step: int, phase: int) -> range:
+    """The starts in [0, starts) from which a clip meets as many reference frames of a video as its stride can.
+
+    Args:
+        starts: From `clip_starts`.
+        stride: Frames of the video between two frames of the clip.
+        step: Frames from one reference frame to the next; 1: every start is as good.
+        phase: The first reference frame.
+
+    Returns:
+        Every start that is `phase` modulo the greatest common divisor of stride and step; all starts if none is.
+    """
+    spacing = math.gcd(stride, step)
+    return range(phase % spacing, starts, spacing) or range(starts)
 
 
 def clip_frames(num_frames: int, frames: int, stride: int, start: int) -> Indices:

@@ -51,8 +51,11 @@ class Data:
     """virtual lanes of the epoch order; part of the order, so never change it in a running job"""
     shuffle_window: int = 1024
     """neighbouring samples of a lane that are shuffled among each other"""
-    decoder: Literal["decord", "pyav", "torchcodec"] = "decord"
+    decoder: Literal["decord", "pyav", "torchcodec"] = "pyav"
     """library that decodes video"""
+    grid: Literal["auto", "off"] = "auto"
+    """auto: clips of a video that pack.py encoded begin on its grid of reference frames (random phase for each video),
+    which decodes faster; off: at any frame, as published"""
     workers: int = 8
     """data worker processes of each rank; 0 decodes in the training process"""
     prefetch: int = 2

@@ -1,6 +1,7 @@
 """One video at a time: what kinds come out how."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -134,10 +135,35 @@ def test_size(
     assert _frames(packed.video).shape[1:3] == expected[::-1]
 
 
+def test_references_lie_on_the_grid_of_the_json(tmp_path: Path, make_video: MakeVideo) -> None:
+    """A clip on the grid reaches the decoder with its references only; any other is as exact, at a higher price."""
+    from pretrain.data.decoders.pyav_reader import PyAVReader
+
+    phases = set()
+    for name in ("a", "b", "c"):
+        packed = _pack(make_video(tmp_path / f"{name}.mp4", frames=72), Options(preset="ultrafast", crf=10))
+        step, phase = packed.facts["grid"]["step"], packed.facts["grid"]["phase"]
+        phases.add(phase)
+        every = sequential_frames(packed.video)
+        for start, stride, most in ((phase + 8, step, 16), (phase + 9, step, 28), (0, 1, 16), (3, 2, 24)):
+            indices = start + stride * np.arange(12)
+            with PyAVReader(Path(packed.video).read_bytes()) as reader:
+                assert (reader.frames(indices) == every[indices]).all()
+                assert reader.decoded <= most, (start, stride)
+    assert len(phases) > 1, "each video draws its own"
+
+
+def sequential_frames(path: str) -> np.ndarray:
+    import av
+
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
 def test_key_frames_come_every_gop(tmp_path: Path, make_video: MakeVideo) -> None:
     import av
 
-    packed = _pack(make_video(tmp_path / "g.mp4", frames=40, options={"g": "5"}), FAST)
+    packed = _pack(make_video(tmp_path / "g.mp4", frames=40, options={"g": "5"}), replace(FAST, grid=0))
     with av.open(packed.video) as container:
         keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
     assert keys == [0, 8, 16, 24, 32]

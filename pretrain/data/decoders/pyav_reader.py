@@ -1,19 +1,22 @@
-"""PyAV (current FFmpeg in the wheel): every codec, exact by time stamps.
+"""PyAV (current FFmpeg in the wheel): the default; every codec, exact by time stamps.
 
-The packets' time stamps are read first, without decoding: sorted, the i-th belongs to frame i. A frame is reached from
-the last key frame before it, or by decoding on if that is nearer.
+The packets are read first, without decoding: their time stamps sorted, the i-th belongs to frame i. A frame is reached
+from the last key frame before it, or by decoding on if that is nearer. Frames in between that no other frame refers to
+(H.264's non-reference pictures: most B frames) never reach the decoder, unless they are asked for.
 """
 
 import bisect
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import av
 import av.filter
 import numpy as np
 import numpy.typing as npt
+from av.video.reformatter import VideoReformatter
 
 from pretrain.data.decoders import VideoReader
+from pretrain.data.decoders.nal_units import is_reference, length_bytes
 from pretrain.errors import SampleError
 
 FFmpegError = av.error.FFmpegError
@@ -26,9 +29,15 @@ UPRIGHT = {90: ["transpose=cclock"], -90: ["transpose=clock"], 180: ["hflip", "v
 
 
 class PyAVReader(VideoReader):
-    """Reads with av.open from memory."""
+    """Reads with av.open from memory.
+
+    Attributes:
+        decoded: Packets that reached the decoder so far.
+    """
 
     def __init__(self, data: bytes) -> None:
+        self.decoded = 0
+        self._converter = VideoReformatter()
         try:
             self._container = av.open(io.BytesIO(data), mode="r", metadata_errors="ignore")
         except (FFmpegError, ValueError) as error:
@@ -52,47 +61,71 @@ class PyAVReader(VideoReader):
         if any(packet.is_corrupt for packet in packets):
             raise SampleError("decode", "the file is cut or damaged (a packet is marked as corrupt)")
         self.num_frames = len(packets)
-        stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
-        exact = len(stamps) == len(packets) and len(set(stamps)) == len(stamps)
+        places = {packet.pts: place for place, packet in enumerate(packets) if packet.pts is not None}
         # Without presentation time stamps (AVI stores none and FFmpeg's guess is wrong with B frames) frames can
         # only be counted, from the beginning.
-        exact = exact and self._container.format.name not in UNSTAMPED
-        self._stamps: list[int] | None = stamps if exact else None
-        keys = [(packet.pts, packet.dts) for packet in packets if packet.is_keyframe]
-        self._keys = sorted((pts, pts if dts is None else dts) for pts, dts in keys if pts is not None)
+        exact = len(places) == len(packets) and self._container.format.name not in UNSTAMPED
+        self._stamps: list[int] | None = sorted(places) if exact else None
+        self._places: dict[int, int] = places
+        self._packets = packets
+        self._keys = sorted(pts for pts, place in places.items() if packets[place].is_keyframe)
+        context = self._stream.codec_context
+        self._length_bytes = length_bytes(context.extradata or b"") if context.name == "h264" else None
 
     def _decode(self, wanted: list[int]) -> npt.NDArray[np.uint8]:
         try:
             frames = self._counted(wanted) if self._stamps is None else self._by_stamp(wanted, self._stamps)
-            return np.stack([self._array(frame) for frame in frames])
+            return self._pictures(frames, len(wanted))
         except FFmpegError as error:
             raise SampleError("decode", str(error)) from error
 
-    def _by_stamp(self, wanted: list[int], stamps: list[int]) -> Iterator[av.VideoFrame]:
-        decoding: Iterator[av.VideoFrame] = iter(())
-        reached: int | None = None
-        for index in wanted:
-            stamp = stamps[index]
-            starts = self._starts(stamp)
-            frame = None
-            if reached is not None and (starts[0] is None or reached >= starts[0]):
-                frame = _frame_at(decoding, stamp)
-            while frame is None and starts:
-                decoding = self._from(starts.pop(0))
-                frame = _frame_at(decoding, stamp)
-            if frame is None:
+    def _by_stamp(self, wanted: list[int], stamps: list[int]) -> list[av.VideoFrame]:
+        asked = {stamps[index]: index for index in wanted}
+        found = self._delivered(asked, [self._from_key(stamp) for stamp in asked])
+        lost = [stamp for stamp in asked if stamp not in found]
+        if lost:
+            # Some containers mark frames as keys that need what came before them.
+            found |= self._delivered(lost, [range(self._places[stamp] + 1) for stamp in lost])
+        for stamp, index in asked.items():
+            if stamp not in found:
                 raise SampleError("decode", f"frame {index} of {self.num_frames} was not delivered")
-            reached = stamp
-            yield frame
+        return [found[stamp] for stamp in asked]
 
-    def _starts(self, stamp: int) -> list[int | None]:
-        """Where to start decoding for a frame: the key frame before it, and what to try where a container's seek
-        lands behind that (some go by decoding time): its decoding time, then the beginning."""
-        place = bisect.bisect_right(self._keys, stamp, key=lambda key: key[0]) - 1
-        return [*self._keys[place], None] if place >= 0 else [None]
+    def _from_key(self, stamp: int) -> range:
+        """Places, in decoding order, of the packets from the key frame at or before a frame to that frame."""
+        before = bisect.bisect_right(self._keys, stamp)
+        first = self._places[self._keys[before - 1]] if before else 0
+        place = self._places[stamp]
+        return range(first if first <= place else 0, place + 1)
+
+    def _delivered(self, asked: Iterable[int], spans: list[range]) -> dict[int, av.VideoFrame]:
+        """Decode the packets of all spans once, without those that nothing asked for depends on; frames by time stamp.
+
+        A span that does not continue the one before it starts a decoder of empty memory.
+        """
+        stamps = set(asked)
+        found: dict[int, av.VideoFrame] = {}
+        end = 0
+        for place in sorted({place for span in spans for place in span}):
+            if place > end:
+                found |= self._drain(stamps)
+            end = place + 1
+            packet = self._packets[place]
+            if packet.pts in stamps or is_reference(packet, self._length_bytes):
+                self.decoded += 1
+                found |= _of(packet.decode(), stamps)
+        return found | self._drain(stamps)
+
+    def _drain(self, stamps: set[int]) -> dict[int, av.VideoFrame]:
+        """What the decoder still holds back; it is as new afterwards."""
+        context = self._stream.codec_context
+        rest = _of(context.decode(None), stamps) if context.is_open else {}
+        if context.is_open:
+            context.flush_buffers()
+        return rest
 
     def _counted(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
-        frames = self._from(None)
+        frames = self._from_beginning()
         number = -1
         for index in wanted:
             for frame in frames:
@@ -103,18 +136,31 @@ class PyAVReader(VideoReader):
             else:
                 raise SampleError("decode", f"frame {index} of {self.num_frames} was not delivered")
 
-    def _from(self, start: int | None) -> Iterator[av.VideoFrame]:
-        """Frames from the key frame at or before time stamp `start` on; None: from the beginning."""
-        first = start if start is not None else min(self._stream.start_time or 0, 0)
-        self._container.seek(first, stream=self._stream, backward=True)
+    def _from_beginning(self) -> Iterator[av.VideoFrame]:
+        self._container.seek(min(self._stream.start_time or 0, 0), stream=self._stream, backward=True)
         return self._container.decode(self._stream)
 
-    def _array(self, frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
+    def _pictures(self, frames: Iterable[av.VideoFrame], count: int) -> npt.NDArray[np.uint8]:
+        """RGB pictures of frames, each written once, into its place: uint8 [count, H, W, 3]."""
+        pictures: npt.NDArray[np.uint8] | None = None
+        for number, frame in enumerate(frames):
+            plane = self._rgb(frame).planes[0]
+            if pictures is None:
+                pictures = np.empty((count, plane.height, plane.width, 3), dtype=np.uint8)
+            elif pictures.shape[1:3] != (plane.height, plane.width):
+                raise SampleError("decode", f"{pictures.shape[2:0:-1]} and {(plane.width, plane.height)} in one video")
+            rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+            pictures[number] = rows[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
+        assert pictures is not None, "at least one frame is asked for"
+        return pictures
+
+    def _rgb(self, frame: av.VideoFrame) -> av.VideoFrame:
         if frame.is_corrupt:
             raise SampleError("decode", f"damaged frame at time stamp {frame.pts}")
         if frame.rotation % 360:
             frame = self._turned(frame)
-        return np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+        # One converter for all: frame.to_ndarray sets up another for every frame, which takes longer than converting.
+        return self._converter.reformat(frame, format="rgb24")
 
     def _turned(self, frame: av.VideoFrame) -> av.VideoFrame:
         """Turn before the conversion to RGB, as the other decoders do: chroma is interpolated along other axes."""
@@ -132,13 +178,12 @@ class PyAVReader(VideoReader):
     def close(self) -> None:
         """Close the container."""
         self._upright = None
+        self._packets = []
         self._container.close()
 
 
-def _frame_at(decoding: Iterator[av.VideoFrame], stamp: int) -> av.VideoFrame | None:
-    """Decode on to the frame with a time stamp; None if decoding began behind it or the frame is missing."""
-    frame = next((frame for frame in decoding if frame.pts is not None and frame.pts >= stamp), None)
-    return frame if frame is not None and frame.pts == stamp else None
+def _of(frames: list[av.VideoFrame], stamps: set[int]) -> dict[int, av.VideoFrame]:
+    return {frame.pts: frame for frame in frames if frame.pts in stamps}
 
 
 def open_reader(data: bytes) -> VideoReader:

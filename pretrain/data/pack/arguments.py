@@ -112,6 +112,14 @@ def _add_video_options(group: "argparse._ArgumentGroup") -> None:
         help="frames from one key frame to the "
         "next: shorter decodes faster at random and takes more bytes (default 32)",
     )
+    group.add_argument(
+        "--grid",
+        type=_whole,
+        default=4,
+        metavar="FRAMES",
+        help="H.264: frames from one reference frame to the next; those between can be left out undecoded, so a "
+        "multiple of it as stride decodes fastest; 0 as the encoder likes (default 4)",
+    )
     group.add_argument("--codec", default="h264", choices=tuple(ENCODERS), help="default h264")
     defaults = ", ".join(f"{codec} {one.crf}" for codec, one in ENCODERS.items())
     group.add_argument("--crf", type=_whole, metavar="N", help=f"quality, lower is better (default: {defaults})")

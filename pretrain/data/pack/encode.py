@@ -57,8 +57,8 @@ def decode(container: Any, streams: list[Any], losses: Losses) -> Iterator[Any]:
             yield frame
 
 
-def encode_video(source: str, facts: Facts, target: str, options: Options) -> None:
-    """Re-encode the video `source` to `target`.
+def encode_video(source: str, facts: Facts, target: str, options: Options, phase: int = 0) -> None:
+    """Re-encode the video `source` to `target`, with frame `phase` as the first of the grid of reference frames.
 
     Raises:
         SampleError: "damaged", or "encode" when FFmpeg refuses.
@@ -70,7 +70,7 @@ def encode_video(source: str, facts: Facts, target: str, options: Options) -> No
         with av.open(source) as container, av.open(target, "w", format="mp4", options=MP4_OPTIONS) as out:
             video = video_stream(container)
             video.codec_context.thread_count = 1
-            sink = _Sink(out, facts, options)
+            sink = _Sink(out, facts, options, phase)
             sound = Sound(out, container, facts.start) if options.audio and facts.audio else None
             clock = _Clock(facts)
             streams = [video, sound.source] if sound else [video]
@@ -87,7 +87,7 @@ def encode_video(source: str, facts: Facts, target: str, options: Options) -> No
     losses.check(facts.listed)
 
 
-def encode_images(images: Iterable[Any], target: str, options: Options) -> None:
+def encode_images(images: Iterable[Any], target: str, options: Options, phase: int = 0) -> None:
     """Encode PIL pictures, all of one size, at `options.image_fps`.
 
     Raises:
@@ -100,7 +100,7 @@ def encode_images(images: Iterable[Any], target: str, options: Options) -> None:
         for number, image in enumerate(images):
             if sink is None or facts is None:
                 facts = _image_facts(image, options)
-                sink = _Sink(out, facts, options)
+                sink = _Sink(out, facts, options, phase)
             if image.size != (facts.width, facts.height):
                 raise SampleError(
                     "damaged", f"picture {number} is {image.size}, the first is {(facts.width, facts.height)}"
@@ -187,8 +187,9 @@ class _Clock:
 class _Sink:
     """Filter graph (rotate, frame rate, scale, 8 bits) and encoder."""
 
-    def __init__(self, out: Any, facts: Facts, options: Options) -> None:
-        self.out, self.facts, self.options = out, facts, options
+    def __init__(self, out: Any, facts: Facts, options: Options, phase: int) -> None:
+        self.out, self.facts, self.options, self.phase = out, facts, options, phase
+        self.written = 0
         self.width, self.height = output_size(facts, options.short_side)
         encoder = ENCODERS[options.codec]
         self.stream = out.add_stream(encoder.name, rate=options.fps or facts.fps, options=_encoder_options(options))
@@ -257,7 +258,9 @@ class _Sink:
                 frame = self.graph.vpull()
             except (av.error.BlockingIOError, av.error.EOFError):
                 return
-            frame.pict_type = 0  # the original's picture types would force key frames where they were
+            # Never the original's picture types: they would force key frames where they were.
+            frame.pict_type = picture_type(self.written, self.phase, self.options)
+            self.written += 1
             self.out.mux(self.stream.encode(frame))
 
 
@@ -270,4 +273,22 @@ def _encoder_options(options: Options) -> dict[str, str]:
         "threads": "1",
         **dict(encoder.extra),
     }
+    if options.gridded:
+        # No picture type by the encoder's own choice: a key frame at a change of scene would shift the grid.
+        grid = f"bframes={options.grid - 1}:b-adapt=0:b-pyramid=none:scenecut=0"
+        chosen |= {"x264-params": f"{chosen['x264-params']}:{grid}", "forced-idr": "1"}
     return chosen | ({"tune": options.tune} if options.tune else {})
+
+
+def picture_type(number: int, phase: int, options: Options) -> int:
+    """What frame `number` is coded as, in FFmpeg's numbers: 1 key frame, 2 P, 3 B, 0 as the encoder likes.
+
+    Frames phase, phase + grid, ... are references. So is the last one before a key frame, which no B frame may
+    look across.
+    """
+    if not options.gridded:
+        return 0
+    place = number - phase
+    if number == 0 or place % options.gop == 0:
+        return 1
+    return 2 if place % options.grid == 0 or (place + 1) % options.gop == 0 else 3

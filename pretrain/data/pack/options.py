@@ -38,6 +38,8 @@ class Options:
         short_side: short side of the encoded video, pixels; smaller originals keep theirs; None keeps all.
         fps: constant frame rate to convert to; None keeps the original time stamps.
         gop: frames from one key frame to the next.
+        grid: H.264 only: every grid-th frame is a reference, those between are B frames that a reader may leave out
+            undecoded; 0 leaves the choice to the encoder.
         codec, crf, preset, tune: the encoder's; None takes the codec's default.
         audio: keep the sound.
         image_fps: frame rate of frame folders.
@@ -51,6 +53,7 @@ class Options:
     short_side: int | None = 320
     fps: Fraction | None = None
     gop: int = 32
+    grid: int = 4
     codec: Codec = "h264"
     crf: int | None = None
     preset: str | None = None
@@ -62,3 +65,8 @@ class Options:
     reads: int = 6
     shard_bytes: int = 512_000_000
     shard_samples: int | None = None
+
+    @property
+    def gridded(self) -> bool:
+        """Whether encoded videos have a grid of reference frames."""
+        return self.codec == "h264" and self.grid > 1

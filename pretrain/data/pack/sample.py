@@ -17,6 +17,7 @@ from pretrain.data.pack.options import Options
 from pretrain.data.pack.probe import Facts, probe
 from pretrain.data.pack.sources import IMAGE_EXTENSIONS, Item, extension_of
 from pretrain.data.pack.verify import check_random_reads, sequential_signatures
+from pretrain.data.randomness import generator
 from pretrain.errors import DataError, SampleError, StorageError
 from pretrain.runtime import storage
 
@@ -84,7 +85,7 @@ def _produce(source: str, original: Facts, target: str, key: str, options: Optio
         except SampleError as error:
             why = str(error)
             logger.info("%s: the stream can't be kept (%s); encoding it", source, why)
-    encode_video(source, original, target, options)
+    encode_video(source, original, target, options, grid_phase(key, options))
     _verify(target, key, options)
     return why
 
@@ -128,7 +129,7 @@ def _from_frames(item: Item, options: Options, target: str) -> Packed:
                 raise SampleError("damaged", f"{name}: {error}") from error
             yield picture
 
-    encode_images(pictures(), target, options)
+    encode_images(pictures(), target, options, grid_phase(item.key, options))
     _verify(target, item.key, options)
     facts = _describe(item, target, digest.hexdigest(), options, "frame folder")
     facts["original"] = {"container": "images", "frames": len(names), "bytes": sum(sizes)}
@@ -183,7 +184,14 @@ def _describe(item: Item, path: str, sha256: str, options: Options, reencoded: s
         "audio": written.audio,
         "reencoded": reencoded,
     }
+    if reencoded is not None and options.gridded:
+        facts["grid"] = {"step": options.grid, "phase": grid_phase(item.key, options)}
     return facts | ({"meta": item.meta} if item.meta else {})
+
+
+def grid_phase(key: str, options: Options) -> int:
+    """First frame of the grid of reference frames: drawn for each video, or no clip would ever begin between them."""
+    return int(generator(key, "pack-grid").integers(options.grid)) if options.gridded else 0
 
 
 @contextlib.contextmanager
