@@ -1,0 +1,192 @@
+"""Clips a second and core of the loader, beside a bare decoder and a plain decord + PIL loader of the same output.
+
+python bench/loader.py VIDEO [VIDEO ...] [--official PATH] [--clips 16] [--rounds 5] [--no-s3] [--out FILE]
+VIDEOs of more than 70 frames are encoded at short side 320 twice: with a GOP of 250, as published data sets come, and
+as pack.py does by default. Each way below then makes clips of 16 frames, stride 4, 224 x 224, with the masks of ViT-B's
+dual masking. One process, one thread, no data workers; ways take turns, medians over rounds.
+
+    bare      PyAV (or decord) in a loop over known frames to RGB, nothing else: the limit
+    ours      data.stream.TrainStream from local shards; the same from S3 (rclone on loopback, 10 ms a request)
+    plain     an own plain loader: decord on a file, PIL crops and resizing, float tensors, normalised
+    official  VideoMAEv2's dataset class, from your checkout (--official)
+
+Local rates are clips a second of CPU time, which a busy machine disturbs less than the clock. S3 waits, so local and S3
+are compared by the clock.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from bench import loader_rivals
+from bench.loader_rivals import VideoSet
+from pretrain.data.plan import open_sources
+from pretrain.data.stream import TrainStream
+from pretrain.models.videomae import Config as Model
+from pretrain.objectives.videomae import Config as Objective
+from pretrain.objectives.videomae import view_tensors
+from pretrain.recipe.schema import Batch, Data, Recipe, Run, Source
+
+PACKINGS = {"GOP 250": ["--gop", "250", "--grid", "0"], "packed": []}
+LATENCY_S = 0.01
+
+
+def main() -> None:
+    """Encode, measure in turns, print."""
+    options = parse()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        sets = {
+            name: loader_rivals.prepare(options.videos, how, Path(folder, name.replace(" ", "_")))
+            for name, how in PACKINGS.items()
+        }
+        found: dict[str, list[float]] = defaultdict(list)
+        ways = dict(make_ways(sets, options.official))
+        for _ in range(options.rounds):
+            for name, clips in ways.items():
+                found[name].append(rate(clips, options.clips, time.process_time))
+        lines = report({name: statistics.median(rates) for name, rates in found.items()}, options)
+        if not options.no_s3:
+            lines += s3_lines(sets["packed"], Path(folder, "s3"), options)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("videos", nargs="+", type=Path)
+    parser.add_argument("--official", type=Path, help="a checkout of OpenGVLab/VideoMAEv2")
+    parser.add_argument("--clips", type=int, default=16, help="clips of each way in each round (default 16)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-s3", action="store_true")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def make_ways(sets: dict[str, VideoSet], official: Path | None) -> Iterator[tuple[str, Iterator[Any]]]:
+    """Everything that is measured, by name."""
+    for name, videos in sets.items():
+        yield f"bare pyav, {name}", loader_rivals.bare(videos, "pyav")
+        yield f"bare decord, {name}", loader_rivals.bare(videos, "decord")
+        for views in (1, 4):
+            yield f"ours, {name}, {views}", ours(videos.url, views)
+            yield f"plain, {name}, {views}", loader_rivals.plain(videos, views)
+            if official:
+                yield f"official, {name}, {views}", loader_rivals.official(videos, views, official)
+
+
+def ours(url: str, views: int, lanes: int = 1, epoch_samples: int | None = 10_000) -> TrainStream:
+    """Training's stream over the shards at `url`, in this process."""
+    source = Source(shards=url, weight=1.0 if epoch_samples else None)
+    data = Data(sources={"a": source}, views=views, workers=0, lanes=lanes, epoch_samples=epoch_samples)
+    recipe = Recipe(
+        model=Model(size="base"),
+        objective=Objective(),
+        data=data,
+        batch=Batch(samples=1, micro=1),
+        run=Run(name="bench", dir="unused", seed=0),
+    )
+    return TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
+
+
+def rate(clips: Iterator[Any], count: int, clock: Callable[[], float]) -> float:
+    """Decoded clips a second, after one that warms up."""
+    next(clips)
+    begun = clock()
+    for _ in range(count):
+        next(clips)
+    return count / (clock() - begun)
+
+
+def report(rates: dict[str, float], options: argparse.Namespace) -> list[str]:
+    """Table of all ways and of the ratios that matter."""
+    rival = "official" if options.official else "plain"
+    ratios = {
+        "ours / bare pyav, packed, 1 view": rates["ours, packed, 1"] / rates["bare pyav, packed"],
+        "ours / bare pyav, GOP 250, 1 view": rates["ours, GOP 250, 1"] / rates["bare pyav, GOP 250"],
+        f"ours packed / {rival} on GOP 250, 1 view": rates["ours, packed, 1"] / rates[f"{rival}, GOP 250, 1"],
+        f"ours packed / {rival} on GOP 250, 4 views": rates["ours, packed, 4"] / rates[f"{rival}, GOP 250, 4"],
+        f"ours / {rival}, both on GOP 250, 1 view": rates["ours, GOP 250, 1"] / rates[f"{rival}, GOP 250, 1"],
+        f"ours / {rival}, both packed, 1 view": rates["ours, packed, 1"] / rates[f"{rival}, packed, 1"],
+        f"ours / {rival}, both packed, 4 views": rates["ours, packed, 4"] / rates[f"{rival}, packed, 4"],
+    }
+    lines = [f"# Loader, {date.today()}", "", f"{os.cpu_count()} cores ({platform.processor() or platform.machine()}),"]
+    lines += [f"load average {os.getloadavg()[0]:.0f}, torch {torch.__version__}; {options.rounds} rounds of "]
+    lines += [f"{options.clips} clips of {', '.join(video.name for video in options.videos)}.", ""]
+    lines += ["| way | clips / s and core | frames / s and core |", "|---|---|---|"]
+    lines += [f"| {name} | {found:.1f} | {16 * found:.0f} |" for name, found in rates.items()]
+    return [*lines, "", "| ratio | |", "|---|---|", *(f"| {name} | {value:.2f} |" for name, value in ratios.items())]
+
+
+def s3_lines(videos: VideoSet, folder: Path, options: argparse.Namespace) -> list[str]:
+    """By the clock: local shards against the same on an S3 server that answers after 10 ms."""
+    shutil.copytree(videos.url, folder / "bucket" / "packed")
+    with s3_server(folder):
+        streams = {"local": ours(videos.url, 1), "S3": ours("s3://bucket/packed", 1)}
+        found: dict[str, list[float]] = defaultdict(list)
+        for _ in range(options.rounds):
+            for name, stream in streams.items():
+                found[name].append(rate(stream, options.clips, time.perf_counter))
+    local, remote = (statistics.median(rates) for rates in found.values())
+    return ["", f"By the clock, packed, 1 view: local {local:.1f} clips/s, S3 {remote:.1f}: {remote / local:.2f}"]
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[None]:
+    """Rclone behind a proxy that lets every request wait, each a process; fsspec's s3 goes there."""
+    import fsspec
+
+    rclone = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
+    port, behind = free_port(), free_port()
+    serve = [rclone, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{behind}", "--auth-key", "KEY,SECRET"]
+    code = (
+        "import sys, time; from tests.faults.proxy import FaultProxy; "
+        f"p = FaultProxy({behind}, {port}); p.latency_s = ({LATENCY_S}, {LATENCY_S}); time.sleep(10**6)"
+    )
+    root = Path(__file__).parents[1]
+    processes = [
+        subprocess.Popen([*serve, "--vfs-cache-mode", "off"], stderr=subprocess.DEVNULL),
+        subprocess.Popen([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}),
+    ]
+    checks = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    s3 = {"key": "KEY", "secret": "SECRET", "endpoint_url": f"http://127.0.0.1:{port}"}
+    fsspec.config.conf["s3"] = s3 | {"config_kwargs": {"signature_version": "s3v4", **checks}}
+    os.environ["FSSPEC_S3"] = json.dumps(fsspec.config.conf["s3"])
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What a large index costs the loader, and whether a worker's memory stays flat.
+
+python bench/loader_scale.py [--samples 300] [--out FILE]
+Each number is taken in a process of its own, so that it starts cold but for the file cache:
+
+    first batch   an index of 10,000 shards x 1,000 samples of small videos (one shard under 10,000 names): imports,
+                  index, order and the first micro-batch, on the clock and as CPU time
+    memory        index and order arithmetic at 1 M and at 100 M samples (1,000 a shard), without any video
+    flat          a worker's memory (RSS) while it makes --samples samples
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).parents[1])
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Prepare, measure in processes of their own, print."""
+    options = parse()
+    if options.measure:
+        MEASURES[options.measure](options)
+        return
+    lines = [f"# Loader at scale, {date.today()}", ""]
+    lines += [f"{os.cpu_count()} cores ({platform.machine()}), load average {os.getloadavg()[0]:.0f}", ""]
+    with tempfile.TemporaryDirectory() as folder:
+        real = Path(folder, "real")
+        write_shard(real)
+        write_index(real, 10_000, links=True)
+        lines += ["| what | found |", "|---|---|", *child("first", real, options.samples)]
+        for shards in (1_000, 100_000):
+            write_index(Path(folder, str(shards)), shards, links=False)
+            lines += child("memory", Path(folder, str(shards)), options.samples)
+        lines += child("flat", real, options.samples)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=300, help="samples over which memory is watched (default 300)")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def child(measure: str, folder: Path, samples: int) -> list[str]:
+    """Rows that a new process finds."""
+    words = [sys.executable, __file__, "--measure", measure, "--folder", str(folder), "--samples", str(samples)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "BEGUN": str(time.time())}
+    return subprocess.run(words, check=True, capture_output=True, text=True, env=environ).stdout.splitlines()
+
+
+def write_shard(folder: Path) -> None:
+    """1,000 samples, all the same video of 80 frames in 160 x 120."""
+    import io
+    import tarfile
+
+    import av
+    import numpy as np
+
+    from pretrain.data.index import Members, write_members
+
+    video = io.BytesIO()
+    with av.open(video, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=24, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for number in range(80):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((120, 160, 3), number, np.uint8))))
+        out.mux(stream.encode(None))
+    folder.mkdir()
+    offsets = []
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for number in range(1000):
+            offsets.append(tar.offset)
+            member = tarfile.TarInfo(f"{number:04d}.mp4")
+            member.size = len(video.getvalue())
+            tar.addfile(member, io.BytesIO(video.getvalue()))
+        sizes = np.diff([*offsets, tar.offset])
+    write_members(str(folder), "shard.tar", Members(tuple(f"{n:04d}" for n in range(1000)), np.array(offsets), sizes))
+
+
+def write_index(folder: Path, shards: int, links: bool) -> None:
+    """An index of many shards; with links each of them is there, under its own name."""
+    from pretrain.data.index import Shard, ShardIndex, write_index
+
+    folder.mkdir(exist_ok=True)
+    size = (folder / "shard.tar").stat().st_size if links else 500_000_000
+    names = [f"shard-{number:06d}" for number in range(shards)]
+    for name in names if links else []:
+        (folder / f"{name}.tar").symlink_to("shard.tar")
+        (folder / f"{name}.members.json").symlink_to("shard.members.json")
+    entries = (Shard(f"{name}.tar", 1000, size, f"{number:064x}") for number, name in enumerate(names))
+    write_index(ShardIndex(str(folder), tuple(entries)))
+
+
+def first_batch(options: argparse.Namespace) -> None:
+    """From the start of the interpreter to the first micro-batch."""
+    from bench.loader import ours
+
+    next(ours(str(options.folder), 1, lanes=256, epoch_samples=None))
+    wall, cpu = time.time() - float(os.environ["BEGUN"]), time.process_time()
+    print(f"| first batch, 10,000 shards x 1,000, cold process | {wall:.1f} s on the clock, {cpu:.1f} s of CPU |")
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Index and order without a video."""
+    import numpy as np
+
+    from bench.loader import ours
+
+    before, begun = resident(), time.process_time()
+    stream = ours(str(options.folder), 1, lanes=256, epoch_samples=None)
+    for epoch in range(2):
+        stream.plan.order(epoch).locate(np.arange(0, 100_000, 7))
+    samples, seconds, grown = len(stream.plan.order(0)), time.process_time() - begun, resident() - before
+    print(
+        f"| index and two epochs' order, {samples / 1e6:.0f} M samples | {grown / 1e6:.0f} MB, "
+        f"{grown / samples:.2f} bytes a sample; {seconds:.1f} s of CPU |"
+    )
+
+
+def flat(options: argparse.Namespace) -> None:
+    """Memory at quarters of the way, after the first."""
+    from bench.loader import ours
+
+    stream = ours(str(options.folder), 1, lanes=256, epoch_samples=None)
+    found = []
+    for number in range(1, options.samples + 1):
+        next(stream)
+        if number % (options.samples // 4) == 0:
+            found.append(f"{resident() / 1e6:.0f}")
+    print(f"| memory after each quarter of {options.samples:,} samples | {', '.join(found)} MB |")
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], None]] = {"first": first_batch, "memory": memory, "flat": flat}
+
+
+if __name__ == "__main__":
+    main()
