@@ -184,11 +184,10 @@ def _write_shard(path: Path, numbers: range) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    folder = tmp_path_factory.mktemp("engine")
+def make_toy(folder: Path) -> Toy:
+    """Shards, index and recipe in a folder."""
     shards = folder / "shards"
-    shards.mkdir()
+    shards.mkdir(parents=True)
     for shard in range(2):
         _write_shard(shards / f"toy-{shard:06d}.tar", range(shard * SAMPLES // 2, (shard + 1) * SAMPLES // 2))
     recipe = folder / "toy.yaml"
@@ -196,3 +195,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     made = Toy(recipe, folder)
     made.index(shards)
     return made
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return make_toy(tmp_path_factory.mktemp("engine"))

@@ -1,0 +1,236 @@
+"""Half an hour of training with a fault about every minute: the same losses in the end, and memory that stays flat.
+
+    python tests/faults/soak.py [--minutes 32] [--seed 0] [--json FILE]
+
+Data come from a real S3 server, and checkpoints go there, through a proxy that adds latency: it is this that makes the
+run last, so that it needs little of the machine. The undisturbed run reads the same shards from the disk.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent)]
+
+from tests.engine.conftest import make_toy  # noqa: E402
+from tests.faults.case import curve_of  # noqa: E402
+from tests.faults.forge import Forge  # noqa: E402
+from tests.faults.lab import Attempt, Lab, NotKept  # noqa: E402
+
+#: Latency of each request to the store, seconds.
+LATENCY_S = (0.05, 0.15)
+
+#: Age from which a process's memory is expected to be flat, seconds, and the least length of a series from there.
+SETTLED_S, SERIES_S = 30.0, 60.0
+
+
+class Soak:
+    """The disturbed run.
+
+    Attributes:
+        events: What was done, when, and at which step.
+        memory: Samples (age in seconds, bytes resident) of each process, by (start, rank).
+    """
+
+    def __init__(self, lab: Lab, seed: int) -> None:
+        assert lab.proxy is not None and lab.server is not None
+        self.lab, self.proxy, self.server = lab, lab.proxy, lab.server
+        self.random = random.Random(seed)
+        self.began = time.monotonic()
+        self.events: list[dict[str, Any]] = []
+        self.memory: dict[tuple[int, int], list[tuple[float, int]]] = {}
+        self.codes: list[list[int]] = []
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def run(self) -> None:
+        """Start again and again, with faults, until the run is done."""
+        due = self._next()
+        attempt = self.lab.start()
+        while True:
+            if None not in attempt.codes:
+                self.codes.append(attempt.wait())
+                self.lab.check_nobody_left()
+                self.lab.check_checkpoints()
+                if not any(self.codes[-1]):
+                    return
+                if len(self.codes) > 5 + 3 * len(self.events):
+                    raise NotKept(f"ends by itself again and again: {attempt.output[-3000:]}")
+                attempt = self.lab.start()
+            if time.monotonic() > due and self._steps() > 0:
+                self._strike(attempt)
+                due = self._next()
+            time.sleep(0.2)
+
+    def _next(self) -> float:
+        return time.monotonic() + self.random.uniform(40, 80)
+
+    def _steps(self) -> int:
+        return self.lab.seen[-1][2] if self.lab.seen else 0
+
+    def _strike(self, attempt: Attempt) -> None:
+        name = self.random.choice(sorted(FAULTS))
+        event = {"at_s": round(time.monotonic() - self.began, 1), "fault": name, "step": self._steps()}
+        self.events.append(event)
+        print(json.dumps(event), flush=True)
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+            FAULTS[name](self, attempt)
+
+    def _sample(self) -> None:
+        page = os.sysconf("SC_PAGE_SIZE")
+        while True:
+            number = len(self.lab.attempts) - 1
+            for rank, process in enumerate(self.lab.attempts[-1].processes if number >= 0 else []):
+                with contextlib.suppress(OSError):
+                    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+                    age = time.monotonic() - self.lab.attempts[-1].began
+                    self.memory.setdefault((number, rank), []).append((age, pages * page))
+            time.sleep(1)
+
+
+def kill(rank: int) -> Callable[[Soak, Attempt], None]:
+    """SIGKILL of a rank."""
+    return lambda soak, attempt: os.kill(attempt.ranks()[rank], signal.SIGKILL)
+
+
+def ask(number: signal.Signals) -> Callable[[Soak, Attempt], None]:
+    """A signal to one rank, drawn."""
+    return lambda soak, attempt: os.kill(soak.random.choice(attempt.ranks()), number)
+
+
+def freeze(soak: Soak, attempt: Attempt) -> None:
+    """A rank stands still for some seconds."""
+    pid = soak.random.choice(attempt.ranks())
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(soak.random.uniform(2, 8))
+    os.kill(pid, signal.SIGCONT)
+
+
+def lose_newest(soak: Soak, attempt: Attempt) -> None:
+    """The run dies, and its newest checkpoint is gone from the disk; it comes back from the store."""
+    attempt.kill()
+    attempt.wait()
+    soak.lab.check_nobody_left()
+    shutil.rmtree(max((soak.lab.run / "checkpoints").glob("step_*"), default=soak.lab.folder / "none"), True)
+
+
+def for_a_while(**faults: Any) -> Callable[[Soak, Attempt], None]:
+    """A fault of the store for some seconds."""
+
+    def strike(soak: Soak, attempt: Attempt) -> None:
+        for name, value in faults.items():
+            setattr(soak.proxy, name, value)
+        time.sleep(soak.random.uniform(5, 15))
+        soak.proxy.clear()
+        soak.proxy.latency_s = LATENCY_S
+
+    return strike
+
+
+def restart_server(soak: Soak, attempt: Attempt) -> None:
+    """The store is killed, and comes back."""
+    soak.server.kill()
+    time.sleep(soak.random.uniform(2, 10))
+    soak.server.start()
+
+
+FAULTS: dict[str, Callable[[Soak, Attempt], None]] = {
+    "SIGKILL of rank 0": kill(0),
+    "SIGKILL of rank 1": kill(1),
+    "SIGTERM to a rank": ask(signal.SIGTERM),
+    "SIGUSR1 to a rank": ask(signal.SIGUSR1),
+    "stop file": lambda soak, attempt: (soak.lab.run / "stop").touch(),
+    "a rank frozen for seconds": freeze,
+    "SIGKILL of all, newest checkpoint lost": lose_newest,
+    "store: half of the requests throttled": for_a_while(throttled=0.5),
+    "store: a fifth of the answers cut": for_a_while(cut=0.2),
+    "store: no answers": for_a_while(hangs=True),
+    "store: connections refused": for_a_while(refuses=True),
+    "store: killed and started again": restart_server,
+}
+
+
+def slope(samples: list[tuple[float, int]]) -> float:
+    """Least-squares slope of a process's memory, MB a minute."""
+    ages, sizes = zip(*samples, strict=True)
+    return 60e-6 * statistics.linear_regression(ages, sizes).slope
+
+
+def memory_report(soak: Soak) -> dict[str, Any]:
+    """How the memory of processes went, of those that lived for long enough."""
+    settled = {key: [s for s in samples if s[0] > SETTLED_S] for key, samples in soak.memory.items()}
+    long = {key: samples for key, samples in settled.items() if samples and samples[-1][0] - SETTLED_S > SERIES_S}
+    slopes = [slope(samples) for samples in long.values()]
+    # A leak that each start hands on, or a run that needs more the longer it goes, would show between starts.
+    firsts = [samples[0][1] / 1e6 for _, samples in sorted(settled.items()) if samples]
+    return {
+        "processes": len(soak.memory),
+        "watched": len(long),
+        "longest_s": round(max((samples[-1][0] for samples in long.values()), default=0)),
+        "slope_mb_per_min_median": round(statistics.median(slopes), 3) if slopes else None,
+        "slope_mb_per_min_largest": round(max(slopes), 3) if slopes else None,
+        "first_start_mb": round(firsts[0], 1) if firsts else None,
+        "last_start_mb": round(firsts[-1], 1) if firsts else None,
+        "most_mb": round(max(size for samples in soak.memory.values() for _, size in samples) / 1e6, 1),
+    }
+
+
+def main() -> int:
+    """Run it; 0 where the losses are the same."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=500, help="of five steps")
+    parser.add_argument("--seed", type=int, default=0, help="draws faults and their times")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="soak_"))
+    toy, forge = make_toy(folder / "toy"), Forge()
+    options = (f"schedule.epochs={arguments.epochs}", "checkpoint.every_steps=25", "log.every_steps=50")
+    lab = Lab(folder / "soak", toy, forge, 2, options, look_s=2)
+    proxy = lab.open_store()
+    proxy.latency_s = LATENCY_S
+    lab.options += ["data.sources.toy.shards=s3://bucket/toy", "checkpoint.upload=s3://bucket/run"]
+    soak = Soak(lab, arguments.seed)
+    soak.run()
+    minutes = (time.monotonic() - soak.began) / 60
+    whole = Lab(folder / "whole", toy, forge, 2, options, look_s=2)
+    codes = whole.start().wait()
+    same = codes == [0, 0] and curve_of(lab) == curve_of(whole) and len(curve_of(lab)) == 5 * arguments.epochs
+    report = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "minutes": round(minutes, 1),
+        "steps": 5 * arguments.epochs,
+        "seed": arguments.seed,
+        "faults": len(soak.events),
+        "starts": len(lab.attempts),
+        "uploaded": lab.uploaded(),
+        "same_losses": same,
+        "memory": memory_report(soak),
+        "events": soak.events,
+        "exit_codes": soak.codes,
+    }
+    print(json.dumps(report, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    for one in (lab, whole):
+        one.close()
+    forge.close()
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
