@@ -8,12 +8,13 @@ CONSTRAINTS := .ci/constraints.txt
 # Tests and tools that a variable selects from outside: make test TESTS=tests/models
 TESTS ?= tests
 
-.PHONY: help install demo test faults lint types bench clean
+.PHONY: help install demo test faults soak lint types bench clean
 
 help:
 	@echo "make demo   run the main job end to end on this machine (about 10 minutes)"
 	@echo "make test   ruff, mypy, pytest (TESTS=path to select)"
-	@echo "make faults the tests that take minutes each: lost nodes, time limits (pytest -m faults)"
+	@echo "make faults all faults in all phases, then the tests that take minutes each; writes docs/reliability.md (an hour)"
+	@echo "make soak   half an hour of training with a fault about every minute"
 	@echo "make lint   ruff, hadolint and shellcheck only"
 	@echo "make types  mypy only"
 	@echo "make clean  remove what demo made (.cache/demo, runs/demo); .venv stays"
@@ -35,8 +36,20 @@ demo: install
 test: lint types
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)
 
+# The results of both lie in FAULTS; each writes the page anew from all that is there.
+FAULTS ?= .cache/faults
+
 faults: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults $(TESTS)
+	mkdir -p $(FAULTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/faults/matrix.py --json $(FAULTS)/matrix.json; matrix=$$?; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "faults or not faults" tests/slurm \
+		--junitxml=$(FAULTS)/slurm.xml; slurm=$$?; \
+	$(BIN)/python tests/faults/report.py $(FAULTS) docs/reliability.md; exit $$((matrix + slurm))
+
+soak: install
+	mkdir -p $(FAULTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/faults/soak.py --json $(FAULTS)/soak.json; soak=$$?; \
+	$(BIN)/python tests/faults/report.py $(FAULTS) docs/reliability.md; exit $$soak
 
 lint: install
 	$(BIN)/ruff check .

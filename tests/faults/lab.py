@@ -188,10 +188,10 @@ class Lab:
 
     def open_store(self) -> FaultProxy:
         """A real S3 server with the shards, and a proxy between it and the command."""
+        # Before the server starts: it remembers for minutes what lies in a folder.
+        shutil.copytree(self.toy.folder / "shards", self.folder / "store" / servers.BUCKET / "toy")
         self.server = servers.Rclone(self.folder / "store")
         self.server.start()
-        bucket = self.folder / "store" / servers.BUCKET
-        shutil.copytree(self.toy.folder / "shards", bucket / "toy")
         self.proxy = FaultProxy(self.server.port)
         self.environ |= servers.environment(self.proxy.port, timeout_s=2)
         return self.proxy

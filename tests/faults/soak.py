@@ -1,9 +1,9 @@
 """Half an hour of training with a fault about every minute: the same losses in the end, and memory that stays flat.
 
-    python tests/faults/soak.py [--minutes 32] [--seed 0] [--json FILE]
+    python tests/faults/soak.py [--minutes 31] [--epochs 500] [--seed 0] [--json FILE]
 
-Data come from a real S3 server, and checkpoints go there, through a proxy that adds latency: it is this that makes the
-run last, so that it needs little of the machine. The undisturbed run reads the same shards from the disk.
+Data come from a real S3 server, and checkpoints go there, through a proxy whose latency is steered so that it lasts
+that long; it needs little of the machine. The undisturbed run reads the same shards from the disk.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from tests.faults.case import curve_of  # noqa: E402
 from tests.faults.forge import Forge  # noqa: E402
 from tests.faults.lab import Attempt, Lab, NotKept  # noqa: E402
 
-#: Latency of each request to the store, seconds.
-LATENCY_S = (0.05, 0.15)
+#: Latency of each request to the store at first, and at most, seconds.
+FIRST_LATENCY_S, MOST_LATENCY_S = 0.05, 2.0
 
 #: Age from which a process's memory is expected to be flat, seconds, and the least length of a series from there.
 SETTLED_S, SERIES_S = 30.0, 60.0
@@ -47,11 +47,13 @@ class Soak:
         memory: Samples (age in seconds, bytes resident) of each process, by (start, rank).
     """
 
-    def __init__(self, lab: Lab, seed: int) -> None:
+    def __init__(self, lab: Lab, seed: int, minutes: float, steps: int) -> None:
         assert lab.proxy is not None and lab.server is not None
         self.lab, self.proxy, self.server = lab, lab.proxy, lab.server
         self.random = random.Random(seed)
-        self.began = time.monotonic()
+        self.began, self._seconds, self._steps_in_all = time.monotonic(), 60 * minutes, steps
+        self.latency_s = FIRST_LATENCY_S
+        self.slow_down()
         self.events: list[dict[str, Any]] = []
         self.memory: dict[tuple[int, int], list[tuple[float, int]]] = {}
         self.codes: list[list[int]] = []
@@ -59,7 +61,7 @@ class Soak:
 
     def run(self) -> None:
         """Start again and again, with faults, until the run is done."""
-        due = self._next()
+        due = look = self._next()
         attempt = self.lab.start()
         while True:
             if None not in attempt.codes:
@@ -74,7 +76,23 @@ class Soak:
             if time.monotonic() > due and self._steps() > 0:
                 self._strike(attempt)
                 due = self._next()
+            if time.monotonic() > look:
+                look = time.monotonic() + 5
+                self._steer()
             time.sleep(0.2)
+
+    def slow_down(self) -> None:
+        """The proxy without faults."""
+        self.proxy.clear()
+        self.proxy.latency_s = (0.5 * self.latency_s, 1.5 * self.latency_s)
+
+    def _steer(self) -> None:
+        """More latency where the run would be done too early, less where it would take too long."""
+        left_s = self.began + self._seconds - time.monotonic()
+        expected = self._steps_in_all * (1 - left_s / self._seconds)
+        ahead = self._steps() > expected and left_s > 0
+        self.latency_s = min(MOST_LATENCY_S, max(0.005, self.latency_s * (1.15 if ahead else 0.8)))
+        self.slow_down()
 
     def _next(self) -> float:
         return time.monotonic() + self.random.uniform(40, 80)
@@ -135,8 +153,7 @@ def for_a_while(**faults: Any) -> Callable[[Soak, Attempt], None]:
         for name, value in faults.items():
             setattr(soak.proxy, name, value)
         time.sleep(soak.random.uniform(5, 15))
-        soak.proxy.clear()
-        soak.proxy.latency_s = LATENCY_S
+        soak.slow_down()
 
     return strike
 
@@ -192,6 +209,7 @@ def memory_report(soak: Soak) -> dict[str, Any]:
 def main() -> int:
     """Run it; 0 where the losses are the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=31, help="how long it takes, about")
     parser.add_argument("--epochs", type=int, default=500, help="of five steps")
     parser.add_argument("--seed", type=int, default=0, help="draws faults and their times")
     parser.add_argument("--json", type=Path, help="file for the result")
@@ -200,10 +218,9 @@ def main() -> int:
     toy, forge = make_toy(folder / "toy"), Forge()
     options = (f"schedule.epochs={arguments.epochs}", "checkpoint.every_steps=25", "log.every_steps=50")
     lab = Lab(folder / "soak", toy, forge, 2, options, look_s=2)
-    proxy = lab.open_store()
-    proxy.latency_s = LATENCY_S
+    lab.open_store()
     lab.options += ["data.sources.toy.shards=s3://bucket/toy", "checkpoint.upload=s3://bucket/run"]
-    soak = Soak(lab, arguments.seed)
+    soak = Soak(lab, arguments.seed, arguments.minutes, 5 * arguments.epochs)
     soak.run()
     minutes = (time.monotonic() - soak.began) / 60
     whole = Lab(folder / "whole", toy, forge, 2, options, look_s=2)
