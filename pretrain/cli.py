@@ -130,11 +130,11 @@ def _inspect(arguments: argparse.Namespace, recipe: Recipe) -> int:
         from pretrain.engine.dry_run import dry_run
 
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-        _print_sections(dry_run(recipe))
+        print_sections(dry_run(recipe))
     return 0
 
 
-def _print_sections(sections: "list[Section]") -> None:
+def print_sections(sections: "list[Section]") -> None:
     """Tables in colour on a terminal; elsewhere one line a row, so that a log can be searched."""
     from rich.console import Console
     from rich.markup import escape

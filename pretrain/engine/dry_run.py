@@ -5,25 +5,23 @@ The model is built on the meta device, so a billion parameters take seconds and 
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from pretrain.data.index import ShardIndex, load_index
+from pretrain.data.index import ShardIndex
 from pretrain.data.order import SourceShape, epoch_quotas
 from pretrain.data.randomness import generator
 from pretrain.engine.ds_config import DTYPES, builds_sharded, deepspeed_config
 from pretrain.engine.memory import Held, model_states
 from pretrain.engine.schedule import Schedule, build_schedule, every_steps
-from pretrain.errors import DataError, StorageError
+from pretrain.engine.sources import epoch_videos, find_indices, source_size
+from pretrain.errors import StorageError
 from pretrain.objectives.base import Objective
 from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe, Source
 
-#: Longest time that the search for one source's index may take: a dry run answers in seconds.
-INDEX_DEADLINE_S = 10.0
 #: A forward pass costs one, a backward pass two of it; recomputing activations adds another.
 BACKWARD_COST = 2
 
@@ -87,28 +85,12 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
         ranks, origin = recipe.batch.ranks, "batch.ranks, the published run"
     else:
         ranks, origin = 1, "nothing launched, batch.ranks is null"
-    videos = _epoch_videos(recipe, indices)
+    videos = epoch_videos(recipe, indices)
     schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos is not None else None
     parameters = sum(parameter.numel() for parameter in objective.parameters())
     trained = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
     accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
     return Plan(ranks, origin, accumulation, parameters, trained, videos, schedule)
-
-
-def _epoch_videos(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> int | None:
-    """Videos of one epoch that are served: lanes have equal length. None while a source's size is unknown."""
-    if recipe.data.epoch_samples is not None:
-        total = recipe.data.epoch_samples
-    else:
-        sizes = [_source_size(source, indices[name]) for name, source in recipe.data.sources.items()]
-        if not all(sizes):
-            return None
-        total = sum(size for size in sizes if size)
-    return total // recipe.data.lanes * recipe.data.lanes
-
-
-def _source_size(source: Source, index: ShardIndex | None) -> int | None:
-    return index.samples if index else source.expected_samples
 
 
 def _model_section(objective: Objective) -> Section:
@@ -158,17 +140,12 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
 
 def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]]:
     section = Section("data")
-    indices: dict[str, ShardIndex | None] = {}
+    indices, errors = find_indices(recipe)
     unusable: list[tuple[str, str]] = []
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        found = pool.map(_index_or_error, [source.shards for source in recipe.data.sources.values()])
-    for (name, source), index in zip(recipe.data.sources.items(), found, strict=True):
-        indices[name] = index if isinstance(index, ShardIndex) else None
-        if isinstance(index, DataError):
-            absent = isinstance(index.__cause__, StorageError) and "FileNotFoundError" in str(index)
-            unusable.append(
-                (f"  {name}", f"no index.json in {source.shards}" if absent else str(index.__cause__ or index))
-            )
+    for name, error in errors.items():
+        absent = isinstance(error.__cause__, StorageError) and "FileNotFoundError" in str(error)
+        place = recipe.data.sources[name].shards
+        unusable.append((f"  {name}", f"no index.json in {place}" if absent else str(error.__cause__ or error)))
     for name, share in _shares(recipe, indices).items():
         section.add(name, _found(recipe.data.sources[name], indices[name]), share)
     if unusable:
@@ -180,13 +157,6 @@ def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]
         section.add("  if they lie elsewhere", "data.root=FOLDER_OR_URL, or TUBELET_DATA in the environment")
         section.add("  to do without one", f"data.sources.{unusable[-1][0].strip()}=null")
     return section, indices
-
-
-def _index_or_error(url: str) -> ShardIndex | DataError:
-    try:
-        return load_index(url, deadline_s=INDEX_DEADLINE_S)
-    except DataError as error:
-        return error
 
 
 def _found(source: Source, index: ShardIndex | None) -> str:
@@ -203,7 +173,7 @@ def _found(source: Source, index: ShardIndex | None) -> str:
 def _shares(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> dict[str, str]:
     """What each source gives to an epoch, in words."""
     sources = recipe.data.sources
-    sizes = {name: _source_size(source, indices[name]) for name, source in sources.items()}
+    sizes = {name: source_size(source, indices[name]) for name, source in sources.items()}
     strides = {name: source.stride or recipe.data.stride for name, source in sources.items()}
     if not all(sizes.values()):
         return {name: f"stride {strides[name]}" for name in sources}
@@ -230,7 +200,7 @@ def _batch_section(recipe: Recipe, plan: Plan) -> Section:
     )
     parts = objective_file(recipe).cost(recipe)
     macs = sum(count for name, count in parts.items() if not name.startswith("skipped"))
-    passes = 1 + BACKWARD_COST + int(recipe.compute.activation_checkpointing)
+    passes = 1 + BACKWARD_COST + int(recipe.compute.activation_checkpointing is True)
     section.add(
         "work",
         _flops(2 * macs * passes * batch.samples * views),

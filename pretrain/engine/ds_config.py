@@ -65,6 +65,9 @@ def _zero(recipe: Recipe, parameters: int, on_cpu: bool) -> Config:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
     if zero.stage == 3:
         section["stage3_prefetch_bucket_size"] = bucket
+        # DeepSpeed keeps up to a billion gathered parameters by default: all of ViT-g, and nothing would be saved.
+        section["stage3_max_live_parameters"] = 2 * bucket
+        section["stage3_max_reuse_distance"] = bucket
     return section
 
 

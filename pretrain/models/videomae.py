@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import Grid, grid_of, grid_problems
 from pretrain.models.positions import SinCosPositions
-from pretrain.models.vit import Block, CubeEmbedding, Linear, drop_path_rates, run_blocks
+from pretrain.models.vit import Block, CubeEmbedding, Linear, Recompute, drop_path_rates, run_blocks
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
         self.blocks = _blocks(config, shape, shape.dim, shape.depth, shape.heads)
         self.norm = nn.LayerNorm(shape.dim, eps=config.norm_eps)
 
-    def forward(self, cubes: Tensor, index: Tensor, recompute: bool = False) -> Tensor:
+    def forward(self, cubes: Tensor, index: Tensor, recompute: Recompute = False) -> Tensor:
         """Cubes [B, n, cube] that lie at tokens `index` [B, n] to features [B, n, C]."""
         tokens = self.patch_embed(cubes)
         tokens = tokens + self.positions(index).to(tokens.dtype)
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(shape.decoder_dim, eps=eps)
         self.head = Linear(shape.decoder_dim, shape.cube)
 
-    def forward(self, tokens: Tensor, predicted: int, recompute: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, predicted: int, recompute: Recompute = False) -> Tensor:
         """Tokens [B, n, D] with positions to pixels [B, predicted, cube] of the last `predicted` of them."""
         tokens = run_blocks(self.blocks, tokens, recompute)
         return self.head(self.norm(tokens[:, -predicted:]))
@@ -172,14 +172,14 @@ class VideoMAE(nn.Module):
     Args:
         config: model section of the recipe.
         frames, height, width: size of a clip, pixels.
-        activation_checkpointing: recompute each block in the backward pass.
+        activation_checkpointing: recompute each block in the backward pass, all of it or in part; see `run_blocks`.
 
     Raises:
         RecipeError: the configuration can't be built for this clip size.
     """
 
     def __init__(
-        self, config: Config, frames: int, height: int, width: int, activation_checkpointing: bool = False
+        self, config: Config, frames: int, height: int, width: int, activation_checkpointing: Recompute = False
     ) -> None:
         super().__init__()
         problems = check(config, frames, height, width)
@@ -214,7 +214,7 @@ class VideoMAE(nn.Module):
         return self.decoder(torch.cat((seen, asked), dim=1), targets.shape[1], recompute)
 
 
-def build(config: Any, frames: int, height: int, width: int, activation_checkpointing: bool = False) -> VideoMAE:
+def build(config: Any, frames: int, height: int, width: int, activation_checkpointing: Recompute = False) -> VideoMAE:
     """The module; see `VideoMAE`."""
     return VideoMAE(config, frames, height, width, activation_checkpointing)
 

@@ -110,6 +110,9 @@ def _check_ranges(recipe: Recipe) -> list[str]:
                 value = getattr(getattr(recipe, section), name)
                 if value is not None and (value < 0 or (value == 0 and keys is positive)):
                     problems.append(f"{section}.{name}: found {value}, allowed: {allowed}")
+    if recipe.compute.activation_checkpointing not in (True, False, "selective"):
+        found = recipe.compute.activation_checkpointing
+        problems.append(f"compute.activation_checkpointing: found {found}, allowed: true, false, selective")
     if recipe.zero.stage not in (0, 1, 2, 3):
         problems.append(f"zero.stage: found {recipe.zero.stage}, allowed: 0, 1, 2 or 3")
     if not 0 <= recipe.optim.momentum < 1:

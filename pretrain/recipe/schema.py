@@ -132,8 +132,8 @@ class Compute:
     """format of weights and activations in forward and backward; optimiser states are float32"""
     matmul: Literal["highest", "high", "medium"] = "high"
     """float32 matrix multiplication on the accelerator (torch.set_float32_matmul_precision)"""
-    activation_checkpointing: bool = False
-    """recompute each block's activations in the backward pass: less memory, about a third more compute"""
+    activation_checkpointing: bool | str = False
+    """true: recompute each block in the backward pass; selective: all but its matrix products and attention"""
     compile: bool = False
     """torch.compile the objective"""
 

@@ -25,6 +25,7 @@ ALLOWED = {
     # An objective's file goes with its model's file; masks are drawn by the data workers on its behalf.
     "pretrain.objectives": BASE | {"pretrain.models", "pretrain.data.masks", "pretrain.data.randomness"},
     "pretrain.engine": {"pretrain"} - {"pretrain.cli"},
+    "pretrain.plan": {"pretrain"} - {"pretrain.cli"},
     "pretrain.cli": {"pretrain"},
     "pretrain": {"pretrain"},
     "finetune": {"finetune", "pretrain"},
@@ -64,7 +65,7 @@ def may_import(importer: str, imported: str) -> bool:
     own = max((name for name in ALLOWED if within(importer, name)), key=len)
     if within(imported, own) and own != "pretrain":
         return True
-    if own == "pretrain.engine":
+    if own in ("pretrain.engine", "pretrain.plan"):
         return within(imported, "pretrain") and not within(imported, "pretrain.cli")
     exact = {"pretrain"} if own not in ("pretrain.cli", "pretrain", "finetune", "launch") else set()
     return any(imported == name if name in exact else within(imported, name) for name in ALLOWED[own])

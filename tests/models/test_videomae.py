@@ -17,7 +17,7 @@ from pretrain.errors import RecipeError
 from pretrain.models.cubes import Grid, cut_cubes, grid_of, join_cubes, take_tokens
 from pretrain.models.positions import SinCosPositions, sinusoid_table
 from pretrain.models.videomae import Config, VideoMAE, check, cost, resolve, shape_of
-from pretrain.models.vit import drop_path_rates
+from pretrain.models.vit import drop_path_rates, written_out_attention
 
 V1_HUGE = {"decoder_dim": 640, "decoder_depth": 12}
 TINY = {
@@ -236,7 +236,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_activation_checkpointing_changes_nothing_but_memory() -> None:
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "selective"):
         model = tiny(checkpointing=checkpointing)
         loss = model(*inputs(model)).square().mean()
         saved: list[int] = []
@@ -244,12 +244,23 @@ def test_activation_checkpointing_changes_nothing_but_memory() -> None:
             again = model(*inputs(model)).square().mean()
         again.backward()
         results.append((loss.detach(), gradients(model), sum(saved)))
-    (plain, plain_gradients, plain_saved), (loss, found, saved) = results
-    assert_close(loss, plain, rtol=0, atol=0)
-    assert len(found) == len(list(model.parameters()))
-    for name, value in plain_gradients.items():
-        assert_close(found[name], value)
-    assert saved < plain_saved / 3
+    (plain, plain_gradients, plain_saved), *recomputed = results
+    for loss, found, saved in recomputed:
+        assert_close(loss, plain, rtol=0, atol=0)
+        assert len(found) == len(list(model.parameters()))
+        for name, value in plain_gradients.items():
+            assert_close(found[name], value)
+        assert saved < plain_saved / 3  # what selective checkpointing keeps lies in its own store
+
+
+def test_attention_written_out_is_attention() -> None:
+    query, key, value = (torch.randn(2, 3, 50, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.3)
+    for found in (
+        written_out_attention(query, key, value, 0.3),
+        F.scaled_dot_product_attention(query, key, value, scale=0.3),
+    ):
+        assert_close(found.double(), exact, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

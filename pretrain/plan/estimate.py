@@ -1,0 +1,204 @@
+"""A recipe on a number of accelerators: memory, time of a step, and of the whole run."""
+
+from dataclasses import dataclass
+
+from pretrain.data.index import ShardIndex
+from pretrain.engine.build import count_parameters
+from pretrain.engine.schedule import build_schedule
+from pretrain.errors import RecipeError
+from pretrain.plan.feeding import Feeding, Supply, feeding_of, shortages
+from pretrain.plan.hardware import Gpu
+from pretrain.plan.memory import OVERHEAD, USABLE, Memory, memory_of
+from pretrain.plan.network import Traffic, seconds_of, traffic_of
+from pretrain.plan.trace import BACKWARD, Trace, trace_step
+from pretrain.recipe.components import objective_file
+from pretrain.recipe.schema import Recipe
+
+#: Bytes that the optimiser reads and writes for each parameter it updates: gradient, weights, two moments.
+UPDATE_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one optimiser step, by what takes them; communication only as far as nothing hides it."""
+
+    forward: float
+    backward: float
+    optimiser: float
+    communication: float
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return self.forward + self.backward + self.optimiser + self.communication
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A recipe on `gpus` accelerators.
+
+    Attributes:
+        gpus: ranks.
+        gpu: the accelerator.
+        parameters: of the model.
+        micro: videos of one forward pass of one rank; the recipe's where it divides and fits, else the largest.
+        largest_micro: videos of the largest forward pass that fits, whether or not it divides.
+        accumulation: micro-batches of a step.
+        trace: work of one micro-batch.
+        published_macs: multiply-accumulates of a clip's forward pass as publications count.
+        memory: of one rank.
+        traffic: what one rank sends in a step.
+        communication_s: time of the traffic alone, hidden or not.
+        times: of one step.
+        clips_per_s: of the whole job.
+        mfu: share of the accelerators' matmul rate that the model's own work is (recomputed work not counted).
+        steps: of the whole recipe; None: the size of the data is not known.
+        checkpoint_bytes: of one checkpoint.
+        feeding: what data loading needs.
+        problems: what does not fit or can't keep up, and what to change.
+    """
+
+    gpus: int
+    gpu: Gpu
+    parameters: int
+    micro: int
+    largest_micro: int
+    accumulation: int
+    trace: Trace
+    published_macs: dict[str, float]
+    memory: Memory
+    traffic: Traffic
+    communication_s: float
+    times: Times
+    clips_per_s: float
+    mfu: float
+    steps: int | None
+    checkpoint_bytes: float
+    feeding: Feeding
+    problems: list[str]
+
+    @property
+    def hours(self) -> float | None:
+        """Of the whole recipe."""
+        return None if self.steps is None else self.steps * self.times.total / 3600
+
+
+class Planner:
+    """Plans one recipe on any number of one kind of accelerator.
+
+    Args:
+        recipe: the run.
+        gpu: the accelerator.
+        supply: cores and storage that feed it.
+        indices: of the sources whose shards are there.
+        epoch_videos: videos of an epoch; None: not known.
+    """
+
+    def __init__(
+        self, recipe: Recipe, gpu: Gpu, supply: Supply, indices: list[ShardIndex], epoch_videos: int | None
+    ) -> None:
+        self.recipe, self.gpu, self.supply, self.indices = recipe, gpu, supply, indices
+        self.epoch_videos = epoch_videos
+        self.parameters = count_parameters(recipe)
+        self._traces: dict[int, Trace] = {}
+
+    def trace(self, micro: int) -> Trace:
+        """The work of a micro-batch; traced once, since it does not depend on the number of accelerators."""
+        if micro not in self._traces:
+            self._traces[micro] = trace_step(self.recipe, micro)
+        return self._traces[micro]
+
+    def estimate(self, gpus: int) -> Estimate:
+        """Plan the run on `gpus` accelerators.
+
+        Raises:
+            RecipeError: batch.samples can't be dealt to that many.
+        """
+        recipe, gpu = self.recipe, self.gpu
+        if gpus < 1 or recipe.batch.samples % gpus or recipe.data.lanes % gpus:
+            raise RecipeError(
+                f"--gpus {gpus}: must divide batch.samples={recipe.batch.samples} and data.lanes={recipe.data.lanes}"
+            )
+        states = self._memory(gpus, activations=0.0)
+        largest = self._largest_micro(gpus, states)
+        micro, problems = self._choose_micro(gpus, largest, states)
+        accumulation = recipe.batch.samples // (micro * gpus)
+        trace = self.trace(micro)
+        traffic = traffic_of(recipe, self.parameters, gpus, accumulation)
+        times = self._times(trace, accumulation, gpus, traffic)
+        videos_per_s = recipe.batch.samples / times.total
+        clips_per_s = videos_per_s * recipe.data.views
+        feeding = feeding_of(recipe, videos_per_s, gpus, self.supply, self.indices)
+        model_flops = 3 * trace.forward_flops / trace.clips
+        return Estimate(
+            gpus=gpus,
+            gpu=gpu,
+            parameters=self.parameters,
+            micro=micro,
+            largest_micro=largest,
+            accumulation=accumulation,
+            trace=trace,
+            published_macs=objective_file(recipe).cost(recipe),
+            memory=self._memory(gpus, trace.peak_bytes),
+            traffic=traffic,
+            communication_s=seconds_of(traffic.total, gpu, gpus),
+            times=times,
+            clips_per_s=clips_per_s,
+            mfu=clips_per_s * model_flops / (gpu.matmul_tflops * 1e12 * gpus),
+            steps=self._steps(),
+            checkpoint_bytes=self.parameters * (12 if recipe.compute.dtype == "fp32" else 14),
+            feeding=feeding,
+            problems=problems + shortages(recipe, feeding, self.supply),
+        )
+
+    def _memory(self, gpus: int, activations: float) -> Memory:
+        return memory_of(self.recipe, self.parameters, gpus, activations)
+
+    def _steps(self) -> int | None:
+        if self.epoch_videos is None:
+            return None
+        return build_schedule(self.recipe, self.epoch_videos // self.recipe.batch.samples).total
+
+    def _times(self, trace: Trace, accumulation: int, gpus: int, traffic: Traffic) -> Times:
+        """Roofline: each kernel takes as long as its arithmetic or its memory traffic, whichever is longer."""
+        gpu, zero = self.gpu, self.recipe.zero
+        seconds = {BACKWARD: 0.0, "forward": 0.0}
+        for kernel in trace.operations:
+            arithmetic, moved = kernel.flops / (gpu.matmul_tflops * 1e12), kernel.bytes / (gpu.memory_gbs * 1e9)
+            seconds[BACKWARD if kernel.part == BACKWARD else "forward"] += max(arithmetic, moved, gpu.launch_s)
+        forward, backward = accumulation * seconds["forward"], accumulation * seconds[BACKWARD]
+        gradients, weights = (seconds_of(sent, gpu, gpus) for sent in (traffic.gradients, traffic.weights))
+        if zero.overlap and zero.stage == 3:  # weights travel while the passes go on, gradients in the backward pass
+            exposed = max(0.0, gradients + weights - forward - backward)
+        elif zero.overlap:  # weights are gathered after the update
+            exposed = max(0.0, gradients - seconds[BACKWARD]) + weights
+        else:
+            exposed = gradients + weights
+        updated = self.parameters / (gpus if zero.stage > 0 else 1)
+        update = updated * UPDATE_BYTES / (gpu.memory_gbs * 1e9)
+        return Times(forward, backward, update, exposed)
+
+    def _largest_micro(self, gpus: int, states: Memory) -> int:
+        """Videos whose activations fit beside the states: they grow by the same amount with each video."""
+        one, two = self.trace(1).peak_bytes, self.trace(2).peak_bytes
+        room = self.gpu.memory * USABLE - OVERHEAD
+        if states.total > room:
+            return 0
+        beside = self._memory(gpus, activations=1e15)  # so many that they decide which moment holds most
+        return max(0, int((room - (beside.total - 1e15) - one) // (two - one)) + 1)
+
+    def _choose_micro(self, gpus: int, largest: int, states: Memory) -> tuple[int, list[str]]:
+        """The recipe's micro-batch where it divides and fits, else the largest that does; and why."""
+        recipe, gpu = self.recipe, self.gpu
+        share, wanted = recipe.batch.samples // gpus, recipe.batch.micro
+        if wanted <= largest and share % wanted == 0:
+            return wanted, []
+        if largest == 0:
+            return 1, [
+                f"it does not fit: model states of {states.total / 1e9:.1f} GB and the activations of one video exceed "
+                f"the {gpu.memory / 1e9:.0f} GB of {gpu.name}. Raise zero.stage (now {recipe.zero.stage}), set "
+                "compute.activation_checkpointing=true or zero.offload=cpu, or take more or larger accelerators"
+            ]
+        fitting = max(micro for micro in range(1, min(largest, share) + 1) if share % micro == 0)
+        reason = f"does not fit, at most {largest} do" if wanted > largest else f"does not divide {share} videos a rank"
+        return fitting, [f"batch.micro={wanted} {reason}: planned with batch.micro={fitting}"]

@@ -1,0 +1,203 @@
+"""The work of one forward and backward pass, counted on tensors without content.
+
+The recipe's own objective runs on torch's fake tensors, which have shapes and no memory, so what is counted is what
+training does: fused attention, visible cubes only, recomputed activations. A billion parameters take a few seconds.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from pretrain.data.randomness import generator
+from pretrain.engine.ds_config import DTYPES
+from pretrain.errors import RecipeError
+from pretrain.objectives.base import Batch, Objective
+from pretrain.recipe.components import objective_file
+from pretrain.recipe.schema import Recipe
+
+#: Parts by a piece of a module's path, the first that matches; what no module does is the objective's own arithmetic.
+PARTS = (("decoder", "decoder"), ("patch_embed", "embedding"), ("attn", "attention"), ("mlp", "MLP"))
+REST, TARGETS, BACKWARD = "norms and the rest", "targets and loss", "backward"
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+#: torch's own counts; its table lacks the fused attention that fake tensors of the CPU choose.
+FLOPS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel: floating point operations (a multiply-add is two), and bytes read and written."""
+
+    part: str
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward and backward pass of one micro-batch.
+
+    Attributes:
+        clips: clips in the micro-batch.
+        operations: kernels in their order; those of the backward pass have the part `backward`.
+        peak_bytes: most memory held at once beside weights and accumulated gradients: activations and temporaries.
+        largest_bytes: largest single tensor.
+    """
+
+    clips: int
+    operations: list[Operation]
+    peak_bytes: int
+    largest_bytes: int
+
+    def flops(self, part: str | None = None) -> float:
+        """Of one part, or of all."""
+        return sum(operation.flops for operation in self.operations if part in (None, operation.part))
+
+    def bytes(self, part: str | None = None) -> float:
+        """Read and written, of one part or of all."""
+        return sum(operation.bytes for operation in self.operations if part in (None, operation.part))
+
+    @property
+    def forward_flops(self) -> float:
+        """Of the forward pass."""
+        return self.flops() - self.flops(BACKWARD)
+
+    @property
+    def parts(self) -> list[str]:
+        """In the order in which they begin."""
+        return list(dict.fromkeys(operation.part for operation in self.operations))
+
+
+def trace_step(recipe: Recipe, micro: int) -> Trace:
+    """Run one forward and backward pass of `micro` videos on fake tensors.
+
+    Raises:
+        RecipeError: the recipe's objective does not draw its batch by shape (fine-tuning).
+    """
+    method = objective_file(recipe)
+    if not hasattr(method, "view_tensors"):
+        raise RecipeError(f"objective.name={recipe.objective.name}: plans are made for pre-training recipes")
+    with torch.device("meta"):
+        objective: Objective = method.build(recipe).to(DTYPES[recipe.compute.dtype])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = objective.to_empty(device="cpu")
+        batch = made_up_batch(recipe, micro)
+        for parameter in module.parameters():
+            # Accumulated gradients are ZeRO's to place: counted with the model's states, not here.
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        counter = _Counter(module, batch)
+        with counter, _parts_noted(module, counter):
+            loss = module(batch).loss
+            counter.part = BACKWARD
+            loss.backward()
+    return Trace(micro * recipe.data.views, counter.operations, counter.peak, counter.largest)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def made_up_batch(recipe: Recipe, micro: int) -> Batch:
+    """A micro-batch of `micro` videos, with the shapes and masks that data workers make, and no content."""
+    data, clips = recipe.data, micro * recipe.data.views
+    drawn = objective_file(recipe).view_tensors(recipe)(lambda purpose: generator(0, 0, 0, 0, purpose))
+    batch = {name: torch.from_numpy(value).expand(clips, *value.shape).clone() for name, value in drawn.items()}
+    return batch | {"video": torch.zeros(clips, data.frames, data.height, data.width, 3, dtype=torch.uint8)}
+
+
+class _Counter(TorchDispatchMode):
+    """Sees every kernel: counts its work, and the memory that is alive."""
+
+    def __init__(self, module: nn.Module, batch: Batch) -> None:
+        super().__init__()
+        self.part = TARGETS
+        self.operations: list[Operation] = []
+        self.peak = self.largest = self._alive = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._known[tensor.untyped_storage()] = 0
+        for tensor in batch.values():
+            self._hold(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        new = [tensor for tensor in made if self._hold(tensor)]
+        if new or func._schema.is_mutable:  # else a view
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            count = FLOPS.get(func._overloadpacket)
+            flops = float(count(*args, **kwargs, out_val=output)) if count else 0.0
+            self.operations.append(Operation(self.part, flops, float(sum(map(_size, given + new)))))
+        return output
+
+    def _hold(self, tensor: Tensor) -> bool:
+        """Count the storage of a tensor while it lives; whether it is a new one."""
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return False
+        size = self._known[storage] = storage.nbytes()
+        self._alive += size
+        self.peak, self.largest = max(self.peak, self._alive), max(self.largest, size)
+        weakref.finalize(storage, self._release, size)
+        return True
+
+    def _release(self, size: int) -> None:
+        self._alive -= size
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def _parts_noted(module: nn.Module, counter: _Counter) -> Iterator[None]:
+    """While open, `counter.part` follows the module whose forward pass runs."""
+    above: list[str] = []
+
+    def enter(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            above.append(counter.part)
+            # What is recomputed in the backward pass is part of it.
+            counter.part = counter.part if counter.part == BACKWARD else _part_of(name, counter.part)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        counter.part = above.pop()
+
+    handles = []
+    for name, child in module.named_modules():
+        handles += [child.register_forward_pre_hook(enter(name)), child.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _part_of(name: str, current: str) -> str:
+    if not name.startswith("model"):
+        return current
+    words = name.split(".")
+    return next((part for word, part in PARTS if word in words), REST)

@@ -1,0 +1,155 @@
+"""Plans: counted work against published and derived numbers, memory and time that behave, the command line."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain.commands.plan import main
+from pretrain.errors import RecipeError
+from pretrain.plan.estimate import Planner
+from pretrain.plan.feeding import Supply
+from pretrain.plan.hardware import SHEETS, find_gpu
+from pretrain.plan.memory import memory_of
+from pretrain.plan.network import traffic_of
+from pretrain.plan.trace import trace_step
+from pretrain.recipe.components import objective_file
+from pretrain.recipe.load import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "published"),
+    [
+        ("vit_b_dual", ["objective.decoder_mask=none"], 35.48),
+        ("vit_b_dual", [], 25.87),
+        ("vit_g_dual", ["objective.decoder_mask=none"], 263.93),
+        ("vit_g_dual", [], 241.61),
+    ],
+)
+def test_counted_work_is_the_published_less_what_is_skipped(name: str, overrides: list[str], published: float) -> None:
+    recipe = load_recipe(name, [*overrides, "data.views=1"])
+    parts = objective_file(recipe).cost(recipe)
+    assert sum(parts.values()) / 1e9 == pytest.approx(published, rel=2e-3)
+    skipped = sum(macs for part, macs in parts.items() if part.startswith("skipped"))
+    trace = trace_step(recipe, 1)
+    assert trace.forward_flops / 2 == pytest.approx(sum(parts.values()) - skipped, rel=2e-3)
+
+
+def test_recomputing_costs_a_forward_pass_and_saves_memory() -> None:
+    kept, recomputed = (
+        trace_step(load_recipe("vit_b_dual", [f"compute.activation_checkpointing={word}"]), 2)
+        for word in ("false", "true")
+    )
+    extra = recomputed.flops() - kept.flops()
+    # A block's last matrix product is not repeated: nothing in the backward pass needs its result.
+    assert 0.6 * kept.forward_flops < extra < 0.8 * kept.forward_flops
+    assert recomputed.peak_bytes < 0.4 * kept.peak_bytes
+
+
+def test_selective_checkpointing_lies_between() -> None:
+    kept, selective, recomputed = (
+        trace_step(load_recipe("vit_b_dual", [f"compute.activation_checkpointing={word}", "data.views=1"]), 4)
+        for word in ("false", "selective", "true")
+    )
+    assert selective.flops() == kept.flops()  # no matrix product twice
+    assert recomputed.peak_bytes < selective.peak_bytes < kept.peak_bytes
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_planned_memory_is_what_a_process_takes(dtype: str) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "memory.py"), "--stage", "1", "--dtype", dtype]
+    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    assert float(line.partition("plan / real ")[2].split()[0]) == pytest.approx(1, abs=0.1), line
+
+
+def test_parts_add_up_and_backward_is_twice_the_forward_pass() -> None:
+    trace = trace_step(load_recipe("vit_b_dual"), 1)
+    assert {"embedding", "attention", "MLP", "decoder", "targets and loss", "backward"} <= set(trace.parts)
+    assert sum(trace.flops(part) for part in trace.parts) == trace.flops()
+    # Fused attention computes its scores again, the embedding needs no gradient of the pixels.
+    assert 1.95 < trace.flops("backward") / trace.forward_flops < 2.1
+
+
+def test_states_are_sharded_by_stage() -> None:
+    def total(stage: int, ranks: int) -> float:
+        recipe = load_recipe("vit_b_dual", [f"zero.stage={stage}", "compute.dtype=bf16", "zero.bucket_mb=1"])
+        return memory_of(recipe, 100_000_000, ranks, 0.0).total / 1e8
+
+    stages = [total(stage, 64) for stage in range(4)]
+    assert stages == sorted(stages, reverse=True)
+    assert total(3, 64) < total(3, 8)
+
+
+def test_a_recipe_is_planned_whole() -> None:
+    recipe = load_recipe("vit_g_dual")
+    planner = Planner(recipe, SHEETS["h100"], Supply(), [], 1_000_000)
+    plan = planner.estimate(64)
+    assert plan.accumulation * plan.micro * 64 == recipe.batch.samples
+    assert plan.memory.total < SHEETS["h100"].memory
+    assert 0.3 < plan.mfu < 1
+    assert plan.hours == pytest.approx(plan.steps * plan.times.total / 3600)
+    # The largest micro-batch fits, and one more does not.
+    for micro, fits in ((plan.largest_micro, True), (plan.largest_micro + 8, False)):
+        peak = planner.trace(micro).peak_bytes
+        held = memory_of(recipe, plan.parameters, 64, peak).total + 2.5e9
+        assert (held <= 0.94 * SHEETS["h100"].memory) == fits
+
+
+def test_what_does_not_fit_says_what_to_change() -> None:
+    recipe = load_recipe("vit_g_dual", ["zero.stage=0", "compute.activation_checkpointing=false"])
+    problems = Planner(recipe, SHEETS["a100-40"], Supply(), [], None).estimate(64).problems
+    assert any("at most" in problem and "planned with batch.micro=" in problem for problem in problems)
+    small = replace(SHEETS["v100"], memory=10e9)
+    assert "Raise zero.stage" in Planner(recipe, small, Supply(), [], None).estimate(64).problems[0]
+
+
+def test_starving_accelerators_are_named() -> None:
+    recipe = load_recipe("vit_b_dual", ["data.views=1"])
+    supply = Supply(decode_ms=40, cores=4, store_gbs=0.5)
+    *_, cores, store = Planner(recipe, SHEETS["h100"], supply, [], None).estimate(64).problems
+    assert "cores for each accelerator, 4 are there" in cores and "data.views" in cores
+    assert "0.5 are there" in store and "data.cache_dir" in store
+
+
+def test_traffic_of_stages() -> None:
+    def sent(stage: int, accumulation: int) -> float:
+        recipe = load_recipe("vit_b_dual", [f"zero.stage={stage}", "compute.dtype=bf16"])
+        return traffic_of(recipe, 1000, 4, accumulation).total
+
+    assert [sent(stage, 1) for stage in range(4)] == [3000, 3000, 3000, 4500]
+    assert [sent(stage, 2) for stage in range(4)] == [3000, 3000, 4500, 9000]
+
+
+def test_command_writes_tables_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--recipe", "vit_s_dual", "--gpu", "a100", "--sweep", "gpus=8,16,…,64"]
+    words += ["--json", str(tmp_path / "plan.json")]
+    assert main([*words, "--plot", str(tmp_path / "plan.png"), "data.views=2"]) == 0
+    assert "64 x a100" in capsys.readouterr().out
+    plans = json.loads((tmp_path / "plan.json").read_text())
+    assert [plan["gpus"] for plan in plans] == [8, 16, 32, 64]
+    rates = [plan["clips_per_s"] / plan["gpus"] for plan in plans]
+    assert rates == sorted(rates, reverse=True)
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_measured_rates_and_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = tmp_path / "rates.json"
+    rates.write_text('{"matmul_tflops": 700, "device": "x"}')
+    gpu = find_gpu("h100", rates)
+    assert (gpu.matmul_tflops, gpu.memory_gbs, gpu.measured) == (700, SHEETS["h100"].memory_gbs, True)
+    rates.write_text("[]")
+    with pytest.raises(RecipeError, match="none of matmul_tflops"):
+        find_gpu("h100", rates)
+    for words, message in (
+        (["--gpu", "tpu"], "known are v100"),
+        (["--gpus", "7"], "must divide batch.samples"),
+        (["--sweep", "gpus=a"], "allowed is gpus="),
+        (["data.stride=x"], "data.stride"),
+    ):
+        assert main(["--recipe", "vit_s_dual", *words]) == 2
+        assert message in capsys.readouterr().err
