@@ -29,6 +29,7 @@ HARMLESS = (
     "health",
     "log",
     "run.dir",
+    "run.init_averaged",
     "run.init_weights",
     "run.name",
     "run.time_limit_minutes",

@@ -63,7 +63,8 @@ def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int, resumes: bool 
     seed_everything(recipe.run.seed)
     objective = _build_objective(recipe, config, parameters)
     if recipe.run.init_weights and not resumes:
-        objective.load_pretrained(recipe.run.init_weights, read_weights(recipe.run.init_weights))
+        path = recipe.run.init_weights
+        objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
     optimizer = build_optimizer(recipe, objective, ranks.device)
     groups = _group_names(objective, optimizer)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))

@@ -115,7 +115,8 @@ def build_objective(place: Place, recipe: Recipe, device: torch.device) -> Objec
     if place.checkpoint is not None:
         load_checkpoint(objective, place.checkpoint)
     elif recipe.run.init_weights:
-        objective.load_pretrained(recipe.run.init_weights, read_weights(recipe.run.init_weights))
+        path = recipe.run.init_weights
+        objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
     torch.set_float32_matmul_precision(recipe.compute.matmul)
     return objective.to(device, DTYPES[recipe.compute.dtype]).train()
 

@@ -1,5 +1,6 @@
 """A trained model, from whatever a user points at: a run, one of its checkpoints, or an export with its recipe."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,12 @@ from pretrain.recipe.components import load_component
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Recipe
 
+logger = logging.getLogger(__name__)
+
 #: Name under which an objective holds its model.
 MODEL = "model."
+#: ... and averages of the model's weights, with | for the dots in their names (finetune/ema.py).
+AVERAGE = "average."
 
 
 @dataclass(frozen=True)
@@ -61,16 +66,24 @@ def find_trained(path: str | Path) -> Path:
     return source
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
+def read_weights(path: str, averaged: bool = True) -> dict[str, Tensor]:
     """The weights at `path`: a run of ours, one of its checkpoints, or a file or folder in any layout, any fsspec URL.
 
-    Of a checkpoint only the model is taken, not what its objective holds beside it.
+    Of a checkpoint only the model is taken, not what its objective holds beside it; its averages, where `averaged` and
+    there are some, in place of what they are averages of.
     """
     source = _source(path)
     if not is_checkpoint(source):
         return read_raw(path)
     state = consolidated_state(source)
-    return {name.removeprefix(MODEL): value for name, value in state.items() if name.startswith(MODEL)}
+    weights = {name.removeprefix(MODEL): value for name, value in state.items() if name.startswith(MODEL)}
+    averages = {name.removeprefix(AVERAGE).replace("|", "."): value for name, value in state.items()
+                if name.startswith(AVERAGE)}  # fmt: skip
+    known = {name: value for name, value in averages.items() if name in weights}
+    if known:
+        logger.info("%s has averaged weights; run.init_averaged=%s takes %s ones", path, str(averaged).lower(),
+                    "the averaged" if averaged else "the live")  # fmt: skip
+    return weights | known if averaged else weights
 
 
 def _source(path: str | Path) -> Path:

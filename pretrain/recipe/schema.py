@@ -273,6 +273,8 @@ class Run:
     """stop with a checkpoint this long after the start; null: SLURM_JOB_END_TIME if set, else none"""
     init_weights: str | None = None
     """checkpoint to start from (official, Hugging Face, or ours), weights only; null: random"""
+    init_averaged: bool = True
+    """of a run with averaged weights take those, which are what it evaluates and tests; false: the live ones"""
 
 
 @dataclass

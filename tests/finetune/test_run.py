@@ -17,6 +17,7 @@ from finetune.cli import main
 from finetune.commands import replay
 from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
+from pretrain.engine.trained import read_weights
 
 
 def training(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -126,9 +127,13 @@ def test_fine_tuned_weights_start_another_run(toy: Any, whole: str) -> None:
     assert "tensors matched" in printed and "is left out: a new one is asked for" in printed
     one = consolidated_state(toy.folder / "whole" / "checkpoints" / "step_00000006")
     two = consolidated_state(toy.folder / "next" / "checkpoints" / "step_00000001")
-    same = {name for name in two if torch.equal(one.get(name, torch.empty(0)), two[name])}
-    changed = {name for name in two if name.startswith("model.")} - same
-    assert changed <= {"model.head.weight", "model.head.bias", "model.fc_norm.weight", "model.fc_norm.bias"}
+    averaged = {name: one[f"average.{name.removeprefix('model.').replace('.', '|')}"] for name in two
+                if name.startswith("model.")}  # fmt: skip
+    changed = {name for name, value in averaged.items() if not torch.equal(value, two[name])}
+    assert changed == {"model.head.weight", "model.head.bias", "model.fc_norm.weight", "model.fc_norm.bias"}
+    live = read_weights(str(toy.folder / "whole"), averaged=False)
+    assert all(torch.equal(value, one[f"model.{name}"]) for name, value in live.items())
+    assert not torch.equal(live["blocks.0.attn.proj.weight"], averaged["model.blocks.0.attn.proj.weight"])
 
 
 def test_bf16_masters_are_merged_from_zero_stage_1(toy: Any) -> None:
