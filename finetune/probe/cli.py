@@ -27,6 +27,8 @@ examples (the recipe says model, clip size and labelled data; the network stays 
       nearest class mean of k videos a class, mean and spread of 5 draws
   python launch/evaluate.py --recipe vit_b_k400 --method features --tokens run.init_weights=model.pth
       pooled features, or of all tokens, to runs/<name>/features/*.npz
+  python launch/evaluate.py --recipe vit_b_k400 --method features --shards run.init_weights=model.pth
+      the same to runs/<name>/features/{train,held_out}/*.tar, which webdataset reads: one .npy and .json a video
   python launch/evaluate.py --recipe vit_g_k710 --method windows --step 4 run.init_weights=model.pth
       sliding windows over whole test videos, one .npy each, as published for temporal detection
 
@@ -45,6 +47,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shots", type=_numbers, default=[1, 5, 10], metavar="1,5,10", help="few-shot: videos a class")
     parser.add_argument("--epochs", type=int, default=50, help="linear, attentive: passes over the features")
     parser.add_argument("--tokens", action="store_true", help="features: of all tokens instead of pooled")
+    parser.add_argument(
+        "--shards", action="store_true", help="features, windows: WebDataset shards instead of .npz and .npy files"
+    )
     parser.add_argument("--step", type=int, default=16, help="windows: frames between two of them")
 
 
@@ -71,7 +76,8 @@ def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:
         seed_everything(recipe.run.seed)
         objective = objective_file(recipe).build(recipe)
         if recipe.run.init_weights:
-            objective.load_pretrained(recipe.run.init_weights, read_weights(recipe.run.init_weights))
+            weights = recipe.run.init_weights
+            objective.load_pretrained(weights, read_weights(weights, recipe.run.init_averaged))
         objective = objective.to(device=ranks.device, dtype=DTYPES[recipe.compute.dtype]).eval()
         result = _evaluate(objective, recipe, arguments, ranks, folder)
         if ranks.first and result:
@@ -90,8 +96,10 @@ def _evaluate(
     from finetune.probe.features import extract, held_out_sets, training_sets
 
     if arguments.method == "windows":
-        return _windows(objective, recipe, arguments.step, ranks, folder)
+        return _windows(objective, recipe, arguments, ranks, folder)
     kind: Any = "tokens" if arguments.method == "attentive" or arguments.tokens else "pooled"
+    if arguments.method == "features" and arguments.shards:
+        return _feature_shards(objective, recipe, kind, ranks, folder / "features")
     train = extract(objective, recipe, ranks, training_sets(recipe), kind)
     held_out = extract(objective, recipe, ranks, held_out_sets(recipe), kind)
     if not ranks.first:
@@ -104,6 +112,17 @@ def _evaluate(
         logger.info("features in %s", folder / "features")
         return {}
     return _score(train, held_out, arguments, recipe.run.seed, ranks.device)
+
+
+def _feature_shards(objective: Any, recipe: TuneRecipe, kind: Any, ranks: Any, folder: Path) -> dict[str, Any]:
+    from finetune.probe.features import held_out_sets, rows, training_sets
+    from finetune.probe.shards import write_shards
+
+    result: dict[str, Any] = {}
+    for name, sets in (("train", training_sets(recipe)), ("held_out", held_out_sets(recipe))):
+        result[name] = write_shards(folder / name, ranks, rows(objective, recipe, ranks, sets, kind))
+        logger.info("%s features of %d videos in %s", kind, result[name], folder / name)
+    return result
 
 
 def _score(train: Any, held_out: Any, arguments: argparse.Namespace, seed: int, device: Any) -> dict[str, Any]:
@@ -130,34 +149,26 @@ def _score(train: Any, held_out: Any, arguments: argparse.Namespace, seed: int, 
     return result
 
 
-def _windows(objective: Any, recipe: TuneRecipe, step: int, ranks: Any, folder: Path) -> dict[str, Any]:
-    """One .npy a test video; ranks share the videos."""
+def _windows(
+    objective: Any, recipe: TuneRecipe, arguments: argparse.Namespace, ranks: Any, folder: Path
+) -> dict[str, Any]:
+    """One .npy a test video, or shards; ranks share the videos."""
     from finetune.probe.features import held_out_sets
-    from finetune.probe.windows import window_features
-    from pretrain.data.fetch import SampleReader
-    from pretrain.data.samples import parse_sample, video_bytes
-    from pretrain.errors import SampleError
+    from finetune.probe.shards import write_shards
+    from finetune.probe.windows import window_rows
 
-    sets = held_out_sets(recipe)
-    reader = SampleReader([one.index for one in sets], None, recipe.data.deadline_s)
-    places = [(s, shard, row) for s, one in enumerate(sets) for shard, count in enumerate(one.index.counts.tolist())
-              for row in range(count)]  # fmt: skip
-    written = 0
-    for source, shard, row in places[ranks.rank :: ranks.world_size]:
-        entry = sets[source]
-        name = entry.index.shards[shard].name.removesuffix(".tar")
-        path = folder / "windows" / entry.name / name / f"{reader.key(source, shard, row).replace('/', '_')}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            video = video_bytes(parse_sample(reader.read(source, shard, row)))
-            features = window_features(objective.model, video, recipe.data.decoder, step, ranks.device)
-        except SampleError as error:
-            logger.warning("%s left out: %s", path.stem, error)
-            continue
-        np.save(path, features.numpy())
-        written += 1
+    rows = window_rows(objective.model, recipe, ranks, held_out_sets(recipe), arguments.step)
+    if arguments.shards:
+        written = write_shards(folder / "windows" / "shards", ranks, rows)
+    else:
+        written = 0
+        for row in rows:
+            path = folder / "windows" / f"{row.key}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, row.features)
+            written += 1
     logger.info("windows of %d videos in %s", written, folder / "windows")
-    return {"videos": written, "step": step}
+    return {"videos": written, "step": arguments.step}
 
 
 PROGRAM = cli.Program(

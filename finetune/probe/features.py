@@ -16,6 +16,7 @@ from finetune.classification.labels import class_names
 from finetune.classification.sources import source_rules
 from finetune.classification.validation import centre_view, video_sets
 from finetune.classification.videos import Videos, VideoSet, loader
+from finetune.probe.shards import Row
 from finetune.recipe import TuneRecipe
 from pretrain.data.index import load_index
 from pretrain.errors import DataError
@@ -80,17 +81,14 @@ def extract(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSe
     Raises:
         DataError: they would not fit into memory, or no video can be read.
     """
-    videos = Videos(sets, centre_view(recipe), ranks.rank, ranks.world_size, recipe.data.deadline_s)
     _check_memory(objective, recipe, sum(one.index.samples for one in sets), kind)
     keys: list[str] = []
     targets: list[Tensor] = []
     values: list[Tensor] = []
-    for batch in _batches(videos, recipe):
-        video = torch.cat([one["views"] for one in batch]).to(ranks.device)
-        found = objective.features(video, pooled=kind == "pooled").cpu()
-        values.append(found if kind == "pooled" else found.half())
-        keys += [one["key"] for one in batch]
-        targets += [one["target"] for one in batch]
+    for some_keys, found, some_targets in batches(objective, recipe, ranks, sets, kind):
+        keys += some_keys
+        values.append(found)
+        targets += some_targets
     parts = [part for part in gather_objects(ranks, (keys, values, targets)) if part[0]]
     if not parts:
         raise DataError("none of the videos can be read; see the lines above")
@@ -99,6 +97,29 @@ def extract(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSe
     joined = torch.cat([value for part in parts for value in part[1]])[order]
     labels = torch.stack([target for part in parts for target in part[2]])[order]
     return Features([all_keys[i] for i in order], joined, labels, list(class_names(sets[0].rules.labels)))
+
+
+def batches(
+    objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], kind: Kind
+) -> Iterator[tuple[list[str], Tensor, list[Tensor]]]:
+    """Keys, features (float32 [b, C] pooled, float16 [b, N, C] of tokens) and targets of this rank's videos."""
+    videos = Videos(sets, centre_view(recipe), ranks.rank, ranks.world_size, recipe.data.deadline_s)
+    for batch in _batches(videos, recipe):
+        video = torch.cat([one["views"] for one in batch]).to(ranks.device)
+        found = objective.features(video, pooled=kind == "pooled").cpu()
+        values = found if kind == "pooled" else found.half()
+        yield [one["key"] for one in batch], values, [one["target"] for one in batch]
+
+
+def rows(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], kind: Kind) -> Iterator[Row]:
+    """Features of this rank's videos one by one, with class and its name where there is one."""
+    names = class_names(sets[0].rules.labels)
+    for keys, values, targets in batches(objective, recipe, ranks, sets, kind):
+        for key, value, target in zip(keys, values, targets, strict=True):
+            facts: dict[str, Any] = {"target": target.tolist()}
+            if target.ndim == 0:
+                facts["class"] = names[int(target)]
+            yield Row(key, value.numpy(), facts)
 
 
 def _batches(videos: Videos, recipe: TuneRecipe) -> Iterator[list[dict[str, Any]]]:

@@ -4,18 +4,46 @@ Consecutive frames, squeezed to the model's size without keeping the aspect, in 
 is how the published THUMOS14 (step 4) and FineAction (step 16) features were made.
 """
 
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.classification.videos import VideoSet
+from finetune.probe.shards import Row
+from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import open_video
+from pretrain.data.fetch import SampleReader
+from pretrain.data.samples import parse_sample, video_bytes
 from pretrain.data.transforms import resize
 from pretrain.errors import SampleError
+from pretrain.runtime.process_group import Ranks
+
+logger = logging.getLogger(__name__)
 
 #: Windows in one forward pass.
 BATCH = 4
+
+
+def window_rows(model: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], step: int) -> Iterator[Row]:
+    """Features [windows, C] of this rank's videos; a video that can't be read is left out, with a line about it."""
+    reader = SampleReader([one.index for one in sets], None, recipe.data.deadline_s)
+    places = [(s, shard, row) for s, one in enumerate(sets) for shard, count in enumerate(one.index.counts.tolist())
+              for row in range(count)]  # fmt: skip
+    for source, shard, row in places[ranks.rank :: ranks.world_size]:
+        entry = sets[source]
+        name = entry.index.shards[shard].name.removesuffix(".tar")
+        key = f"{entry.name}/{name}/{reader.key(source, shard, row).replace('/', '_')}"
+        try:
+            video = video_bytes(parse_sample(reader.read(source, shard, row)))
+            features = window_features(model, video, recipe.data.decoder, step, ranks.device)
+        except SampleError as error:
+            logger.warning("%s left out: %s", key, error)
+            continue
+        yield Row(key, features.numpy(), {"step": step, "window": model.grid.time * model.shape.tubelet})
 
 
 def window_starts(num_frames: int, frames: int, step: int) -> list[int]:

@@ -4,6 +4,9 @@ A sample's members are adjacent in its shard, so one range read fetches it, what
 """
 
 import functools
+import io
+import posixpath
+import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,8 +14,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pretrain.data.cache import ShardCache
-from pretrain.data.index import Members, Shard, ShardIndex, load_members, members_name, store_error
-from pretrain.errors import DataError, StorageError
+from pretrain.data.index import LINK_ENDING, Members, Shard, ShardIndex, load_members, members_name, store_error
+from pretrain.errors import DataError, SampleError, StorageError
 from pretrain.runtime import storage
 
 T = TypeVar("T")
@@ -53,6 +56,7 @@ class SampleReader:
         Raises:
             DataError: the storage does not hand it out until the deadline, or holds another shard than the index says.
                 Neither is a matter of this sample, which another could stand in for: the run must wait, or stop.
+            SampleError: "missing" where the sample is a link to a video that is not there.
         """
         index = self._indexes[source]
         entry = index.shards[shard]
@@ -66,7 +70,30 @@ class SampleReader:
                 data = self._cache.read(url, entry, begin, end, self._deadline_s)
         except StorageError as error:
             raise store_error(url, error) from error
+        if members.linked:
+            data = self._with_video(data, members.keys[row])
         return RawSample(members.keys[row], url, data)
+
+    def _with_video(self, data: bytes, key: str) -> bytes:
+        """The sample's members with the video in place of its link; one that is gone is a matter of this sample."""
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            files = {member.name.removeprefix(f"{key}."): tar.extractfile(member) for member in tar}
+        content = {ending: file.read() for ending, file in files.items() if file is not None}
+        where = content.pop(LINK_ENDING).decode()
+        ending = posixpath.splitext(where)[1].lstrip(".").lower()
+        try:
+            content[ending] = storage.read_bytes(where, deadline_s=self._deadline_s, denied_for_good=False)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise SampleError("missing", str(error)) from error
+            raise store_error(where, error) from error
+        whole = io.BytesIO()
+        with tarfile.open(fileobj=whole, mode="w") as tar:
+            for name, part in content.items():
+                info = tarfile.TarInfo(f"{key}.{name}")
+                info.size = len(part)
+                tar.addfile(info, io.BytesIO(part))
+        return whole.getvalue()
 
     def key(self, source: int, shard: int, row: int) -> str:
         """Key of a sample by the member table, or its row where the table can't be read; for reports."""

@@ -24,6 +24,8 @@ INDEX_NAME = "index.json"
 INDEX_VERSION = 1
 #: Last part of a member's name that makes its sample a video sample, and a file a video: what FFmpeg demuxes.
 VIDEO_ENDINGS = frozenset("mp4 m4v mov avi mkv webm mpg mpeg vob ts mts m2ts wmv flv ogv 3gp".split())
+#: Name's last part of a member that holds a video's path or URL in the place of the video (pack.py --in-place).
+LINK_ENDING = "link"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Members:
     keys: tuple[str, ...]
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
+    linked: bool = False
+    """samples hold links to videos in their place"""
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
             tuple(content["keys"]),
             np.array(content["offsets"], dtype=np.int64),
             np.array(content["sizes"], dtype=np.int64),
+            content.get("linked", False),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -171,5 +176,9 @@ def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
 
 def write_members(url: str, shard: str, members: Members) -> None:
     """Write the member table of one shard."""
-    content = {"keys": members.keys, "offsets": members.offsets.tolist(), "sizes": members.sizes.tolist()}
+    content: dict[str, Any] = {
+        "keys": members.keys, "offsets": members.offsets.tolist(), "sizes": members.sizes.tolist()
+    }  # fmt: skip
+    if members.linked:
+        content["linked"] = True
     storage.write_bytes(storage.join(url, members_name(shard)), json.dumps(content).encode())

@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 
+from finetune.probe import shards
 from finetune.probe.cli import main
 from finetune.probe.features import Features
 from finetune.probe.few_shot import draw_shots, few_shot
 from finetune.probe.heads import statistics, train_heads
 from finetune.probe.windows import window_starts
+from pretrain.data.index import load_index, load_members
 from pretrain.engine.neighbours import accuracy, knn_scores, leave_one_out_scores
 
 
@@ -105,3 +108,28 @@ def test_command_writes_what_it_measures(toy: Any) -> None:
     assert main([*words, "--method", "windows", "--step", "4"]) == 0
     written = sorted((folder / "windows" / "toy").rglob("*.npy"))
     assert len(written) == 11 and np.load(written[0]).shape == (3, 48)
+
+
+def test_features_as_shards_are_read_by_webdataset(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SAMPLES", 4)
+    folder = toy.folder / "frozen_shards"
+    words = ["--recipe", str(toy.recipe), f"run.dir={folder}"]
+    for method in (["features"], ["features", "--tokens"], ["windows", "--step", "4"]):
+        assert main([*words, "--method", *method, "--shards"]) == 0
+        part = folder / ("windows/shards" if method[0] == "windows" else "features/held_out")
+        index = load_index(str(part))
+        assert [shard.samples for shard in index.shards] == [4, 4, 3]
+        paths = [str(part / shard.name) for shard in index.shards]
+        samples = list(wds.WebDataset(paths, shardshuffle=False).decode())
+        assert len({sample["json"]["key"] for sample in samples}) == 11
+        shape = {"features": (48,), "features --tokens": (8, 48)}.get(" ".join(method), (3, 48))
+        assert all(sample["npy"].shape == shape for sample in samples)
+        assert all(member.startswith("toy/s-00000") for member in load_members(str(part), index.shards[0].name).keys)
+    assert main([*words, "--method", "features"]) == 0
+    files = np.load(folder / "features" / "held_out.npz")
+    assert main([*words, "--method", "features", "--shards"]) == 0
+    paths = sorted(str(path) for path in (folder / "features" / "held_out").glob("*.tar"))
+    found = {sample["json"]["key"]: sample for sample in wds.WebDataset(paths, shardshuffle=False).decode()}
+    for key, row, target in zip(files["keys"], files["features"], files["targets"], strict=True):
+        assert np.allclose(found[key]["npy"], row, atol=1e-6)
+        assert found[key]["json"]["target"] == target and found[key]["json"]["class"] == files["classes"][target]

@@ -12,6 +12,8 @@ Pack videos into tar shards with an index, ready for training.
 
   pack.py SOURCE [SOURCE ...] DEST    pack
   pack.py --index-only URL [URL ...]  index WebDataset shards that are already there, in place
+  pack.py --in-place SOURCE [SOURCE ...] DEST
+                                      pack nothing: small shards that name the video files where they lie
   pack.py --check URL [URL ...]       verify hashes, member tables, and that every video decodes
   pack.py --merge URL                 write the index of a job array whose parts are all done
 
@@ -47,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="SOURCE ... DEST, or URLs with a mode below")
     modes = parser.add_argument_group("modes").add_mutually_exclusive_group()
     modes.add_argument("--index-only", action="store_true", help="index shards in place")
+    modes.add_argument("--in-place", action="store_true", help="index video files in place: shards of links to them")
     modes.add_argument("--check", action="store_true", help="verify shards; lists all problems")
     modes.add_argument("--merge", action="store_true", help="write the index of a finished job array")
     _add_source_options(parser.add_argument_group("what to pack"))

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from io import BytesIO
 
-from pretrain.data.index import VIDEO_ENDINGS, Members, Shard, load_index, load_members
+from pretrain.data.index import LINK_ENDING, VIDEO_ENDINGS, Members, Shard, load_index, load_members
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.data.pack.scan import scan_shard
 from pretrain.data.pack.verify import check_random_reads, sequential_signatures
@@ -99,6 +99,8 @@ def _read_sample(data: bytes) -> tuple[bytes, dict[str, object]]:
             extension = (base_plus_ext(member.name)[1] or "").lower()
             if file is not None and extension.rsplit(".", 1)[-1] in VIDEO_ENDINGS:
                 video = video or file.read()
+            elif file is not None and extension == LINK_ENDING:
+                video = storage.read_bytes(file.read().decode())
             elif file is not None and extension == "json":
                 content = json.loads(file.read())
                 facts = content if isinstance(content, dict) else {}

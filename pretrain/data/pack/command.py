@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _check(args.paths, args.workers, None if args.hashes_only else args.check_decoders)
         if args.merge:
             return _merge(args.paths)
-        return _pack(args)
+        return _link(args) if args.in_place else _pack(args)
     except RecipeError as error:
         for problem in error.problems[:SHOWN_PROBLEMS]:
             _say(f"pack: {problem}")
@@ -56,6 +56,18 @@ def _pack(args: argparse.Namespace) -> int:
     with progress_bar(len(plan.part(part))) as progress:
         report = pack(plan, dest, options, part, args.workers, args.overwrite, progress)
     _say(report_text(report, dest))
+    return DONE
+
+
+def _link(args: argparse.Namespace) -> int:
+    from pretrain.data.pack.links import write_links
+
+    if len(args.paths) < 2:
+        raise RecipeError("give at least one SOURCE and a DEST (see --help)")
+    *sources, dest = args.paths
+    plan = _plan(args, sources, args.part)
+    index = write_links(with_sizes(list(plan.items)), dest)
+    _say(f"pack: {dest}: {index.samples} videos stay where they are, fingerprint {index.fingerprint}")
     return DONE
 
 

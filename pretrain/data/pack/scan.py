@@ -12,7 +12,16 @@ from typing import Any, cast
 
 import numpy as np
 
-from pretrain.data.index import VIDEO_ENDINGS, Members, Shard, ShardIndex, load_index, write_index, write_members
+from pretrain.data.index import (
+    LINK_ENDING,
+    VIDEO_ENDINGS,
+    Members,
+    Shard,
+    ShardIndex,
+    load_index,
+    write_index,
+    write_members,
+)
 from pretrain.errors import DataError, TubeletError
 from pretrain.runtime import storage
 
@@ -66,11 +75,19 @@ class _Sample:
 
     @property
     def has_video(self) -> bool:
-        return any(extension.rsplit(".", 1)[-1].lower() in VIDEO_ENDINGS for extension in self.extensions)
+        return self.is_link or any(
+            extension.rsplit(".", 1)[-1].lower() in VIDEO_ENDINGS for extension in self.extensions
+        )
+
+    @property
+    def is_link(self) -> bool:
+        return LINK_ENDING in self.extensions
 
 
-def scan_shard(url: str, name: str) -> tuple[Shard, Members, int]:
+def scan_shard(url: str, name: str, videos_only: bool = True) -> tuple[Shard, Members, int]:
     """Read the tar `name` in the folder `url` once: its entry, where its samples lie, and how many have no video.
+
+    Samples without a video are left out, unless `videos_only` is false.
 
     Raises:
         DataError: not a readable tar file, compressed, or a sample's members are not adjacent.
@@ -81,11 +98,12 @@ def scan_shard(url: str, name: str) -> tuple[Shard, Members, int]:
     _check_unique(where, samples)
     while reader.read(CHUNK):  # what follows the end marker belongs to the hash
         pass
-    kept = [sample for sample in samples if sample.has_video]
+    kept = [sample for sample in samples if sample.has_video or not videos_only]
     members = Members(
         tuple(sample.key for sample in kept),
         np.array([sample.start for sample in kept], dtype=np.int64),
         np.array([sample.end - sample.start for sample in kept], dtype=np.int64),
+        any(sample.is_link for sample in kept),
     )
     return Shard(name, len(kept), reader.bytes, reader.sha256.hexdigest()), members, len(samples) - len(kept)
 
