@@ -6,7 +6,7 @@ spelling as zeros without an error, so both are read here, and the new one is wr
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,6 +138,40 @@ def huggingface_config(config: Config, frames: int, height: int, width: int, nor
         "qv_bias": True,
         "use_mean_pooling": False,
     } | _sizes(shape)
+
+
+def processor_configs(
+    size: int, short_side: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, dict[str, Any]]:
+    """What transformers needs to make input of decoded frames, by file name.
+
+    `preprocessor_config.json` for `AutoImageProcessor` (a list of frames), `video_preprocessor_config.json` for
+    `AutoVideoProcessor`. Both resize with antialiasing, which our validation (as the official one) does without: equal
+    input where frames have the short side already, else close to it. Neither chooses frames: the sampling is the
+    caller's.
+
+    Args:
+        size: side of the square clips, pixels.
+        short_side: of the frames before the centre is cut, pixels.
+        mean, std: of the normalisation, for pixels from 0 to 1.
+    """
+    common = {
+        "do_resize": True,
+        "size": {"shortest_edge": short_side},
+        "resample": 2,  # PIL's number of bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+    return {
+        "preprocessor_config.json": {"image_processor_type": "VideoMAEImageProcessor"} | common,
+        "video_preprocessor_config.json": {"video_processor_type": "VideoMAEVideoProcessor", "do_sample_frames": False}
+        | common,
+    }
 
 
 def _sizes(shape: Shape) -> dict[str, int]:

@@ -8,20 +8,18 @@ systems/evad.md). Shapes: B samples, n tokens, c of them class tokens in front, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import complement, take_tokens
+from pretrain.models.token_scores import class_attention, maybe_recompute, received_attention
 
 Kind = Literal["class", "received", "keyframe"]
-#: Queries whose attention weights exist at the same time while received attention is summed up.
-QUERY_CHUNK = 256
 
 
 @dataclass
@@ -200,13 +198,13 @@ class TokenReorganisation:
             tokens = state.x.shape[1] - class_tokens
             kept = self._kept(index, tokens - (fused if self.config.per_frame else 0), slices, keep_rate, counts)
             if kept is None:
-                state.x = _maybe_recompute(recompute, block, state.x)
+                state.x = maybe_recompute(recompute, block, state.x)
                 continue
             if kept <= held:
                 raise RecipeError(f"block {index}: {kept} of {tokens} tokens leave none beside the keyframe's {held}")
             strata = slices if self.config.per_frame else 1
             reduction = _Reduction(self.config, self.score, index, class_tokens, strata, fused, kept, held)
-            state.x, step = _maybe_recompute(recompute, block, state.x, reduction)
+            state.x, step = maybe_recompute(recompute, block, state.x, reduction)
             self._account(state, step)
             fused = int(self.config.fuse)
         return state
@@ -313,34 +311,3 @@ class _Reduction:
         best = sliced.topk(self.kept // self.slices, dim=2, sorted=True).indices
         first = torch.arange(self.slices, device=score.device)[:, None] * sliced.shape[2]
         return (best + first).flatten(1)
-
-
-def class_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention [B, N] of the first token to every token, mean over heads; only that row is computed."""
-    row = (query[:, :, :1] @ key.transpose(-2, -1)) * scale
-    return row.softmax(-1).mean(1)[:, 0]
-
-
-def received_attention(query: Tensor, key: Tensor, scale: float, weight: Tensor | None = None) -> Tensor:
-    """Attention [B, N] that every token receives, mean over heads and queries; sums to 1.
-
-    `weight` [N] multiplies that of each query, without normalisation (EVAD's enhanced keyframe). Attention weights of
-    `QUERY_CHUNK` queries exist at a time, in the backward pass too, where they are computed again.
-    """
-    total = torch.zeros(query.shape[0], key.shape[2], device=query.device)
-    weight = torch.ones(query.shape[2], device=query.device) if weight is None else weight
-    for chunk, counts in zip(query.split(QUERY_CHUNK, dim=2), weight.split(QUERY_CHUNK), strict=True):
-        total = total + _maybe_recompute(query.requires_grad, _column_sums, chunk, key, scale, counts)
-    return total / (query.shape[1] * query.shape[2])
-
-
-def _column_sums(query: Tensor, key: Tensor, scale: float, weight: Tensor) -> Tensor:
-    attention = ((query @ key.transpose(-2, -1)) * scale).softmax(-1)
-    return torch.einsum("bhqk,q->bk", attention, weight)
-
-
-def _maybe_recompute(recompute: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call, keeping only the inputs for the backward pass where asked."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(function, *arguments, use_reentrant=False)
-    return function(*arguments)

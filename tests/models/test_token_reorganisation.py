@@ -8,7 +8,7 @@ from finetune.adapters.attach import apply_tuning
 from finetune.adapters.config import Tune
 from pretrain.engine.optim import decays
 from pretrain.errors import RecipeError
-from pretrain.models import token_reorganisation
+from pretrain.models import token_scores
 from pretrain.models.backbone import Prompts
 from pretrain.models.classifier import Config, VideoClassifier, cost, layer_id
 from pretrain.models.classifier_weights import load_pretrained
@@ -16,13 +16,12 @@ from pretrain.models.cubes import Grid, grid_of
 from pretrain.models.image_vit import SIZES, ImageOptions, ImageViT
 from pretrain.models.token_reorganisation import (
     Reorganisation,
-    class_attention,
     keep_rates,
-    received_attention,
     scheduled_rate,
     token_counts,
     tokens_kept,
 )
+from pretrain.models.token_scores import class_attention, received_attention
 
 TINY = {"size": "custom", "patch_size": 4, "dim": 24, "depth": 4, "heads": 3, "mlp_ratio": 2.0, "drop_path": 0.0}
 
@@ -45,7 +44,7 @@ def attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def test_scores_are_those_of_the_whole_attention_matrix(monkeypatch) -> None:
-    monkeypatch.setattr(token_reorganisation, "QUERY_CHUNK", 5)
+    monkeypatch.setattr(token_scores, "QUERY_CHUNK", 5)
     query, key = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17, 8)
     whole = attention(query, key)
     assert_close(class_attention(query, key, 8**-0.5), whole.mean(1)[:, 0])
@@ -55,7 +54,7 @@ def test_scores_are_those_of_the_whole_attention_matrix(monkeypatch) -> None:
 
 
 def test_gradient_of_chunked_scores(monkeypatch) -> None:
-    monkeypatch.setattr(token_reorganisation, "QUERY_CHUNK", 5)
+    monkeypatch.setattr(token_scores, "QUERY_CHUNK", 5)
     weights, gradients = torch.randn(2, 17), []
     for score in (received_attention, lambda q, k, scale: attention(q, k).mean((1, 2))):
         generator = torch.Generator().manual_seed(0)

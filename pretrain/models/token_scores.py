@@ -1,0 +1,42 @@
+"""How much attention tokens get, without the whole matrix of attention weights (systems/evit.md section 6.1)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+#: Queries whose attention weights exist at the same time while received attention is summed up.
+QUERY_CHUNK = 256
+
+
+def class_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention [B, N] of the first token to every token, mean over heads; only that row is computed."""
+    row = (query[:, :, :1] @ key.transpose(-2, -1)) * scale
+    return row.softmax(-1).mean(1)[:, 0]
+
+
+def received_attention(query: Tensor, key: Tensor, scale: float, weight: Tensor | None = None) -> Tensor:
+    """Attention [B, N] that every token receives, mean over heads and queries; sums to 1.
+
+    `weight` [N] multiplies that of each query, without normalisation (EVAD's enhanced keyframe). Attention weights of
+    `QUERY_CHUNK` queries exist at a time, in the backward pass too, where they are computed again.
+    """
+    total = torch.zeros(query.shape[0], key.shape[2], device=query.device)
+    weight = torch.ones(query.shape[2], device=query.device) if weight is None else weight
+    for chunk, counts in zip(query.split(QUERY_CHUNK, dim=2), weight.split(QUERY_CHUNK), strict=True):
+        total = total + maybe_recompute(query.requires_grad, _column_sums, chunk, key, scale, counts)
+    return total / (query.shape[1] * query.shape[2])
+
+
+def _column_sums(query: Tensor, key: Tensor, scale: float, weight: Tensor) -> Tensor:
+    attention = ((query @ key.transpose(-2, -1)) * scale).softmax(-1)
+    return torch.einsum("bhqk,q->bk", attention, weight)
+
+
+def maybe_recompute(recompute: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call, keeping only the inputs for the backward pass where asked."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return function(*arguments)
