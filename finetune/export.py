@@ -14,6 +14,8 @@ from pretrain.engine.model_card import run_of, write_card
 from pretrain.errors import WeightsError
 from pretrain.models.classifier_export import export_huggingface
 from pretrain.models.export import export_official, export_safetensors, recipe_text
+from pretrain.models.huggingface import processor_configs
+from pretrain.objectives.videomae import MEAN, STD
 from pretrain.runtime import storage
 
 #: What hubs call a task.
@@ -48,6 +50,9 @@ def _safetensors(tuned: FineTuned, dest: str) -> str:
 
 def _huggingface(tuned: FineTuned, dest: str) -> str:
     export_huggingface(tuned.model, dest, tuned.names)
+    facts = _facts(tuned)
+    for name, content in processor_configs(tuned.recipe.data.height, facts["short_side"], MEAN, STD).items():
+        storage.write_bytes(storage.join(dest, name), json.dumps(content, indent=2).encode())
     storage.write_bytes(storage.join(dest, "recipe.yaml"), recipe_text(tuned.recipe).encode())
     _describe(tuned, dest, USAGE_HUGGINGFACE, "transformers")
     return ""
@@ -104,6 +109,8 @@ def _facts(tuned: FineTuned) -> dict[str, Any]:
         "sampling": source.sampling,
         "stride": source.stride or data.stride,
         "short_side": source.short_side or data.height,
+        "clip": [data.frames, data.height, data.width],
+        "average": tuned.recipe.evaluate.average,
         "run": tuned.recipe.run.name,
         "weights": tuned.source.name,
     }

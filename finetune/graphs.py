@@ -8,7 +8,8 @@ import importlib
 import io
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,6 +28,8 @@ OPSET = 23
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 #: Entry of a .pt2 file with the facts about classes and clips; ONNX files have them as metadata.
 FACTS = "tubelet.json"
+#: Facts that a program needs to judge a video.
+FACT_NAMES = ("classes", "task", "sampling", "stride", "short_side", "clip", "average")
 #: Numbers of clips that a written graph is tried with, and how far its logits may be off, relative to the largest one.
 TRIED_BATCHES = (1, 3)
 TOLERANCE = 1e-3
@@ -102,6 +105,56 @@ def write_onnx(program: ExportedProgram, dest: str, facts: Mapping[str, Any]) ->
         for file in sorted(Path(folder).iterdir()):
             storage.write_bytes(storage.join(storage.parent(dest), file.name), file.read_bytes())
     return difference
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A written graph: logits float32 [B, K] of clips uint8 [B, T, H, W, 3], and the facts that it was written with."""
+
+    logits: Callable[[Tensor], Tensor]
+    facts: dict[str, Any]
+
+
+def read_graph(path: Path) -> Graph:
+    """Open what `write_onnx` or `write_torch_export` wrote.
+
+    Raises:
+        WeightsError: it is not there, or not such a file, or packages are missing.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    try:
+        graph = _read_onnx(path) if path.suffix == ".onnx" else _read_torch_export(path)
+    except WeightsError:
+        raise
+    except Exception as error:  # both libraries raise many kinds for a file that is not theirs
+        raise WeightsError(f"{path}: can't be opened ({type(error).__name__}: {error})") from error
+    missing = [name for name in FACT_NAMES if name not in graph.facts]
+    if missing:
+        raise WeightsError(f"{path}: says nothing of {', '.join(missing)}; write it again with launch/export.py")
+    return graph
+
+
+def _read_onnx(path: Path) -> Graph:
+    _require_onnx()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    stored = session.get_modelmeta().custom_metadata_map
+    facts = {name: json.loads(stored[name]) for name in FACT_NAMES if name in stored}
+    return Graph(lambda clips: torch.from_numpy(session.run(None, {"video": clips.numpy()})[0]), facts)
+
+
+def _read_torch_export(path: Path) -> Graph:
+    stored = {FACTS: ""}
+    module = torch.export.load(str(path), extra_files=stored).module()
+
+    def logits(clips: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = module(clips)
+        return found
+
+    return Graph(logits, json.loads(stored[FACTS] or "{}"))
 
 
 def onnx_difference(program: ExportedProgram, path: Path) -> float:

@@ -1,19 +1,23 @@
 """What a fine-tuned model makes of one video file."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from finetune.classification.labels import read_names
+from finetune.classification.labels import LabelMap, Task, read_names
 from finetune.classification.predictions import Predictions
 from finetune.classification.views import EvaluationViews, SourceRules
+from finetune.graphs import read_graph
 from finetune.trained import FineTuned, label_map
 from pretrain.data.transforms import Clip
 from pretrain.errors import DataError, SampleError
+from pretrain.recipe.schema import Data
 from pretrain.runtime import storage
 from pretrain.runtime.pictures import SHEET_FRAMES, contact_sheet
 
@@ -38,62 +42,109 @@ class Prediction:
         return np.argsort(-self.values, kind="stable")[:count].tolist()
 
 
-def with_names(tuned: FineTuned, path: str) -> FineTuned:
+@dataclass(frozen=True)
+class Judge:
+    """A model that judges clips, whatever it was read from.
+
+    Attributes:
+        logits: float32 [V, K] of clips uint8 [V, T, H, W, 3].
+        names: class names in order.
+        rules: how frames are chosen and resized.
+        size: frames, height and width of a clip.
+        task: what the logits mean.
+        average: what the mean over views is taken of.
+        decoder: library that decodes.
+        source: where it was read from.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    names: list[str]
+    rules: SourceRules
+    size: tuple[int, int, int]
+    task: Task
+    average: Literal["probabilities", "logits"]
+    decoder: str
+    source: str
+
+
+def judge_of(tuned: FineTuned) -> Judge:
+    """A fine-tuned model as a judge, on the accelerator where there is one; frames by its recipe's first source."""
+    recipe = tuned.recipe
+    data, source = recipe.data, next(iter(recipe.data.sources.values()))
+    rules = SourceRules(
+        label_map(tuned), source.sampling, source.stride or data.stride, False, source.short_side or data.height
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    objective = tuned.objective.to(device)
+    return Judge(
+        lambda clips: objective.predict(clips.to(device)).cpu(),
+        tuned.names,
+        rules,
+        (data.frames, data.height, data.width),
+        recipe.objective.task,
+        recipe.evaluate.average,
+        data.decoder,
+        str(tuned.source),
+    )
+
+
+def judge_of_graph(path: Path) -> Judge:
+    """A .onnx or .pt2 file of launch/export.py as a judge.
+
+    Raises:
+        WeightsError: not such a file.
+    """
+    graph = read_graph(path)
+    facts = graph.facts
+    rules = SourceRules(
+        LabelMap(len(facts["classes"]), tuple(facts["classes"]), facts["task"]),
+        facts["sampling"],
+        facts["stride"],
+        False,
+        facts["short_side"],
+    )
+    frames, height, width = facts["clip"]
+    size = (frames, height, width)
+    return Judge(
+        graph.logits, facts["classes"], rules, size, facts["task"], facts["average"], Data().decoder, str(path)
+    )
+
+
+def with_names(judge: Judge, path: str) -> Judge:
     """The same model with the class names of a file.
 
     Raises:
         DataError: not as many names as classes, or no such file.
     """
     names = list(read_names(path))
-    if len(names) != tuned.recipe.model.classes:
-        raise DataError(f"{path}: {len(names)} names, but the model has {tuned.recipe.model.classes} classes")
-    return replace(tuned, names=names)
+    if len(names) != len(judge.names):
+        raise DataError(f"{path}: {len(names)} names, but the model has {len(judge.names)} classes")
+    return replace(judge, names=names)
 
 
-def predict_video(
-    tuned: FineTuned, video: str, clips: int = 1, crops: int = 1, decoder: str | None = None
-) -> Prediction:
+def predict_video(judge: Judge, video: str, clips: int = 1, crops: int = 1, decoder: str | None = None) -> Prediction:
     """Judge a video as the run's validation does, or with more views as its test does.
 
-    Frames are chosen by the rules of the recipe's first source.
-
     Args:
-        tuned: the model.
+        judge: the model.
         video: file, any fsspec URL.
         clips: clips in time.
         crops: crops along the long side.
-        decoder: library that decodes; None: the recipe's.
+        decoder: library that decodes; None: the model's.
 
     Raises:
         DataError: the file is no video that can be read, or the decoder is not installed.
         StorageError: there is no such file.
     """
-    data = tuned.recipe.data
-    source = next(iter(data.sources.values()))
-    rules = SourceRules(
-        label_map(tuned), source.sampling, source.stride or data.stride, False, source.short_side or data.height
-    )
-    make = EvaluationViews(
-        data.frames, data.height, data.width, decoder or data.decoder, clips, crops, validation=clips * crops == 1
-    )
+    make = EvaluationViews(*judge.size, decoder or judge.decoder, clips, crops, validation=clips * crops == 1)
     content = storage.read_bytes(video)
     try:
-        views = make(content, rules)
+        views = make(content, judge.rules)
     except SampleError as error:
         raise DataError(f"{video}: can't be read as a video ({error})") from error
-    logits = _logits(tuned, views)
-    task = tuned.recipe.objective.task
-    average = tuned.recipe.evaluate.average
-    merged = Predictions(task, tuned.names, [video], np.zeros(1), logits[None], average=average).merged[0]
-    return Prediction(merged, views)
-
-
-def _logits(tuned: FineTuned, views: Clip) -> npt.NDArray[np.float32]:
-    """Logits float32 [V, K]."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    objective = tuned.objective.to(device)
-    parts = [objective.predict(part.to(device)).cpu() for part in torch.from_numpy(views).split(MICRO)]
-    return torch.cat(parts).numpy()
+    logits = torch.cat([judge.logits(part) for part in torch.from_numpy(views).split(MICRO)]).numpy()
+    predictions = Predictions(judge.task, judge.names, [video], np.zeros(1), logits[None], average=judge.average)
+    return Prediction(predictions.merged[0], views)
 
 
 def save_frames(prediction: Prediction, caption: str, path: Path) -> None:

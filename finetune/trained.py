@@ -88,6 +88,17 @@ def merged(tuned: FineTuned) -> FineTuned:
     return replace(tuned, recipe=replace(tuned.recipe, tune=Tune()))
 
 
+def with_keep_rate(tuned: FineTuned, rate: float) -> FineTuned:
+    """The same weights with another share of tokens kept in the dropping blocks (EViT); 1: all.
+
+    Raises:
+        RecipeError: not above 0 and at most 1.
+    """
+    tokens = replace(tuned.recipe.model.tokens, keep_rate=rate)
+    tuned.model.reorganise(tokens)
+    return replace(tuned, recipe=replace(tuned.recipe, model=replace(tuned.recipe.model, tokens=tokens)))
+
+
 def label_map(tuned: FineTuned) -> LabelMap:
     """The task's labels, for code that reads samples."""
     return LabelMap(tuned.recipe.model.classes, tuple(tuned.names), tuned.recipe.objective.task)

@@ -4,8 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from pretrain.errors import TubeletError
+from pretrain.errors import TubeletError, WeightsError
+
+if TYPE_CHECKING:
+    from finetune.prediction import Judge
+
+#: Files that hold a graph with its facts, without recipe and checkpoint.
+GRAPHS = (".onnx", ".pt2")
 
 DESCRIPTION = """\
 Print the classes that a fine-tuned model sees in a video, and draw the frames that it was given.
@@ -14,6 +21,8 @@ EPILOG = """\
 examples:
   python launch/predict.py clip.mp4 --weights runs/vit_b_k400
   python launch/predict.py clip.mp4 --weights weights/vit_b_k400 --labels k400.txt --clips 5 --crops 3
+  python launch/predict.py clip.mp4 --weights weights/vit_b_k400.onnx
+  python launch/predict.py clip.mp4 --weights runs/vit_b_k400 --keep-rate 0.7
 """
 
 
@@ -30,26 +39,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _predict(arguments: argparse.Namespace) -> None:
     from finetune.prediction import predict_video, save_frames, with_names
-    from finetune.trained import load_fine_tuned
 
-    tuned = load_fine_tuned(arguments.weights)
-    tuned = with_names(tuned, arguments.labels) if arguments.labels else tuned
-    found = predict_video(tuned, arguments.video, arguments.clips, arguments.crops, arguments.decoder)
+    judge = _judge(arguments)
+    judge = with_names(judge, arguments.labels) if arguments.labels else judge
+    found = predict_video(judge, arguments.video, arguments.clips, arguments.crops, arguments.decoder)
     views, frames, height, width = found.views.shape[:4]
-    print(f"{arguments.video}: {views} x {frames} frames of {height} x {width} pixels, {tuned.source}")
-    regression = tuned.recipe.objective.task == "regression"
+    print(f"{arguments.video}: {views} x {frames} frames of {height} x {width} pixels, {judge.source}")
+    regression = judge.task == "regression"
     for number in range(len(found.values)) if regression else found.top(arguments.top):
         value = float(found.values[number])
         print(
-            f"  {value:10.4g}  {tuned.names[number]}"
+            f"  {value:10.4g}  {judge.names[number]}"
             if regression
-            else f"  {100 * value:5.1f} %  {tuned.names[number]}"
+            else f"  {100 * value:5.1f} %  {judge.names[number]}"
         )
     best = found.top(1)[0]
-    caption = "" if regression else f"{tuned.names[best]} {100 * float(found.values[best]):.1f} %"
+    caption = "" if regression else f"{judge.names[best]} {100 * float(found.values[best]):.1f} %"
     out = arguments.out or Path(f"{PurePosixPath(arguments.video).stem}_prediction.png")
     save_frames(found, caption, out)
     print(f"picture: {out}")
+
+
+def _judge(arguments: argparse.Namespace) -> "Judge":
+    from finetune.prediction import judge_of, judge_of_graph
+    from finetune.trained import load_fine_tuned, with_keep_rate
+
+    if Path(arguments.weights).suffix in GRAPHS:
+        if arguments.keep_rate is not None:
+            raise WeightsError(
+                f"--keep-rate: {arguments.weights} is a graph of one rate; give the run or an export folder"
+            )
+        return judge_of_graph(Path(arguments.weights))
+    tuned = load_fine_tuned(arguments.weights)
+    return judge_of(tuned if arguments.keep_rate is None else with_keep_rate(tuned, arguments.keep_rate))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,12 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("video", help="video file, any fsspec URL")
     parser.add_argument(
         "--weights", required=True, metavar="RUN_OR_EXPORT",
-        help="fine-tuning run (its newest checkpoint that verifies), checkpoint, or folder that export.py wrote",
+        help="fine-tuning run (its newest checkpoint that verifies), checkpoint, or what export.py wrote: a folder, a "
+        ".onnx or a .pt2 file",
     )  # fmt: skip
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line or JSON (default: the run's)")
     parser.add_argument("--top", type=_count, default=5, help="classes to print (default 5)")
     parser.add_argument("--clips", type=_count, default=1, help="clips of the video (default 1: the middle)")
     parser.add_argument("--crops", type=_count, default=1, help="crops of each clip (default 1: the centre)")
+    parser.add_argument("--keep-rate", type=float, metavar="R", help="share of tokens that three blocks keep (EViT)")
     parser.add_argument("--decoder", help="decord, pyav or torchcodec (default: the recipe's)")
     parser.add_argument("--out", type=Path, help="picture to write (default: VIDEO's name with _prediction.png, here)")
     return parser

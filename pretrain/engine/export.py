@@ -1,10 +1,14 @@
 """Writes the weights of a pre-training run, in each format that it has."""
 
+import json
 from typing import Any
 
 from pretrain.engine.model_card import write_card
 from pretrain.engine.trained import Trained
 from pretrain.models.export import export_huggingface, export_official, export_safetensors
+from pretrain.models.huggingface import processor_configs
+from pretrain.objectives.videomae import MEAN, STD
+from pretrain.runtime import storage
 
 FORMATS = ("safetensors", "official", "huggingface")
 
@@ -31,6 +35,9 @@ def write_pretrained(trained: Trained, dest: str, layout: str) -> None:
         return
     if layout == "huggingface":
         export_huggingface(model, dest, trained.recipe.objective.normalize_targets)
+        size = trained.recipe.data.height
+        for name, content in processor_configs(size, size, MEAN, STD).items():
+            storage.write_bytes(storage.join(dest, name), json.dumps(content, indent=2).encode())
     else:
         export_safetensors(model, trained.recipe, dest)
     parameters = sum(parameter.numel() for parameter in model.parameters())

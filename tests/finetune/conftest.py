@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ class Toy:
         )  # fmt: skip
         assert done.returncode == expect, done.stdout + done.stderr
         return done.stdout + done.stderr
+
+    def clip(self) -> Path:
+        """A video as a file of its own: it moves left."""
+        path = self.folder / "clip_left.mp4"
+        path.write_bytes(video(101, "left"))
+        return path
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """metrics.jsonl of a run."""
@@ -115,3 +122,22 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     recipe = folder / "toy.yaml"
     recipe.write_text(RECIPE.replace("FOLDER", str(folder)))
     return Toy(recipe, folder)
+
+
+@pytest.fixture(scope="session")
+def relabelled(toy: Toy) -> Callable[[str, dict[str, Any]], list[str]]:
+    """Writes the toy videos with other labels into shards of their own; returns the overrides that name them."""
+
+    def write(name: str, labels: dict[str, Any]) -> list[str]:
+        words = []
+        for split, count, first in (("train", 24, 0), ("val", 11, 100)):
+            folder = toy.folder / f"{name}_{split}"
+            folder.mkdir()
+            kinds = [CLASSES[n % 3] for n in range(count)]
+            samples = [(f"{n:04d}", labels[kind], video(first + n, kind)) for n, kind in enumerate(kinds)]
+            write_shard(folder / "s-000000.tar", samples)
+            words.append(f"data.sources.toy.{'shards' if split == 'train' else 'val'}={folder}")
+        index(toy.folder / f"{name}_train", toy.folder / f"{name}_val")
+        return words
+
+    return write

@@ -15,9 +15,10 @@ from torch.testing import assert_close
 
 from finetune.adapters.files import load_adapter
 from finetune.classification.predictions import read_predictions
+from finetune.classification.views import EvaluationViews
 from finetune.commands import export, predict
 from finetune.graphs import FACTS, OPSET
-from finetune.prediction import predict_video
+from finetune.prediction import judge_of, judge_of_graph, predict_video
 from finetune.trained import FineTuned, load_fine_tuned
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.models.classifier import VideoClassifier
@@ -117,6 +118,27 @@ def test_huggingface(run: Path, tmp_path: Path) -> None:
     assert "library_name: transformers" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("height", "width", "most"), [(32, 48, 1e-6), (48, 32, 1e-6), (48, 64, 0.08)])
+def test_huggingface_processors_make_our_input(run: Path, tmp_path: Path, height: int, width: int, most: float) -> None:
+    """Of a smooth moving clip, in the middle; equal where nothing is resized, else antialiasing differs a little."""
+    pytest.importorskip("transformers", minversion="5")
+    ensure_torchvision()
+    from transformers import AutoImageProcessor, AutoVideoProcessor
+
+    assert export.main([str(run), str(tmp_path), "--format", "huggingface"]) == 0
+    tuned = load_fine_tuned(run)
+    y, x = np.mgrid[:height, :width]
+    clip = np.stack([[128 + 90 * np.sin((x + 3 * t + c) / 9) * np.cos(y / 7) for c in range(3)] for t in range(4)])
+    frames = clip.transpose(0, 2, 3, 1).round().astype(np.uint8)
+    view = EvaluationViews(4, 32, 32, "pyav")._centre(frames, 32)
+    ours = tuned.objective.normalization(torch.from_numpy(view)[None].float() / 255).permute(0, 1, 4, 2, 3)
+    images = AutoImageProcessor.from_pretrained(tmp_path)(list(frames), return_tensors="pt")["pixel_values"]
+    videos = AutoVideoProcessor.from_pretrained(tmp_path)(frames, return_tensors="pt")["pixel_values"]
+    for found in (images, videos):
+        assert found.shape == (1, 4, 3, 32, 32)
+        assert float((found - ours).abs().max()) <= most
+
+
 def test_official(run: Path, tmp_path: Path) -> None:
     assert export.main([str(run), str(tmp_path / "out.pth"), "--format", "official"]) == 0
     tuned = load_fine_tuned(run)
@@ -210,7 +232,7 @@ def test_prediction_is_that_of_the_test(run: Path, clip: Path, tmp_path: Path) -
     expected = stored.merged[stored.keys.index("toy/s-000000/0001")]
     assert export.main([str(run), str(tmp_path)]) == 0
     for weights in (run, tmp_path):
-        found = predict_video(load_fine_tuned(weights), str(clip), clips=2, crops=3)
+        found = predict_video(judge_of(load_fine_tuned(weights)), str(clip), clips=2, crops=3)
         assert found.views.shape == (6, 4, 32, 32, 3)
         assert np.allclose(found.values, expected, atol=1e-5)
 
@@ -225,6 +247,32 @@ def test_predict_takes_names_and_draws_every_view(run: Path, clip: Path, tmp_pat
     assert Image.open(out).size[1] == 2 * (32 + 14)
 
 
+@pytest.mark.parametrize("name", ["out.onnx", "out.pt2"])
+def test_predict_from_a_graph_file(run: Path, clip: Path, tmp_path: Path, name: str) -> None:
+    if name.endswith("onnx"):
+        pytest.importorskip("onnxruntime")
+    layout = {"out.onnx": "onnx", "out.pt2": "torch_export"}[name]
+    assert export.main([str(run), str(tmp_path / name), "--format", layout]) == 0
+    expected = predict_video(judge_of(load_fine_tuned(run)), str(clip), clips=2, crops=3)
+    judge = judge_of_graph(tmp_path / name)
+    found = predict_video(judge, str(clip), clips=2, crops=3, decoder="pyav")
+    assert judge.names == CLASSES and np.array_equal(found.views, expected.views)
+    assert np.allclose(found.values, expected.values, atol=1e-5)
+    assert predict.main([str(clip), "--weights", str(tmp_path / name), "--decoder", "pyav", "--keep-rate", "0.5"]) == 1
+
+
+def test_predict_with_fewer_tokens(run: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(clip), "--weights", str(run), "--out", str(tmp_path / "seen.png")]
+    printed = []
+    for rate in ("1", "0.3", "0"):
+        code = predict.main([*words, "--keep-rate", rate])
+        printed.append(capsys.readouterr())
+        assert code == (1 if rate == "0" else 0)
+    assert predict.main(words) == 0
+    plain = capsys.readouterr().out
+    assert printed[0].out == plain != printed[1].out and "keep_rate=0.0" in printed[2].err
+
+
 @pytest.mark.parametrize(
     ("video", "words", "text"),
     [
@@ -232,6 +280,8 @@ def test_predict_takes_names_and_draws_every_view(run: Path, clip: Path, tmp_pat
         ("text.mp4", [], "can't be read as a video"),
         ("clip", ["--labels", "two.txt"], "2 names, but the model has 3 classes"),
         ("clip", ["--weights", "."], "neither a run"),
+        ("clip", ["--weights", "text.onnx"], "text.onnx: can't be opened"),
+        ("clip", ["--weights", "text.pt2"], "text.pt2: can't be opened"),
         ("clip", ["--decoder", "eyes"], "allowed are decord"),
         ("clip", ["--out", "text.mp4/x.png"], "the picture can't be written"),
     ],
@@ -242,6 +292,8 @@ def test_errors_are_one_line(
     monkeypatch.chdir(tmp_path)
     Path("text.mp4").write_text("no video")
     Path("two.txt").write_text("one\ntwo\n")
+    Path("text.onnx").write_text("no graph")
+    Path("text.pt2").write_text("no graph")
     assert predict.main([str(clip) if video == "clip" else video, "--weights", str(run), *words]) == 1
     error = capsys.readouterr().err
     assert error.startswith("predict: ") and text in error and "Traceback" not in error
