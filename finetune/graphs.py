@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -146,6 +147,8 @@ def _read_onnx(path: Path) -> Graph:
 
 
 def _read_torch_export(path: Path) -> Graph:
+    if not zipfile.is_zipfile(path):  # torch would log a traceback of its own
+        raise WeightsError(f"{path}: can't be opened: no .pt2 file")
     stored = {FACTS: ""}
     module = torch.export.load(str(path), extra_files=stored).module()
 
