@@ -39,7 +39,7 @@ def regression(toy: Any, relabelled: Any) -> Path:
 
 def test_several_labels(toy: Any, multi: Path) -> None:
     logits, targets, scores = predictions(multi)
-    assert logits.shape == (11, 6, 3) and sorted(targets.sum(axis=1).tolist()) == [1] * 8 + [2] * 3
+    assert logits.shape == (11, 6, 3) and sorted(targets.sum(axis=1).tolist()) == [1] * 7 + [2] * 4
     probabilities = (1 / (1 + np.exp(-logits))).mean(axis=1)
     expected = np.mean([average_precision(probabilities[:, k], targets[:, k]) for k in range(3)])
     assert scores["mAP"] == pytest.approx(100 * expected, abs=1e-3) and scores["classes"] == 3
