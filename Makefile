@@ -15,6 +15,7 @@ help:
 	@echo "make test   ruff, mypy, pytest (TESTS=path to select)"
 	@echo "make faults all faults in all phases, then the tests that take minutes each; writes docs/reliability.md (an hour)"
 	@echo "make soak   half an hour of training with a fault about every minute"
+	@echo "make bench  benchmarks that need no GPU, and a table of their ratios (below 15 minutes, on an idle machine)"
 	@echo "make lint   ruff, hadolint and shellcheck only"
 	@echo "make types  mypy only"
 	@echo "make clean  remove what demo made (.cache/demo, runs/demo); .venv stays"
@@ -50,6 +51,9 @@ soak: install
 	mkdir -p $(FAULTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/faults/soak.py --json $(FAULTS)/soak.json; soak=$$?; \
 	$(BIN)/python tests/faults/report.py $(FAULTS) docs/reliability.md; exit $$soak
+
+bench: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python bench/all.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -96,8 +96,9 @@ class Progress:
         if late_enough and not self._hinted and record["speed/data_wait_share"] > DATA_WAIT_LIMIT:
             self._hinted = True
             logger.warning(
-                "the device waits for data %.0f %% of the time: raise data.workers, pack with a shorter GOP "
-                "(launch/pack.py re-encodes), or read from nearer (data.cache_dir)",
+                "the device waits for data %.0f %% of the time: raise data.workers, read what launch/pack.py encoded "
+                "(its reference frames at every fourth frame decode fastest) with data.decoder=pyav, draw more "
+                "data.views from each clip, or read from nearer (data.cache_dir)",
                 100 * record["speed/data_wait_share"],
             )
 

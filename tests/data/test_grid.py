@@ -1,11 +1,14 @@
 """Where clips of a video with a grid of reference frames may begin."""
 
 import json
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
-from pretrain.data.samples import grid_of
+from pretrain.data.samples import CroppedViews, Place, SourceInfo, grid_of
 from pretrain.data.sampling import grid_starts
+from pretrain.recipe.schema import Data
 
 
 @pytest.mark.parametrize(
@@ -54,3 +57,20 @@ def test_only_a_grid_is_taken_for_one(facts: object, expected: tuple[int, int]) 
 
 def test_json_of_foreign_shards_may_be_damaged_or_missing() -> None:
     assert grid_of({"json": b"\xff{"}) == grid_of({}) == (1, 0)
+
+
+@pytest.mark.parametrize(("grid", "residues"), [("auto", {3}), ("off", {0, 1, 2, 3})])
+def test_clips_begin_on_the_grid_unless_told_otherwise(
+    grid: str, residues: set[int], encode: Callable[..., bytes], frame_number: Callable[[np.ndarray], int]
+) -> None:
+    data = Data(frames=4, height=48, width=64, crop="center", grid=grid)  # type: ignore[arg-type]
+    views = CroppedViews(data, 0, lambda draw: {})
+    facts = {"grid": {"step": 4, "phase": 3}}
+    members = {"mp4": encode(frames=60), "json": json.dumps(facts).encode()}
+    begins = set()
+    for position in range(40):
+        clip = views(Place(0, position, 0, 0, 0), SourceInfo("a", (), 4), members)["video"][0]
+        numbers = [frame_number(frame) for frame in clip]
+        assert np.diff(numbers).tolist() == [4, 4, 4]
+        begins.add(numbers[0])
+    assert {begin % 4 for begin in begins} == residues and len(begins) > 6
