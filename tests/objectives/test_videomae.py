@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing import assert_close
 
 from pretrain.data.randomness import generator
@@ -226,3 +227,32 @@ def test_check_accepts_what_works() -> None:
     for given in (recipe(), recipe(height=12, decoder_mask="none"), recipe(frames=2), recipe(decoder_mask="random")):
         assert method.check(given) == []
         assert build(given)(batch_of(given)).loss.isfinite()
+
+
+def test_the_step_compiles_as_one_graph() -> None:
+    """Targets, model and loss without a break: static shapes, nothing that waits for a value."""
+    given = recipe()
+    objective, batch = build(given), batch_of(given)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(objective)(batch)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(batch).loss, objective(batch).loss)
+
+
+def test_the_step_never_waits_for_a_value() -> None:
+    """On tensors without content, reading a value (which makes the host wait for the device) is an error."""
+    given = recipe()
+    trace_of(given, build(given))
+    curious = build(given)
+    forward = curious.target
+    curious.target = lambda pixels: forward(pixels) if float(pixels.sum()) else pixels  # type: ignore[method-assign]
+    with pytest.raises(DataDependentOutputException):
+        trace_of(given, curious)
+
+
+def trace_of(given: SimpleNamespace, objective: VideoMAEObjective) -> None:
+    batch = batch_of(given)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(value) for name, value in batch.items()}
+        objective.to_empty(device="cpu")(fake).loss.backward()
