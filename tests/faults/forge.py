@@ -23,6 +23,7 @@ LIBRARIES = (
     *("torch", "deepspeed", "torch._dynamo", "torch._inductor", "av", "fsspec.implementations.local", "s3fs", "numpy"),
     *("pretrain.cli", "pretrain.engine.train", "pretrain.objectives.videomae", "pretrain.models.videomae"),
     *("pretrain.data.decoders.pyav_reader", "sympy", "networkx", "setuptools"),
+    "tests.faults.rank",
 )
 
 
