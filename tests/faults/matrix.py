@@ -1,6 +1,6 @@
 """All faults in all phases, with real processes, and the table of docs/reliability.md.
 
-    python tests/faults/matrix.py [--only REGEX] [--jobs 2] [--part 1/1] [--json FILE] [--list]
+    python tests/faults/matrix.py [--only REGEX] [--jobs 2] [--part I/N] [--json FILE [--go-on]] [--list]
 
 Exit code 0: all that was promised held.
 """
@@ -153,15 +153,21 @@ def main() -> int:
     parser.add_argument("--part", default="1/1", help="I/N: every N-th case from the I-th on, for N machines")
     parser.add_argument("--jobs", type=int, default=2, help="cases side by side")
     parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--go-on", action="store_true", help="keep the kept rows of the JSON file, run what is missing")
     parser.add_argument("--list", action="store_true", help="name the cases, run none")
     arguments = parser.parse_args()
     cases = [case for case in all_cases() if re.search(arguments.only, case.name)]
     part, parts = map(int, arguments.part.split("/"))
     cases = cases[part - 1 :: parts]
+    done: list[dict[str, Any]] = []
+    if arguments.go_on and arguments.json and arguments.json.exists():
+        done = [row for row in json.loads(arguments.json.read_text())["rows"] if row["kept"]]
+    names = {(row["fault"], row["phase"], row["ranks"]) for row in done}
+    cases = [case for case in cases if (case.fault, case.phase, case.ranks) not in names]
     if arguments.list:
         print("\n".join(case.name for case in cases), f"\n{len(cases)} cases", sep="")
         return 0
-    matrix = Matrix(Path(tempfile.mkdtemp(prefix="faults_")))
+    matrix = Matrix(Path(tempfile.mkdtemp(prefix="faults_")), done)
     print(f"{len(cases)} cases in {matrix.folder}", flush=True)
     matrix.run_all(cases, arguments.jobs, arguments.json)
     matrix.close()
