@@ -46,7 +46,7 @@ from pretrain.objectives.videomae import Config as Objective
 from pretrain.objectives.videomae import view_tensors
 from pretrain.recipe.schema import Batch, Data, Recipe, Run, Source
 
-PACKINGS = {"GOP 250": ["--gop", "250", "--grid", "0"], "packed": []}
+PACKINGS = {"GOP 250": ["--gop", "250", "--grid", "0", "--tune", "none"], "packed": []}
 LATENCY_S = 0.01
 
 

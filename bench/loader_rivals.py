@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,10 @@ def official(videos: VideoSet, views: int, checkout: Path) -> Iterator[Any]:
     from pretrain.runtime.vision_ops import ensure_torchvision
 
     ensure_torchvision()
-    sys.path.insert(0, str(checkout))
+    # Its package's __init__ imports what only fine-tuning needs (pandas among others).
+    package = ModuleType("dataset")
+    package.__path__ = [str(checkout / "dataset")]
+    sys.modules["dataset"] = package
     from dataset.pretrain_datasets import DataAugmentationForVideoMAEv2, VideoMAE  # type: ignore[import-not-found]
 
     arguments = argparse.Namespace(

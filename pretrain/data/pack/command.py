@@ -106,7 +106,7 @@ def _options(args: argparse.Namespace) -> Options:
         codec=args.codec,
         crf=args.crf,
         preset=args.preset,
-        tune=args.tune,
+        tune=_tune(args.tune, args.codec),
         audio=args.audio == "keep",
         image_fps=args.image_fps,
         min_frames=args.min_frames,
@@ -115,6 +115,11 @@ def _options(args: argparse.Namespace) -> Options:
         shard_bytes=int(args.shard_mb * 1e6),
         shard_samples=args.shard_samples,
     )
+
+
+def _tune(asked: str | None, codec: str) -> str | None:
+    tune = asked or ("fastdecode" if codec == "h264" else "none")
+    return None if tune == "none" else tune
 
 
 def _index(urls: list[str]) -> int:
