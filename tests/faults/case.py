@@ -139,7 +139,7 @@ def run_case(case: Case, folder: Path, toy: Toy, forge: Forge, undisturbed: Undi
         seen = _disturb(case, lab, undisturbed)
         _check_curve(case, lab, expected)
         case.check(lab)
-        kept, recovery_s = True, lab.first_step_after()
+        kept, recovery_s = True, lab.first_step_after() if case.accident == "hold" else None
     except NotKept as problem:
         kept, seen, recovery_s = False, str(problem), None
     finally:
@@ -152,7 +152,7 @@ def run_case(case: Case, folder: Path, toy: Toy, forge: Forge, undisturbed: Undi
 def _disturb(case: Case, lab: Lab, undisturbed: Undisturbed) -> str:
     """Start, strike, and start again until it is done; what was seen, in words."""
     if case.phase == "resume":
-        shutil.copytree(undisturbed.killed(case.ranks), lab.run)
+        lab.take_over(undisturbed.killed(case.ranks))
     if case.phase == "upload":
         lab.hold_upload()
     elif case.held:

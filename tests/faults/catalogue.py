@@ -1,5 +1,6 @@
 """The faults and the phases in which they strike: all rows of docs/reliability.md."""
 
+import math
 import os
 import resource
 import shutil
@@ -163,7 +164,11 @@ def nans() -> Iterator[Case]:
 
 
 def recorded(lab: Lab) -> None:
-    """The bad batch is in the run folder."""
+    """One step was left out, with all others as they should be, and the bad batch is in the run folder."""
+    left_out = [record["step"] for record in lab.records() if record["optim/skipped"]]
+    losses = [record["train/loss"] for record in lab.records() if not record["optim/skipped"]]
+    if len(left_out) != 1 or not all(map(math.isfinite, losses)):
+        raise NotKept(f"steps without an update: {left_out}, losses {losses}")
     found = list((lab.run / "incidents").glob("step_*.json"))
     if len(found) != 1:
         raise NotKept(f"incidents: {found}")

@@ -113,6 +113,8 @@ class Lab:
         self.undo: list[Callable[[], None]] = []
         self.struck_at = 0.0
         self._closed, self._look_s = False, look_s
+        self._known: list[int] = []
+        self._looking = threading.Lock()
         self.hold_folder.mkdir(parents=True)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -151,6 +153,12 @@ class Lab:
                 start_new_session=True,
             )
         return Attempt([process], [output])
+
+    def take_over(self, run: Path) -> None:
+        """Begin with a copy of another run's folder."""
+        with self._looking:
+            shutil.copytree(run, self.run)
+            self._known = [record["step"] for record in self.records()]
 
     def hold_in(self, phase: str, rank: int = 0, what: str = "hold") -> None:
         """Starts from now on stop once in this phase; or, what="nan", have a loss that is none."""
@@ -259,15 +267,14 @@ class Lab:
             self.server.kill()
 
     def _watch(self) -> None:
-        known: list[int] = []
         while not self._closed:
-            with contextlib.suppress(OSError, ValueError):
+            with self._looking, contextlib.suppress(OSError, ValueError):
                 steps = [record["step"] for record in self.records()]
-                if len(steps) < len(known):  # a start has dropped the steps that it runs again
-                    known = steps
+                if len(steps) < len(self._known):  # a start has dropped the steps that it runs again
+                    self._known = steps
                 now = time.monotonic()
-                self.seen += [(now, len(self.attempts) - 1, step) for step in steps[len(known) :]]
-                known = steps
+                self.seen += [(now, len(self.attempts) - 1, step) for step in steps[len(self._known) :]]
+                self._known = steps
             time.sleep(self._look_s)
 
 
