@@ -29,8 +29,8 @@ OPTIONS = (
 #: How long anything may take on a machine that has other work to do, seconds.
 PATIENCE_S = 240.0
 
-#: Requests that upload the checkpoint that is held.
-HELD_UPLOAD = r"(PUT|POST) .*step_00000008"
+#: Requests that upload a checkpoint: the first is held, since later ones are left out where steps are fast.
+HELD_UPLOAD = r"(PUT|POST) .*step_0"
 
 RANK = str(Path(__file__).with_name("rank.py"))
 
@@ -183,7 +183,7 @@ class Lab:
             self.proxy.clear()
 
     def hold_upload(self) -> None:
-        """The store does not answer when the checkpoint of step 8 comes."""
+        """The store does not answer when a checkpoint comes."""
         proxy = self.open_store()
         self.options += [f"checkpoint.upload=s3://{servers.BUCKET}/run", "checkpoint.upload_deadline_s=120"]
         proxy.only, proxy.hangs = HELD_UPLOAD, True
