@@ -40,8 +40,8 @@ mounts of their own.
 
 Phases: **start** (ranks have met, nothing is built), **first step**, **mid-epoch** (step 8), **epoch border** (between
 steps 5 and 6), **save** (files of step 8 are written, not yet hashed or published), **publish** (its manifest is
-written, it is not renamed yet), **upload** (a checkpoint is being sent to the store), **resume** (a run that was killed after 10
-steps is started; held before its states are loaded), **download** (a checkpoint comes back from the store).
+written, it is not renamed yet), **upload** (a checkpoint is being sent to the store), **resume** (a run that was killed
+after 10 steps is started; held before its states are loaded), **download** (a checkpoint comes back from the store).
 """
 
 
