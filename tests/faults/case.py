@@ -175,12 +175,13 @@ def _disturb(case: Case, lab: Lab, undisturbed: Undisturbed) -> str:
     case.mend(lab)
     while any(codes):
         lab.check_nobody_left()
-        step = lab.check_checkpoints()
+        lab.check_checkpoints()
         if len(lab.attempts) == MOST_STARTS:
             raise NotKept(f"still not done after {MOST_STARTS} starts; {attempt.output[-1500:]}")
         attempt = lab.start()
         codes = attempt.wait()
-        said += f"; started again at step {step}"
+        first = lab.first_step_of_last_start()
+        said += f"; started again at step {first}" if first else "; started again, no step was left to do"
         if any(code not in (0, 75) for code in codes):
             raise NotKept(f"start {len(lab.attempts)} ended with {codes}: {attempt.output[-1500:]}")
     lab.check_nobody_left()
