@@ -181,7 +181,7 @@ def _disturb(case: Case, lab: Lab, undisturbed: Undisturbed) -> str:
         attempt = lab.start()
         codes = attempt.wait()
         first = lab.first_step_of_last_start()
-        said += f"; started again at step {first}" if first else "; started again, no step was left to do"
+        said += f"; started again, first step {first}" if first else "; started again, no step was left to do"
         if any(code not in (0, 75) for code in codes):
             raise NotKept(f"start {len(lab.attempts)} ended with {codes}: {attempt.output[-1500:]}")
     lab.check_nobody_left()
