@@ -10,6 +10,7 @@ step after it has finished, `long_s` stands in for the limit, and the process gr
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import statistics
 import sys
@@ -229,9 +230,17 @@ class Watchdog:
         time.sleep(min(2 * self._options.beat_s, 10.0))
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        _kill_workers()
         os._exit(self.exit_code)
 
     def _leave_unclean(self) -> None:
         seconds = self._options.leave_s
         logger.critical("this rank failed and could not clean up within %.0f s; it leaves now", seconds)
+        _kill_workers()
         os._exit(1)
+
+
+def _kill_workers() -> None:
+    """Data workers end by themselves when their rank is gone, but not one that stands still."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
