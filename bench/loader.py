@@ -132,9 +132,10 @@ def report(rates: dict[str, float], options: argparse.Namespace) -> list[str]:
         f"ours / {rival}, both packed, 1 view": rates["ours, packed, 1"] / rates[f"{rival}, packed, 1"],
         f"ours / {rival}, both packed, 4 views": rates["ours, packed, 4"] / rates[f"{rival}, packed, 4"],
     }
-    lines = [f"# Loader, {date.today()}", "", f"{os.cpu_count()} cores ({platform.processor() or platform.machine()}),"]
-    lines += [f"load average {os.getloadavg()[0]:.0f}, torch {torch.__version__}; {options.rounds} rounds of "]
-    lines += [f"{options.clips} clips of {', '.join(video.name for video in options.videos)}.", ""]
+    videos = ", ".join(video.name for video in options.videos)
+    lines = [f"# Loader, {date.today()}", ""]
+    lines += [f"{os.cpu_count()} cores ({platform.machine()}), load average {os.getloadavg()[0]:.0f},"]
+    lines += [f"torch {torch.__version__}; {options.rounds} rounds of {options.clips} clips of {videos}.", ""]
     lines += ["| way | clips / s and core | frames / s and core |", "|---|---|---|"]
     lines += [f"| {name} | {found:.1f} | {16 * found:.0f} |" for name, found in rates.items()]
     return [*lines, "", "| ratio | |", "|---|---|", *(f"| {name} | {value:.2f} |" for name, value in ratios.items())]
