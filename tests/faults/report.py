@@ -6,6 +6,7 @@ FOLDER holds matrix*.json, soak*.json and slurm*.xml, as `make faults` and `make
 """
 
 import json
+import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -108,6 +109,8 @@ def page(folder: Path) -> str:
     parts = [HEAD]
     if reports:
         title = f"## Matrix\n\n{reports[-1]['date']}, {reports[-1]['machine']}: {kept} of {len(rows)} kept.\n\n"
+        times = [row["recovery_s"] for row in rows.values() if row["recovery_s"] is not None]
+        title += f"Recovery: {statistics.median(times):.1f} s in the median, {max(times):.1f} s at most.\n\n"
         parts.append(title + table(sorted(rows.values(), key=lambda row: (row["fault"], row["phase"]))) + "\n")
     parts += [soak_text(json.loads(path.read_text())) for path in sorted(folder.glob("soak*.json"))]
     parts += [slurm_text(path) for path in sorted(folder.glob("slurm*.xml"))]
