@@ -45,7 +45,7 @@ def measure(overrides: list[str]) -> None:
 
     recipe = load_recipe("demo", overrides)
     ranks = join()
-    trace = trace_step(recipe, recipe.batch.micro)
+    trace = trace_step(recipe, recipe.batch.micro, on_cpu=True)
     batch = made_up_batch(recipe, recipe.batch.micro)
     batch["video"].random_(0, 255)
     gc.collect()

@@ -118,7 +118,11 @@ class Attention(nn.Module):
         dropout: rate behind the output projection.
         attention_dropout: rate on attention weights.
         init: of the weights.
+
+    `written_out` allows `written_out_attention` where it is faster; plans for accelerators turn it off for all.
     """
+
+    written_out = True
 
     def __init__(
         self,
@@ -167,7 +171,7 @@ class Attention(nn.Module):
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention output [B, N, C] of what `project` gave."""
         rate = self.attention_dropout if self.training else 0.0
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and rate == 0:
+        if self.written_out and query.device.type == "cpu" and query.dtype == torch.bfloat16 and rate == 0:
             mixed = written_out_attention(query, key, value, self.score_scale or query.shape[-1] ** -0.5)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, scale=self.score_scale)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from pretrain.data.randomness import generator
 from pretrain.engine.ds_config import DTYPES
 from pretrain.errors import RecipeError
+from pretrain.models.vit import Attention
 from pretrain.objectives.base import Batch, Objective
 from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
@@ -88,8 +89,13 @@ class Trace:
         return list(dict.fromkeys(operation.part for operation in self.operations))
 
 
-def trace_step(recipe: Recipe, micro: int) -> Trace:
+def trace_step(recipe: Recipe, micro: int, on_cpu: bool = False) -> Trace:
     """Run one forward and backward pass of `micro` videos on fake tensors.
+
+    Args:
+        recipe: the run.
+        micro: videos of the micro-batch.
+        on_cpu: choose kernels as a CPU does; else as an accelerator.
 
     Raises:
         RecipeError: the recipe's objective does not draw its batch by shape (fine-tuning).
@@ -106,11 +112,21 @@ def trace_step(recipe: Recipe, micro: int) -> Trace:
             # Accumulated gradients are ZeRO's to place: counted with the model's states, not here.
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         counter = _Counter(module, batch)
-        with counter, _parts_noted(module, counter):
+        with counter, _parts_noted(module, counter), _attention_of(on_cpu):
             loss = module(batch).loss
             counter.part = BACKWARD
             loss.backward()
     return Trace(micro * recipe.data.views, counter.operations, counter.peak, counter.largest)
+
+
+@contextmanager
+def _attention_of(cpu: bool) -> Iterator[None]:
+    """While open, attention chooses the kernels of a CPU, or of an accelerator."""
+    before, Attention.written_out = Attention.written_out, cpu
+    try:
+        yield
+    finally:
+        Attention.written_out = before
 
 
 def _drop_gradient(parameter: Tensor) -> None:
