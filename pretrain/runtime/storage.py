@@ -4,6 +4,7 @@ Object-store clients retry by themselves, nested, for up to half an hour on a se
 bounds the whole, and no call returns later.
 """
 
+import contextlib
 import posixpath
 import shutil
 import threading
@@ -258,11 +259,14 @@ def _retried(
     attempt_s: float | None = None,
     denied_for_good: bool = True,
 ) -> T:
+    protocol = fsspec.utils.get_protocol(url)
+    with contextlib.suppress(ImportError, ValueError):  # `call` says what is missing
+        fsspec.get_filesystem_class(protocol)  # importing a client takes seconds on a busy machine, and is no waiting
     begin = time.monotonic()
     end = begin + deadline_s
     longest = max(ATTEMPT_S, deadline_s / 4) if attempt_s is None else attempt_s
     # Only network clients can hang for ever; a local or in-memory call needs no thread to be given up on.
-    remote = fsspec.utils.get_protocol(url) not in ("file", "local", "memory")
+    remote = protocol not in ("file", "local", "memory")
 
     def attempt() -> T:
         return _within(call, min(longest, max(end - time.monotonic(), 0.1))) if remote else call()

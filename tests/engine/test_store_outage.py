@@ -40,7 +40,7 @@ def summary(toy: Any, name: str) -> dict[str, Any]:
 
 def test_out_of_data_ends_with_a_checkpoint_and_goes_on(toy: Any, proxy: FaultProxy) -> None:
     toy.train("at hand", *OPTIONS, ranks=2)
-    from_store = (*OPTIONS, "data.sources.toy.shards=s3://bucket/toy", "data.deadline_s=3")
+    from_store = (*OPTIONS, "data.sources.toy.shards=s3://bucket/toy", "data.deadline_s=25")
     process = toy.start("outage", *from_store, ranks=2)
     toy.wait_for("outage", 6, process, PATIENCE_S)
     proxy.hangs = True
@@ -52,7 +52,7 @@ def test_out_of_data_ends_with_a_checkpoint_and_goes_on(toy: Any, proxy: FaultPr
     assert "can't be read: check the store" in output and "data.deadline_s" in output
     assert summary(toy, "outage")["exit_code"] == 1
     proxy.clear()
-    output = toy.train("outage", *from_store, "data.deadline_s=60", ranks=2)
+    output = toy.train("outage", *from_store, "data.deadline_s=300", ranks=2)
     assert f"step {done}" in output
     assert toy.losses("outage") == toy.losses("at hand")
 
