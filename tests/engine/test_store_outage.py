@@ -64,11 +64,10 @@ def test_a_short_outage_is_waited_for(toy: Any, proxy: FaultProxy) -> None:
     proxy.refuses = True
     before = proxy.seen["refused"]
     end = time.monotonic() + PATIENCE_S
-    while proxy.seen["refused"] < before + 5 and process.poll() is None:
+    while proxy.seen["refused"] < before + 40 and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.05)
     proxy.clear()
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     assert summary(toy, "short")["bad_samples"] == 0 and summary(toy, "short")["steps"] == STEPS
-    assert "storage: " in output and "works again" in output
