@@ -180,8 +180,8 @@ def _disturb(case: Case, lab: Lab, undisturbed: Undisturbed) -> str:
             raise NotKept(f"still not done after {MOST_STARTS} starts; {attempt.output[-1500:]}")
         attempt = lab.start()
         codes = attempt.wait()
-        first = lab.first_step_of_last_start()
-        said += f"; started again, first step {first}" if first else "; started again, no step was left to do"
+        continued = re.search(r"continuing from .*, step (\d+)", attempt.output)
+        said += f"; started again, first step {int(continued[1]) + 1}" if continued else "; started again"
         if any(code not in (0, 75) for code in codes):
             raise NotKept(f"start {len(lab.attempts)} ended with {codes}: {attempt.output[-1500:]}")
     lab.check_nobody_left()

@@ -254,12 +254,6 @@ class Lab:
         later = [when for when, number, _ in self.seen if when > max(self.struck_at, began)]
         return min(later) - self.struck_at if later else None
 
-    def first_step_of_last_start(self) -> int | None:
-        """The first step that the last start has done; None: it did none."""
-        time.sleep(3 * self._look_s)
-        with self._looking:
-            return min((step for _, number, step in self.seen if number == len(self.attempts) - 1), default=None)
-
     def close(self) -> None:
         """Leave nothing behind."""
         self._closed = True

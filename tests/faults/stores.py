@@ -187,7 +187,8 @@ def uploads() -> Iterator[Case]:
 
 
 def lose_folder(lab: Lab, attempt: Attempt) -> None:
-    """The host dies with its disk."""
+    """The host dies with its disk, when a checkpoint has come to the store."""
+    until(lab.uploaded, "an upload", attempt)
     attempt.struck |= set(range(len(attempt.processes)))
     attempt.kill()
     until(lambda: None not in attempt.codes, "the end", attempt)
@@ -202,14 +203,21 @@ def lost_disks() -> Iterator[Case]:
             *("host lost with its disk", phase, promise, lose_folder),
             before=upload_too,
             codes=None,
-            check=all_uploaded,
+            check=came_back,
         )
     yield Case(
         *("SIGKILL while a checkpoint comes back from the store", "download", promise),
         held=False,
         before=lost_before,
-        check=all_uploaded,
+        check=came_back,
     )
+
+
+def came_back(lab: Lab) -> None:
+    """The last start began with a checkpoint from the store."""
+    all_uploaded(lab)
+    if "restored from s3://" not in lab.attempts[-1].output:
+        raise NotKept(f"nothing came from the store: {lab.attempts[-1].output[-1500:]}")
 
 
 def upload_too(lab: Lab) -> None:
