@@ -194,14 +194,14 @@ class Lab:
 
     # -- storage ----------------------------------------------------------------------------------------------------
 
-    def open_store(self) -> FaultProxy:
+    def open_store(self, timeout_s: float = 2) -> FaultProxy:
         """A real S3 server with the shards, and a proxy between it and the command."""
         # Before the server starts: it remembers for minutes what lies in a folder.
         shutil.copytree(self.toy.folder / "shards", self.folder / "store" / servers.BUCKET / "toy")
         self.server = servers.Rclone(self.folder / "store")
         self.server.start()
         self.proxy = FaultProxy(self.server.port)
-        self.environ |= servers.environment(self.proxy.port, timeout_s=2)
+        self.environ |= servers.environment(self.proxy.port, timeout_s)
         return self.proxy
 
     def uploaded(self) -> list[str]:
