@@ -81,13 +81,24 @@ from the S3 server and checkpoints to it, {soak["faults"]} faults (seed {soak["s
 gradient norm and learning rate of all steps are {same}. At the end the store held
 {", ".join(soak["uploaded"])}.
 
-Memory, sampled every second: of {memory["processes"]} rank processes {memory["watched"]} lived for longer than a minute
-and a half. From the age of 30 s on their resident memory changed by {memory["slope_mb_per_min_median"]} MB a minute in
-the median, {memory["slope_mb_per_min_largest"]} at most; at that age it was {memory["first_start_mb"]} MB in the first
-start and {memory["last_start_mb"]} MB in the last, and never above {memory["most_mb"]} MB.
+{memory_text(soak["memory"])}
 
 Faults: {drawn}.
 """
+
+
+def memory_text(memory: dict[str, Any]) -> str:
+    """What the samples of memory say. The first soak had no undisturbed run beside it, and counted starts as growth."""
+    alone = memory.get("slope_mb_per_min_undisturbed")
+    since = "From 20 s after its first step on" if alone else "From the age of 30 s on, the rest of the start included,"
+    text = f"""\
+Memory, sampled every second: of {memory["processes"]} rank processes {memory["watched"]} lived long enough to be judged.
+{since} their resident memory changed by {memory["slope_mb_per_min_median"]} MB a minute in the median,
+{memory["slope_mb_per_min_largest"]} at most; it was {memory["first_start_mb"]} MB in the first start and
+{memory["last_start_mb"]} MB in the last, and never above {memory["most_mb"]} MB."""
+    if alone:
+        text += f" The ranks of the undisturbed run changed by {' and '.join(map(str, alone))} MB a minute."
+    return text
 
 
 def slurm_text(path: Path) -> str:

@@ -35,8 +35,9 @@ from tests.faults.lab import Attempt, Lab, NotKept  # noqa: E402
 #: Latency of each request to the store at first, and at most, seconds.
 FIRST_LATENCY_S, MOST_LATENCY_S = 0.3, 6.0
 
-#: Age from which a process's memory is expected to be flat, seconds, and the least length of a series from there.
-SETTLED_S, SERIES_S = 30.0, 60.0
+#: Time after its first step from which a process's memory is expected to be flat, and the least length of a series from
+#: there, seconds: what is allocated at a start would look like growth.
+SETTLED_S, SERIES_S = 20.0, 90.0
 
 
 class Soak:
@@ -44,10 +45,11 @@ class Soak:
 
     Attributes:
         events: What was done, when, and at which step.
-        memory: Samples (age in seconds, bytes resident) of each process, by (start, rank).
+        memory: Samples (seconds, bytes resident) of each process, by (start, rank); start -1 is the undisturbed run.
     """
 
-    def __init__(self, lab: Lab, seed: int, minutes: float, steps: int) -> None:
+    def __init__(self, lab: Lab, whole: Lab, seed: int, minutes: float, steps: int) -> None:
+        self.whole = whole
         assert lab.proxy is not None and lab.server is not None
         self.lab, self.proxy, self.server = lab, lab.proxy, lab.server
         self.random = random.Random(seed)
@@ -112,12 +114,26 @@ class Soak:
         page = os.sysconf("SC_PAGE_SIZE")
         while True:
             number = len(self.lab.attempts) - 1
-            for rank, process in enumerate(self.lab.attempts[-1].processes if number >= 0 else []):
+            started = [(-1, self.whole.attempts[0])] + ([(number, self.lab.attempts[-1])] if number >= 0 else [])
+            watched = {(start, rank): one for start, way in started for rank, one in enumerate(way.processes)}
+            for key, process in watched.items():
                 with contextlib.suppress(OSError):
                     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-                    age = time.monotonic() - self.lab.attempts[-1].began
-                    self.memory.setdefault((number, rank), []).append((age, pages * page))
+                    if pages:  # a process that has ended and was not waited for has none
+                        self.memory.setdefault(key, []).append((time.monotonic(), pages * page))
             time.sleep(1)
+
+    def settled(self) -> dict[tuple[int, int], list[tuple[float, int]]]:
+        """Samples of each process from a while after its first step on."""
+        first: dict[int, float] = {}
+        for number, lab in ((None, self.lab), (-1, self.whole)):
+            for when, start, _ in lab.seen:
+                first.setdefault(start if number is None else number, when)
+        never = float("inf")
+        return {
+            key: [sample for sample in samples if sample[0] > first.get(key[0], never) + SETTLED_S]
+            for key, samples in self.memory.items()
+        }
 
 
 def kill(rank: int) -> Callable[[Soak, Attempt], None]:
@@ -189,17 +205,19 @@ def slope(samples: list[tuple[float, int]]) -> float:
 
 def memory_report(soak: Soak) -> dict[str, Any]:
     """How the memory of processes went, of those that lived for long enough."""
-    settled = {key: [s for s in samples if s[0] > SETTLED_S] for key, samples in soak.memory.items()}
-    long = {key: samples for key, samples in settled.items() if samples and samples[-1][0] - SETTLED_S > SERIES_S}
-    slopes = [slope(samples) for samples in long.values()]
+    settled = soak.settled()
+    long = {key: samples for key, samples in settled.items() if samples and samples[-1][0] - samples[0][0] > SERIES_S}
+    slopes = {key: slope(samples) for key, samples in long.items()}
+    disturbed = [value for key, value in slopes.items() if key[0] >= 0]
     # A leak that each start hands on, or a run that needs more the longer it goes, would show between starts.
-    firsts = [samples[0][1] / 1e6 for _, samples in sorted(settled.items()) if samples]
+    firsts = [samples[0][1] / 1e6 for key, samples in sorted(settled.items()) if samples and key[0] >= 0]
     return {
         "processes": len(soak.memory),
-        "watched": len(long),
-        "longest_s": round(max((samples[-1][0] for samples in long.values()), default=0)),
-        "slope_mb_per_min_median": round(statistics.median(slopes), 3) if slopes else None,
-        "slope_mb_per_min_largest": round(max(slopes), 3) if slopes else None,
+        "watched": len(disturbed),
+        "longest_s": round(max((samples[-1][0] - samples[0][0] for samples in long.values()), default=0)),
+        "slope_mb_per_min_median": round(statistics.median(disturbed), 3) if disturbed else None,
+        "slope_mb_per_min_largest": round(max(disturbed), 3) if disturbed else None,
+        "slope_mb_per_min_undisturbed": [round(value, 3) for key, value in slopes.items() if key[0] < 0],
         "first_start_mb": round(firsts[0], 1) if firsts else None,
         "last_start_mb": round(firsts[-1], 1) if firsts else None,
         "most_mb": round(max(size for samples in soak.memory.values() for _, size in samples) / 1e6, 1),
@@ -222,7 +240,7 @@ def main() -> int:
     lab.options += ["data.sources.toy.shards=s3://bucket/toy", "checkpoint.upload=s3://bucket/run"]
     whole = Lab(folder / "whole", toy, forge, 2, options, look_s=2)
     left_alone = whole.start()
-    soak = Soak(lab, arguments.seed, arguments.minutes, 5 * arguments.epochs)
+    soak = Soak(lab, whole, arguments.seed, arguments.minutes, 5 * arguments.epochs)
     soak.run()
     minutes = (time.monotonic() - soak.began) / 60
     same = (
