@@ -66,7 +66,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def soak_text(soak: dict[str, Any]) -> str:
     """The soak's paragraph."""
-    memory, counts = soak["memory"], dict[str, int]()
+    counts: dict[str, int] = {}
     for event in soak["events"]:
         counts[event["fault"]] = counts.get(event["fault"], 0) + 1
     drawn = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
@@ -92,7 +92,7 @@ def memory_text(memory: dict[str, Any]) -> str:
     alone = memory.get("slope_mb_per_min_undisturbed")
     since = "From 20 s after its first step on" if alone else "From the age of 30 s on, the rest of the start included,"
     text = f"""\
-Memory, sampled every second: of {memory["processes"]} rank processes {memory["watched"]} lived long enough to be judged.
+Memory, sampled every second: of {memory["processes"]} rank processes {memory["watched"]} lived long enough.
 {since} their resident memory changed by {memory["slope_mb_per_min_median"]} MB a minute in the median,
 {memory["slope_mb_per_min_largest"]} at most; it was {memory["first_start_mb"]} MB in the first start and
 {memory["last_start_mb"]} MB in the last, and never above {memory["most_mb"]} MB."""
