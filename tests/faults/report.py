@@ -101,14 +101,15 @@ Memory, sampled every second: of {memory["processes"]} rank processes {memory["w
     return text
 
 
-def slurm_text(path: Path) -> str:
-    """Tests on the real Slurm cluster, from pytest's report."""
-    lines = ["## Slurm", "", "Real slurmctld and slurmds with several nodes on one machine (tests/slurm).", ""]
-    lines += ["| test | outcome | seconds |", "|---|---|---|"]
-    for case in ElementTree.parse(path).iter("testcase"):
+def slurm_text(paths: Sequence[Path]) -> str:
+    """Tests on the real Slurm cluster, from pytest's reports; of one that was run again, the last run counts."""
+    rows: dict[str, str] = {}
+    for case in (case for path in paths for case in ElementTree.parse(path).iter("testcase") if case.get("name")):
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-        lines.append(f"| {case.get('name', '').replace('_', ' ')} | {outcome} | {float(case.get('time', 0)):.0f} |")
-    return "\n".join(lines) + "\n"
+        name = case.get("name", "").replace("_", " ")
+        rows[name] = f"| {name} | {outcome} | {float(case.get('time', 0)):.0f} s |"
+    lines = ["## Slurm", "", "Real slurmctld and slurmds with two nodes on one machine (tests/slurm).", ""]
+    return "\n".join([*lines, "| test | outcome | took |", "|---|---|---|", *rows.values()]) + "\n"
 
 
 def page(folder: Path) -> str:
@@ -124,7 +125,8 @@ def page(folder: Path) -> str:
         title += f"Recovery: {statistics.median(times):.1f} s in the median, {max(times):.1f} s at most.\n\n"
         parts.append(title + table(sorted(rows.values(), key=lambda row: (row["fault"], row["phase"]))) + "\n")
     parts += [soak_text(json.loads(path.read_text())) for path in sorted(folder.glob("soak*.json"))]
-    parts += [slurm_text(path) for path in sorted(folder.glob("slurm*.xml"))]
+    if slurm := sorted(folder.glob("slurm*.xml")):
+        parts.append(slurm_text(slurm))
     return "\n".join(parts)
 
 
