@@ -200,8 +200,8 @@ class TrainStream:
             try:
                 batch = next(self._batches)
                 break
-            except RuntimeError as error:
-                if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self._tells_of_a_death(error):
                     raise
                 self._take_out(error)
         if "error" in batch:
@@ -235,7 +235,15 @@ class TrainStream:
             signal.signal(signal.SIGCHLD, on_death)
         self._processes = [process for process in multiprocessing.active_children() if process not in others]
 
-    def _take_out(self, error: RuntimeError) -> None:
+    def _tells_of_a_death(self, error: Exception) -> bool:
+        """Whether the DataLoader failed because a worker is gone: it says so, or could not take over its tensors."""
+        if isinstance(error, RuntimeError):
+            return "exited unexpectedly" in str(error) or "killed by signal" in str(error)
+        for process in self._processes:
+            process.join(1.0)  # its connection ends a moment before it does
+        return any(process.exitcode not in (None, 0) for process in self._processes)
+
+    def _take_out(self, error: Exception) -> None:
         """After the death of a worker: leave out the sample that caused it, so that the workers can start again.
 
         Raises:

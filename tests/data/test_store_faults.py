@@ -111,7 +111,7 @@ def test_a_server_killed_and_restarted_in_mid_epoch(
     stream = open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=120.0))
     found = keys(stream, steps=2)
     server.kill()
-    threading.Timer(4.0, server.start).start()
+    threading.Timer(12.0, server.start).start()  # longer than the client's own retries
     with caplog.at_level(logging.WARNING):
         found += keys(stream, steps=STEPS - 2)
     assert found == arithmetic

@@ -46,6 +46,9 @@ class PyAVReader(VideoReader):
             self._container.close()
             raise SampleError("open", "no video stream")
         self._stream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            self._container.close()
+            raise SampleError("decode", "FFmpeg has no decoder for its codec")
         self._stream.thread_type = "NONE"
         try:
             self._scan()
@@ -57,15 +60,18 @@ class PyAVReader(VideoReader):
 
     def _scan(self) -> None:
         """List all packets: time stamps of frames, and where decoding can start."""
-        packets = [packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard]
+        packets = [packet for packet in self._container.demux(self._stream) if packet.size]
         if any(packet.is_corrupt for packet in packets):
             raise SampleError("decode", "the file is cut or damaged (a packet is marked as corrupt)")
-        self.num_frames = len(packets)
+        # What an edit list leaves out is decoded, since other frames may depend on it, and not shown.
+        shown = [packet for packet in packets if not packet.is_discard]
+        self.num_frames = len(shown)
         places = {packet.pts: place for place, packet in enumerate(packets) if packet.pts is not None}
         # Without presentation time stamps (AVI stores none and FFmpeg's guess is wrong with B frames) frames can
         # only be counted, from the beginning.
         exact = len(places) == len(packets) and self._container.format.name not in UNSTAMPED
-        self._stamps: list[int] | None = sorted(places) if exact else None
+        stamps = sorted(packet.pts for packet in shown if packet.pts is not None)
+        self._stamps: list[int] | None = stamps if exact else None
         self._places: dict[int, int] = places
         self._packets = packets
         self._keys = sorted(pts for pts, place in places.items() if packets[place].is_keyframe)
