@@ -68,7 +68,8 @@ def test_dry_run_counts_a_frozen_giant_as_weights_only() -> None:
     recipe = load_tune_recipe("demo_finetune", [*giant, "tune.method=adaptformer"])
     rows = {row[0].strip(): row for section in dry_run(recipe) for row in section.rows}
     assert rows["trained"][1] == f"{7_267_840 + 2 * 1408 + 1408 * 27 + 27:,}"
-    assert rows["weights"][1] == "2.04 GB" and rows["gradients"][1] == "29.2 MB" and rows["optimiser"][1] == "43.9 MB"
+    assert (rows["frozen weights"][1], rows["trained weights"][1]) == ("2.02 GB", "14.6 MB")
+    assert rows["gradients"][1] == "29.2 MB" and rows["optimiser"][1] == "43.9 MB"
     full = {
         row[0].strip(): row for section in dry_run(load_tune_recipe("demo_finetune", giant)) for row in section.rows
     }
