@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -9,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from pretrain.data.samples import CroppedViews, Place, SampleViews, SourceInfo
@@ -72,8 +72,7 @@ def test_a_worker_that_is_killed_from_outside_ends_the_run(
     """As the kernel does when memory runs out: no sample is to blame, and starting again would hide it."""
     stream = open_stream(make_recipe({"b": two_sources["b"]}, samples=4, workers=1), {})
     next(stream)
-    workers = [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
-    for worker in workers:
+    for worker in multiprocessing.active_children():
         worker.kill()
     with pytest.raises(DataError, match="a data worker died .* Killed for memory"):
         for _ in range(100):

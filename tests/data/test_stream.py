@@ -457,7 +457,7 @@ def test_orphaned_workers_end(trainer: Any) -> None:
     pids = [int(pid) for pid in trainer.stdout.readline().split()]
     trainer.kill()
     trainer.wait()
-    assert gone(pids, 12)
+    assert gone(pids, 60)  # they look every 5 s; busy machines are slow
 
 
 def test_a_killed_worker_is_one_clear_error(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:

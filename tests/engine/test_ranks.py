@@ -119,10 +119,12 @@ def test_too_many_skips_in_a_row_end_the_run(toy: Any, outcome: Any) -> None:
 def test_stopping_saves_at_the_step_that_all_ranks_agree_on(toy: Any, outcome: Any) -> None:
     name = "stop file"
     assert outcome[name] == 75
-    assert toy.checkpoints(name) == ["step_00000003"]
-    assert len(toy.records(name)) == 3
+    # Rank 1 touches the file in its third step; rank 0 may have looked for that step before it is there.
+    step = len(toy.records(name))
+    assert step in (3, 4)
+    assert toy.checkpoints(name) == [f"step_{step:08d}"]
     summary = json.loads((toy.folder / name / "summary.json").read_text())
-    assert (summary["exit_code"], summary["steps"]) == (75, 3)
+    assert (summary["exit_code"], summary["steps"]) == (75, step)
     assert not (toy.folder / name / "stop").exists()
 
 
