@@ -110,10 +110,18 @@ def test_a_server_killed_and_restarted_in_mid_epoch(
 ) -> None:
     stream = open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=120.0))
     found = keys(stream, steps=2)
-    server.kill()
-    threading.Timer(12.0, server.start).start()  # longer than the client's own retries
+
+    def start_when_missed() -> None:
+        while not any("storage: " in record.message for record in list(caplog.records)):
+            time.sleep(0.1)
+        server.start()
+
     with caplog.at_level(logging.WARNING):
+        server.kill()
+        restart = threading.Thread(target=start_when_missed, daemon=True)
+        restart.start()
         found += keys(stream, steps=STEPS - 2)
+        restart.join()
     assert found == arithmetic
     lines = [record.message for record in caplog.records if "storage: " in record.message]
     assert len(lines) == 2, lines
