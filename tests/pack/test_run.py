@@ -24,7 +24,7 @@ from pretrain.data.pack.scan import index_folder
 from pretrain.data.pack.sources import gather, with_sizes
 from pretrain.errors import DataError
 
-OPTIONS = Options(preset="ultrafast", decoders=("pyav",), reads=2, shard_samples=3)
+OPTIONS = Options(tune="fastdecode", preset="ultrafast", decoders=("pyav",), reads=2, shard_samples=3)
 ROOT = Path(__file__).resolve().parents[2]
 
 
