@@ -36,6 +36,11 @@ def test_command(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     if script in ("pretrain", "finetune"):
         assert plan(script, arguments) == 0, capsys.readouterr().err
         assert "parameters" in capsys.readouterr().out
+    elif script == "plan":
+        from pretrain.commands.plan import main
+
+        assert main(arguments) == 0
+        assert "largest micro-batch" in capsys.readouterr().out
     else:
         parse(script, arguments)
 
