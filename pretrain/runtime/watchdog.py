@@ -242,5 +242,7 @@ class Watchdog:
 
 def _kill_workers() -> None:
     """Data workers end by themselves when their rank is gone, but not one that stands still."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    # The main thread may be ending them at this moment; nothing that goes wrong here may keep the rank from leaving.
+    with contextlib.suppress(Exception):
+        for worker in multiprocessing.active_children():
+            worker.kill()

@@ -16,6 +16,7 @@ CHOSEN = (
     "SIGUSR1 to rank 1 alone, first step, 2 ranks",
     "stop file, start, 1 rank",
     "SIGKILL of a data worker, mid-epoch, 1 rank",
+    "SIGSTOP of a data worker, mid-epoch, 1 rank",
     "NaN loss, once; policy stop, mid-epoch, 1 rank",
     "newest checkpoint, manifest cut, resume, 1 rank",
     "checkpoint half published, resume, 1 rank",
