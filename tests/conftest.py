@@ -27,6 +27,14 @@ def environment_stays() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def scheduling_stays() -> Iterator[None]:
+    """An encoder that puts this process at real-time priority would let the tests after it starve one another."""
+    before = os.sched_getscheduler(0)
+    yield
+    assert os.sched_getscheduler(0) == before, "this test left the process with another scheduling policy"
+
+
 class S3Server:
     """A real S3 server on loopback; its objects are the files below `folder`/bucket."""
 

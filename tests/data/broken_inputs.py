@@ -17,6 +17,8 @@ from typing import Any
 import av
 import numpy as np
 
+from pretrain.data.pack.scheduling import leave_real_time
+
 
 @dataclass(frozen=True)
 class Broken:
@@ -83,6 +85,7 @@ def video(
         if noise is not None:
             _mux_noise(file, noise)
         file.close()
+        leave_real_time()
         return target.read()
 
 

@@ -9,6 +9,8 @@ import av
 import numpy as np
 import pytest
 
+from pretrain.data.pack.scheduling import leave_real_time
+
 MakeVideo = Callable[..., Path]
 
 
@@ -56,6 +58,7 @@ def _write(
         out.mux(video.encode(None))
         if sound:
             _write_noise(out, sound, 44100 * frames // 25)
+    leave_real_time()
     return path
 
 

@@ -1,5 +1,6 @@
 """One video at a time: what kinds come out how."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pretrain.data.decoders import open_video
+from pretrain.data.pack.encode import encode_video
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.probe import probe
 from pretrain.data.pack.sample import Packed, Rejected, pack_item
@@ -219,6 +221,22 @@ def test_codecs(codec: str, tmp_path: Path, make_video: MakeVideo) -> None:
     packed = _pack(source, options)
     assert packed.facts["codec"] == codec
     assert _same(_frames(packed.video, "pyav"), _frames(source, "pyav"), 12)
+
+
+def test_no_thread_keeps_the_real_time_priority_of_the_av1_encoder(tmp_path: Path, make_video: MakeVideo) -> None:
+    """Only root may take it: elsewhere this can't fail."""
+    source = make_video(tmp_path / "c.mp4")
+    facts = probe(str(source))
+    found = set()
+
+    def policies(*_: object) -> int:
+        found.update(os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task"))
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.data.pack.encode.picture_type", policies)
+        encode_video(str(source), facts, str(tmp_path / "out.mp4"), Options(codec="av1", preset="12"))
+    assert found == {os.SCHED_OTHER}
 
 
 def _cut(path: Path, share: float) -> None:

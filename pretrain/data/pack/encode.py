@@ -8,6 +8,7 @@ from typing import Any
 
 from pretrain.data.pack.options import ENCODERS, Options
 from pretrain.data.pack.probe import Facts, codec_name, video_stream
+from pretrain.data.pack.scheduling import leave_real_time
 from pretrain.data.pack.sound import MP4_AUDIO, Sound
 from pretrain.errors import SampleError
 
@@ -260,8 +261,10 @@ class _Sink:
                 return
             # Never the original's picture types: they would force key frames where they were.
             frame.pict_type = picture_type(self.written, self.phase, self.options)
-            self.written += 1
             self.out.mux(self.stream.encode(frame))
+            if self.written == 0 and self.options.codec == "av1":
+                leave_real_time()
+            self.written += 1
 
 
 def _encoder_options(options: Options) -> dict[str, str]:
