@@ -280,7 +280,7 @@ class Lab:
 
 def session(leader: int) -> dict[int, str]:
     """Command lines by process of a session; what has ended does not count."""
-    found = subprocess.run(["ps", "-o", "pid=,stat=,args=", "-s", str(leader)], capture_output=True, text=True)
+    found = subprocess.run(["ps", "-ww", "-o", "pid=,stat=,args=", "-s", str(leader)], capture_output=True, text=True)
     lines = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
     return {int(pid): command for pid, state, command in lines if not state.startswith("Z")}
 
