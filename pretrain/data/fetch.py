@@ -7,6 +7,7 @@ import functools
 import io
 import posixpath
 import tarfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,6 +71,12 @@ class SampleReader:
                 data = self._cache.read(url, entry, begin, end, self._deadline_s)
         except StorageError as error:
             raise store_error(url, error) from error
+        if members.checksums is not None and zlib.crc32(data) != members.checksums[row]:
+            raise DataError(
+                f"{url}: sample {members.keys[row]} has other bytes than when the shard was indexed: it is damaged, or "
+                f"another shard of the same size. Copy the shard again{' and empty the cache' if self._cache else ''}; "
+                f"launch/pack.py --check {index.url} --hashes-only finds all that differ"
+            )
         if members.linked:
             data = self._with_video(data, members.keys[row])
         return RawSample(members.keys[row], url, data)

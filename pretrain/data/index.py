@@ -3,7 +3,7 @@
 A data set is a folder (any fsspec URL) of plain tar shards, readable by upstream webdataset without us, and
 
 - `index.json`: one entry a shard (name, samples, bytes, sha256) and a fingerprint of the whole; small, read at start;
-- `<shard>.members.json` beside each shard: key, offset and size of every sample in it, read when the shard is.
+- `<shard>.members.json` beside each shard: key, offset, size and CRC-32 of every sample in it, read when the shard is.
 
 Member tables are apart because a data set of 100 million samples must start in seconds (docs/decisions.md).
 """
@@ -45,6 +45,8 @@ class Members:
     keys: tuple[str, ...]
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
+    checksums: npt.NDArray[np.uint32] | None = None
+    """CRC-32 of each sample's bytes; tables of early releases have none"""
     linked: bool = False
     """samples hold links to videos in their place"""
 
@@ -166,6 +168,7 @@ def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
             tuple(content["keys"]),
             np.array(content["offsets"], dtype=np.int64),
             np.array(content["sizes"], dtype=np.int64),
+            np.array(content["crc32"], dtype=np.uint32) if "crc32" in content else None,
             content.get("linked", False),
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -179,6 +182,8 @@ def write_members(url: str, shard: str, members: Members) -> None:
     content: dict[str, Any] = {
         "keys": members.keys, "offsets": members.offsets.tolist(), "sizes": members.sizes.tolist()
     }  # fmt: skip
+    if members.checksums is not None:
+        content["crc32"] = members.checksums.tolist()
     if members.linked:
         content["linked"] = True
     storage.write_bytes(storage.join(url, members_name(shard)), json.dumps(content).encode())

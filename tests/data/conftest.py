@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -103,7 +104,8 @@ def _write_shard(url: str, name: str, samples: list[tuple[str, bytes]]) -> Shard
     fsspec.filesystem(url.split("://")[0] if "://" in url else "file").makedirs(url, exist_ok=True)
     with fsspec.open(f"{url}/{name}", "wb") as file:
         file.write(content)
-    write_members(url, name, Members(tuple(begins), offsets, sizes))
+    checksums = [zlib.crc32(content[begin : begin + size]) for begin, size in zip(offsets, sizes, strict=True)]
+    write_members(url, name, Members(tuple(begins), offsets, sizes, np.array(checksums, dtype=np.uint32)))
     return Shard(name, len(samples), len(content), f"hash of {url} {name}")
 
 

@@ -1,5 +1,6 @@
 """The stream: one order for any number of ranks and workers, exact resume, substitutes, errors."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -208,8 +209,8 @@ def test_weights_and_epoch_samples(make_recipe: MakeRecipe, two_sources: dict[st
 
 
 def break_shard(url: str, target: Path, keys: set[str]) -> str:
-    """A copy of a data set in which some samples' videos are overwritten by nonsense."""
-    from pretrain.data.index import load_index, load_members
+    """A copy of a data set in which some samples' videos are nonsense, as they were when it was indexed."""
+    from pretrain.data.index import load_index, load_members, write_members
 
     shutil.copytree(url, target)
     for shard in load_index(str(target)).shards:
@@ -220,6 +221,7 @@ def break_shard(url: str, target: Path, keys: set[str]) -> str:
                 video = content.index(b"ftyp", offset, offset + size)
                 content[video : video + 1500] = bytes(1500)
         (target / shard.name).write_bytes(content)
+        write_members(str(target), shard.name, dataclasses.replace(members, checksums=None))
     return str(target)
 
 
@@ -281,8 +283,8 @@ def test_a_source_without_a_usable_sample_is_one_clear_error(
 def test_another_sample_than_the_index_says_is_replaced(
     make_recipe: MakeRecipe, two_sources: dict[str, str], tmp_path: Path
 ) -> None:
-    """Content that changed under the same size: told by its key, and replaced, with reason and shard."""
-    url = shutil.copytree(two_sources["a"], tmp_path / "a")
+    """Content that changed under the same size, without checksums: told by its key, replaced, with reason and shard."""
+    url = Path(break_shard(two_sources["a"], tmp_path / "a", set()))
     table = url / "00004.members.json"
     table.write_text(table.read_text().replace("a4_0", "another"))
     shard = bytearray((url / "00000.tar").read_bytes())

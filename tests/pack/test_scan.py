@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,11 @@ def test_grouping(tar_format: int, tmp_path: Path) -> None:
     members = load_members(str(tmp_path), "deep/x.tar")
     assert members.keys == ("a", "b", long)
     assert "1 of 4" in notes[0]
-    for key, offset, size in zip(members.keys, members.offsets, members.sizes, strict=True):
+    assert members.checksums is not None
+    table = zip(members.keys, members.offsets, members.sizes, members.checksums, strict=True)
+    for key, offset, size, checksum in table:
         piece = path.read_bytes()[offset : offset + size]
+        assert zlib.crc32(piece) == checksum
         with tarfile.open(fileobj=io.BytesIO(piece)) as tar:
             assert tar.getnames() == [name for name in names if name.startswith(key + ".")]
 

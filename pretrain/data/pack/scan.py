@@ -6,6 +6,7 @@ One code path for both, so that a shard's entry never depends on who wrote it.
 import hashlib
 import logging
 import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -45,6 +46,7 @@ class HashingReader:
         self.sha256 = hashlib.sha256()
         self._next = 0
         self._chunk = memoryview(b"")
+        self._recent, self._recent_from = bytearray(), 0
 
     def read(self, count: int = -1) -> bytes:
         """Up to `count` bytes (all that is left for -1), fewer only at the end."""
@@ -54,7 +56,17 @@ class HashingReader:
             self._chunk = self._chunk[len(piece) :]
             count -= len(piece) if count > 0 else 0
             parts.append(piece)
+            self._recent += piece
         return b"".join(parts)
+
+    def checksum(self, begin: int, end: int) -> int:
+        """CRC-32 of the bytes [begin, end), read already; bytes before `end` are forgotten."""
+        recent = memoryview(self._recent)
+        found = zlib.crc32(recent[begin - self._recent_from : end - self._recent_from])
+        recent.release()
+        del self._recent[: end - self._recent_from]
+        self._recent_from = end
+        return found
 
     def _fill(self) -> bool:
         end = min(self._next + CHUNK, self.bytes)
@@ -72,6 +84,7 @@ class _Sample:
     start: int
     end: int
     extensions: list[str] = field(default_factory=list)
+    checksum: int = 0
 
     @property
     def has_video(self) -> bool:
@@ -103,6 +116,7 @@ def scan_shard(url: str, name: str, videos_only: bool = True) -> tuple[Shard, Me
         tuple(sample.key for sample in kept),
         np.array([sample.start for sample in kept], dtype=np.int64),
         np.array([sample.end - sample.start for sample in kept], dtype=np.int64),
+        np.array([sample.checksum for sample in kept], dtype=np.uint32),
         any(sample.is_link for sample in kept),
     )
     return Shard(name, len(kept), reader.bytes, reader.sha256.hexdigest()), members, len(samples) - len(kept)
@@ -123,9 +137,11 @@ def _samples(where: str, reader: HashingReader) -> list[_Sample]:
                 if not member.isreg() or key is None:
                     continue
                 if not samples or samples[-1].key != key:
+                    _finish(samples, reader)
                     samples.append(_Sample(key, member.offset, end))
                 samples[-1].extensions.append(extension)
                 samples[-1].end = end
+            _finish(samples, reader)
     except tarfile.TarError as error:
         raise DataError(
             f"{where}: not a plain, whole tar file ({error}); compressed shards must be unpacked first, "
@@ -133,6 +149,12 @@ def _samples(where: str, reader: HashingReader) -> list[_Sample]:
         ) from error
     _check_end(where, end, reader.bytes)
     return samples
+
+
+def _finish(samples: list[_Sample], reader: HashingReader) -> None:
+    """Add the checksum of the last sample, of which all members are known."""
+    if samples:
+        samples[-1].checksum = reader.checksum(samples[-1].start, samples[-1].end)
 
 
 def _check_end(where: str, end: int, size: int) -> None:
