@@ -12,8 +12,8 @@ from tests.slurm.test_preemption import again, came_back
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
-#: 240 of the recipe's 2,000 steps; two checkpoints lie between any two of the accidents.
-SHORTER = ("schedule.epochs=6", "schedule.warmup_epochs=1", "checkpoint.every_steps=20", "log.pictures_every_steps=0")
+#: 240 steps; two checkpoints lie between any two of the accidents.
+SHORTER = ("schedule.epochs=4", "schedule.warmup_epochs=1", "checkpoint.every_steps=20", "log.pictures_every_steps=0")
 
 
 @pytest.fixture(scope="module")
