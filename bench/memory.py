@@ -4,7 +4,8 @@
     python bench/memory.py --stage 2 --dtype bf16
 
 Numbers are bytes a parameter. Real: growth of the process's resident memory, most at one time, over two steps, from
-before the engine is built.
+before the engine is built. Code is loaded before: DeepSpeed and torch's compiler, which it imports for one of its
+optimisers, are 140 MB, which no number of parameters changes and a large model would not show.
 """
 
 import argparse
@@ -36,9 +37,11 @@ def resident(field: str) -> int:
 
 def measure(overrides: list[str]) -> None:
     """One rank: build the engine, take two steps on made-up pixels, print growth and plan."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (DeepSpeed imports it while it builds an engine)
     import torch
 
-    from pretrain.engine.build import build_engine
+    from pretrain.engine.build import build_engine, count_model
+    from pretrain.plan.memory import memory_of
     from pretrain.plan.trace import made_up_batch, trace_step
     from pretrain.recipe.load import load_recipe
     from pretrain.runtime.process_group import join, leave
@@ -59,9 +62,7 @@ def measure(overrides: list[str]) -> None:
         built.engine.backward(loss)
         built.engine.step()
     gc.collect()
-    from pretrain.plan.memory import memory_of
-
-    planned = memory_of(recipe, built.parameters, ranks.world_size, trace.peak_bytes, on_cpu=True)
+    planned = memory_of(recipe, count_model(recipe), ranks.world_size, trace.peak_bytes, on_cpu=True)
     result = {
         "stage": recipe.zero.stage, "dtype": recipe.compute.dtype, "parameters": built.parameters,
         "held": resident("VmRSS") - before, "peak": resident("VmHWM") - before, "building": built_by,

@@ -9,6 +9,7 @@ import torch
 
 from pretrain.checkpoint.shards import Groups
 from pretrain.engine.ds_config import Config, builds_sharded, deepspeed_config
+from pretrain.engine.memory import ModelSize, size_of
 from pretrain.engine.optim import build_optimizer, forget_steps
 from pretrain.engine.trained import read_weights
 from pretrain.errors import RecipeError
@@ -34,11 +35,11 @@ class Built:
     groups: Groups
 
 
-def count_parameters(recipe: Recipe) -> int:
-    """Parameters of the recipe's objective, counted on the meta device without memory."""
+def count_model(recipe: Recipe) -> ModelSize:
+    """Parameters and buffers of the recipe's objective, counted on the meta device without memory."""
     with torch.device("meta"):
         objective: Objective = objective_file(recipe).build(recipe)
-    return sum(parameter.numel() for parameter in objective.parameters())
+    return size_of(objective)
 
 
 def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int, resumes: bool = False) -> Built:
@@ -52,7 +53,7 @@ def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int, resumes: bool 
     """
     import deepspeed
 
-    parameters = count_parameters(recipe)
+    parameters = count_model(recipe).parameters
     on_cpu = ranks.device.type == "cpu"
     if on_cpu and recipe.compute.dtype == "fp16":
         raise RecipeError("compute.dtype: found fp16, allowed on a CPU: bf16, fp32 (DeepSpeed has no fp16 there)")

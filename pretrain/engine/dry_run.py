@@ -14,7 +14,7 @@ from pretrain.data.index import ShardIndex
 from pretrain.data.order import SourceShape, epoch_quotas
 from pretrain.data.randomness import generator
 from pretrain.engine.ds_config import DTYPES, builds_sharded, deepspeed_config
-from pretrain.engine.memory import Held, model_states
+from pretrain.engine.memory import Held, ModelSize, model_states, size_of
 from pretrain.engine.schedule import Schedule, build_schedule, every_steps
 from pretrain.engine.sources import epoch_videos, find_indices, source_size
 from pretrain.errors import StorageError
@@ -45,8 +45,7 @@ class Plan:
     ranks: int
     ranks_from: str
     accumulation: int
-    parameters: int
-    trained: int
+    size: ModelSize
     epoch_videos: int | None
     schedule: Schedule | None
 
@@ -60,13 +59,13 @@ def dry_run(recipe: Recipe) -> list[Section]:
     data, indices = _data_section(recipe)
     plan = _plan(recipe, objective, indices)
     return [
-        _model_section(objective),
+        _model_section(objective, plan),
         _cost_section(recipe),
         data,
         _batch_section(recipe, plan),
         _learning_rate_section(recipe),
         _schedule_section(recipe, plan),
-        _memory_section(recipe, plan, objective),
+        _memory_section(recipe, plan),
         _deepspeed_section(recipe, plan),
         _checkpoint_section(recipe, plan),
     ]
@@ -87,17 +86,14 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
         ranks, origin = 1, "nothing launched, batch.ranks is null"
     videos = epoch_videos(recipe, indices)
     schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos is not None else None
-    parameters = sum(parameter.numel() for parameter in objective.parameters())
-    trained = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
     accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
-    return Plan(ranks, origin, accumulation, parameters, trained, videos, schedule)
+    return Plan(ranks, origin, accumulation, size_of(objective), videos, schedule)
 
 
-def _model_section(objective: Objective) -> Section:
+def _model_section(objective: Objective, plan: Plan) -> Section:
     section = Section("model")
     module = getattr(objective, "model", objective)
-    total = sum(parameter.numel() for parameter in objective.parameters())
-    trained = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
+    total, trained = plan.size.parameters, plan.size.trained
     section.add("parameters", f"{total:,}", type(module).__name__)
     if trained < total:
         section.add("  trained", f"{trained:,}", f"{trained / total:.2%}; the others are frozen")
@@ -240,11 +236,10 @@ def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
     return section
 
 
-def _memory_section(recipe: Recipe, plan: Plan, objective: Objective) -> Section:
+def _memory_section(recipe: Recipe, plan: Plan) -> Section:
     """What a rank holds of the model, and of what the objective keeps beside it."""
     section = Section(f"memory of one rank (ZeRO {recipe.zero.stage}, {recipe.compute.dtype})")
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in objective.buffers())
-    parts = model_states(recipe, plan.parameters, plan.trained, buffers, plan.ranks)
+    parts = model_states(recipe, plan.size, plan.ranks)
     method = objective_file(recipe)
     if hasattr(method, "held_beside"):
         parts += [Held(name, size, remark) for name, (size, remark) in method.held_beside(recipe).items()]
@@ -258,10 +253,10 @@ def _memory_section(recipe: Recipe, plan: Plan, objective: Objective) -> Section
 def _deepspeed_section(recipe: Recipe, plan: Plan) -> Section:
     """The configuration that DeepSpeed gets where there are accelerators."""
     section = Section("deepspeed.initialize")
-    config = deepspeed_config(recipe, accumulation=plan.accumulation, parameters=plan.parameters, on_cpu=False)
+    config = deepspeed_config(recipe, accumulation=plan.accumulation, parameters=plan.size.parameters, on_cpu=False)
     for key, value in config.items():
         section.add(key, json.dumps(value))
-    sharded = builds_sharded(recipe, plan.parameters)
+    sharded = builds_sharded(recipe, plan.size.parameters)
     section.add(
         "model built in", "deepspeed.zero.Init" if sharded else "each rank whole", f"zero.init={recipe.zero.init}"
     )
@@ -275,8 +270,8 @@ def _checkpoint_section(recipe: Recipe, plan: Plan) -> Section:
     section.add("every", steps, f"{checkpoint.every_epochs:g} epochs" if checkpoint.every_steps is None else "")
     width = 12 if recipe.compute.dtype == "fp32" else 14
     weights = DTYPES[recipe.compute.dtype].itemsize
-    size = plan.trained * width + (plan.parameters - plan.trained) * weights
-    frozen = f", {weights} a frozen one" if plan.trained < plan.parameters else ""
+    size = plan.size.trained * width + (plan.size.parameters - plan.size.trained) * weights
+    frozen = f", {weights} a frozen one" if plan.size.trained < plan.size.parameters else ""
     section.add("size", f"about {_gigabytes(size)}", f"{width} bytes a parameter{frozen}")
     for_good = int(recipe.schedule.epochs / checkpoint.keep_every_epochs) if checkpoint.keep_every_epochs else 0
     kept = (

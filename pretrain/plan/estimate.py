@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pretrain.data.index import ShardIndex
-from pretrain.engine.build import count_parameters
+from pretrain.engine.build import count_model
 from pretrain.engine.schedule import build_schedule
 from pretrain.errors import RecipeError
 from pretrain.plan.feeding import Feeding, Supply, feeding_of, shortages
@@ -99,7 +99,8 @@ class Planner:
     ) -> None:
         self.recipe, self.gpu, self.supply, self.indices = recipe, gpu, supply, indices
         self.epoch_videos = epoch_videos
-        self.parameters = count_parameters(recipe)
+        self.size = count_model(recipe)
+        self.parameters = self.size.parameters
         self._traces: dict[int, Trace] = {}
 
     def trace(self, micro: int) -> Trace:
@@ -152,7 +153,7 @@ class Planner:
         )
 
     def _memory(self, gpus: int, activations: float) -> Memory:
-        return memory_of(self.recipe, self.parameters, gpus, activations)
+        return memory_of(self.recipe, self.size, gpus, activations)
 
     def _steps(self) -> int | None:
         if self.epoch_videos is None:
@@ -174,7 +175,7 @@ class Planner:
             exposed = max(0.0, gradients - seconds[BACKWARD]) + weights
         else:
             exposed = gradients + weights
-        updated = self.parameters / (gpus if zero.stage > 0 else 1)
+        updated = self.size.trained / (gpus if zero.stage > 0 else 1)
         update = updated * UPDATE_BYTES / (gpu.memory_gbs * 1e9)
         return Times(forward, backward, update, exposed)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from pretrain.commands.plan import main
+from pretrain.engine.memory import ModelSize, model_states
 from pretrain.errors import RecipeError
 from pretrain.plan.estimate import Planner
 from pretrain.plan.feeding import Supply
 from pretrain.plan.hardware import SHEETS, find_gpu
-from pretrain.plan.memory import memory_of
+from pretrain.plan.memory import Memory, memory_of
 from pretrain.plan.network import traffic_of
 from pretrain.plan.trace import trace_step
 from pretrain.recipe.components import objective_file
@@ -60,9 +61,9 @@ def test_selective_checkpointing_lies_between() -> None:
     assert recomputed.peak_bytes < selective.peak_bytes < kept.peak_bytes
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_planned_memory_is_what_a_process_takes(dtype: str) -> None:
-    command = [sys.executable, str(ROOT / "bench" / "memory.py"), "--stage", "1", "--dtype", dtype]
+@pytest.mark.parametrize(("stage", "dtype"), [("1", "fp32"), ("3", "bf16")])
+def test_planned_memory_is_what_a_process_takes(stage: str, dtype: str) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "memory.py"), "--stage", stage, "--dtype", dtype]
     line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     assert float(line.partition("plan / real ")[2].split()[0]) == pytest.approx(1, abs=0.1), line
 
@@ -78,11 +79,72 @@ def test_parts_add_up_and_backward_is_twice_the_forward_pass() -> None:
 def test_states_are_sharded_by_stage() -> None:
     def total(stage: int, ranks: int) -> float:
         recipe = load_recipe("vit_b_dual", [f"zero.stage={stage}", "compute.dtype=bf16", "zero.bucket_mb=1"])
-        return memory_of(recipe, 100_000_000, ranks, 0.0).total / 1e8
+        return memory_of(recipe, ModelSize(100_000_000, 100_000_000), ranks, 0.0).total / 1e8
 
     stages = [total(stage, 64) for stage in range(4)]
     assert stages == sorted(stages, reverse=True)
     assert total(3, 64) < total(3, 8)
+
+
+MILLION = ModelSize(1_000_000, 1_000_000)
+
+
+def planned(size: ModelSize, *words: str, ranks: int = 4, activations: float = 0.0) -> Memory:
+    """Memory of a rank, by small buckets."""
+    recipe = load_recipe("vit_b_dual", ["zero.bucket_mb=1", "compute.dtype=bf16", "batch.micro=1", *words])
+    return memory_of(recipe, size, ranks, activations)
+
+
+def test_the_optimiser_is_the_recipes() -> None:
+    adamw = planned(MILLION, "zero.stage=1").optimiser
+    assert adamw == 12e6 / 4
+    assert planned(MILLION, "zero.stage=1", "optim.name=sgd", "optim.momentum=0.9").optimiser == 8e6 / 4
+    assert planned(MILLION, "zero.stage=1", "optim.name=sgd", "optim.momentum=0").optimiser == 4e6 / 4
+    # Torch's own optimiser updates float32 weights where nothing is sharded.
+    assert planned(MILLION, "zero.stage=0", "compute.dtype=fp32", "optim.name=sgd", "optim.momentum=0").optimiser == 0
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_frozen_parameters_are_weights_only(stage: int) -> None:
+    none = planned(MILLION, f"zero.stage={stage}")
+    half = planned(ModelSize(2_000_000, 1_000_000, buffer_bytes=700), f"zero.stage={stage}")
+    assert (half.gradients, half.optimiser) == (none.gradients, none.optimiser)
+    assert half.weights == 2 * none.weights
+    if stage < 3:
+        assert half.buffers == none.buffers + 700
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_states_are_not_on_the_accelerator(stage: int) -> None:
+    on, off = (planned(MILLION, f"zero.stage={stage}", f"zero.offload={where}") for where in ("none", "cpu"))
+    assert (off.optimiser, off.weights) == (0, on.weights)
+    gradients = {1: 1, 2: 1, 3: 2}[stage]  # what the update reads; stage 3 adds them up there, too
+    assert off.host == (12 + 4 * gradients) * 1e6 / 4
+    assert off.total < on.total
+
+
+def test_gradients_of_earlier_micro_batches_are_there_beside_activations() -> None:
+    for stage, kept in (("0", 2e6), ("2", 4e6 / 4), ("3", 4e6 / 4)):
+        memory = planned(MILLION, f"zero.stage={stage}", "batch.samples=8", activations=1e12)
+        assert memory.gradients == kept, "two micro-batches of four ranks"
+    assert planned(MILLION, "zero.stage=2", "batch.samples=4", activations=1e12).gradients == 0
+
+
+def test_stage_3_gathers_no_more_than_it_may() -> None:
+    """A bucket of 1 MB: at most two of weights, and the last all-gather a second time, beside the one of gradients."""
+    for size, gathered in ((MILLION, 2e6 + 2**20), (ModelSize(10**9, 10**9), 3 * 2**20)):
+        memory = planned(size, "zero.stage=3", activations=1e12)
+        assert memory.buffers == pytest.approx(2**20 + gathered, abs=4)
+
+
+def test_a_plan_and_a_dry_run_count_alike() -> None:
+    for words in (["zero.stage=2"], ["zero.stage=3", "zero.offload=cpu"], ["compute.dtype=fp32", "optim.name=sgd"]):
+        recipe = load_recipe("vit_s_dual", words)
+        planner = Planner(recipe, SHEETS["h100"], Supply(), [], None)
+        memory = planner.estimate(64).memory
+        for part in model_states(recipe, planner.size, 64):
+            if part.kind in ("weights", "optimiser") and not part.host:
+                assert getattr(memory, part.kind) == part.size
 
 
 def test_a_recipe_is_planned_whole() -> None:
@@ -96,7 +158,7 @@ def test_a_recipe_is_planned_whole() -> None:
     # The largest micro-batch fits, and one more does not.
     for micro, fits in ((plan.largest_micro, True), (plan.largest_micro + 8, False)):
         peak = planner.trace(micro).peak_bytes
-        held = memory_of(recipe, plan.parameters, 64, peak).total + 2.5e9
+        held = memory_of(recipe, planner.size, 64, peak).total + 2.5e9
         assert (held <= 0.94 * SHEETS["h100"].memory) == fits
 
 
