@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-OPTIONS = ("zero.stage=2", "schedule.epochs=4", "data.workers=2", "checkpoint.every_steps=3")
-STEPS = 20
+OPTIONS = ("zero.stage=2", "schedule.epochs=12", "data.workers=2", "checkpoint.every_steps=3")
+#: Enough for a kill that comes late on a busy machine.
+STEPS = 60
 
 
 def flip(path: Path) -> None:
@@ -32,7 +33,7 @@ def test_kill_9_of_two_ranks_with_two_workers_in_mid_epoch(toy: Any) -> None:
 
 
 def test_a_stop_leaves_through_the_launcher_with_75_and_a_published_checkpoint(toy: Any) -> None:
-    toy.train("no time", *OPTIONS, "run.time_limit_minutes=0.1", ranks=2, expect=75)
+    toy.train("no time", *OPTIONS, "run.time_limit_minutes=0.01", ranks=2, expect=75)
     assert toy.checkpoints("no time") == ["step_00000001"]
     assert json.loads((toy.folder / "no time" / "summary.json").read_text())["reason"] == "wall-clock limit"
 
