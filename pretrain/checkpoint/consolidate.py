@@ -1,23 +1,17 @@
 """Whole weights out of a checkpoint that many ranks wrote."""
 
-import contextlib
 import json
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pretrain.checkpoint import folders
+from pretrain.checkpoint.deepspeed_files import stored_parameters
 from pretrain.checkpoint.manifest import MANIFEST, problems
 from pretrain.checkpoint.save import STATE, TAG
+from pretrain.checkpoint.shards import WEIGHT, gather, open_shards
 from pretrain.errors import CheckpointError
-
-#: File in which DeepSpeed keeps the weights of a run that shards nothing.
-UNSHARDED = "mp_rank_00_model_states.pt"
-#: Files with each rank's part of the optimiser; the entry with weights where it is the bf16 one (ZeRO stage 1).
-BF16_PARTS = "bf16_zero_pp_rank_*_mp_rank_00_optim_states.pt"
-BF16_GROUPS = "single_partition_of_fp32_groups"
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -51,50 +45,36 @@ def consolidated_state(folder: Path) -> dict[str, Tensor]:
     wrong = problems(folder)
     if wrong:
         raise CheckpointError("; ".join(wrong))
-    stage = json.loads((folder / STATE).read_text(encoding="utf-8"))["zero_stage"]
-    if stage == 3:
-        return _merged(folder)
-    content = torch.load(folder / TAG / UNSHARDED, map_location="cpu", weights_only=False)
-    whole = {name: value.float() for name, value in content["module"].items()}
-    if stage == 0:
-        return whole
-    # The optimiser's parts hold what is trained; frozen parameters are in the whole model alone.
-    parts = _bf16_parts(folder) if stage == 1 else []
-    return whole | (_masters(folder, parts, content["param_shapes"]) if parts else _merged(folder))
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return merged(folder / TAG, state["world_size"], state["zero_stage"])
 
 
-def _merged(folder: Path) -> dict[str, Tensor]:
-    """What DeepSpeed's own merger makes of the parts of all ranks."""
-    # DeepSpeed tells of its progress on standard output, which belongs to the command that asked for the weights.
-    with contextlib.redirect_stdout(sys.stderr):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def merged(folder: Path, world_size: int, stage: int) -> dict[str, Tensor]:
+    """Weights and buffers in DeepSpeed's folder of a checkpoint; floating point ones in float32.
 
-        state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-    return state
+    Without ZeRO they are those of the forward pass: the optimiser's float32 copies have no names there.
 
+    Args:
+        folder: DeepSpeed's folder inside the checkpoint, whose files are unpickled.
+        world_size: Ranks that wrote it.
+        stage: ZeRO stage that wrote it.
 
-def _bf16_parts(folder: Path) -> list[list[Tensor]]:
-    """Each rank's piece of each parameter group, where DeepSpeed's bf16 optimiser wrote the checkpoint."""
-    paths = sorted((folder / TAG).glob(BF16_PARTS), key=_rank_of)
-    states = [torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"] for path in paths]
-    return [state[BF16_GROUPS] for state in states if BF16_GROUPS in state]
-
-
-def _masters(folder: Path, parts: list[list[Tensor]], groups: list[dict[str, torch.Size]]) -> dict[str, Tensor]:
-    """Float32 weights from the pieces of the bf16 optimiser, which zero_to_fp32 does not read.
-
-    It lays each group's parameters behind one another, pads the end, and gives every rank an equal piece.
+    Raises:
+        CheckpointError: files are missing, or values in them.
     """
-    state: dict[str, Tensor] = {}
-    for number, shapes in enumerate(groups):
-        line = torch.cat([part[number].flatten() for part in parts])
-        sizes = [shape.numel() for shape in shapes.values()]
-        if len(line) < sum(sizes):
-            raise CheckpointError(f"{folder}: the parts of {len(parts)} ranks hold {len(line)} of {sum(sizes)} values")
-        pieces = line[: sum(sizes)].split(sizes)
-        state |= {name: piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
-    return state
+    stored = stored_parameters(folder, world_size, stage)
+    shards = open_shards(folder, world_size, stage, stored.groups, stored.trained)
+    # Trained parameters replace their copies in the computing format.
+    state = {name: _copy(value) for name, value in shards.whole.items()}
+    for name, shape in stored.frozen.items():
+        if name in shards.frozen:
+            what = f"{folder}: frozen {name}"
+            state[name] = _copy(gather(shards.frozen[name], 0, shape.numel(), what)).reshape(shape)
+    for name, shape in stored.trained.items():
+        state[name] = shards.read(WEIGHT, name, 0, shape.numel()).reshape(shape)
+    return state | {alias: state[name] for alias, name in stored.aliases.items() if name in state}
 
 
-def _rank_of(path: Path) -> int:
-    return int(path.name.removeprefix("bf16_zero_pp_rank_").partition("_")[0])
+def _copy(value: Tensor) -> Tensor:
+    """Out of the file that `value` is mapped from."""
+    return value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)

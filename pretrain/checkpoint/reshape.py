@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint.shards import WEIGHT, Groups, Shards, gather, open_shards
+from pretrain.checkpoint.deepspeed_files import Groups
+from pretrain.checkpoint.shards import WEIGHT, Shards, gather, open_shards
 from pretrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

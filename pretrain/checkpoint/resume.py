@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import folders
+from pretrain.checkpoint.deepspeed_files import Groups
 from pretrain.checkpoint.manifest import problems
 from pretrain.checkpoint.reshape import Layout, load_reshaped
 from pretrain.checkpoint.save import STATE, TAG
-from pretrain.checkpoint.shards import Groups
 from pretrain.errors import CheckpointError
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 

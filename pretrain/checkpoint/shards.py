@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.deepspeed_files import Groups, load_file, model_files, optimizer_files
 from pretrain.errors import CheckpointError
 
 #: Name of the float32 weights among what is kept for a parameter; the others are the optimiser's own names.
 WEIGHT = "weight"
-
-#: Names of the parameters of each group, in the order in which the optimiser has them.
-Groups = list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,9 @@ def open_shards(folder: Path, world_size: int, stage: int, groups: Groups, shape
     Raises:
         CheckpointError: files are missing, or hold other parameters than the present run.
     """
-    models = [_load(path) for path in _model_files(folder, world_size, stage)]
+    models = [load_file(path) for path in model_files(folder, world_size, stage)]
     _check_names(folder, models[0], groups, shapes)
-    optimizers = [_load(path)["optimizer_state_dict"] for path in _optimizer_files(folder, world_size, stage)]
+    optimizers = [load_file(path)["optimizer_state_dict"] for path in optimizer_files(folder, world_size, stage)]
     if stage == 0:
         optimizers = [models[0]["optimizer"]]
     base = _base_state(optimizers[0])
@@ -118,32 +116,6 @@ def open_shards(folder: Path, world_size: int, stage: int, groups: Groups, shape
         counters={name: models[0][name] for name in ("global_steps", "global_samples", "skipped_steps")},
         loss_scale=_loss_scale(optimizers[0]),
     )
-
-
-def _load(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    return content
-
-
-def _model_files(folder: Path, world_size: int, stage: int) -> list[Path]:
-    if stage < 3:
-        return _existing([folder / "mp_rank_00_model_states.pt"])
-    return _existing([folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world_size)])
-
-
-def _optimizer_files(folder: Path, world_size: int, stage: int) -> list[Path]:
-    if stage == 0:
-        return []
-    names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world_size)]
-    prefix = "bf16_" if (folder / f"bf16_{names[0]}").exists() else ""
-    return _existing([folder / f"{prefix}{name}" for name in names])
-
-
-def _existing(paths: list[Path]) -> list[Path]:
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise CheckpointError(f"{paths[0].parent}: {len(missing)} of {len(paths)} files missing: {', '.join(missing)}")
-    return paths
 
 
 def _check_names(folder: Path, model: dict[str, Any], groups: Groups, shapes: Mapping[str, torch.Size]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.shards import Groups
+from pretrain.checkpoint.deepspeed_files import Groups
 from pretrain.engine.ds_config import Config, builds_sharded, deepspeed_config
 from pretrain.engine.memory import ModelSize, size_of
 from pretrain.engine.optim import build_optimizer, forget_steps
