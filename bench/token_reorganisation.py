@@ -25,7 +25,7 @@ from finetune.classification.predictions import scores
 from finetune.classification.validation import predict, test_views, video_sets
 from finetune.trained import FineTuned, load_fine_tuned
 from pretrain.models.classifier import Config, VideoClassifier, cost
-from pretrain.models.token_reorganisation import Reorganisation, keep_rates, token_counts
+from pretrain.models.keep_rates import Reorganisation, keep_rates, token_counts
 from pretrain.runtime.process_group import Ranks
 
 

@@ -10,14 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
-from pretrain.models.token_reorganisation import (
-    Kind,
-    Reorganisation,
-    TokenReorganisation,
-    Tokens,
-    keep_rates,
-)
-from pretrain.models.vit import Linear, run_blocks, truncated_normal
+from pretrain.models.keep_rates import Reorganisation, keep_rates
+from pretrain.models.recompute import run_blocks
+from pretrain.models.token_reorganisation import Kind, TokenReorganisation, Tokens
+from pretrain.models.vit import Linear, truncated_normal
 
 
 class Backbone(nn.Module):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from pretrain.errors import RecipeError
 from pretrain.models.backbone import AddedClass, Backbone, build_head
 from pretrain.models.cubes import Grid, cut_cubes, grid_of, grid_problems
+from pretrain.models.keep_rates import Reorganisation, keep_rates, rate_problems, token_counts
 from pretrain.models.positions import InterpolatedPositions, SinCosPositions
-from pretrain.models.token_reorganisation import Reorganisation, Tokens, keep_rates, rate_problems, token_counts
+from pretrain.models.token_reorganisation import Tokens
 from pretrain.models.videomae import PRESET_FIELDS, PRESETS
 from pretrain.models.vit import Block, CubeEmbedding, drop_path_rates, dropout_layer, truncated_normal
 

@@ -1,11 +1,9 @@
 """How much attention tokens get, without the whole matrix of attention weights (systems/evit.md section 6.1)."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from pretrain.models.recompute import maybe_recompute
 
 #: Queries whose attention weights exist at the same time while received attention is summed up.
 QUERY_CHUNK = 256
@@ -33,10 +31,3 @@ def received_attention(query: Tensor, key: Tensor, scale: float, weight: Tensor 
 def _column_sums(query: Tensor, key: Tensor, scale: float, weight: Tensor) -> Tensor:
     attention = ((query @ key.transpose(-2, -1)) * scale).softmax(-1)
     return torch.einsum("bhqk,q->bk", attention, weight)
-
-
-def maybe_recompute(recompute: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call, keeping only the inputs for the backward pass where asked."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(function, *arguments, use_reentrant=False)
-    return function(*arguments)

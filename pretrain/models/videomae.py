@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import Grid, grid_of, grid_problems
 from pretrain.models.positions import SinCosPositions
-from pretrain.models.vit import Block, CubeEmbedding, Linear, Recompute, drop_path_rates, run_blocks
+from pretrain.models.recompute import Recompute, run_blocks
+from pretrain.models.vit import Block, CubeEmbedding, Linear, drop_path_rates
 
 
 @dataclass

@@ -9,13 +9,12 @@ Fine-tuning attaches to a block through slots that hold nothing in pre-training:
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 #: Cosine attention's scores are multiplied by at most 100 (official: clamp of the logarithm at 4.6052).
 MAX_LOG_SCALE = 4.6052
@@ -288,39 +287,3 @@ def stochastic_depth(rate: float) -> nn.Module:
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Rates rising linearly from 0 in the first block to `rate` in the last."""
     return [rate * index / max(depth - 1, 1) for index in range(depth)]
-
-
-#: What a recomputed block may keep: results that are dear to compute again, and small beside the others.
-KEPT = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-)
-
-#: Activation checkpointing: none of a block's activations are recomputed, all are, or those that are cheap to.
-Recompute = bool | Literal["selective"]
-
-
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: Recompute) -> Tensor:
-    """Apply blocks in order.
-
-    Args:
-        blocks: of a transformer.
-        x: tokens [B, N, C].
-        recompute: True: keep only each block's input for the backward pass; `selective`: keep the results of matrix
-            products and attention as well, so that only norms and activation functions are computed again.
-    """
-    for block in blocks:
-        if recompute and torch.is_grad_enabled():
-            context: dict[str, Any] = {"context_fn": _keep_products} if recompute == "selective" else {}
-            x = checkpoint(block, x, use_reentrant=False, **context)
-        else:
-            x = block(x)
-    return x
-
-
-def _keep_products() -> Any:
-    return create_selective_checkpoint_contexts(list(KEPT))

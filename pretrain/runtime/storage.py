@@ -1,38 +1,14 @@
-"""Reads and writes on any fsspec URL, with retries under one deadline.
+"""Reads and writes on any fsspec URL, with retries under one deadline (retries.py)."""
 
-Object-store clients retry by themselves, nested, for up to half an hour on a server that hangs; the deadline here
-bounds the whole, and no call returns later.
-"""
-
-import contextlib
 import posixpath
 import shutil
-import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
-import tenacity
 
 from pretrain.errors import StorageError
-from pretrain.runtime.outage import OUTAGES
-
-T = TypeVar("T")
-
-#: Errors that trying again can't cure.
-PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-#: Packages whose errors are those of a network or a server, so that trying again may help.
-CLIENTS = ("aiohttp", "aiobotocore", "botocore", "s3fs", "gcsfs", "adlfs", "azure", "google", "requests", "urllib3")
-
-#: Errors of these packages that are wrong settings.
-SETTINGS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError")
-
-#: Shortest time that one attempt on a remote store is given, seconds, unless the deadline comes first.
-ATTEMPT_S = 30.0
+from pretrain.runtime.retries import retried
 
 
 def join(url: str, *parts: str) -> str:
@@ -90,7 +66,7 @@ def read_bytes(
             )
         return data
 
-    return _retried(read, url, "reading", deadline_s, denied_for_good=denied_for_good)
+    return retried(read, url, "reading", deadline_s, denied_for_good=denied_for_good)
 
 
 def write_bytes(url: str, data: bytes, deadline_s: float = 300.0) -> None:
@@ -105,7 +81,7 @@ def write_bytes(url: str, data: bytes, deadline_s: float = 300.0) -> None:
         else:
             fs.pipe_file(path, data)
 
-    _retried(write, url, "writing", deadline_s)
+    retried(write, url, "writing", deadline_s)
 
 
 def exists(url: str, deadline_s: float = 60.0) -> bool:
@@ -116,7 +92,7 @@ def exists(url: str, deadline_s: float = 60.0) -> bool:
         fs.invalidate_cache()
         return bool(fs.exists(path))
 
-    return _retried(look, url, "looking for", deadline_s)
+    return retried(look, url, "looking for", deadline_s)
 
 
 def size(url: str, deadline_s: float = 60.0, denied_for_good: bool = True) -> int:
@@ -126,7 +102,7 @@ def size(url: str, deadline_s: float = 60.0, denied_for_good: bool = True) -> in
         fs, path = filesystem(url)
         return int(fs.size(path))
 
-    return _retried(look, url, "looking for", deadline_s, denied_for_good=denied_for_good)
+    return retried(look, url, "looking for", deadline_s, denied_for_good=denied_for_good)
 
 
 def list_names(url: str, deadline_s: float = 60.0) -> list[str]:
@@ -143,7 +119,7 @@ def list_names(url: str, deadline_s: float = 60.0) -> list[str]:
         own = path.rstrip("/")
         return sorted(posixpath.basename(name.rstrip("/")) for name in found if name.rstrip("/") != own)
 
-    return _retried(look, url, "listing", deadline_s)
+    return retried(look, url, "listing", deadline_s)
 
 
 def find(url: str, deadline_s: float = 600.0) -> dict[str, int]:
@@ -156,7 +132,7 @@ def find(url: str, deadline_s: float = 600.0) -> dict[str, int]:
         found = fs.find(path, detail=True)
         return {name.removeprefix(root): int(found[name]["size"]) for name in sorted(found) if name != path}
 
-    return _retried(look, url, "listing", deadline_s)
+    return retried(look, url, "listing", deadline_s)
 
 
 def glob(pattern: str, deadline_s: float = 60.0) -> list[str]:
@@ -166,7 +142,7 @@ def glob(pattern: str, deadline_s: float = 60.0) -> list[str]:
         fs, path = filesystem(pattern)
         return sorted(name if is_local(pattern) else fs.unstrip_protocol(name) for name in fs.glob(path))
 
-    return _retried(look, pattern, "listing", deadline_s)
+    return retried(look, pattern, "listing", deadline_s)
 
 
 def make_folder(url: str, deadline_s: float = 60.0) -> None:
@@ -177,7 +153,7 @@ def make_folder(url: str, deadline_s: float = 60.0) -> None:
         if is_local(url):
             fs.makedirs(path, exist_ok=True)
 
-    _retried(make, url, "making", deadline_s)
+    retried(make, url, "making", deadline_s)
 
 
 def remove(url: str, deadline_s: float = 300.0) -> None:
@@ -188,7 +164,7 @@ def remove(url: str, deadline_s: float = 300.0) -> None:
         if fs.exists(path):
             fs.rm(path, recursive=True)
 
-    _retried(drop, url, "removing", deadline_s)
+    retried(drop, url, "removing", deadline_s)
 
 
 def move(source: str, target: str, deadline_s: float = 300.0) -> None:
@@ -208,7 +184,7 @@ def move(source: str, target: str, deadline_s: float = 300.0) -> None:
             fs.cp_file(file, new_path.rstrip("/") + file.removeprefix(path.rstrip("/")))
         fs.rm(files)
 
-    _retried(rename, source, f"moving to {target}:", deadline_s)
+    retried(rename, source, f"moving to {target}:", deadline_s)
 
 
 def upload(path: str, url: str, deadline_s: float = 3600.0) -> None:
@@ -223,7 +199,7 @@ def upload(path: str, url: str, deadline_s: float = 3600.0) -> None:
         else:
             fs.put_file(path, target)
 
-    _retried(send, url, "writing", deadline_s, attempt_s=deadline_s)
+    retried(send, url, "writing", deadline_s, attempt_s=deadline_s)
 
 
 def download(url: str, path: str, expected: int | None = None, deadline_s: float = 3600.0) -> None:
@@ -240,77 +216,4 @@ def download(url: str, path: str, expected: int | None = None, deadline_s: float
         if expected is not None and found != expected:
             raise StorageError(f"{url}: {found} bytes, its index says {expected}; index the data set again")
 
-    _retried(receive, url, "reading", deadline_s, attempt_s=deadline_s)
-
-
-def transient(error: BaseException) -> bool:
-    """Whether trying again may cure an error: those of networks and servers, not ours and not wrong settings."""
-    if isinstance(error, OSError):
-        return not isinstance(error, PERMANENT)
-    kind = type(error)
-    return kind.__module__.split(".")[0] in CLIENTS and kind.__name__ not in SETTINGS
-
-
-def _retried(
-    call: Callable[[], T],
-    url: str,
-    what: str,
-    deadline_s: float,
-    attempt_s: float | None = None,
-    denied_for_good: bool = True,
-) -> T:
-    protocol = fsspec.utils.get_protocol(url)
-    with contextlib.suppress(ImportError, ValueError):  # `call` says what is missing
-        fsspec.get_filesystem_class(protocol)  # importing a client takes seconds on a busy machine, and is no waiting
-    begin = time.monotonic()
-    end = begin + deadline_s
-    longest = max(ATTEMPT_S, deadline_s / 4) if attempt_s is None else attempt_s
-    # Only network clients can hang for ever; a local or in-memory call needs no thread to be given up on.
-    remote = protocol not in ("file", "local", "memory")
-
-    def attempt() -> T:
-        return _within(call, min(longest, max(end - time.monotonic(), 0.1))) if remote else call()
-
-    def retry(error: BaseException) -> bool:
-        return transient(error) or (remote and not denied_for_good and isinstance(error, PermissionError))
-
-    def tell(state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        OUTAGES.failed(f"{what} {url}", error or TimeoutError(), end - time.monotonic())
-
-    retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_delay(deadline_s) | tenacity.stop_before_delay(deadline_s),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=20),
-        retry=tenacity.retry_if_exception(retry),
-        before_sleep=tell,
-        reraise=True,
-    )
-    try:
-        result = retrying(attempt)
-    except StorageError:
-        raise
-    except Exception as error:
-        tried = f" (tried again for {time.monotonic() - begin:.0f} s)" if retry(error) else ""
-        raise StorageError(f"{what} {url}: {type(error).__name__}: {error}{tried}") from error
-    if retrying.statistics["attempt_number"] > 1:
-        OUTAGES.recovered(f"{what} {url}", time.monotonic() - begin)
-    return result
-
-
-def _within(call: Callable[[], T], seconds: float) -> T:
-    """Run `call` and give up on it after `seconds`; a daemon thread, because a hung one must not keep the process."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name="storage").start()
-    try:
-        return future.result(timeout=seconds)
-    except TimeoutError as error:
-        if future.done():
-            raise
-        raise TimeoutError(f"no answer for {seconds:.0f} s") from error
+    retried(receive, url, "reading", deadline_s, attempt_s=deadline_s)

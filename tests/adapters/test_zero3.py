@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain.models.classifier import Config, VideoClassifier
-from pretrain.models.token_reorganisation import Reorganisation
+from pretrain.models.keep_rates import Reorganisation
 
 PROGRAM = """
 import json, sys
@@ -21,7 +21,7 @@ from finetune.adapters.attach import apply_tuning
 from finetune.adapters.config import AdaptFormer, LowRank, Prompts, Tune
 from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.classifier_weights import load_pretrained
-from pretrain.models.token_reorganisation import Reorganisation
+from pretrain.models.keep_rates import Reorganisation
 
 TUNES = {
     "adaptformer": Tune("adaptformer", adaptformer=AdaptFormer(4, init="released", learned_scale="scalar")),

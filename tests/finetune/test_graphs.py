@@ -12,7 +12,7 @@ from finetune.adapters.config import Prompts, Tune
 from finetune.graphs import PixelsToLogits, onnx_difference, trace, write_onnx
 from pretrain.errors import WeightsError
 from pretrain.models.classifier import Config, VideoClassifier
-from pretrain.models.token_reorganisation import Reorganisation
+from pretrain.models.keep_rates import Reorganisation
 
 SIZES: dict[str, Any] = {
     "size": "custom", "patch_size": 8, "dim": 24, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "classes": 3,

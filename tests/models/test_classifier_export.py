@@ -12,7 +12,7 @@ from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.classifier_export import export_huggingface
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.export import export_official
-from pretrain.models.token_reorganisation import Reorganisation
+from pretrain.models.keep_rates import Reorganisation
 from pretrain.runtime.vision_ops import ensure_torchvision
 
 SIZES = {"size": "custom", "patch_size": 4, "dim": 24, "depth": 2, "heads": 3, "mlp_ratio": 2.0, "classes": 3}

@@ -44,7 +44,7 @@ def clips() -> torch.Tensor:
 def dense_of(pretrained: VideoMAE) -> torch.Tensor:
     """What the pre-trained encoder makes of all cubes, before its norm."""
     from pretrain.models.cubes import cut_cubes
-    from pretrain.models.vit import run_blocks
+    from pretrain.models.recompute import run_blocks
 
     encoder, cubes = pretrained.encoder, cut_cubes(clips(), 2, 4)
     tokens = encoder.patch_embed(cubes) + encoder.positions.table

@@ -14,13 +14,7 @@ from pretrain.models.classifier import Config, VideoClassifier, cost, layer_id
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.cubes import Grid, grid_of
 from pretrain.models.image_vit import SIZES, ImageOptions, ImageViT
-from pretrain.models.token_reorganisation import (
-    Reorganisation,
-    keep_rates,
-    scheduled_rate,
-    token_counts,
-    tokens_kept,
-)
+from pretrain.models.keep_rates import Reorganisation, keep_rates, scheduled_rate, token_counts, tokens_kept
 from pretrain.models.token_scores import class_attention, received_attention
 
 TINY = {"size": "custom", "patch_size": 4, "dim": 24, "depth": 4, "heads": 3, "mlp_ratio": 2.0, "drop_path": 0.0}

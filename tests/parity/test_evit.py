@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from pretrain.models.image_vit import ImageOptions, ImageViT
-from pretrain.models.token_reorganisation import Reorganisation, token_counts
+from pretrain.models.keep_rates import Reorganisation, token_counts
 from pretrain.models.weights import load_weights
 
 KINDS = ("evit",)

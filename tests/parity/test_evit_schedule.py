@@ -5,7 +5,7 @@ import re
 import torch
 from torch.testing import assert_close
 
-from pretrain.models.token_reorganisation import scheduled_rate, tokens_kept
+from pretrain.models.keep_rates import scheduled_rate, tokens_kept
 
 KINDS = ("evit_schedule",)
 NAME = re.compile(r"base(?P<base>[\d.]+)_start(?P<start>\d+)_end(?P<end>\d+)_iters(?P<iters>\d+)")
