@@ -14,7 +14,8 @@ from PIL import Image
 
 from finetune.recipe import Augment
 from pretrain.data import transforms
-from pretrain.data.transforms import Box, Clip
+from pretrain.data.boxes import Box, cut
+from pretrain.data.transforms import Clip
 from pretrain.objectives.videomae import MEAN, STD
 from pretrain.runtime.vision_ops import ensure_torchvision
 
@@ -82,8 +83,7 @@ def resized_crop_box(
 
 def crop_resize(clip: Clip, box: Box, out_width: int, out_height: int) -> Clip:
     """Cut and resize without antialiasing, as the official code does with tensors in training."""
-    cut = clip[:, box.y : box.y + box.height, box.x : box.x + box.width]
-    return transforms.resize(cut, out_width, out_height, antialias=False)
+    return transforms.resize(cut(clip, box), out_width, out_height, antialias=False)
 
 
 def erase(clip: Clip, rng: np.random.Generator) -> Clip:

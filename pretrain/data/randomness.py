@@ -5,8 +5,11 @@ same whichever rank or worker makes it, before and after a resume.
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from numpy.random.bit_generator import ISeedSequence
 
 
 def key_of(*parts: int | str) -> int:
@@ -17,4 +20,17 @@ def key_of(*parts: int | str) -> int:
 
 def generator(*parts: int | str) -> np.random.Generator:
     """A counter-based (Philox) generator keyed by `parts`, for example (seed, epoch, position, view, "crop")."""
-    return np.random.Generator(np.random.Philox(key=key_of(*parts)))
+    # numpy's stubs know SeedSequence only; its documentation allows any ISeedSequence.
+    return np.random.Generator(np.random.Philox(_Key(key_of(*parts))))  # type: ignore[arg-type]
+
+
+class _Key(ISeedSequence):
+    """Gives Philox its key as it is: Philox(key=...) does the same after it has drawn, in vain, from the system."""
+
+    def __init__(self, key: int) -> None:
+        self._words = np.array([key & (1 << 64) - 1, key >> 64], dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> npt.NDArray[np.uint64]:
+        """The key's two words, low one first: all that Philox asks for."""
+        assert n_words == 2 and dtype is np.uint64, "Philox asks for its key"
+        return self._words

@@ -4,7 +4,7 @@ import functools
 import io
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.data import sampling, transforms
 from pretrain.data.bad_samples import BadSample
+from pretrain.data.boxes import Box
 from pretrain.data.crashes import Decoding
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import RawSample, SampleReader
@@ -23,8 +24,10 @@ from pretrain.errors import DataError, SampleError
 from pretrain.recipe.schema import Data
 from pretrain.runtime.activity import note
 
+#: The generator of a sample and view for a purpose ("crop", say).
+Draw = Callable[[str], np.random.Generator]
 #: An objective's draws for one view: (purpose -> generator of this sample and view) -> named arrays.
-ViewTensors = Callable[[Callable[[str], np.random.Generator]], dict[str, np.ndarray]]
+ViewTensors = Callable[[Draw], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -213,12 +216,18 @@ class CroppedViews(SampleViews):
         self._data, self._seed, self._view_tensors = data, seed, view_tensors
 
     def __call__(self, place: Place, source: SourceInfo, members: dict[str, Any]) -> dict[str, np.ndarray]:
-        clip = self._clip(place, source.stride, members)
-        views = [self._view(place, view, clip) for view in range(self._data.views)]
-        return {name: np.stack([view[name] for view in views]) for name in views[0]}
+        draws = [
+            functools.partial(generator, self._seed, place.epoch, place.position, view)
+            for view in range(self._data.views)
+        ]
+        drawn = [self._view_tensors(draw) for draw in draws]
+        arrays = {"video": _stacked(self._videos(place, source.stride, members, draws))}
+        return arrays | {name: _stacked([view[name] for view in drawn]) for name in drawn[0]}
 
-    def _clip(self, place: Place, stride: int, members: dict[str, Any]) -> transforms.Clip:
-        """Decode one clip, [T, h, w, 3]; its start is drawn once for all views (repeated augmentation)."""
+    def _videos(
+        self, place: Place, stride: int, members: dict[str, Any], draws: Sequence[Draw]
+    ) -> list[transforms.Clip]:
+        """One clip as each view shows it, [T, H, W, 3]; decoded once, its start drawn once (repeated augmentation)."""
         data = self._data
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
         step, phase = grid_of(members) if data.grid == "auto" else (1, 0)
@@ -226,15 +235,18 @@ class CroppedViews(SampleViews):
             every = sampling.clip_starts(reader.num_frames, data.frames, stride)
             starts = sampling.grid_starts(every, stride, step, phase)
             start = starts[int(rng.integers(len(starts)))]
-            return reader.frames(sampling.clip_frames(reader.num_frames, data.frames, stride, start))
+            frames = sampling.clip_frames(reader.num_frames, data.frames, stride, start)
+            if data.crop == "center":
+                clip = transforms.centre_crop(reader.frames(frames), data.width, data.height)
+                return [clip] * len(draws)
+            clips = reader.crops(frames, functools.partial(self._boxes, draws))
+        return [transforms.resize(clip, data.width, data.height) for clip in clips]
 
-    def _view(self, place: Place, view: int, clip: transforms.Clip) -> dict[str, np.ndarray]:
-        draw = functools.partial(generator, self._seed, place.epoch, place.position, view)
-        return {"video": self._crop(clip, draw("crop")), **self._view_tensors(draw)}
-
-    def _crop(self, clip: transforms.Clip, rng: np.random.Generator) -> transforms.Clip:
+    def _boxes(self, draws: Sequence[Draw], width: int, height: int) -> list[Box]:
         data = self._data
-        if data.crop == "center":
-            return transforms.centre_crop(clip, data.width, data.height)
-        box = transforms.multiscale_box(clip.shape[2], clip.shape[1], data.width, data.height, rng)
-        return transforms.crop_resize(clip, box, data.width, data.height)
+        return [transforms.multiscale_box(width, height, data.width, data.height, draw("crop")) for draw in draws]
+
+
+def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays of all views, [views, ...]; a single one, which is most of a sample's bytes, is not copied."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)

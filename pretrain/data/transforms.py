@@ -1,28 +1,19 @@
 """Crops and resizing of whole clips in uint8, the same for every frame of a clip.
 
-Boxes are (x, y, width, height) in pixels; clips are uint8 [T, H, W, 3].
+Clips are uint8 [T, H, W, 3].
 """
-
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from pretrain.data.boxes import Box, cut
+
 Clip = npt.NDArray[np.uint8]
 
 #: MultiScaleCrop's sizes relative to the short side.
 SCALES = (1.0, 0.875, 0.75, 0.66)
-
-
-class Box(NamedTuple):
-    """A crop: its corner and size, in pixels."""
-
-    x: int
-    y: int
-    width: int
-    height: int
 
 
 def crop_sizes(width: int, height: int, out_width: int, out_height: int) -> list[tuple[int, int]]:
@@ -61,8 +52,7 @@ def multiscale_box(width: int, height: int, out_width: int, out_height: int, rng
 
 def crop_resize(clip: Clip, box: Box, out_width: int, out_height: int) -> Clip:
     """Cut `box` out of every frame and resize it, bilinear with antialiasing: PIL's result within one grey level."""
-    cut = clip[:, box.y : box.y + box.height, box.x : box.x + box.width]
-    return resize(cut, out_width, out_height)
+    return resize(cut(clip, box), out_width, out_height)
 
 
 def resize(clip: Clip, out_width: int, out_height: int, antialias: bool = True) -> Clip:

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from pretrain.data import sampling, transforms
+from pretrain.data.boxes import Box
 
 
 def noise(frames: int, height: int, width: int) -> np.ndarray:
@@ -30,7 +31,7 @@ def test_crop_and_resize_is_pillows_within_one_level(
 ) -> None:
     clip = noise(2, height, width)
     x, y, w, h = box
-    found = transforms.crop_resize(clip, transforms.Box(*box), *out)
+    found = transforms.crop_resize(clip, Box(*box), *out)
     expected = [
         np.asarray(Image.fromarray(frame).crop((x, y, x + w, y + h)).resize(out, Image.Resampling.BILINEAR))
         for frame in clip

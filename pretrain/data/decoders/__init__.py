@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.boxes import Boxes, cut, whole
 from pretrain.errors import DataError, SampleError
 
 Decoder = Literal["decord", "pyav", "torchcodec"]
@@ -48,17 +49,34 @@ class VideoReader(abc.ABC):
         Raises:
             SampleError: "too_short" for an index beyond the end, "decode" for damaged data.
         """
+        return self.crops(indices, whole)[0]
+
+    def crops(self, indices: npt.ArrayLike, boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
+        """What `frames` gives, cut to boxes: decoders that can make less of a picture than all of it do.
+
+        Args:
+            indices: As for `frames`.
+            boxes: Called once with width and height of the upright frames.
+
+        Returns:
+            RGB of each box, uint8 [len(indices), box.height, box.width, 3].
+
+        Raises:
+            SampleError: as by `frames`.
+        """
         wanted, inverse = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
         if wanted[0] < 0 or wanted[-1] >= self.num_frames:
             raise SampleError("too_short", f"frames {wanted[0]}..{wanted[-1]} asked of a video of {self.num_frames}")
-        decoded = self._decode(wanted.tolist())
-        if decoded.shape[0] != len(wanted) or decoded.ndim != 4 or decoded.shape[3] != 3:
-            raise SampleError("decode", f"{len(wanted)} RGB frames asked, an array {decoded.shape} delivered")
-        return decoded if len(wanted) == len(inverse) and _sorted(inverse) else decoded[inverse]
+        decoded = self._decode(wanted.tolist(), boxes)
+        for clip in decoded:
+            if clip.shape[0] != len(wanted) or clip.ndim != 4 or clip.shape[3] != 3:
+                raise SampleError("decode", f"{len(wanted)} RGB frames asked, an array {clip.shape} delivered")
+        as_asked = len(wanted) == len(inverse) and _sorted(inverse)
+        return decoded if as_asked else [clip[inverse] for clip in decoded]
 
     @abc.abstractmethod
-    def _decode(self, wanted: list[int]) -> npt.NDArray[np.uint8]:
-        """Decode frames with increasing, different numbers; uint8 [len(wanted), H, W, 3]."""
+    def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
+        """Decode frames with increasing, different numbers; for each box uint8 [len(wanted), height, width, 3]."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -103,3 +121,8 @@ def open_video(data: bytes, decoder: str = "decord") -> VideoReader:
 
 def _sorted(inverse: npt.NDArray[np.int64]) -> bool:
     return bool((np.diff(inverse) > 0).all())
+
+
+def cut_all(frames: npt.NDArray[np.uint8], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
+    """Boxes cut out of whole frames, uint8 [T, H, W, 3]."""
+    return [cut(frames, box) for box in boxes(frames.shape[2], frames.shape[1])]

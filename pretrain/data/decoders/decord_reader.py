@@ -12,7 +12,8 @@ import decord
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.decoders import VideoReader
+from pretrain.data.boxes import Boxes
+from pretrain.data.decoders import VideoReader, cut_all
 from pretrain.errors import SampleError
 
 decord.logging.set_level(decord.logging.FATAL)
@@ -32,12 +33,12 @@ class DecordReader(VideoReader):
         self.num_frames = len(self._reader)
         self.fps = float(self._reader.get_avg_fps())
 
-    def _decode(self, wanted: list[int]) -> npt.NDArray[np.uint8]:
+    def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         try:
             frames: npt.NDArray[np.uint8] = self._reader.get_batch(wanted).asnumpy()
         except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as error:
             raise SampleError("decode", _first_words(error)) from error
-        return frames
+        return cut_all(frames, boxes)
 
     def close(self) -> None:
         """Rewind, which stops decoding in the background (decord #208: memory grows otherwise), and free."""

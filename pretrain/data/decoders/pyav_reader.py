@@ -10,22 +10,19 @@ import io
 from collections.abc import Iterable, Iterator
 
 import av
-import av.filter
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import VideoReformatter
 
+from pretrain.data.boxes import Boxes
 from pretrain.data.decoders import VideoReader
 from pretrain.data.decoders.nal_units import is_reference, length_bytes
+from pretrain.data.decoders.rgb import RGBConverter
 from pretrain.errors import SampleError
 
 FFmpegError = av.error.FFmpegError
 
 #: Containers that store no presentation time stamps.
 UNSTAMPED = ("avi", "h264", "hevc", "m4v")
-
-#: Filters that turn a frame upright, by the display matrix's rotation in degrees counter-clockwise.
-UPRIGHT = {90: ["transpose=cclock"], -90: ["transpose=clock"], 180: ["hflip", "vflip"], -180: ["hflip", "vflip"]}
 
 
 class PyAVReader(VideoReader):
@@ -37,7 +34,6 @@ class PyAVReader(VideoReader):
 
     def __init__(self, data: bytes) -> None:
         self.decoded = 0
-        self._converter = VideoReformatter()
         try:
             self._container = av.open(io.BytesIO(data), mode="r", metadata_errors="ignore")
         except (FFmpegError, ValueError) as error:
@@ -56,7 +52,7 @@ class PyAVReader(VideoReader):
             self._container.close()
             raise SampleError("decode", str(error)) from error
         self.fps = float(self._stream.average_rate or 0)
-        self._upright: av.filter.Graph | None = None
+        self._rgb = RGBConverter(self._stream)
 
     def _scan(self) -> None:
         """List all packets: time stamps of frames, and where decoding can start."""
@@ -78,10 +74,10 @@ class PyAVReader(VideoReader):
         context = self._stream.codec_context
         self._length_bytes = length_bytes(context.extradata or b"") if context.name == "h264" else None
 
-    def _decode(self, wanted: list[int]) -> npt.NDArray[np.uint8]:
+    def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         try:
             frames = self._counted(wanted) if self._stamps is None else self._by_stamp(wanted, self._stamps)
-            return self._pictures(frames, len(wanted))
+            return self._rgb.crops(frames, len(wanted), boxes)
         except FFmpegError as error:
             raise SampleError("decode", str(error)) from error
 
@@ -146,44 +142,9 @@ class PyAVReader(VideoReader):
         self._container.seek(min(self._stream.start_time or 0, 0), stream=self._stream, backward=True)
         return self._container.decode(self._stream)
 
-    def _pictures(self, frames: Iterable[av.VideoFrame], count: int) -> npt.NDArray[np.uint8]:
-        """RGB pictures of frames, each written once, into its place: uint8 [count, H, W, 3]."""
-        pictures: npt.NDArray[np.uint8] | None = None
-        for number, frame in enumerate(frames):
-            plane = self._rgb(frame).planes[0]
-            if pictures is None:
-                pictures = np.empty((count, plane.height, plane.width, 3), dtype=np.uint8)
-            elif pictures.shape[1:3] != (plane.height, plane.width):
-                raise SampleError("decode", f"{pictures.shape[2:0:-1]} and {(plane.width, plane.height)} in one video")
-            rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-            pictures[number] = rows[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
-        assert pictures is not None, "at least one frame is asked for"
-        return pictures
-
-    def _rgb(self, frame: av.VideoFrame) -> av.VideoFrame:
-        if frame.is_corrupt:
-            raise SampleError("decode", f"damaged frame at time stamp {frame.pts}")
-        if frame.rotation % 360:
-            frame = self._turned(frame)
-        # One converter for all: frame.to_ndarray sets up another for every frame, which takes longer than converting.
-        return self._converter.reformat(frame, format="rgb24")
-
-    def _turned(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """Turn before the conversion to RGB, as the other decoders do: chroma is interpolated along other axes."""
-        if frame.rotation not in UPRIGHT:
-            raise SampleError("decode", f"rotation by {frame.rotation} degrees is not a multiple of 90")
-        if self._upright is None:
-            self._upright = av.filter.Graph()
-            nodes = [self._upright.add_buffer(template=self._stream)]
-            nodes += [self._upright.add(*step.split("=")) for step in UPRIGHT[frame.rotation]]
-            nodes += [self._upright.add("buffersink")]
-            self._upright.link_nodes(*nodes).configure()
-        self._upright.vpush(frame)
-        return self._upright.vpull()
-
     def close(self) -> None:
         """Close the container."""
-        self._upright = None
+        self._rgb.close()
         self._packets = []
         self._container.close()
 

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torchcodec.decoders
 
-from pretrain.data.decoders import VideoReader
+from pretrain.data.boxes import Boxes
+from pretrain.data.decoders import VideoReader, cut_all
 from pretrain.errors import SampleError
 
 
@@ -23,13 +24,13 @@ class TorchCodecReader(VideoReader):
         self.num_frames = len(self._decoder)
         self.fps = float(self._decoder.metadata.average_fps or 0)
 
-    def _decode(self, wanted: list[int]) -> npt.NDArray[np.uint8]:
+    def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         assert self._decoder is not None, "the reader is closed"
         try:
             frames: npt.NDArray[np.uint8] = self._decoder.get_frames_at(wanted).data.numpy()
         except (RuntimeError, ValueError, IndexError) as error:
             raise SampleError("decode", _first_line(error)) from error
-        return frames
+        return cut_all(frames, boxes)
 
     def close(self) -> None:
         """Free the decoder."""

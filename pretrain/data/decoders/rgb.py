@@ -1,0 +1,115 @@
+"""From PyAV's decoded frames to RGB: upright, and of each picture no more than what is asked for."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import av
+import av.filter
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import VideoReformatter
+
+from pretrain.data.boxes import Box, Boxes, cut, hull
+from pretrain.errors import SampleError
+
+#: Filters that turn a frame upright, by the display matrix's rotation in degrees counter-clockwise.
+UPRIGHT = {90: ["transpose=cclock"], -90: ["transpose=clock"], 180: ["hflip", "vflip"], -180: ["hflip", "vflip"]}
+
+
+class RGBConverter:
+    """Converts the frames of one stream."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        # One converter for all: frame.to_ndarray sets up another for every frame, which takes longer than converting.
+        self._converter = VideoReformatter()
+        self._graph: av.filter.Graph | None = None
+        self._part: av.VideoFrame | None = None
+
+    def crops(self, frames: Iterable[av.VideoFrame], count: int, boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
+        """Pictures of `count` frames in each box, each written once, into its place: uint8 [count, height, width, 3].
+
+        Raises:
+            SampleError: "decode" for damaged frames, frames of two sizes, and rotation by no multiple of 90 degrees.
+        """
+        clips: list[npt.NDArray[np.uint8]] = []
+        for number, frame in enumerate(map(self._upright, frames)):
+            if number == 0:
+                size = frame.width, frame.height
+                chosen = boxes(*size)
+                clips = [np.empty((count, box.height, box.width, 3), dtype=np.uint8) for box in chosen]
+            elif size != (frame.width, frame.height):
+                raise SampleError("decode", f"{size} and {(frame.width, frame.height)} in one video")
+            picture, origin = self._picture(frame, chosen)
+            for clip, box in zip(clips, chosen, strict=True):
+                clip[number] = cut(picture, box._replace(x=box.x - origin.x, y=box.y - origin.y))
+        return clips
+
+    def close(self) -> None:
+        """Free the filter graph, which refers to the stream."""
+        self._graph = None
+
+    def _upright(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """Turn before the conversion to RGB, as the other decoders do: chroma is interpolated along other axes."""
+        if frame.is_corrupt:
+            raise SampleError("decode", f"damaged frame at time stamp {frame.pts}")
+        if not frame.rotation % 360:
+            return frame
+        if frame.rotation not in UPRIGHT:
+            raise SampleError("decode", f"rotation by {frame.rotation} degrees is not a multiple of 90")
+        if self._graph is None:
+            self._graph = av.filter.Graph()
+            nodes = [self._graph.add_buffer(template=self._stream)]
+            nodes += [self._graph.add(*step.split("=")) for step in UPRIGHT[frame.rotation]]
+            nodes += [self._graph.add("buffersink")]
+            self._graph.link_nodes(*nodes).configure()
+        self._graph.vpush(frame)
+        return self._graph.vpull()
+
+    def _picture(self, frame: av.VideoFrame, boxes: Iterable[Box]) -> tuple[npt.NDArray[np.uint8], Box]:
+        """RGB [H, W, 3] of a part of a frame that holds all boxes, and where that part lies in the frame."""
+        part, origin = frame, Box(0, 0, frame.width, frame.height)
+        if _may_be_cut_first(frame):
+            origin = _even(hull(list(boxes)), frame)
+            part = self._cut(frame, origin)
+        # One thread: by default FFmpeg would start as many as there are processors, for each video.
+        plane = self._converter.reformat(part, format="rgb24", threads=1).planes[0]
+        return _pixels(plane)[:, : 3 * plane.width].reshape(plane.height, plane.width, 3), origin
+
+    def _cut(self, frame: av.VideoFrame, box: Box) -> av.VideoFrame:
+        """A box of even corners of a yuv420p frame; valid until the next call."""
+        part = self._part
+        if part is None or (part.width, part.height) != (box.width, box.height):
+            part = self._part = av.VideoFrame(box.width, box.height, "yuv420p")
+        for number, (source, target) in enumerate(zip(frame.planes, part.planes, strict=True)):
+            x, y = (box.x, box.y) if number == 0 else (box.x // 2, box.y // 2)
+            taken = _pixels(source)[y : y + target.height, x : x + target.width]
+            _pixels(target)[:, : target.width] = taken
+        part.colorspace, part.color_range = frame.colorspace, frame.color_range
+        return part
+
+
+def _may_be_cut_first(frame: av.VideoFrame) -> bool:
+    """Whether FFmpeg converts each block of 2 x 2 pixels by itself, so that cutting first changes no bit.
+
+    It interpolates chroma over rows where the height is odd, and takes interlaced frames field by field. Frames that a
+    filter turned may count their rows upwards, with planes that begin at their end.
+    """
+    return (
+        frame.format.name == "yuv420p"
+        and frame.height % 2 == 0
+        and not frame.interlaced_frame
+        and all(plane.line_size > 0 for plane in frame.planes)
+    )
+
+
+def _even(box: Box, frame: av.VideoFrame) -> Box:
+    """A box widened to whole blocks of 2 x 2 pixels, but not over the right edge of a frame of odd width."""
+    x, y = box.x - box.x % 2, box.y - box.y % 2
+    right, bottom = box.x + box.width, box.y + box.height
+    return Box(x, y, min(right + right % 2, frame.width) - x, bottom + bottom % 2 - y)
+
+
+def _pixels(plane: Any) -> npt.NDArray[np.uint8]:
+    """The bytes of a plane, [rows, bytes a row with padding], without copying."""
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
