@@ -80,7 +80,7 @@ def test_crops_are_frames_cut(decoder: str, video: str, encode: Callable[..., by
             assert all((clip == cut(frames, box)).all() for clip, box in zip(clips, boxes, strict=True))
 
 
-@pytest.mark.parametrize("options", ["tff=1", "chromaloc=2", "colormatrix=bt709:colorprim=bt709:transfer=bt709:range=pc"])
+@pytest.mark.parametrize("options", ["tff=1", "chromaloc=2", "colormatrix=bt709:transfer=bt709:range=pc"])
 def test_real_frames_with_a_past(options: str) -> None:
     """Interlaced, of another place of chroma, of full range: what a decoder notes on its frames."""
     out = io.BytesIO()
