@@ -126,12 +126,27 @@ def grid_of(members: dict[str, Any]) -> tuple[int, int]:
 
     Anything else under that name in the json of foreign shards is no grid.
     """
+    step, phase = _numbers(members, "grid", "step", "phase")
+    return (step, phase) if step > 0 <= phase else (1, 0)
+
+
+def stamps_of(members: dict[str, Any]) -> range | None:
+    """Time stamps of the video's frames, as packing found them to be evenly spaced; None where it did not."""
+    first, step = _numbers(members, "stamps", "first", "step")
+    (frames,) = _numbers(members, None, "frames")
+    if step <= 0 or frames <= 0 or abs(first) + frames * step >= 1 << 62:  # FFmpeg's time stamps have 64 bits
+        return None
+    return range(first, first + frames * step, step)
+
+
+def _numbers(members: dict[str, Any], part: str | None, *names: str) -> list[int]:
+    """Whole numbers of a part of a sample's json; -1 for each of them where one is missing or something else."""
     try:
-        grid = json.loads(members.get("json", b"{}"))["grid"]
-        step, phase = grid["step"], grid["phase"]
+        facts = json.loads(members.get("json", b"{}"))
+        found = [(facts if part is None else facts[part])[name] for name in names]
     except (ValueError, KeyError, TypeError):
-        return 1, 0
-    return (step, phase) if isinstance(step, int) and isinstance(phase, int) and step > 0 <= phase else (1, 0)
+        found = [None]
+    return found if all(type(number) is int for number in found) else [-1] * len(names)
 
 
 class SampleMaker:
@@ -231,7 +246,7 @@ class CroppedViews(SampleViews):
         data = self._data
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
         step, phase = grid_of(members) if data.grid == "auto" else (1, 0)
-        with open_video(video_bytes(members), data.decoder) as reader:
+        with open_video(video_bytes(members), data.decoder, stamps_of(members)) as reader:
             every = sampling.clip_starts(reader.num_frames, data.frames, stride)
             starts = sampling.grid_starts(every, stride, step, phase)
             start = starts[int(rng.integers(len(starts)))]

@@ -1,10 +1,12 @@
 """One video at a time: what kinds come out how."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from pretrain.data.pack.options import Options
 from pretrain.data.pack.probe import probe
 from pretrain.data.pack.sample import Packed, Rejected, pack_item
 from pretrain.data.pack.sources import Item
-from pretrain.data.pack.verify import check_random_reads, sequential_signatures
+from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
+from pretrain.data.samples import stamps_of
 from pretrain.errors import SampleError
 
 MakeVideo = Callable[..., Path]
@@ -153,6 +156,52 @@ def test_references_lie_on_the_grid_of_the_json(tmp_path: Path, make_video: Make
                 assert (reader.frames(indices) == every[indices]).all()
                 assert reader.decoded <= most, (start, stride)
     assert len(phases) > 1, "each video draws its own"
+
+
+EVEN: dict[str, tuple[dict[str, Any], Options]] = {
+    "default": ({}, FAST),
+    "kept": ({}, KEEP),
+    "kept, B frames": ({"frames": 50, "options": {"g": "12", "bf": "3"}}, KEEP),
+    "turned": ({"rotation": 90}, KEEP),
+    "hevc": ({"frames": 30}, replace(FAST, codec="hevc", preset="ultrafast")),
+    "no grid": ({"frames": 50}, replace(FAST, grid=0, gop=250, tune=None)),
+}
+
+
+@pytest.mark.parametrize("kind", EVEN)
+def test_evenly_spaced_frames_are_read_without_the_list_of_all_packets(
+    kind: str, tmp_path: Path, make_video: MakeVideo
+) -> None:
+    from pretrain.data.decoders.pyav_reader import PyAVReader
+
+    source, options = EVEN[kind]
+    packed = _pack(make_video(tmp_path / "a.mp4", **source), options)
+    stamps = stamps_of({"json": json.dumps(packed.facts).encode()})
+    assert stamps is not None and len(stamps) == packed.facts["frames"]
+    data = Path(packed.video).read_bytes()
+    with PyAVReader(data) as reader:
+        frames = reader.frames(range(reader.num_frames))
+    for start in range(len(stamps)):
+        for stride in (1, 2, 4):
+            wanted = list(range(start, len(stamps), stride))[:5]
+            with PyAVReader(data, stamps) as reader:
+                assert (reader.frames(wanted) == frames[wanted]).all() and isinstance(reader.stamps, range)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("uneven.mp4", {"times_ms": [number * number for number in range(1, 25)]}),
+        ("one_frame.mp4", {"frames": 1}),
+        ("stream.ts", {"container": "mpegts"}),
+    ],
+)
+def test_what_is_not_even_is_not_promised(
+    name: str, source: dict[str, Any], tmp_path: Path, make_video: MakeVideo
+) -> None:
+    path = make_video(tmp_path / name, **source)
+    assert even_stamps(str(path)) is None
+    assert ("stamps" in _pack(path).facts) == (name == "stream.ts"), "the transport stream becomes an mp4"
 
 
 def sequential_frames(path: str) -> np.ndarray:

@@ -91,12 +91,14 @@ class VideoReader(abc.ABC):
         self.close()
 
 
-def open_video(data: bytes, decoder: str = "decord") -> VideoReader:
+def open_video(data: bytes, decoder: str = "decord", stamps: range | None = None) -> VideoReader:
     """Open a video that lies in memory.
 
     Args:
         data: The whole file.
         decoder: "decord", "pyav" or "torchcodec".
+        stamps: Time stamps of all frames as the packer promises them, in the stream's time base: spares PyAV reading
+            the whole file. Frames are the same with and without, and where the promise is wrong.
 
     Raises:
         SampleError: "empty" without data or frames, "open" for something that is no video, "decode" for damage.
@@ -112,7 +114,7 @@ def open_video(data: bytes, decoder: str = "decord") -> VideoReader:
         raise DataError(f"data.decoder={decoder}: can't be imported ({reason}); {INSTALL[decoder]}") from error
     if not data:
         raise SampleError("empty", "no bytes")
-    reader: VideoReader = module.open_reader(data)
+    reader: VideoReader = module.open_reader(data, stamps)
     if reader.num_frames < 1:
         reader.close()
         raise SampleError("empty", "a video without frames")

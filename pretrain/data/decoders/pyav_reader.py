@@ -3,11 +3,15 @@
 The packets are read first, without decoding: their time stamps sorted, the i-th belongs to frame i. A frame is reached
 from the last key frame before it, or by decoding on if that is nearer. Frames in between that no other frame refers to
 (H.264's non-reference pictures: most B frames) never reach the decoder, unless they are asked for.
+
+Of a video whose packer promises evenly spaced frames only the packets around the asked frames are read. The promise is
+held against the file's header and against every packet that is read; where it fails, all packets are read after all.
 """
 
 import bisect
 import io
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 
 import av
 import numpy as np
@@ -25,63 +29,138 @@ FFmpegError = av.error.FFmpegError
 UNSTAMPED = ("avi", "h264", "hevc", "m4v")
 
 
+#: FFmpeg opens a file by decoding its first frame, to find what a header may lack: a tenth of a clip's time. The header
+#: of an mp4 lacks nothing that is needed here. Without a codec to try, that step ends at once; later ones don't ask.
+UNTRIED = {"codec_whitelist": "none"}
+
+logger = logging.getLogger(__name__)
+
+
 class PyAVReader(VideoReader):
     """Reads with av.open from memory.
 
+    Args:
+        data: The whole file.
+        stamps: The frames' time stamps as its packer promises them; None where it does not.
+
     Attributes:
         decoded: Packets that reached the decoder so far.
+        stamps: Time stamps of the frames, in the stream's time base; None where the container stores none. A range as
+            long as the packer's promise holds.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, stamps: range | None = None) -> None:
         self.decoded = 0
+        self._data = data
+        self._packets: list[av.Packet] = []
+        if stamps is None or not self._trusts(stamps):
+            self._scan()
+        self.fps = float(self._stream.average_rate or 0)
+
+    def _open(self, options: dict[str, str]) -> None:
         try:
-            self._container = av.open(io.BytesIO(data), mode="r", metadata_errors="ignore")
+            self._container = av.open(io.BytesIO(self._data), mode="r", metadata_errors="ignore", options=options)
         except (FFmpegError, ValueError) as error:
             raise SampleError("open", str(error)) from error
         if not self._container.streams.video:
             self._container.close()
             raise SampleError("open", "no video stream")
         self._stream = self._container.streams.video[0]
-        if self._stream.codec_context is None:
+        context = self._stream.codec_context
+        if context is None:
             self._container.close()
             raise SampleError("decode", "FFmpeg has no decoder for its codec")
         self._stream.thread_type = "NONE"
+        self._length_bytes = length_bytes(context.extradata or b"") if context.name == "h264" else None
+        self._rgb = RGBConverter(self._stream)
+
+    def _trusts(self, stamps: range) -> bool:
+        """Open without listing the packets, if the header agrees with what is promised."""
         try:
-            self._scan()
+            self._open(UNTRIED)
+        except SampleError:
+            return False
+        found = self._stream.start_time, self._stream.frames, self._stream.duration
+        if found != (stamps.start, len(stamps), len(stamps) * stamps.step):
+            self.close()
+            return False
+        self.num_frames = len(stamps)
+        self.stamps: Sequence[int] | None = stamps
+        return True
+
+    def _scan(self) -> None:
+        """Open and list all packets: time stamps of frames, and where decoding can start."""
+        self._open({})
+        try:
+            packets = [packet for packet in self._container.demux(self._stream) if packet.size]
         except FFmpegError as error:
             self._container.close()
             raise SampleError("decode", str(error)) from error
-        self.fps = float(self._stream.average_rate or 0)
-        self._rgb = RGBConverter(self._stream)
-
-    def _scan(self) -> None:
-        """List all packets: time stamps of frames, and where decoding can start."""
-        packets = [packet for packet in self._container.demux(self._stream) if packet.size]
         if any(packet.is_corrupt for packet in packets):
             raise SampleError("decode", "the file is cut or damaged (a packet is marked as corrupt)")
         # What an edit list leaves out is decoded, since other frames may depend on it, and not shown.
         shown = [packet for packet in packets if not packet.is_discard]
         self.num_frames = len(shown)
-        places = {packet.pts: place for place, packet in enumerate(packets) if packet.pts is not None}
         # Without presentation time stamps (AVI stores none and FFmpeg's guess is wrong with B frames) frames can
         # only be counted, from the beginning.
-        exact = len(places) == len(packets) and self._container.format.name not in UNSTAMPED
+        exact = self._index(packets) and self._container.format.name not in UNSTAMPED
         stamps = sorted(packet.pts for packet in shown if packet.pts is not None)
-        self._stamps: list[int] | None = stamps if exact else None
+        self.stamps = stamps if exact else None
+
+    def _window(self, stamps: range, wanted: list[int]) -> None:
+        """List the packets from the key frame before the first wanted frame to the last wanted one.
+
+        Raises:
+            SampleError: a packet is not what the packer promised.
+            FFmpegError: the file can't be read.
+        """
+        first, missing = stamps[wanted[0]], {stamps[index] for index in wanted}
+        self._container.seek(first, stream=self._stream)
+        packets: list[av.Packet] = []
+        for packet in self._container.demux(self._stream):
+            if packet.is_corrupt or packet.is_discard or packet.pts not in stamps:
+                break
+            packets.append(packet)
+            missing.discard(packet.pts)
+            if not missing:
+                break
+        begins = packets[:1] and packets[0].is_keyframe and (packets[0].pts or 0) <= first
+        if missing or not begins or not self._index(packets):
+            raise SampleError("decode", "time stamps are not those that the packer promised")
+
+    def _index(self, packets: list[av.Packet]) -> bool:
+        """Keep packets, in decoding order, with what finds them by time stamp; whether that finds each of them."""
+        places = {packet.pts: place for place, packet in enumerate(packets) if packet.pts is not None}
         self._places: dict[int, int] = places
         self._packets = packets
         self._keys = sorted(pts for pts, place in places.items() if packets[place].is_keyframe)
-        context = self._stream.codec_context
-        self._length_bytes = length_bytes(context.extradata or b"") if context.name == "h264" else None
+        return len(places) == len(packets)
 
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         try:
-            frames = self._counted(wanted) if self._stamps is None else self._by_stamp(wanted, self._stamps)
-            return self._rgb.crops(frames, len(wanted), boxes)
+            if isinstance(self.stamps, range):
+                try:
+                    self._window(self.stamps, wanted)
+                    return self._crops(wanted, boxes)
+                except (SampleError, FFmpegError) as error:
+                    self._distrust(error, wanted)
+            return self._crops(wanted, boxes)
         except FFmpegError as error:
             raise SampleError("decode", str(error)) from error
 
-    def _by_stamp(self, wanted: list[int], stamps: list[int]) -> list[av.VideoFrame]:
+    def _distrust(self, error: Exception, wanted: list[int]) -> None:
+        """Do without the packer's promise: what is wrong, and whether anything is, the whole file tells."""
+        logger.info("reading all packets of a video, since reading some of them failed: %s", error)
+        self.close()
+        self._scan()
+        if wanted[-1] >= self.num_frames:
+            raise SampleError("too_short", f"frame {wanted[-1]} asked of a video of {self.num_frames}")
+
+    def _crops(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
+        frames = self._counted(wanted) if self.stamps is None else self._by_stamp(wanted, self.stamps)
+        return self._rgb.crops(frames, len(wanted), boxes)
+
+    def _by_stamp(self, wanted: list[int], stamps: Sequence[int]) -> list[av.VideoFrame]:
         asked = {stamps[index]: index for index in wanted}
         found = self._delivered(asked, [self._from_key(stamp) for stamp in asked])
         lost = [stamp for stamp in asked if stamp not in found]
@@ -153,6 +232,6 @@ def _of(frames: list[av.VideoFrame], stamps: set[int]) -> dict[int, av.VideoFram
     return {frame.pts: frame for frame in frames if frame.pts in stamps}
 
 
-def open_reader(data: bytes) -> VideoReader:
-    """Open a video in memory."""
-    return PyAVReader(data)
+def open_reader(data: bytes, stamps: range | None) -> VideoReader:
+    """Open a video in memory; its packer may promise the frames' time stamps."""
+    return PyAVReader(data, stamps)

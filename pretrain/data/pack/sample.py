@@ -16,7 +16,7 @@ from pretrain.data.pack.encode import copy_stream, encode_images, encode_video
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.probe import Facts, probe
 from pretrain.data.pack.sources import IMAGE_EXTENSIONS, Item, extension_of
-from pretrain.data.pack.verify import check_random_reads, sequential_signatures
+from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
 from pretrain.data.randomness import generator
 from pretrain.errors import DataError, SampleError, StorageError
 from pretrain.runtime import storage
@@ -186,6 +186,9 @@ def _describe(item: Item, path: str, sha256: str, options: Options, reencoded: s
     }
     if reencoded is not None and options.gridded:
         facts["grid"] = {"step": options.grid, "phase": grid_phase(item.key, options)}
+    stamps = even_stamps(path)
+    if stamps is not None and len(stamps) == written.packets:
+        facts["stamps"] = {"first": stamps.start, "step": stamps.step}
     return facts | ({"meta": item.meta} if item.meta else {})
 
 

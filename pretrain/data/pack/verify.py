@@ -92,6 +92,31 @@ def check_random_reads(data: bytes, signatures: Signatures, decoder: str, reads:
         raise SampleError("inexact", f"{decoder} fails on random reads: {error}") from error
 
 
+def even_stamps(path: str) -> range | None:
+    """Time stamps of all frames of a local file, in its stream's time base, if they are evenly spaced and PyAV can read
+    frames by them alone; None otherwise.
+
+    What hides frames, as edit lists do, leaves them uneven, or other in number than the header says.
+    """
+    from pretrain.data.decoders.pyav_reader import PyAVReader
+
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        with PyAVReader(data) as reader:
+            found = list(reader.stamps or [])
+        if len(found) < 2:
+            return None
+        even = range(found[0], found[0] + len(found) * (found[1] - found[0]), found[1] - found[0])
+        if found != list(even):
+            return None
+        with PyAVReader(data, even) as reader:
+            reader.frames([0, len(even) // 2, len(even) - 1])
+            return even if isinstance(reader.stamps, range) else None
+    except SampleError:
+        return None
+
+
 def _compare(pictures: npt.NDArray[np.uint8], indices: list[int], signatures: Signatures, decoder: str) -> None:
     for index, picture in zip(indices, pictures, strict=True):
         found = signature(picture)
