@@ -8,7 +8,7 @@ only what the asked frames need: from the key frame before them.
 import abc
 import importlib
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +82,7 @@ class VideoReader(abc.ABC):
     def close(self) -> None:
         """Free the decoder; the reader can't be used afterwards."""
 
-    def __enter__(self) -> "VideoReader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
