@@ -73,7 +73,7 @@ def _bare_pyav(videos: VideoSet) -> Iterator[None]:
             container.seek(stamps[start], stream=stream)
             for frame in container.decode(stream):
                 if frame.pts in wanted:
-                    converter.reformat(frame, format="rgb24")
+                    converter.reformat(frame, format="rgb24", threads=1)
                     left -= 1
                 if not left:
                     break
