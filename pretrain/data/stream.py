@@ -132,8 +132,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         return torch.tensor(values, dtype=torch.int64).repeat_interleave(views)
 
     batch: dict[str, Any] = {
-        name: torch.from_numpy(np.concatenate([sample.arrays[name] for sample in samples]))
-        for name in samples[0].arrays
+        name: torch.from_numpy(_joined([sample.arrays[name] for sample in samples])) for name in samples[0].arrays
     }
     batch["position"] = each([sample.place.position for sample in samples])
     batch["epoch"] = each([sample.place.epoch for sample in samples])
@@ -142,6 +141,11 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     batch["key"] = [sample.key for sample in samples for _ in range(views)]
     batch["bad"] = [bad for sample in samples for bad in sample.bad]
     return batch
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays one after the other; a single one is not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 class TrainStream:

@@ -25,6 +25,7 @@ class RGBConverter:
         self._converter = VideoReformatter()
         self._graph: av.filter.Graph | None = None
         self._part: av.VideoFrame | None = None
+        self._targets: list[npt.NDArray[np.uint8]] = []
 
     def crops(self, frames: Iterable[av.VideoFrame], count: int, boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         """Pictures of `count` frames in each box, each written once, into its place: uint8 [count, height, width, 3].
@@ -78,15 +79,15 @@ class RGBConverter:
 
     def _cut(self, frame: av.VideoFrame, box: Box) -> av.VideoFrame:
         """A box of even corners of a yuv420p frame; valid until the next call."""
-        part = self._part
-        if part is None or (part.width, part.height) != (box.width, box.height):
-            part = self._part = av.VideoFrame(box.width, box.height, "yuv420p")
-        for number, (source, target) in enumerate(zip(frame.planes, part.planes, strict=True)):
+        if self._part is None or (self._part.width, self._part.height) != (box.width, box.height):
+            self._part = av.VideoFrame(box.width, box.height, "yuv420p")
+            self._targets = [_pixels(plane)[:, : plane.width] for plane in self._part.planes]
+        for number, (plane, target) in enumerate(zip(frame.planes, self._targets, strict=True)):
             x, y = (box.x, box.y) if number == 0 else (box.x // 2, box.y // 2)
-            taken = _pixels(source)[y : y + target.height, x : x + target.width]
-            _pixels(target)[:, : target.width] = taken
-        part.colorspace, part.color_range = frame.colorspace, frame.color_range
-        return part
+            height, width = target.shape
+            target[:] = _pixels(plane)[y : y + height, x : x + width]
+        self._part.colorspace, self._part.color_range = frame.colorspace, frame.color_range
+        return self._part
 
 
 def _may_be_cut_first(frame: av.VideoFrame) -> bool:
@@ -99,7 +100,7 @@ def _may_be_cut_first(frame: av.VideoFrame) -> bool:
         frame.format.name == "yuv420p"
         and frame.height % 2 == 0
         and not frame.interlaced_frame
-        and all(plane.line_size > 0 for plane in frame.planes)
+        and frame.planes[0].line_size > 0
     )
 
 
