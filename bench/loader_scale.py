@@ -1,6 +1,6 @@
 """What a large index costs the loader, and whether a worker's memory stays flat.
 
-python bench/loader_scale.py [--samples 300] [--out FILE]
+python bench/loader_scale.py [--samples 320] [--out FILE]
 Each number is taken in a process of its own, so that it starts cold but for the file cache:
 
     first batch   an index of 10,000 shards x 1,000 samples of small videos (one shard under 10,000 names): imports,
@@ -52,7 +52,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=300, help="samples over which memory is watched (default 300)")
+    parser.add_argument("--samples", type=int, default=320, help="samples over which memory is watched (default 320)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -67,8 +67,9 @@ def child(measure: str, folder: Path, samples: int) -> list[str]:
 
 
 def write_shard(folder: Path) -> None:
-    """1,000 samples, all the same video of 80 frames in 160 x 120."""
+    """1,000 samples, all the same video of 80 frames in 160 x 120, with the json that packing writes for it."""
     import io
+    import json
     import tarfile
 
     import av
@@ -85,12 +86,14 @@ def write_shard(folder: Path) -> None:
         out.mux(stream.encode(None))
     folder.mkdir()
     offsets = []
+    facts = json.dumps({"frames": 80, "stamps": {"first": 0, "step": 512}}).encode()
     with tarfile.open(folder / "shard.tar", "w") as tar:
         for number in range(1000):
             offsets.append(tar.offset)
-            member = tarfile.TarInfo(f"{number:04d}.mp4")
-            member.size = len(video.getvalue())
-            tar.addfile(member, io.BytesIO(video.getvalue()))
+            for ending, content in (("json", facts), ("mp4", video.getvalue())):
+                member = tarfile.TarInfo(f"{number:04d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
         sizes = np.diff([*offsets, tar.offset])
     write_members(str(folder), "shard.tar", Members(tuple(f"{n:04d}" for n in range(1000)), np.array(offsets), sizes))
 
@@ -136,16 +139,16 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def flat(options: argparse.Namespace) -> None:
-    """Memory at quarters of the way, after the first."""
+    """Memory at eighths of the way."""
     from bench.loader import ours
 
     stream = ours(str(options.folder), 1, lanes=256, epoch_samples=None)
     found = []
     for number in range(1, options.samples + 1):
         next(stream)
-        if number % (options.samples // 4) == 0:
+        if number % (options.samples // 8) == 0:
             found.append(f"{resident() / 1e6:.0f}")
-    print(f"| memory after each quarter of {options.samples:,} samples | {', '.join(found)} MB |")
+    print(f"| memory after each eighth of {options.samples:,} samples | {', '.join(found)} MB |")
 
 
 def resident() -> int:
