@@ -154,7 +154,7 @@ def _loop(run: Run, steps_done: int) -> int:
         if result.too_many_bad is not None:
             _end_with(run, steps_done, result.too_many_bad, saved)
         if result.stop and not last:
-            return _finish(run, steps_done, EXIT_REQUEUE, run.stop.reason or "stopped as another rank was asked to")
+            return _finish(run, steps_done, EXIT_REQUEUE, _stop_reason(run))
     return _finish(run, steps_done, 0, "done")
 
 
@@ -182,6 +182,13 @@ def _check_health(run: Run, steps_done: int) -> None:
     metrics = run.health(module)
     module.train()
     run.reporter.health(steps_done, metrics, time.monotonic() - started)
+
+
+def _stop_reason(run: Run) -> str:
+    """Who was asked to stop, and how; all ranks call this after they have agreed that one was."""
+    reasons = gather_objects(run.ranks, run.stop.reason)
+    rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
+    return f"{reason} at rank {rank}" if rank else reason
 
 
 def _finish(run: Run, steps_done: int, exit_code: int, reason: str) -> int:

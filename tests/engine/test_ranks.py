@@ -131,6 +131,7 @@ def test_stopping_saves_at_the_step_that_all_ranks_agree_on(toy: Any, outcome: A
 def test_run_stopped_by_a_signal_to_one_rank_goes_on_with_the_same_losses(toy: Any, outcome: Any) -> None:
     assert (outcome["signal"], outcome["signal, again"]) == (75, 0)
     assert toy.losses("signal") == toy.losses("4 at once")
+    assert "SIGUSR1 at rank 1: 3 steps" in (toy.folder / "signal" / "logs" / "rank_00000.log").read_text()
 
 
 def test_the_run_folder_tells_what_happened(toy: Any, outcome: Any) -> None:

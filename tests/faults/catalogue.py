@@ -103,7 +103,7 @@ def stops() -> Iterator[Case]:
             *("SIGUSR1 to rank 1 alone", phase, STOPS, strike(signal.SIGUSR1, 1)),
             ranks=2,
             codes=(75,),
-            says="another rank was asked",
+            says="SIGUSR1 at rank 1",
         )
     for phase in ("mid-epoch", "save"):
         limit = ("run.time_limit_minutes=1",)
