@@ -1,23 +1,20 @@
 """Shards of tiny real videos, a tiny recipe over them, and starting training as a user does."""
 
 import dataclasses
-import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.toy_shards import ROOT, encoded, index, write_shard
 
 SAMPLES = 40
 #: Optimiser steps of an epoch: 40 videos in 4 lanes, 8 videos a step.
@@ -62,11 +59,6 @@ class Toy:
     def train(self, name: str, *overrides: str, expect: int = 0, ranks: int = 1) -> str:
         """Train to the end; returns what was printed."""
         return finish(self.start(name, *overrides, ranks=ranks), expect)
-
-    def index(self, shards: Path) -> None:
-        """Write the index of a folder of shards."""
-        command = [sys.executable, str(ROOT / "launch" / "pack.py"), "--index-only", str(shards)]
-        subprocess.run(command, check=True, capture_output=True)
 
     def run_dir(self, name: str) -> str:
         """The override that names the run folder."""
@@ -152,36 +144,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _video(seed: int) -> bytes:
+def _sample(number: int) -> tuple[str, dict[str, Any], bytes]:
     """A square that moves over a textured ground: 12 frames of 48 x 48.
 
     Never flat: the normalised pixels of a cube of one colour are rounding errors, and no two runs would agree on them.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(number)
     ground = rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)
     colour = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
     (x, y), (dx, dy) = rng.integers(0, 15, 2), rng.integers(0, 3, 2)
-    target = io.BytesIO()
-    with av.open(target, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=12)
-        stream.width = stream.height = 48
-        stream.pix_fmt = "yuv420p"
-        for t in range(12):
-            frame = ground.copy()
-            frame[y + t * dy : y + t * dy + 12, x + t * dx : x + t * dx + 12] = colour
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return target.getvalue()
-
-
-def _write_shard(path: Path, numbers: range) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in numbers:
-            facts = {"label": number % 2, "source": f"toy/{number}", "fps": 12, "frames": 12, "width": 48, "height": 48}
-            for suffix, data in (("json", json.dumps(facts).encode()), ("mp4", _video(number))):
-                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    frames = [ground.copy() for _ in range(12)]
+    for t, frame in enumerate(frames):
+        frame[y + t * dy : y + t * dy + 12, x + t * dx : x + t * dx + 12] = colour
+    facts = {"label": number % 2, "source": f"toy/{number}", "fps": 12, "frames": 12, "width": 48, "height": 48}
+    return f"{number:04d}", facts, encoded(frames)
 
 
 def make_toy(folder: Path) -> Toy:
@@ -189,12 +165,12 @@ def make_toy(folder: Path) -> Toy:
     shards = folder / "shards"
     shards.mkdir(parents=True)
     for shard in range(2):
-        _write_shard(shards / f"toy-{shard:06d}.tar", range(shard * SAMPLES // 2, (shard + 1) * SAMPLES // 2))
+        numbers = range(shard * SAMPLES // 2, (shard + 1) * SAMPLES // 2)
+        write_shard(shards / f"toy-{shard:06d}.tar", map(_sample, numbers))
     recipe = folder / "toy.yaml"
     recipe.write_text(RECIPE.replace("SHARDS", str(shards)))
-    made = Toy(recipe, folder)
-    made.index(shards)
-    return made
+    index(shards)
+    return Toy(recipe, folder)
 
 
 @pytest.fixture(scope="session")

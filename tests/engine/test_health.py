@@ -1,12 +1,8 @@
 """The health signal: measures what it says, on any number of ranks, and leaves the training as it is."""
 
-import io
-import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -18,35 +14,23 @@ from pretrain.objectives.videomae import build
 from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.load import load_recipe
 from pretrain.runtime.process_group import Ranks
+from tests.toy_shards import encoded, index, write_shard
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 LABELS = ["dark", "bright", "dark", "dark", "dark", "bright", "dark", None]
 
 
 def grey(level: int) -> bytes:
-    target = io.BytesIO()
-    with av.open(target, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=12)
-        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
-        for _ in range(10):
-            frame = np.full((48, 48, 3), level, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return target.getvalue()
+    return encoded([np.full((48, 48, 3), level, dtype=np.uint8)] * 10)
 
 
 def pack(toy: Any, name: str, labels: list[str | None]) -> Path:
     folder: Path = toy.folder / name
     folder.mkdir()
-    with tarfile.open(folder / "grey-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, label in enumerate(labels):
-            facts = json.dumps({"label": label}).encode()
-            content = (("json", facts), ("mp4", grey(200 + number if label == "bright" else 20 + number)))
-            for suffix, data in content:
-                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    toy.index(folder)
+    levels = [200 + number if label == "bright" else 20 + number for number, label in enumerate(labels)]
+    samples = [(f"{n:04d}", {"label": label}, grey(levels[n])) for n, label in enumerate(labels)]
+    write_shard(folder / "grey-000000.tar", samples)
+    index(folder)
     return folder
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.toy_shards import index
+
 OPTIONS = ("zero.stage=2", "schedule.epochs=12", "data.workers=2", "checkpoint.every_steps=3")
 #: Enough for a kill that comes late on a busy machine.
 STEPS = 60
@@ -81,7 +83,7 @@ def test_other_data_under_the_same_name_is_refused(toy: Any, alone: list[float])
     other.mkdir()
     for number in (0, 1):  # as many samples, twice the same
         shutil.copy(toy.folder / "shards" / "toy-000000.tar", other / f"toy-{number:06d}.tar")
-    toy.index(other)
+    index(other)
     overrides = [toy.run_dir("left alone"), f"data.sources.toy.shards={other}"]
     error = toy.drive({"other data": {"overrides": overrides}}, ranks=1)["other data"]
     assert error.startswith("CheckpointError") and "the data of toy is not what it was" in error

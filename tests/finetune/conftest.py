@@ -1,21 +1,19 @@
 """Labelled shards of tiny videos, a tiny recipe over them, and running launch/finetune.py in this process."""
 
 import dataclasses
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.toy_shards import ROOT, encoded, index, write_shard
+
 CLASSES = ("down", "left", "right")
 
 RECIPE = """\
@@ -78,33 +76,18 @@ def video(number: int, label: str, frames: int = 14) -> bytes:
     rng = np.random.default_rng(number)
     ground, colour = rng.integers(0, 120, 3), rng.integers(160, 255, 3)
     dx, dy = {"down": (0, 2), "left": (-2, 0), "right": (2, 0)}[label]
-    target = io.BytesIO()
-    with av.open(target, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=12)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for t in range(frames):
-            frame = np.tile(ground.astype(np.uint8), (48, 64, 1))
-            x, y = 26 + dx * (t - frames // 2), 18 + dy * (t - frames // 2)
-            frame[max(y, 0) : y + 12, max(x, 0) : x + 12] = colour
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return target.getvalue()
+    pictures = []
+    for t in range(frames):
+        picture = np.tile(ground.astype(np.uint8), (48, 64, 1))
+        x, y = 26 + dx * (t - frames // 2), 18 + dy * (t - frames // 2)
+        picture[max(y, 0) : y + 12, max(x, 0) : x + 12] = colour
+        pictures.append(picture)
+    return encoded(pictures)
 
 
-def write_shard(path: Path, samples: list[tuple[str, Any, bytes]]) -> None:
-    """A tar of (key, label, video)."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, label, data in samples:
-            for suffix, content in (("json", json.dumps({"key": key, "label": label}).encode()), ("mp4", data)):
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-
-def index(*folders: Path) -> None:
-    """launch/pack.py --index-only."""
-    words = [sys.executable, str(ROOT / "launch" / "pack.py"), "--index-only", *map(str, folders)]
-    subprocess.run(words, check=True, capture_output=True)
+def write(path: Path, samples: list[tuple[str, Any, bytes]]) -> None:
+    """A shard of (key, label, video)."""
+    write_shard(path, [(key, {"key": key, "label": label}, data) for key, label, data in samples])
 
 
 @pytest.fixture(scope="session")
@@ -115,9 +98,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
         samples = [(f"{n:04d}", CLASSES[n % 3], video(first + n, CLASSES[n % 3])) for n in range(count)]
         # Keys of the second shard repeat those of the first: only with the shard's name are they unique.
         half = count // 2
-        write_shard(folder / split / "s-000000.tar", samples[:half])
+        write(folder / split / "s-000000.tar", samples[:half])
         renamed = [(f"{n:04d}", label, data) for n, (_, label, data) in enumerate(samples[half:])]
-        write_shard(folder / split / "s-000001.tar", renamed)
+        write(folder / split / "s-000001.tar", renamed)
     index(folder / "train", folder / "val")
     recipe = folder / "toy.yaml"
     recipe.write_text(RECIPE.replace("FOLDER", str(folder)))
@@ -128,16 +111,16 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def relabelled(toy: Toy) -> Callable[[str, dict[str, Any]], list[str]]:
     """Writes the toy videos with other labels into shards of their own; returns the overrides that name them."""
 
-    def write(name: str, labels: dict[str, Any]) -> list[str]:
+    def relabel(name: str, labels: dict[str, Any]) -> list[str]:
         words = []
         for split, count, first in (("train", 24, 0), ("val", 11, 100)):
             folder = toy.folder / f"{name}_{split}"
             folder.mkdir()
             kinds = [CLASSES[n % 3] for n in range(count)]
             samples = [(f"{n:04d}", labels[kind], video(first + n, kind)) for n, kind in enumerate(kinds)]
-            write_shard(folder / "s-000000.tar", samples)
+            write(folder / "s-000000.tar", samples)
             words.append(f"data.sources.toy.{'shards' if split == 'train' else 'val'}={folder}")
         index(toy.folder / f"{name}_train", toy.folder / f"{name}_val")
         return words
 
-    return write
+    return relabel

@@ -8,25 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 
 from pretrain.recipe.files import RECIPES
+from tests.toy_shards import encoded
 
 ROOT = RECIPES.parent
 
 
 def write_clip(path: Path, brightness: int) -> None:
     """A bright square that moves down over 24 frames of 96 x 96 pixels."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=24)
-        stream.width = stream.height = 96
-        stream.pix_fmt = "yuv420p"
-        for t in range(24):
-            frame = np.full((96, 96, 3), brightness, np.uint8)
-            frame[2 * t : 2 * t + 24, 30:60] = 230
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    frames = [np.full((96, 96, 3), brightness, np.uint8) for _ in range(24)]
+    for t, frame in enumerate(frames):
+        frame[2 * t : 2 * t + 24, 30:60] = 230
+    path.write_bytes(encoded(frames, rate=24))
 
 
 def run(*command: str, root: Path) -> subprocess.CompletedProcess[str]:

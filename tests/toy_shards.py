@@ -1,0 +1,44 @@
+"""Tiny videos, shards of them, and their index, for tests that train."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def encoded(frames: Iterable[np.ndarray], rate: int = 12) -> bytes:
+    """Frames [height, width, 3] of 8 bits as an MP4 file with H.264."""
+    target, pictures = io.BytesIO(), list(frames)
+    with av.open(target, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.height, stream.width, _ = pictures[0].shape
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return target.getvalue()
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, Any], bytes]]) -> None:
+    """A tar of samples: key, what their json says, video."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, facts, video in samples:
+            for suffix, data in (("json", json.dumps(facts).encode()), ("mp4", video)):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def index(*folders: Path) -> None:
+    """launch/pack.py --index-only."""
+    words = [sys.executable, str(ROOT / "launch" / "pack.py"), "--index-only", *map(str, folders)]
+    subprocess.run(words, check=True, capture_output=True)
