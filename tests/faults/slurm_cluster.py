@@ -88,6 +88,7 @@ class SlurmCluster:
         self._cpus, self._kill_wait_s = cpus, kill_wait_s
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._guard: subprocess.Popen[bytes] | None = None
+        self._failed: set[str] = set()
 
     @property
     def configuration(self) -> Path:
@@ -137,12 +138,16 @@ class SlurmCluster:
 
     def start_node(self, node: str) -> None:
         """Start (or restart) a node's slurmd."""
-        self._daemon(node, ["slurmd", "-D", "-f", str(self.configuration), "-N", node])
+        # Else Slurm takes the steps of before for running ones, and ends steps of the same numbers that came after.
+        rebooted = ["-b", "-c"] if node in self._failed else []
+        self._failed.discard(node)
+        self._daemon(node, ["slurmd", "-D", *rebooted, "-f", str(self.configuration), "-N", node])
 
     def kill_node(self, node: str) -> None:
         """What a power failure does: slurmd, its step daemons and all they run get SIGKILL at once."""
         self.kill_all(node)
         self._daemons.pop(node).wait()
+        self._failed.add(node)
 
     def kill_all(self, node: str | None = None) -> None:
         """SIGKILL to all processes of the cluster or of one node, until none is left."""
