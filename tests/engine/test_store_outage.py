@@ -13,8 +13,8 @@ import pytest
 from tests.faults import servers
 from tests.faults.proxy import FaultProxy
 
-STEPS = 20
-OPTIONS = ("zero.stage=2", "schedule.epochs=4", "checkpoint.every_steps=100", "data.readahead=2")
+STEPS = 60
+OPTIONS = ("zero.stage=2", "schedule.epochs=12", "checkpoint.every_steps=100", "data.readahead=2")
 #: Longest time that a start may take, seconds; machines may be overloaded.
 PATIENCE_S = 400.0
 
