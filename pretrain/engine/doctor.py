@@ -23,10 +23,11 @@ from pretrain.data.decoders import open_video
 from pretrain.data.fetch import SampleReader
 from pretrain.data.plan import OpenSource, open_sources
 from pretrain.data.samples import parse_sample, video_bytes
+from pretrain.engine.build import count_model
 from pretrain.engine.ds_config import DTYPES
+from pretrain.engine.memory import checkpoint_bytes
 from pretrain.engine.network import check_links
 from pretrain.errors import TrainingError
-from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime import host_checks, storage
 from pretrain.runtime.environment import commit, versions
@@ -98,16 +99,8 @@ def _own_limits(recipe: Recipe, hosts: list[str], ranks: Ranks) -> Iterator[Find
     batch = recipe.batch.micro * data.views * data.frames * data.height * data.width * 3
     yield host_checks.check_shared_memory(local_ranks * data.workers * data.prefetch * batch)
     if ranks.first and storage.is_local(recipe.run.dir):
-        size, kept = checkpoint_bytes(recipe), recipe.checkpoint.keep_last
+        size, kept = checkpoint_bytes(recipe, count_model(recipe)), recipe.checkpoint.keep_last
         yield host_checks.check_disk_space(Path(recipe.run.dir).absolute(), size, kept)
-
-
-def checkpoint_bytes(recipe: Recipe) -> int:
-    """About the size of one checkpoint: weights, float32 weights and two moments."""
-    with torch.device("meta"):
-        module = objective_file(recipe).build(recipe)
-    width = 12 if recipe.compute.dtype == "fp32" else 14
-    return sum(parameter.numel() for parameter in module.parameters()) * width
 
 
 def _same_everywhere(recipe: Recipe, ranks: Ranks) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from pretrain.data.index import ShardIndex
 from pretrain.data.order import SourceShape, epoch_quotas
 from pretrain.data.randomness import generator
 from pretrain.engine.ds_config import DTYPES, builds_sharded, deepspeed_config
-from pretrain.engine.memory import Held, ModelSize, model_states, size_of
+from pretrain.engine.memory import Held, ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
 from pretrain.engine.schedule import Schedule, build_schedule, every_steps
 from pretrain.engine.sources import epoch_videos, find_indices, source_size
 from pretrain.errors import StorageError
@@ -268,11 +268,10 @@ def _checkpoint_section(recipe: Recipe, plan: Plan) -> Section:
     section.add("folder", f"{recipe.run.dir}/checkpoints")
     steps = f"{every_steps(recipe, plan.schedule):,} steps" if plan.schedule else "steps of an epoch unknown"
     section.add("every", steps, f"{checkpoint.every_epochs:g} epochs" if checkpoint.every_steps is None else "")
-    width = 12 if recipe.compute.dtype == "fp32" else 14
     weights = DTYPES[recipe.compute.dtype].itemsize
-    size = plan.size.trained * width + (plan.size.parameters - plan.size.trained) * weights
     frozen = f", {weights} a frozen one" if plan.size.trained < plan.size.parameters else ""
-    section.add("size", f"about {_gigabytes(size)}", f"{width} bytes a parameter{frozen}")
+    remark = f"{checkpoint_width(recipe)} bytes a parameter{frozen}"
+    section.add("size", f"about {_gigabytes(checkpoint_bytes(recipe, plan.size))}", remark)
     for_good = int(recipe.schedule.epochs / checkpoint.keep_every_epochs) if checkpoint.keep_every_epochs else 0
     kept = (
         f"and one every {checkpoint.keep_every_epochs:g} epochs for good: {for_good}"

@@ -67,6 +67,18 @@ def model_states(recipe: Recipe, size: ModelSize, ranks: int) -> list[Held]:
     return [part for part in parts if part.size or part.name in ("gradients", "optimiser")]
 
 
+def checkpoint_width(recipe: Recipe) -> int:
+    """Bytes that a checkpoint has for a trained parameter: the optimiser's, and weights of their own but at stage 3."""
+    weights = DTYPES[recipe.compute.dtype].itemsize if recipe.zero.stage < 3 else 0
+    return weights + _optimiser_states(recipe)[0]
+
+
+def checkpoint_bytes(recipe: Recipe, size: ModelSize) -> int:
+    """Bytes of one checkpoint, all ranks' files together."""
+    frozen = (size.parameters - size.trained) * DTYPES[recipe.compute.dtype].itemsize
+    return size.trained * checkpoint_width(recipe) + frozen + size.buffer_bytes
+
+
 def gradient_width(recipe: Recipe) -> int:
     """Bytes of an accumulated gradient's value; see `data_types` in ds_config.py."""
     return 4 if recipe.compute.dtype == "bf16" and recipe.zero.stage > 0 else DTYPES[recipe.compute.dtype].itemsize

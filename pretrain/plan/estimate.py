@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pretrain.data.index import ShardIndex
 from pretrain.engine.build import count_model
+from pretrain.engine.memory import checkpoint_bytes
 from pretrain.engine.schedule import build_schedule
 from pretrain.errors import RecipeError
 from pretrain.plan.feeding import Feeding, Supply, feeding_of, shortages
@@ -147,7 +148,7 @@ class Planner:
             clips_per_s=clips_per_s,
             mfu=clips_per_s * model_flops / (gpu.matmul_tflops * 1e12 * gpus),
             steps=self._steps(),
-            checkpoint_bytes=self.parameters * (12 if recipe.compute.dtype == "fp32" else 14),
+            checkpoint_bytes=checkpoint_bytes(recipe, self.size),
             feeding=feeding,
             problems=problems + shortages(recipe, feeding, self.supply),
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.commands.plan import main
-from pretrain.engine.memory import ModelSize, model_states
+from pretrain.engine.memory import ModelSize, checkpoint_bytes, model_states
 from pretrain.errors import RecipeError
 from pretrain.plan.estimate import Planner
 from pretrain.plan.feeding import Supply
@@ -135,6 +135,25 @@ def test_stage_3_gathers_no_more_than_it_may() -> None:
     for size, gathered in ((MILLION, 2e6 + 2**20), (ModelSize(10**9, 10**9), 3 * 2**20)):
         memory = planned(size, "zero.stage=3", activations=1e12)
         assert memory.buffers == pytest.approx(2**20 + gathered, abs=4)
+
+
+@pytest.mark.parametrize(
+    ("words", "width"),
+    [
+        ("compute.dtype=fp32 zero.stage=0", 12),
+        ("compute.dtype=fp32 zero.stage=1", 16),
+        ("compute.dtype=fp32 zero.stage=1 optim.name=sgd optim.momentum=0.9", 12),
+        ("compute.dtype=fp32 zero.stage=3", 12),
+        ("compute.dtype=bf16 zero.stage=0", 14),
+        ("compute.dtype=bf16 zero.stage=2", 14),
+        ("compute.dtype=bf16 zero.stage=3", 12),
+    ],
+)
+def test_sizes_of_checkpoints_are_those_of_files_that_deepspeed_wrote(words: str, width: int) -> None:
+    """Seven trained linear layers of 500 and a frozen one, by one rank: file sizes less 0.02 bytes a parameter."""
+    recipe = load_recipe("vit_s_dual", words.split())
+    frozen = 4 if "fp32" in words else 2
+    assert checkpoint_bytes(recipe, ModelSize(8 * 250_500, 7 * 250_500)) == 250_500 * (7 * width + frozen)
 
 
 def test_a_plan_and_a_dry_run_count_alike() -> None:
