@@ -1,4 +1,4 @@
-"""decord (FFmpeg 4.1): the default. Unmaintained since 2021; no AV1, inexact on some AVI and MPEG-PS files."""
+"""decord (FFmpeg 4.1), which published code uses: no AV1, inexact on some AVI and MPEG-PS files, unmaintained."""
 
 import contextlib
 import io
