@@ -50,6 +50,8 @@ class Toy:
 
     recipe: Path
     folder: Path
+    owners: dict[str, str] = dataclasses.field(default_factory=dict)
+    """the test module of each run: a name that two of them use would let one continue the other's run"""
 
     def start(self, name: str, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
         """Start training into the run folder `name`, as a user does."""
@@ -62,6 +64,8 @@ class Toy:
 
     def run_dir(self, name: str) -> str:
         """The override that names the run folder."""
+        module = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[0]
+        assert self.owners.setdefault(name, module) == module, f"{self.owners[name]} has a run {name!r} already"
         return f"run.dir={self.folder / name}"
 
     def drive(self, runs: dict[str, dict[str, Any]], ranks: int, expect: int = 0) -> dict[str, int | str]:

@@ -41,20 +41,20 @@ def summary(toy: Any, name: str) -> dict[str, Any]:
 def test_out_of_data_ends_with_a_checkpoint_and_goes_on(toy: Any, proxy: FaultProxy) -> None:
     toy.train("at hand", *OPTIONS, ranks=2)
     from_store = (*OPTIONS, "data.sources.toy.shards=s3://bucket/toy", "data.deadline_s=25")
-    process = toy.start("outage", *from_store, ranks=2)
-    toy.wait_for("outage", 6, process, PATIENCE_S)
+    process = toy.start("out of data", *from_store, ranks=2)
+    toy.wait_for("out of data", 6, process, PATIENCE_S)
     proxy.hangs = True
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, output
-    done = summary(toy, "outage")["steps"]
+    done = summary(toy, "out of data")["steps"]
     assert 6 <= done < STEPS, "the outage came too late to prove anything"
-    assert toy.checkpoints("outage") == [f"step_{done:08d}"]
+    assert toy.checkpoints("out of data") == [f"step_{done:08d}"]
     assert "can't be read: check the store" in output and "data.deadline_s" in output
-    assert summary(toy, "outage")["exit_code"] == 1
+    assert summary(toy, "out of data")["exit_code"] == 1
     proxy.clear()
-    output = toy.train("outage", *from_store, "data.deadline_s=300", ranks=2)
+    output = toy.train("out of data", *from_store, "data.deadline_s=300", ranks=2)
     assert f"step {done}" in output
-    assert toy.losses("outage") == toy.losses("at hand")
+    assert toy.losses("out of data") == toy.losses("at hand")
 
 
 def test_a_short_outage_is_waited_for(toy: Any, proxy: FaultProxy) -> None:
