@@ -12,7 +12,7 @@ from finetune.recipe import TuneRecipe
 from pretrain.data import sampling, transforms
 from pretrain.data.decoders import VideoReader, open_video
 from pretrain.data.randomness import generator
-from pretrain.data.samples import Place, SampleViews, SourceInfo, label_of, video_bytes
+from pretrain.data.samples import Place, SampleViews, SourceInfo, label_of, stamps_of, video_bytes
 from pretrain.data.transforms import Clip
 
 
@@ -42,7 +42,7 @@ class TrainingViews(SampleViews):
         rules = self._rules[place.source]
         target = rules.labels.target(label_of(members))
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
-        with open_video(video_bytes(members), self._data.decoder) as reader:
+        with open_video(video_bytes(members), self._data.decoder, stamps_of(members)) as reader:
             clip = reader.frames(training_frames(reader.num_frames, self._data.frames, rules, rng))
         views = range(self._data.views)
         return {

@@ -116,9 +116,12 @@ class SampleReader:
             members = load_members(index.url, entry.name, self._deadline_s)
         except StorageError as error:
             raise store_error(storage.join(index.url, members_name(entry.name)), error) from error
-        if not len(members.keys) == len(members.offsets) == len(members.sizes) == entry.samples:
+        columns = [members.keys, members.offsets, members.sizes]
+        columns += [] if members.checksums is None else [members.checksums]
+        lengths = sorted({len(column) for column in columns})
+        if lengths != [entry.samples]:
             raise DataError(
-                f"{entry.name}: the member table lists {len(members.keys)} samples, index.json {entry.samples}; "
+                f"{entry.name}: columns of the member table list {lengths} samples, index.json {entry.samples}; "
                 f"run launch/pack.py --index-only {index.url}"
             )
         self._check_size(index, entry)

@@ -171,7 +171,7 @@ def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
             np.array(content["crc32"], dtype=np.uint32) if "crc32" in content else None,
             content.get("linked", False),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(
             f"{where}: no readable member table ({error}); run launch/pack.py --index-only {url}"
         ) from error

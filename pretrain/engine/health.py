@@ -17,7 +17,7 @@ from pretrain.data import sampling, transforms
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import SampleReader, read_ahead
 from pretrain.data.index import load_index
-from pretrain.data.samples import label_of, parse_sample, video_bytes
+from pretrain.data.samples import label_of, parse_sample, stamps_of, video_bytes
 from pretrain.engine.neighbours import accuracy, leave_one_out_scores
 from pretrain.errors import DataError, RecipeError, SampleError
 from pretrain.objectives.base import Objective
@@ -134,7 +134,7 @@ class HealthSignal:
         label = label_of(members)
         if isinstance(label, bool) or not isinstance(label, str | int):
             raise SampleError("label", f"{label!r} is no class name or number")
-        with open_video(video_bytes(members), data.decoder) as reader:
+        with open_video(video_bytes(members), data.decoder, stamps_of(members)) as reader:
             start = (sampling.clip_starts(reader.num_frames, data.frames, data.stride) - 1) // 2
             clip = reader.frames(sampling.clip_frames(reader.num_frames, data.frames, data.stride, start))
         return number, str(label), transforms.centre_crop(clip, data.width, data.height)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -314,7 +315,28 @@ def _damage_table(url: Path) -> str:
     return "00002.members.json: no readable member table.*--index-only"
 
 
-@pytest.mark.parametrize("damage", [_cut, _remove("00002.tar"), _remove("00002.members.json"), _damage_table])
+def _checksums(change: Callable[[list[int]], list[int]], said: str) -> Callable[[Path], str]:
+    def damage(url: Path) -> str:
+        table = url / "00002.members.json"
+        content = json.loads(table.read_text())
+        table.write_text(json.dumps(content | {"crc32": change(content["crc32"])}))
+        return said
+
+    return damage
+
+
+DAMAGES = {
+    "cut": _cut,
+    "no shard": _remove("00002.tar"),
+    "no table": _remove("00002.members.json"),
+    "no json": _damage_table,
+    "other bytes": _checksums(lambda values: [value ^ 1 for value in values], "00002.tar: sample .* has other bytes"),
+    "a checksum short": _checksums(lambda values: values[1:], r"columns .* list \[\d, \d\] samples.*--index-only"),
+    "no checksums": _checksums(lambda values: [1 << 40, *values[1:]], "no readable member table.*--index-only"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("cached", [False, True])
 def test_shards_that_differ_from_their_index_stop_the_run(
     damage: Callable[[Path], str], cached: bool, make_recipe: MakeRecipe, two_sources: dict[str, str], tmp_path: Path

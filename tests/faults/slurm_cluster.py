@@ -138,7 +138,7 @@ class SlurmCluster:
 
     def start_node(self, node: str) -> None:
         """Start (or restart) a node's slurmd."""
-        # Else Slurm takes the steps of before for running ones, and ends steps of the same numbers that came after.
+        # As after a power failure. Without it slurmd was seen to send SIGTERM to later steps of the same numbers.
         rebooted = ["-b", "-c"] if node in self._failed else []
         self._failed.discard(node)
         self._daemon(node, ["slurmd", "-D", *rebooted, "-f", str(self.configuration), "-N", node])

@@ -68,6 +68,12 @@ class HashingReader:
         self._recent_from = end
         return found
 
+    def finish(self) -> None:
+        """Hash the rest of the file, which nobody reads."""
+        while self._fill():
+            pass
+        self._chunk = memoryview(b"")
+
     def _fill(self) -> bool:
         end = min(self._next + CHUNK, self.bytes)
         if self._next == end:
@@ -109,8 +115,7 @@ def scan_shard(url: str, name: str, videos_only: bool = True) -> tuple[Shard, Me
     reader = HashingReader(where)
     samples = _samples(where, reader)
     _check_unique(where, samples)
-    while reader.read(CHUNK):  # what follows the end marker belongs to the hash
-        pass
+    reader.finish()  # what follows the end marker belongs to the hash
     kept = [sample for sample in samples if sample.has_video or not videos_only]
     members = Members(
         tuple(sample.key for sample in kept),

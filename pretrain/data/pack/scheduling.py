@@ -13,4 +13,5 @@ def leave_real_time() -> None:
     """
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(ProcessLookupError):  # it has ended since it was listed
-            os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
+            if os.sched_getscheduler(int(thread)) == os.SCHED_FIFO:
+                os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
