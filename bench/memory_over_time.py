@@ -35,11 +35,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = ["deepspeed", "--num_accelerators", "2", "launch/pretrain.py", "--recipe", "demo"]
         with Path(folder, "output.log").open("w") as log:
-            run = subprocess.Popen([*words, f"run.dir={folder}/run", *OVERRIDES], cwd=ROOT, env=environ, stdout=log, stderr=log)
+            words += [f"run.dir={folder}/run", *OVERRIDES]
+            run = subprocess.Popen(words, cwd=ROOT, env=environ, stdout=log, stderr=log)
             rows = list(looks(run, Path(folder, "run"), options.minutes * 60, options.every))
             for process in [*psutil.Process(run.pid).children(recursive=True), run]:
                 process.kill()
-    text = f"# Memory of a run over time, {date.today()}\n\n{os.cpu_count()} cores, MB; `python bench/memory_over_time.py`\n\n"
+    text = f"# Memory of a run over time, {date.today()}\n\n"
+    text += f"{os.cpu_count()} cores, MB; `python bench/memory_over_time.py`\n\n"
     text += "| minutes | step | ranks | data workers |\n|---|---|---|---|\n" + "".join(rows)
     print(text)
     if options.out:
