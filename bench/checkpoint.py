@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,8 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).parents[1])
 
+from bench.s3_server import free_port, s3_server
+
 WIDTH = 2048
 VARIANTS = ("sync local", "async local", "sync S3", "async S3")
 
@@ -46,19 +47,9 @@ def main() -> None:
         measure(options)
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        port, bucket = free_port(), Path(folder, "s3", "bucket")
-        bucket.mkdir(parents=True)
-        rclone = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
-        address = f"127.0.0.1:{port}"
-        server = subprocess.Popen(
-            [rclone, "serve", "s3", str(bucket.parent), "--addr", address, "--auth-key", "KEY,SECRET"]
-            + ["--vfs-cache-mode", "off"],
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            run_ranks(options, folder, f"http://{address}")
-        finally:
-            server.kill()
+        Path(folder, "s3", "bucket").mkdir(parents=True)
+        with s3_server(Path(folder, "s3")):
+            run_ranks(options, folder)
         text = report(options, json.loads(Path(folder, "measured.json").read_text(encoding="utf-8")))
     print(text)
     if options.out:
@@ -66,14 +57,11 @@ def main() -> None:
         options.out.write_text(text, encoding="utf-8")
 
 
-def run_ranks(options: argparse.Namespace, folder: str, endpoint: str) -> None:
-    """Two processes of this file, which find the server through fsspec's environment."""
-    checks = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-    config = {"signature_version": "s3v4", **checks}
-    s3 = {"key": "KEY", "secret": "SECRET", "endpoint_url": endpoint, "config_kwargs": config}
+def run_ranks(options: argparse.Namespace, folder: str) -> None:
+    """Two processes of this file."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     own = [__file__, "--layers", str(options.layers), "--rounds", str(options.rounds), "--folder", folder]
-    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "FSSPEC_S3": json.dumps(s3)}
+    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run([*launcher, "--master_port", str(free_port()), *own], env=environ, check=True)
 
 
@@ -293,12 +281,6 @@ def processor() -> str:
     """The processor's name."""
     found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return found[0].partition(": ")[2] if found else platform.processor()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def parse() -> argparse.Namespace:

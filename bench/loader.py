@@ -6,7 +6,7 @@ as pack.py does by default. Each way below then makes clips of 16 frames, stride
 dual masking. One process, one thread, no data workers; ways take turns, medians over rounds.
 
     bare      PyAV (or decord) in a loop over known frames to RGB, nothing else: the limit
-    ours      data.stream.TrainStream from local shards; the same from S3 (rclone on loopback, 10 ms a request)
+    ours      data.stream.TrainStream from local shards; the same from S3 (rclone on loopback, 10 ms away)
     plain     an own plain loader: decord on a file, PIL crops and resizing, float tensors, normalised
     official  VideoMAEv2's dataset class, from your checkout (--official)
 
@@ -15,15 +15,11 @@ are compared by the clock.
 """
 
 import argparse
-import contextlib
 import gc
-import json
 import os
 import platform
 import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +36,7 @@ if not __package__:
 
 from bench import loader_rivals
 from bench.loader_rivals import VideoSet
+from bench.s3_server import s3_server
 from pretrain.data.plan import open_sources
 from pretrain.data.stream import TrainStream
 from pretrain.models.videomae import Config as Model
@@ -149,7 +146,7 @@ def report(rates: dict[str, float], options: argparse.Namespace) -> list[str]:
 def s3_lines(videos: VideoSet, folder: Path, options: argparse.Namespace) -> list[str]:
     """By the clock: local shards against the same on an S3 server that answers after 10 ms."""
     shutil.copytree(videos.url, folder / "bucket" / "packed")
-    with s3_server(folder):
+    with s3_server(folder, LATENCY_S):
         streams = {"local": ours(videos.url, 1), "S3": ours("s3://bucket/packed", 1)}
         found: dict[str, list[float]] = defaultdict(list)
         for _ in range(options.rounds):
@@ -160,41 +157,6 @@ def s3_lines(videos: VideoSet, folder: Path, options: argparse.Namespace) -> lis
         time.sleep(SETTLE_S)  # reads in flight end; without a server they would be tried again for minutes
     local, remote = (statistics.median(rates) for rates in found.values())
     return ["", f"By the clock, packed, 1 view: local {local:.1f} clips/s, S3 {remote:.1f}: {remote / local:.2f}"]
-
-
-@contextlib.contextmanager
-def s3_server(folder: Path) -> Iterator[None]:
-    """Rclone behind a proxy that lets every request wait, each a process; fsspec's s3 goes there."""
-    import fsspec
-
-    rclone = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
-    port, behind = free_port(), free_port()
-    serve = [rclone, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{behind}", "--auth-key", "KEY,SECRET"]
-    code = (
-        "import sys, time; from tests.faults.proxy import FaultProxy; "
-        f"p = FaultProxy({behind}, {port}); p.latency_s = ({LATENCY_S}, {LATENCY_S}); time.sleep(10**6)"
-    )
-    root = Path(__file__).parents[1]
-    processes = [
-        subprocess.Popen([*serve, "--vfs-cache-mode", "off"], stderr=subprocess.DEVNULL),
-        subprocess.Popen([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}),
-    ]
-    checks = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-    s3 = {"key": "KEY", "secret": "SECRET", "endpoint_url": f"http://127.0.0.1:{port}"}
-    fsspec.config.conf["s3"] = s3 | {"config_kwargs": {"signature_version": "s3v4", **checks}}
-    os.environ["FSSPEC_S3"] = json.dumps(fsspec.config.conf["s3"])
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens at."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def write_shard(folder: Path) -> None:
 
 def write_index(folder: Path, shards: int, links: bool) -> None:
     """An index of many shards; with links each of them is there, under its own name."""
-    from pretrain.data.index import Shard, ShardIndex, write_index
+    from pretrain.data.index import Shard, ShardIndex, ShardTable, write_index
 
     folder.mkdir(exist_ok=True)
     size = (folder / "shard.tar").stat().st_size if links else 500_000_000
@@ -109,7 +109,7 @@ def write_index(folder: Path, shards: int, links: bool) -> None:
         (folder / f"{name}.tar").symlink_to("shard.tar")
         (folder / f"{name}.members.json").symlink_to("shard.members.json")
     entries = (Shard(f"{name}.tar", 1000, size, f"{number:064x}") for number, name in enumerate(names))
-    write_index(ShardIndex(str(folder), tuple(entries)))
+    write_index(ShardIndex(str(folder), ShardTable(entries)))
 
 
 def first_batch(options: argparse.Namespace) -> None:

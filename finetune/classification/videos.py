@@ -73,7 +73,7 @@ class Videos(IterableDataset[dict[str, Any]]):
             yield {"key": key, "target": torch.from_numpy(target), "views": torch.from_numpy(views)}
 
     def _places(self, worker: int, workers: int) -> Iterator[tuple[int, int, int]]:
-        ends = np.cumsum([0, *(count for one in self._sets for count in one.index.counts.tolist())])
+        ends = np.cumsum([0, *(count for one in self._sets for count in one.index.shards.samples.tolist())])
         shards = [(s, number) for s, one in enumerate(self._sets) for number in range(len(one.index.shards))]
         for position in range(self._rank + worker * self._world_size, int(ends[-1]), self._world_size * workers):
             unit = int(np.searchsorted(ends, position, side="right")) - 1

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.index import ShardIndex, write_index, write_members
+from pretrain.data.index import ShardIndex, ShardTable, write_index, write_members
 from pretrain.data.pack.scan import scan_shard
 from pretrain.errors import DataError
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
@@ -73,7 +73,7 @@ def _index(folder: Path, names: list[str]) -> int:
         shard, members, _ = scan_shard(str(folder), name, videos_only=False)
         write_members(str(folder), name, members)
         shards.append(shard)
-    index = ShardIndex(str(folder), tuple(shards))
+    index = ShardIndex(str(folder), ShardTable(shards))
     if not index.samples:
         raise DataError(f"{folder}: no features, none of the videos can be read; see the lines above")
     write_index(index)

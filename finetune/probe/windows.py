@@ -31,8 +31,12 @@ BATCH = 4
 def window_rows(model: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], step: int) -> Iterator[Row]:
     """Features [windows, C] of this rank's videos; a video that can't be read is left out, with a line about it."""
     reader = SampleReader([one.index for one in sets], None, recipe.data.deadline_s)
-    places = [(s, shard, row) for s, one in enumerate(sets) for shard, count in enumerate(one.index.counts.tolist())
-              for row in range(count)]  # fmt: skip
+    places = [
+        (source, shard, row)
+        for source, one in enumerate(sets)
+        for shard, count in enumerate(one.index.shards.samples.tolist())
+        for row in range(count)
+    ]
     for source, shard, row in places[ranks.rank :: ranks.world_size]:
         entry = sets[source]
         name = entry.index.shards[shard].name.removesuffix(".tar")

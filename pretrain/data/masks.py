@@ -97,8 +97,9 @@ def hidden_positions(cells: int, ratio: float) -> int:
 def tube_visible(plan: MaskPlan, rng: np.random.Generator) -> Index:
     """Tokens that the encoder sees, ascending: the same random positions in every slice."""
     cells = plan.height * plan.width
-    kept = np.sort(rng.permutation(cells)[hidden_positions(cells, plan.ratio) :])
-    return (np.arange(plan.time)[:, None] * cells + kept[None]).reshape(-1)
+    kept = np.zeros(cells, dtype=bool)
+    kept[rng.permutation(cells)[hidden_positions(cells, plan.ratio) :]] = True
+    return (np.arange(plan.time)[:, None] * cells + np.flatnonzero(kept)).reshape(-1)
 
 
 @functools.lru_cache(maxsize=8)

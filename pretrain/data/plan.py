@@ -23,7 +23,7 @@ class OpenSource:
     @property
     def shape(self) -> SourceShape:
         """What the order needs."""
-        return SourceShape(self.name, self.index.counts, self.weight)
+        return SourceShape(self.name, self.index.shards.samples, self.weight)
 
 
 def open_sources(recipe: Recipe) -> list[OpenSource]:

@@ -17,7 +17,7 @@ from pretrain.data.boxes import Box
 from pretrain.data.crashes import Decoding
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import RawSample, SampleReader
-from pretrain.data.index import VIDEO_ENDINGS
+from pretrain.data.index import VIDEO_ENDINGS, Shard
 from pretrain.data.order import EpochOrder
 from pretrain.data.randomness import generator
 from pretrain.errors import DataError, SampleError
@@ -53,10 +53,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What making a sample needs to know of its source: name, names of the shards, stride in frames."""
+    """What making a sample needs to know of its source: name, shards, stride in frames."""
 
     name: str
-    shards: tuple[str, ...]
+    shards: Sequence[Shard]
     stride: int
 
 
@@ -214,7 +214,7 @@ class SampleMaker:
         key = self._reader.key(place.source, shard, row)
         detail = str(error).removeprefix(f"{error.reason}: ")
         return BadSample(
-            source.name, source.shards[shard], key, place.epoch, place.position, attempt, error.reason, detail
+            source.name, source.shards[shard].name, key, place.epoch, place.position, attempt, error.reason, detail
         )
 
 

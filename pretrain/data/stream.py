@@ -83,7 +83,7 @@ class WorkerPipeline:
     def samples(self, places: Iterable[Place]) -> Iterator[Sample | TubeletError]:
         """Read ahead, decode, cut; an error that ends the run travels as an item, free of this process's traceback."""
         reader = self._reader()
-        infos = [SourceInfo(s.name, tuple(shard.name for shard in s.index.shards), s.stride) for s in self._sources]
+        infos = [SourceInfo(source.name, source.index.shards, source.stride) for source in self._sources]
         worker = get_worker_info()
         decoding = self._crashes.decoder(worker.id if worker else None)
         maker = SampleMaker(self._recipe.data, self._recipe.run.seed, infos, reader, self._view_tensors, decoding)
@@ -129,16 +129,16 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     """
     views = len(samples[0].arrays["video"])
 
-    def each(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).repeat_interleave(views)
+    def each(values: Iterable[int]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.fromiter(values, dtype=np.int64), views))
 
     batch: dict[str, Any] = {
         name: torch.from_numpy(_joined([sample.arrays[name] for sample in samples])) for name in samples[0].arrays
     }
-    batch["position"] = each([sample.place.position for sample in samples])
-    batch["epoch"] = each([sample.place.epoch for sample in samples])
-    batch["source"] = each([sample.place.source for sample in samples])
-    batch["view"] = torch.arange(views, dtype=torch.int64).repeat(len(samples))
+    batch["position"] = each(sample.place.position for sample in samples)
+    batch["epoch"] = each(sample.place.epoch for sample in samples)
+    batch["source"] = each(sample.place.source for sample in samples)
+    batch["view"] = torch.from_numpy(np.tile(np.arange(views, dtype=np.int64), len(samples)))
     batch["key"] = [sample.key for sample in samples for _ in range(views)]
     batch["bad"] = [bad for sample in samples for bad in sample.bad]
     return batch

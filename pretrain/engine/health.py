@@ -124,7 +124,7 @@ class HealthSignal:
 
     def _places(self) -> Iterator[tuple[int, int, int]]:
         """Number, shard and row of this rank's videos."""
-        rows = [(shard, row) for shard, count in enumerate(self._index.counts.tolist()) for row in range(count)]
+        rows = [(shard, row) for shard, count in enumerate(self._index.shards.samples.tolist()) for row in range(count)]
         for number in range(self._ranks.rank, len(rows), self._ranks.world_size):
             yield (number, *rows[number])
 

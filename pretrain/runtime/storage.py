@@ -2,6 +2,7 @@
 
 import posixpath
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import fsspec
 
 from pretrain.errors import StorageError
 from pretrain.runtime.retries import retried
+from pretrain.runtime.signed_reads import SIGNED
 
 
 def join(url: str, *parts: str) -> str:
@@ -55,18 +57,37 @@ def read_bytes(
         StorageError: still failing when `deadline_s` has passed, or failing for good.
     """
 
+    if start is not None and end is not None:
+        return _read_range(url, start, end, deadline_s, denied_for_good)
+
     def read() -> bytes:
         fs, path = filesystem(url)
         data: bytes = fs.cat_file(path, start=start, end=end)
-        if start is not None and end is not None and len(data) != end - start:
-            if int(fs.size(path)) >= end:
-                raise ConnectionError(f"the answer ended after {len(data)} of {end - start} bytes")
-            raise StorageError(
-                f"{url}: {len(data)} bytes from {start} on instead of {end - start}: shorter than its index says"
-            )
         return data
 
     return retried(read, url, "reading", deadline_s, denied_for_good=denied_for_good)
+
+
+def _read_range(url: str, start: int, end: int, deadline_s: float, denied_for_good: bool) -> bytes:
+    begin = time.monotonic()
+    fs, path = filesystem(url)
+    signed = SIGNED.read(fs, path, start, end, deadline_s)
+    if signed is not None:
+        return signed
+
+    def read() -> bytes:
+        data: bytes = fs.cat_file(path, start=start, end=end)
+        if len(data) == end - start:
+            SIGNED.learn(fs, path)
+            return data
+        if int(fs.size(path)) >= end:
+            raise ConnectionError(f"the answer ended after {len(data)} of {end - start} bytes")
+        raise StorageError(
+            f"{url}: {len(data)} bytes from {start} on instead of {end - start}: shorter than its index says"
+        )
+
+    left = deadline_s - (time.monotonic() - begin)
+    return retried(read, url, "reading", left, denied_for_good=denied_for_good)
 
 
 def write_bytes(url: str, data: bytes, deadline_s: float = 300.0) -> None:

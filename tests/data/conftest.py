@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from pretrain.data.index import Members, Shard, ShardIndex, write_index, write_members
+from pretrain.data.index import Members, Shard, ShardIndex, ShardTable, write_index, write_members
 from pretrain.models.videomae import Config as Model
 from pretrain.objectives.videomae import Config as Objective
 from pretrain.recipe.schema import Batch, Data, Recipe, Run, Source
@@ -115,7 +115,7 @@ def write_source() -> Callable[..., str]:
 
     def write(url: str, shards: list[list[tuple[str, bytes]]]) -> str:
         entries = [_write_shard(url, f"{i:05d}.tar", samples) for i, samples in enumerate(shards)]
-        write_index(ShardIndex(url, tuple(entries)))
+        write_index(ShardIndex(url, ShardTable(entries)))
         return url
 
     return write

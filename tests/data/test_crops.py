@@ -118,7 +118,7 @@ def test_samples_are_those_of_whole_frames(views: int, crop: str, encode: Callab
         return {"visible": draw("encoder_mask").permutation(9)}
 
     for position in range(6):
-        found = CroppedViews(data, 5, masks)(Place(2, position, 0, 0, 0), SourceInfo("a", ("s",), 2), members)
+        found = CroppedViews(data, 5, masks)(Place(2, position, 0, 0, 0), SourceInfo("a", (), 2), members)
         starts = grid_starts(clip_starts(24, 4, 2), 2, *grid_of(members))
         start = starts[int(generator(5, 2, position, 0, "clip").integers(len(starts)))]
         with open_video(video, "pyav") as reader:

@@ -38,12 +38,14 @@ class RGBConverter:
             if number == 0:
                 size = frame.width, frame.height
                 chosen = boxes(*size)
+                part = _even(hull(chosen), frame)
+                inside = [box._replace(x=box.x - part.x, y=box.y - part.y) for box in chosen]
                 clips = [np.empty((count, box.height, box.width, 3), dtype=np.uint8) for box in chosen]
             elif size != (frame.width, frame.height):
                 raise SampleError("decode", f"{size} and {(frame.width, frame.height)} in one video")
-            picture, origin = self._picture(frame, chosen)
-            for clip, box in zip(clips, chosen, strict=True):
-                clip[number] = cut(picture, box._replace(x=box.x - origin.x, y=box.y - origin.y))
+            picture = self._picture(frame, part)
+            for clip, box in zip(clips, inside, strict=True):
+                clip[number] = cut(picture, box)
         return clips
 
     def close(self) -> None:
@@ -67,15 +69,16 @@ class RGBConverter:
         self._graph.vpush(frame)
         return self._graph.vpull()
 
-    def _picture(self, frame: av.VideoFrame, boxes: Iterable[Box]) -> tuple[npt.NDArray[np.uint8], Box]:
-        """RGB [H, W, 3] of a part of a frame that holds all boxes, and where that part lies in the frame."""
-        part, origin = frame, Box(0, 0, frame.width, frame.height)
+    def _picture(self, frame: av.VideoFrame, part: Box) -> npt.NDArray[np.uint8]:
+        """RGB [H, W, 3] of a part of a frame."""
         if _may_be_cut_first(frame):
-            origin = _even(hull(list(boxes)), frame)
-            part = self._cut(frame, origin)
+            return self._rgb(self._cut(frame, part))
+        return cut(self._rgb(frame), part)
+
+    def _rgb(self, frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
         # One thread: by default FFmpeg would start as many as there are processors, for each video.
-        plane = self._converter.reformat(part, format="rgb24", threads=1).planes[0]
-        return _pixels(plane)[:, : 3 * plane.width].reshape(plane.height, plane.width, 3), origin
+        plane = self._converter.reformat(frame, format="rgb24", threads=1).planes[0]
+        return _pixels(plane)[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
 
     def _cut(self, frame: av.VideoFrame, box: Box) -> av.VideoFrame:
         """A box of even corners of a yuv420p frame; valid until the next call."""

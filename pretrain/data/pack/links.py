@@ -10,7 +10,16 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-from pretrain.data.index import INDEX_NAME, LINK_ENDING, VIDEO_ENDINGS, Shard, ShardIndex, write_index, write_members
+from pretrain.data.index import (
+    INDEX_NAME,
+    LINK_ENDING,
+    VIDEO_ENDINGS,
+    Shard,
+    ShardIndex,
+    ShardTable,
+    write_index,
+    write_members,
+)
 from pretrain.data.pack.scan import scan_shard
 from pretrain.data.pack.sources import Item, extension_of
 from pretrain.errors import DataError, RecipeError
@@ -45,7 +54,7 @@ def write_links(items: list[Item], dest: str) -> ShardIndex:
     rest = iter(items)
     for number, some in enumerate(iter(lambda: list(itertools.islice(rest, SAMPLES)), [])):
         shards.append(_write_shard(f"links-{number:06d}.tar", some, dest))
-    index = ShardIndex(dest, tuple(shards))
+    index = ShardIndex(dest, ShardTable(shards))
     write_index(index)
     return index
 

@@ -19,6 +19,7 @@ from pretrain.data.index import (
     Members,
     Shard,
     ShardIndex,
+    ShardTable,
     load_index,
     write_index,
     write_members,
@@ -210,7 +211,7 @@ def index_folder(url: str, threads: int = 8) -> tuple[ShardIndex, list[str]]:
                 notes.append(f"{name}: {without} of {without + shard.samples} samples hold no video and are left out")
     if problems:
         raise DataError("\n".join(problems))
-    index = ShardIndex(url, tuple(shards))
+    index = ShardIndex(url, ShardTable(shards))
     write_index(index)
     return load_index(url), notes
 

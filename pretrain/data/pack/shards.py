@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pretrain.data.index import INDEX_NAME, Shard, ShardIndex, members_name, write_index, write_members
+from pretrain.data.index import INDEX_NAME, Shard, ShardIndex, ShardTable, members_name, write_index, write_members
 from pretrain.data.pack.plan import Part
 from pretrain.data.pack.sample import Packed, Rejected
 from pretrain.data.pack.scan import scan_shard
@@ -195,7 +195,7 @@ def merge(url: str, count: int, require: bool = False) -> tuple[ShardIndex, list
     )
     if not shards:
         raise DataError(_nothing_packed(url, rejected))
-    index = ShardIndex(url, tuple(shards))
+    index = ShardIndex(url, ShardTable(shards))
     write_index(index)
     return index, rejected
 
