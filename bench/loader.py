@@ -101,16 +101,21 @@ def make_ways(sets: dict[str, VideoSet], official: Path | None) -> Iterator[tupl
 
 def ours(url: str, views: int, lanes: int = 1, epoch_samples: int | None = 10_000) -> TrainStream:
     """Training's stream over the shards at `url`, in this process."""
+    recipe = recipe_for(url, views, lanes, epoch_samples)
+    return TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
+
+
+def recipe_for(url: str, views: int, lanes: int, epoch_samples: int | None) -> Recipe:
+    """ViT-B's dual masking over the shards at `url`."""
     source = Source(shards=url, weight=1.0 if epoch_samples else None)
     data = Data(sources={"a": source}, views=views, workers=0, lanes=lanes, epoch_samples=epoch_samples)
-    recipe = Recipe(
+    return Recipe(
         model=Model(size="base"),
         objective=Objective(),
         data=data,
         batch=Batch(samples=1, micro=1),
         run=Run(name="bench", dir="unused", seed=0),
     )
-    return TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
 
 
 def rate(clips: Iterator[Any], count: int, clock: Callable[[], float]) -> float:

@@ -19,11 +19,18 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch.multiprocessing
 
 if not __package__:
     sys.path[0] = str(Path(__file__).parents[1])
 
-ROOT = Path(__file__).parents[1]
+from bench.loader import ours, recipe_for
+from pretrain.data.plan import OpenSource, StreamPlan, open_sources
+from pretrain.recipe.schema import Recipe
 
 
 def main() -> None:
@@ -73,7 +80,6 @@ def write_shard(folder: Path) -> None:
     import tarfile
 
     import av
-    import numpy as np
 
     from pretrain.data.index import Members, write_members
 
@@ -114,34 +120,49 @@ def write_index(folder: Path, shards: int, links: bool) -> None:
 
 def first_batch(options: argparse.Namespace) -> None:
     """From the start of the interpreter to the first micro-batch."""
-    from bench.loader import ours
-
     next(ours(str(options.folder), 1, lanes=256, epoch_samples=None))
     wall, cpu = time.time() - float(os.environ["BEGUN"]), time.process_time()
     print(f"| first batch, 10,000 shards x 1,000, cold process | {wall:.1f} s on the clock, {cpu:.1f} s of CPU |")
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Index and order without a video."""
-    import numpy as np
-
-    from bench.loader import ours
-
+    """Index and order without a video, in a rank and in a data worker that got the index from it."""
     before, begun = resident(), time.process_time()
-    stream = ours(str(options.folder), 1, lanes=256, epoch_samples=None)
-    for epoch in range(2):
-        stream.plan.order(epoch).locate(np.arange(0, 100_000, 7))
-    samples, seconds, grown = len(stream.plan.order(0)), time.process_time() - begun, resident() - before
+    recipe = recipe_for(str(options.folder), 1, lanes=256, epoch_samples=None)
+    sources = open_sources(recipe)
+    samples = two_orders(recipe, sources)
+    seconds, grown = time.process_time() - begun, resident() - before
     print(
         f"| index and two epochs' order, {samples / 1e6:.0f} M samples | {grown / 1e6:.0f} MB, "
         f"{grown / samples:.2f} bytes a sample; {seconds:.1f} s of CPU |"
     )
+    spawn = torch.multiprocessing.get_context("spawn")
+    found = spawn.SimpleQueue()
+    workers = [spawn.Process(target=worker_memory, args=(recipe, sources, found)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    own = [found.get() / 1e6 for _ in workers]
+    for worker in workers:
+        worker.join()
+    print(f"| the same in two data workers, all of their own memory | {' and '.join(f'{one:.0f}' for one in own)} MB |")
+
+
+def two_orders(recipe: Recipe, sources: list[OpenSource]) -> int:
+    """Use the orders of two epochs; samples of one."""
+    plan = StreamPlan(recipe, sources)
+    for epoch in range(2):
+        plan.order(epoch).locate(np.arange(0, 100_000, 7))
+    return len(plan.order(0))
+
+
+def worker_memory(recipe: Recipe, sources: list[OpenSource], found: Any) -> None:
+    """What a data worker has of its own when it knows where samples lie: not shared with its rank or other workers."""
+    two_orders(recipe, sources)
+    found.put(int(psutil.Process().memory_full_info().uss))
 
 
 def flat(options: argparse.Namespace) -> None:
     """Memory at eighths of the way."""
-    from bench.loader import ours
-
     stream = ours(str(options.folder), 1, lanes=256, epoch_samples=None)
     found = []
     for number in range(1, options.samples + 1):
@@ -153,8 +174,6 @@ def flat(options: argparse.Namespace) -> None:
 
 def resident() -> int:
     """Bytes of this process in memory."""
-    import psutil
-
     return int(psutil.Process().memory_info().rss)
 
 

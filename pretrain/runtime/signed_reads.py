@@ -24,8 +24,8 @@ FILES = 4096
 #: Reads by signed URLs that fail in a bucket where none has succeeded, before this way is given up for it.
 STRIKES = 3
 
-#: Longest time until a connection stands, seconds.
-CONNECT_S = 5.0
+#: Longest time until a connection stands, and between two pieces of an answer, seconds: s3fs's own.
+CONNECT_S, SILENCE_S = 5.0, 15.0
 
 #: Connections kept open, and bytes between two looks at the time.
 CONNECTIONS, PIECE = 32, 1 << 18
@@ -79,7 +79,7 @@ class SignedReads:
 
         if self._pool is None:
             self._pool = urllib3.PoolManager(maxsize=CONNECTIONS, retries=False)
-        wait = urllib3.Timeout(connect=CONNECT_S, read=deadline - time.monotonic())
+        wait = urllib3.Timeout(connect=CONNECT_S, read=min(SILENCE_S, deadline - time.monotonic()))
         asked = {"Range": f"bytes={start}-{end - 1}"}
         with self._pool.request("GET", signed, headers=asked, preload_content=False, timeout=wait) as answer:
             # Some servers call a range 200. A server that knows no ranges sends the whole file: not to be waited for.

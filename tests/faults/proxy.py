@@ -167,5 +167,7 @@ def _drain(client: socket.socket, head: bytes, rest: bytes) -> None:
 
 def _reset(client: socket.socket) -> None:
     """Close with RST, as a dying host or a middle box does."""
+    with contextlib.suppress(OSError):
+        client.shutdown(socket.SHUT_RD)  # a thread that waits in recv would keep the connection open, unanswered
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()

@@ -1,0 +1,66 @@
+"""The index's shards: a sequence like any other, in one array that processes share."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.multiprocessing
+
+from pretrain.data.index import Shard, ShardIndex, ShardTable, load_index, write_index
+from pretrain.errors import DataError
+
+SHARDS = [Shard("a.tar", 3, 10_240, "ab" * 32), Shard("deep/ünï.tar", 1, 1 << 40, ""), Shard("c.tar", 0, 0, "cd")]
+
+
+def test_a_table_is_a_sequence_of_its_shards() -> None:
+    table = ShardTable(iter(SHARDS))
+    assert list(table) == SHARDS and len(table) == 3
+    assert table[-1] == SHARDS[-1] and list(table[:2]) == SHARDS[:2]
+    assert table == ShardTable(SHARDS) and table != ShardTable(SHARDS[:2]) and table != SHARDS
+    assert table.samples.tolist() == [3, 1, 0]
+    assert all(type(value) in (int, str) for value in vars(table[0]).values())
+    with pytest.raises(IndexError):
+        table[3]
+
+
+def test_no_shards_are_a_table_too() -> None:
+    table = ShardTable([])
+    assert list(table) == [] and pickle.loads(pickle.dumps(table)) == table
+    assert ShardIndex("somewhere", table).samples == 0
+
+
+def test_an_index_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    index = ShardIndex(str(tmp_path), ShardTable(SHARDS))
+    write_index(index)
+    assert load_index(str(tmp_path)) == index
+    assert pickle.loads(pickle.dumps(index)) == index
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"name": 5}, {"samples": "many"}, {"bytes": 1 << 70}, {"sha256": None}, {"samples": None}, {"other": 1}]
+)
+def test_a_damaged_entry_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    write_index(ShardIndex(str(tmp_path), ShardTable(SHARDS)))
+    content = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
+    content["shards"][1] |= wrong
+    (tmp_path / "index.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match=r"index.json: damaged entry .*--index-only"):
+        load_index(str(tmp_path))
+
+
+def _overwrite(table: ShardTable, expected: list[Shard]) -> None:
+    assert list(table) == expected
+    table._rows["samples"][0] = 77
+
+
+def test_processes_share_the_table() -> None:
+    table = ShardTable(SHARDS)
+    for _ in range(2):
+        process = torch.multiprocessing.get_context("spawn").Process(target=_overwrite, args=(table, list(table)))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert table[0].samples == 77, "what one process writes, another reads"
+        table._rows["samples"][0] = 5
