@@ -50,17 +50,18 @@ def test_a_damaged_entry_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None
         load_index(str(tmp_path))
 
 
-def _overwrite(table: ShardTable, expected: list[Shard]) -> None:
-    assert list(table) == expected
-    table._rows["samples"][0] = 77
+def _overwrite(table: ShardTable, expected: list[str], row: int) -> None:
+    assert [shard.name for shard in table] == expected
+    table._rows["samples"][row] = 77
 
 
 def test_processes_share_the_table() -> None:
     table = ShardTable(SHARDS)
-    for _ in range(2):
-        process = torch.multiprocessing.get_context("spawn").Process(target=_overwrite, args=(table, list(table)))
+    names, spawn = [shard.name for shard in SHARDS], torch.multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_overwrite, args=(table, names, row)) for row in (0, 2)]
+    for process in processes:
         process.start()
+    for process in processes:
         process.join()
         assert process.exitcode == 0
-        assert table[0].samples == 77, "what one process writes, another reads"
-        table._rows["samples"][0] = 5
+    assert table.samples.tolist() == [77, 1, 77], "what one process writes, others read"
