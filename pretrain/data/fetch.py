@@ -116,13 +116,12 @@ class SampleReader:
             members = load_members(index.url, entry.name, self._deadline_s)
         except StorageError as error:
             raise store_error(storage.join(index.url, members_name(entry.name)), error) from error
-        columns = [members.keys, members.offsets, members.sizes]
-        columns += [] if members.checksums is None else [members.checksums]
-        lengths = sorted({len(column) for column in columns})
-        if lengths != [entry.samples]:
+        lengths = {len(members.keys), len(members.offsets), len(members.sizes)}
+        lengths |= set() if members.checksums is None else {len(members.checksums)}
+        if lengths != {entry.samples}:
             raise DataError(
-                f"{entry.name}: columns of the member table list {lengths} samples, index.json {entry.samples}; "
-                f"run launch/pack.py --index-only {index.url}"
+                f"{entry.name}: columns of the member table list {sorted(lengths)} samples, index.json "
+                f"{entry.samples}; run launch/pack.py --index-only {index.url}"
             )
         self._check_size(index, entry)
         return members

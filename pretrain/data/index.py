@@ -53,10 +53,10 @@ class ShardTable(Sequence[Shard]):
     def __init__(self, shards: Iterable[Shard]) -> None:
         shards = list(shards)
         columns = {
-            "name": np.array([one.name.encode() for one in shards], dtype=np.bytes_),
+            "name": _packed(one.name for one in shards),
             "samples": np.array([one.samples for one in shards], dtype=np.int64),
             "bytes": np.array([one.bytes for one in shards], dtype=np.int64),
-            "sha256": np.array([one.sha256.encode() for one in shards], dtype=np.bytes_),
+            "sha256": _packed(one.sha256 for one in shards),
         }
         self._rows = np.empty(len(shards), dtype=[(name, column.dtype) for name, column in columns.items()])
         for name, column in columns.items():
@@ -74,7 +74,7 @@ class ShardTable(Sequence[Shard]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         name, samples, size, sha256 = self._rows[index].item()
-        return Shard(name.decode(), samples, size, sha256.decode())
+        return Shard(_unpacked(name), samples, size, _unpacked(sha256))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardTable) and list(self) == list(other)
@@ -98,11 +98,39 @@ class ShardTable(Sequence[Shard]):
         self._rows = self._memory.numpy().view(columns)
 
 
+class Keys(Sequence[str]):
+    """Keys as one array of UTF-8: a worker keeps hundreds of tables, and a string object takes 50 bytes for itself."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._keys = _packed(keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [_unpacked(key) for key in self._keys[index].tolist()]
+        return _unpacked(self._keys[index].item())
+
+
+def _packed(texts: Iterable[str]) -> npt.NDArray[np.bytes_]:
+    # Names in a tar need not be UTF-8; tarfile reads them with surrogates.
+    return np.array([text.encode("utf-8", "surrogateescape") for text in texts], dtype=np.bytes_)
+
+
+def _unpacked(text: bytes) -> str:
+    return text.decode("utf-8", "surrogateescape")
+
+
 @dataclass(frozen=True)
 class Members:
     """Where each sample of one shard lies: members of one sample are adjacent, `sizes` includes headers and padding."""
 
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
     checksums: npt.NDArray[np.uint32] | None = None
@@ -220,13 +248,13 @@ def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
         # Credentials that are wrong have been found at the index; a denial here may be one that passes.
         content = json.loads(storage.read_bytes(where, deadline_s=deadline_s, denied_for_good=False))
         return Members(
-            tuple(content["keys"]),
+            Keys(content["keys"]),
             np.array(content["offsets"], dtype=np.int64),
             np.array(content["sizes"], dtype=np.int64),
             np.array(content["crc32"], dtype=np.uint32) if "crc32" in content else None,
             content.get("linked", False),
         )
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{where}: no readable member table ({error}); run launch/pack.py --index-only {url}"
         ) from error
@@ -235,7 +263,7 @@ def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
 def write_members(url: str, shard: str, members: Members) -> None:
     """Write the member table of one shard."""
     content: dict[str, Any] = {
-        "keys": members.keys, "offsets": members.offsets.tolist(), "sizes": members.sizes.tolist()
+        "keys": list(members.keys), "offsets": members.offsets.tolist(), "sizes": members.sizes.tolist()
     }  # fmt: skip
     if members.checksums is not None:
         content["crc32"] = members.checksums.tolist()

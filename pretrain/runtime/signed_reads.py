@@ -24,9 +24,6 @@ FILES = 4096
 #: Reads by signed URLs that fail in a bucket where none has succeeded, before this way is given up for it.
 STRIKES = 3
 
-#: Longest time until a connection stands, and between two pieces of an answer, seconds: s3fs's own.
-CONNECT_S, SILENCE_S = 5.0, 15.0
-
 #: Connections kept open, and bytes between two looks at the time.
 CONNECTIONS, PIECE = 32, 1 << 18
 
@@ -50,7 +47,7 @@ class SignedReads:
         if now > good_until:
             return None
         try:
-            data = self._get(signed, start, end, now + min(ATTEMPT_S, deadline_s / 2))
+            data = self._get(signed, start, end, now + min(ATTEMPT_S, deadline_s / 2), *_timeouts(filesystem))
         except Exception as error:  # of urllib3, of sockets or ours: the client will say what is wrong
             self._urls.pop((hash(filesystem), path), None)
             self._strike(_bucket(filesystem, path), error)
@@ -74,12 +71,14 @@ class SignedReads:
             self._urls.pop(next(iter(self._urls)), None)
         self._urls[hash(filesystem), path] = signed, time.monotonic() + EXPIRES_S - EARLY_S
 
-    def _get(self, signed: str, start: int, end: int, deadline: float) -> bytes:
+    def _get(
+        self, signed: str, start: int, end: int, deadline: float, connect_s: float, silence_s: float
+    ) -> bytes:
         import urllib3
 
         if self._pool is None:
             self._pool = urllib3.PoolManager(maxsize=CONNECTIONS, retries=False)
-        wait = urllib3.Timeout(connect=CONNECT_S, read=min(SILENCE_S, deadline - time.monotonic()))
+        wait = urllib3.Timeout(connect=connect_s, read=min(silence_s, deadline - time.monotonic()))
         asked = {"Range": f"bytes={start}-{end - 1}"}
         with self._pool.request("GET", signed, headers=asked, preload_content=False, timeout=wait) as answer:
             # Some servers call a range 200. A server that knows no ranges sends the whole file: not to be waited for.
@@ -104,6 +103,15 @@ class SignedReads:
 
     def _given_up(self, bucket: tuple[int, str]) -> bool:
         return self._strikes[bucket] >= STRIKES and bucket not in self._proven
+
+
+def _timeouts(filesystem: Any) -> tuple[float, float]:
+    """Seconds until a connection stands and between two pieces of an answer, as the client of s3fs has them."""
+    own = filesystem.config_kwargs
+    return (
+        own.get("connect_timeout", filesystem.connect_timeout),
+        own.get("read_timeout", filesystem.read_timeout),
+    )
 
 
 def _bucket(filesystem: Any, path: str) -> tuple[int, str]:

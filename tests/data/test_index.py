@@ -5,10 +5,21 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.multiprocessing
 
-from pretrain.data.index import Shard, ShardIndex, ShardTable, load_index, write_index
+from pretrain.data.index import (
+    Keys,
+    Members,
+    Shard,
+    ShardIndex,
+    ShardTable,
+    load_index,
+    load_members,
+    write_index,
+    write_members,
+)
 from pretrain.errors import DataError
 
 SHARDS = [Shard("a.tar", 3, 10_240, "ab" * 32), Shard("deep/ünï.tar", 1, 1 << 40, ""), Shard("c.tar", 0, 0, "cd")]
@@ -48,6 +59,22 @@ def test_a_damaged_entry_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None
     (tmp_path / "index.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(DataError, match=r"index.json: damaged entry .*--index-only"):
         load_index(str(tmp_path))
+
+
+def test_keys_are_a_sequence_of_texts(tmp_path: Path) -> None:
+    names = ["0001", "deep/ünï", "caf\udce9", ""]
+    keys = Keys(names)
+    assert list(keys) == names and keys[-2] == names[-2] and keys[1:3] == names[1:3] and type(keys[0]) is str
+    four = np.arange(4)
+    write_members(str(tmp_path), "a.tar", Members(tuple(names), four, four))
+    assert list(load_members(str(tmp_path), "a.tar").keys) == names
+
+
+@pytest.mark.parametrize("keys", [None, [1, 2], 3])
+def test_a_table_without_keys_is_named(tmp_path: Path, keys: Any) -> None:
+    (tmp_path / "a.members.json").write_text(json.dumps({"keys": keys, "offsets": [1], "sizes": [1]}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"a.members.json: no readable member table .*--index-only"):
+        load_members(str(tmp_path), "a.tar")
 
 
 def _overwrite(table: ShardTable, expected: list[str], row: int) -> None:

@@ -3,6 +3,7 @@
 Each test compares the keys that came with those of the same stream from a disk, which are arithmetic.
 """
 
+import gc
 import itertools
 import logging
 import threading
@@ -23,6 +24,7 @@ from tests.faults.proxy import FaultProxy
 
 MakeRecipe = Callable[..., Any]
 STEPS = 9
+OPEN: list[TrainStream] = []
 
 
 @pytest.fixture(scope="module", params=["rclone", "weed"])
@@ -42,6 +44,8 @@ def proxy(server: servers.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator
     fsspec.config.conf["s3"] = servers.settings(one.port, timeout_s=1)
     monkeypatch.setattr(outage.OUTAGES, "_told", -1e9)
     yield one
+    one.clear()
+    end_reads()
     one.close()
     fsspec.config.conf.clear()
     fsspec.config.conf.update(before)
@@ -64,7 +68,20 @@ def put(folder: str) -> None:
 
 
 def open_stream(recipe: Any) -> TrainStream:
-    return TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
+    stream = TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
+    OPEN.append(stream)
+    return stream
+
+
+def end_reads() -> None:
+    """Wait for what streams read ahead: in the next test it would go on, and complain of a server that is gone."""
+    while OPEN:
+        OPEN.pop().close()
+    gc.collect()
+    end = time.monotonic() + 60
+    while any(thread.name.startswith("fetch") for thread in threading.enumerate()):
+        assert time.monotonic() < end, "reads go on"
+        time.sleep(0.05)
 
 
 def keys(stream: Iterator[dict[str, Any]], steps: int = STEPS) -> list[str]:

@@ -30,7 +30,7 @@ def test_grouping(tar_format: int, tmp_path: Path) -> None:
     index, notes = index_folder(str(tmp_path))
     assert [shard.name for shard in index.shards] == ["deep/x.tar"]
     members = load_members(str(tmp_path), "deep/x.tar")
-    assert members.keys == ("a", "b", long)
+    assert list(members.keys) == ["a", "b", long]
     assert "1 of 4" in notes[0]
     assert members.checksums is not None
     table = zip(members.keys, members.offsets, members.sizes, members.checksums, strict=True)

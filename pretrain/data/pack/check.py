@@ -65,7 +65,7 @@ def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> lis
 
 
 def _check_members(where: str, found: Members, stored: Members) -> list[str]:
-    same = found.keys == stored.keys and found.offsets.tolist() == stored.offsets.tolist()
+    same = list(found.keys) == list(stored.keys) and found.offsets.tolist() == stored.offsets.tolist()
     if same and found.sizes.tolist() == stored.sizes.tolist():
         return []
     return [f"{where}: its member table does not match the tar; index again with --index-only"]
