@@ -1,15 +1,17 @@
 """Range reads from S3 by signed URLs, without what the client does anew for every request.
 
 That takes s3fs 4 to 5 ms of processor time, a third of what decoding a clip takes; a GET of a URL signed before takes
-1.3 (docs/decisions.md). A file's URL is signed after the client itself has read from the file, and used until a
-read fails in any way: then the client reads, finds out what is wrong and says it.
+1.3, signing 0.7 (docs/decisions.md). The client itself is first to read from a bucket, and reads after every failure
+here: what is wrong, it finds out and says.
 """
 
 import logging
 import time
 import urllib.request
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
+
+import fsspec
 
 from pretrain.runtime.retries import ATTEMPT_S
 
@@ -17,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a signed URL is good for, and those before its end in which it is used no more.
 EXPIRES_S, EARLY_S = 3600, 300
+
+#: Longest time of signing: new credentials may have to be fetched, seconds.
+SIGN_S = 5.0
 
 #: Files whose URLs are kept, most.
 FILES = 4096
@@ -28,48 +33,58 @@ STRIKES = 3
 CONNECTIONS, PIECE = 32, 1 << 18
 
 
+class Bucket(NamedTuple):
+    """A bucket as some settings reach it; fsspec's own hash of a file system may differ between threads."""
+
+    settings: str
+    name: str
+
+
 class SignedReads:
-    """The signed URLs of a process. Threads share it: each of its changes is one operation on a dictionary."""
+    """The signed URLs of a process. Threads share it: each of its changes is one operation on a dictionary or set."""
 
     def __init__(self) -> None:
-        self._urls: dict[tuple[int, str], tuple[str, float]] = {}
-        self._proven: set[tuple[int, str]] = set()
-        self._strikes: Counter[tuple[int, str]] = Counter()
+        self._urls: dict[tuple[Bucket, str], tuple[str, float]] = {}
+        #: Buckets that the client has read from since a read here failed, and those where one has ever succeeded.
+        self._open: set[Bucket] = set()
+        self._proven: set[Bucket] = set()
+        self._strikes: Counter[Bucket] = Counter()
         self._pool: Any = None
 
     def read(self, filesystem: Any, path: str, start: int, end: int, deadline_s: float) -> bytes | None:
-        """The range [start, end) of a file of which `learn` was told; None where the client has to read it.
+        """The range [start, end) of a file; None where the client has to read it.
 
         Takes no longer than half of `deadline_s`, nor than one attempt of the client may.
         """
-        signed, good_until = self._urls.get((hash(filesystem), path), ("", 0.0))
-        now = time.monotonic()
-        if now > good_until:
+        if not _on_s3(filesystem) or (bucket := _bucket(filesystem, path)) not in self._open:
             return None
+        deadline = time.monotonic() + min(ATTEMPT_S, deadline_s / 2)
         try:
-            data = self._get(signed, start, end, now + min(ATTEMPT_S, deadline_s / 2), *_timeouts(filesystem))
-        except Exception as error:  # of urllib3, of sockets or ours: the client will say what is wrong
-            self._urls.pop((hash(filesystem), path), None)
-            self._strike(_bucket(filesystem, path), error)
+            data = self._get(self._url(bucket, filesystem, path), start, end, deadline, *_timeouts(filesystem))
+        except Exception as error:  # of credentials that can't sign, of urllib3, of sockets or ours
+            self._failed(bucket, path, error)
             return None
-        self._proven.add(_bucket(filesystem, path))
+        self._proven.add(bucket)
         return data
 
-    def learn(self, filesystem: Any, path: str) -> None:
-        """Sign the URL of a file that the client has just read from, if it is on S3 and nothing speaks against it."""
-        protocols = [filesystem.protocol] if isinstance(filesystem.protocol, str) else filesystem.protocol
+    def client_has_read(self, filesystem: Any, path: str) -> None:
+        """From here on the file's bucket is read by signed URLs, if it is on S3 and nothing speaks against it."""
         proxied = set(urllib.request.getproxies()) - {"no"}  # the client knows them, and when to use them
+        if not _on_s3(filesystem) or proxied:
+            return
         bucket = _bucket(filesystem, path)
-        if "s3" not in protocols or proxied or self._given_up(bucket):
-            return
-        try:
-            signed = filesystem.sign(path, expiration=EXPIRES_S)
-        except Exception as error:  # some credentials can't sign; the client has read with them
-            self._strike(bucket, error)
-            return
+        if self._strikes[bucket] < STRIKES or bucket in self._proven:
+            self._open.add(bucket)
+
+    def _url(self, bucket: Bucket, filesystem: Any, path: str) -> str:
+        signed, good_until = self._urls.get((bucket, path), ("", 0.0))
+        if time.monotonic() < good_until:
+            return signed
         while len(self._urls) >= FILES:
             self._urls.pop(next(iter(self._urls)), None)
-        self._urls[hash(filesystem), path] = signed, time.monotonic() + EXPIRES_S - EARLY_S
+        signed = filesystem.sign(path, expiration=EXPIRES_S, timeout=SIGN_S)
+        self._urls[bucket, path] = signed, time.monotonic() + EXPIRES_S - EARLY_S
+        return signed
 
     def _get(
         self, signed: str, start: int, end: int, deadline: float, connect_s: float, silence_s: float
@@ -91,18 +106,22 @@ class SignedReads:
                     raise TimeoutError
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _strike(self, bucket: tuple[int, str], error: Exception) -> None:
+    def _failed(self, bucket: Bucket, path: str, error: Exception) -> None:
+        self._urls.pop((bucket, path), None)
+        self._open.discard(bucket)
         self._strikes[bucket] += 1
-        if self._given_up(bucket) and self._strikes[bucket] == STRIKES:
+        if self._strikes[bucket] == STRIKES and bucket not in self._proven:
             # Only the error's kind: urllib3's texts hold the URL, which is as good as the credentials for an hour.
             logger.warning(
                 "storage: bucket %s can't be read by signed URLs (%s); the client reads it, at 3 ms of processor time "
                 "more a request",
-                *(bucket[1], type(error).__name__),
+                *(bucket.name, type(error).__name__),
             )
 
-    def _given_up(self, bucket: tuple[int, str]) -> bool:
-        return self._strikes[bucket] >= STRIKES and bucket not in self._proven
+
+def _on_s3(filesystem: Any) -> bool:
+    protocols = filesystem.protocol
+    return "s3" in ([protocols] if isinstance(protocols, str) else protocols)
 
 
 def _timeouts(filesystem: Any) -> tuple[float, float]:
@@ -114,9 +133,9 @@ def _timeouts(filesystem: Any) -> tuple[float, float]:
     )
 
 
-def _bucket(filesystem: Any, path: str) -> tuple[int, str]:
-    """A bucket as some settings reach it: fsspec's file systems hash by their settings."""
-    return hash(filesystem), path.split("/")[0]
+def _bucket(filesystem: Any, path: str) -> Bucket:
+    settings = fsspec.utils.tokenize(*filesystem.storage_args, **filesystem.storage_options)
+    return Bucket(settings, path.split("/")[0])
 
 
 #: Of this process.

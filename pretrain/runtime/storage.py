@@ -78,7 +78,7 @@ def _read_range(url: str, start: int, end: int, deadline_s: float, denied_for_go
     def read() -> bytes:
         data: bytes = fs.cat_file(path, start=start, end=end)
         if len(data) == end - start:
-            SIGNED.learn(fs, path)
+            SIGNED.client_has_read(fs, path)
             return data
         if int(fs.size(path)) >= end:
             raise ConnectionError(f"the answer ended after {len(data)} of {end - start} bytes")

@@ -50,12 +50,13 @@ def proxy(server: servers.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator
 class Signs:
     """A file system that gives out one URL for all files."""
 
-    protocol, config_kwargs, connect_timeout, read_timeout = "s3", dict[str, float](), 5, 15
+    protocol, storage_args, storage_options = "s3", (), dict[str, str]()
+    config_kwargs, connect_timeout, read_timeout = dict[str, float](), 5, 15
 
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def sign(self, path: str, expiration: int) -> str:
+    def sign(self, path: str, expiration: int, timeout: float) -> str:
         return self._url
 
 
@@ -123,7 +124,7 @@ def test_a_server_that_knows_no_ranges_is_not_read_to_the_end(tmp_path: Path) ->
         url = f"http://127.0.0.1:{plain.server_port}/file"
         signs = Signs(url)
         known: Any = SignedReads()
-        known.learn(signs, "bucket/file")
+        known.client_has_read(signs, "bucket/file")
         assert known.read(signs, "bucket/file", 0, len(CONTENT), 5) == CONTENT
         assert known.read(signs, "bucket/file", 0, 10, 5) is None
         plain.shutdown()
@@ -166,11 +167,11 @@ def test_an_expired_url_is_signed_anew(proxy: FaultProxy, monkeypatch: pytest.Mo
     monkeypatch.setattr(signed_reads, "EXPIRES_S", signed_reads.EARLY_S + 1)
     read_some()
     read_some()
+    read_some()
     time.sleep(1.1)
     read_some()
-    assert signed(proxy) == 1
-    read_some()
-    assert signed(proxy) == 2
+    urls = [line for line in proxy.log if SIGNED in line]
+    assert len(urls) == 3 and urls[0] == urls[1] != urls[2]
 
 
 def test_proxies_of_the_environment_are_the_clients_business(
@@ -184,17 +185,32 @@ def test_proxies_of_the_environment_are_the_clients_business(
 
 def test_old_urls_make_room(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signed_reads, "FILES", 2)
-    for name in "abc":
+    read_some()
+    for name in "abca":
         storage.write_bytes(f"s3://bucket/{name}", CONTENT)
-        storage.read_bytes(f"s3://bucket/{name}", 0, 10)
-    for name in "ca":
-        storage.read_bytes(f"s3://bucket/{name}", 0, 10)
-    assert signed(proxy) == 1
+        assert storage.read_bytes(f"s3://bucket/{name}", 5, 10) == CONTENT[5:10]
+    assert signed(proxy) == 4
+    assert [path for _, path in storage.SIGNED._urls] == ["bucket/c", "bucket/a"]
+
+
+def test_other_files_of_a_bucket_are_signed_at_once(proxy: FaultProxy) -> None:
+    storage.write_bytes("s3://bucket/other", CONTENT)
+    read_some()
+    before = len(proxy.log)
+    assert storage.read_bytes("s3://bucket/other", 5, 10) == CONTENT[5:10]
+    assert len(proxy.log) == before + 1 == before + signed(proxy)
+
+
+def test_settings_that_differ_share_nothing(proxy: FaultProxy, server: servers.S3Server) -> None:
+    read_some()
+    fsspec.config.conf["s3"] = servers.settings(server.port, timeout_s=1)
+    read_some()
+    assert signed(proxy) == 0, "the other endpoint's bucket is the client's to begin with"
 
 
 def test_local_files_are_not_signed(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_bytes(CONTENT)
     known: Any = SignedReads()
-    known.learn(fsspec.filesystem("file"), str(file))
+    known.client_has_read(fsspec.filesystem("file"), str(file))
     assert known.read(fsspec.filesystem("file"), str(file), 0, 10, 5) is None
