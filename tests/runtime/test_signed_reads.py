@@ -203,9 +203,22 @@ def test_other_files_of_a_bucket_are_signed_at_once(proxy: FaultProxy) -> None:
 
 def test_settings_that_differ_share_nothing(proxy: FaultProxy, server: servers.S3Server) -> None:
     read_some()
+    read_some()
     fsspec.config.conf["s3"] = servers.settings(server.port, timeout_s=1)
     read_some()
-    assert signed(proxy) == 0, "the other endpoint's bucket is the client's to begin with"
+    assert signed(proxy) == 1, "URLs of one endpoint are not used for another"
+
+
+def test_a_url_that_no_longer_works_is_signed_anew(proxy: FaultProxy) -> None:
+    """Keys are rotated before a URL expires."""
+    read_some()
+    read_some()
+    ((file, (url, until)),) = storage.SIGNED._urls.items()
+    storage.SIGNED._urls[file] = url[:-3] + "000", until
+    read_some()
+    read_some()
+    first, wrong, again = [line for line in proxy.log if SIGNED in line]
+    assert wrong.endswith("000") and not again.endswith("000") and not first.endswith("000")
 
 
 def test_local_files_are_not_signed(tmp_path: Path) -> None:
