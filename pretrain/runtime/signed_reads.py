@@ -26,8 +26,9 @@ SIGN_S = 5.0
 #: Files whose URLs are kept, most.
 FILES = 4096
 
-#: Reads by signed URLs that fail in a bucket where none has succeeded, before this way is given up for it.
-STRIKES = 3
+#: Reads by signed URLs that fail in a row, with one by the client that succeeds after each, before this way is given up
+#: for a bucket. A store that throttles every second request gets there once in a thousand reads, an outage never.
+STRIKES = 10
 
 #: Connections kept open, and bytes between two looks at the time.
 CONNECTIONS, PIECE = 32, 1 << 18
@@ -45,9 +46,8 @@ class SignedReads:
 
     def __init__(self) -> None:
         self._urls: dict[tuple[Bucket, str], tuple[str, float]] = {}
-        #: Buckets that the client has read from since a read here failed, and those where one has ever succeeded.
+        #: Buckets that the client has read from since a read here failed.
         self._open: set[Bucket] = set()
-        self._proven: set[Bucket] = set()
         self._strikes: Counter[Bucket] = Counter()
         self._pool: Any = None
 
@@ -64,7 +64,7 @@ class SignedReads:
         except Exception as error:  # of credentials that can't sign, of urllib3, of sockets or ours
             self._failed(bucket, path, error)
             return None
-        self._proven.add(bucket)
+        self._strikes[bucket] = 0
         return data
 
     def client_has_read(self, filesystem: Any, path: str) -> None:
@@ -73,7 +73,7 @@ class SignedReads:
         if not _on_s3(filesystem) or proxied:
             return
         bucket = _bucket(filesystem, path)
-        if self._strikes[bucket] < STRIKES or bucket in self._proven:
+        if self._strikes[bucket] < STRIKES:
             self._open.add(bucket)
 
     def _url(self, bucket: Bucket, filesystem: Any, path: str) -> str:
@@ -108,9 +108,11 @@ class SignedReads:
 
     def _failed(self, bucket: Bucket, path: str, error: Exception) -> None:
         self._urls.pop((bucket, path), None)
+        if bucket not in self._open:
+            return  # one of many threads' reads that failed together
         self._open.discard(bucket)
         self._strikes[bucket] += 1
-        if self._strikes[bucket] == STRIKES and bucket not in self._proven:
+        if self._strikes[bucket] == STRIKES:
             # Only the error's kind: urllib3's texts hold the URL, which is as good as the credentials for an hour.
             logger.warning(
                 "storage: bucket %s can't be read by signed URLs (%s); the client reads it, at 3 ms of processor time "
