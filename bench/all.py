@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--official", type=Path, help="your checkout of OpenGVLab/VideoMAEv2, to compare with")
     parser.add_argument("--out", type=Path, help="file to write the summary to")
     options = parser.parse_args()
-    subprocess.run([sys.executable, "-m", "pretrain.data.camera_clips", str(CAMERA)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "pretrain.commands.camera_clips", str(CAMERA)], cwd=ROOT, check=True)
     begun = time.monotonic()
     rows, failed = [], False
     for benchmark in BENCHMARKS:

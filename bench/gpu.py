@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from pretrain.engine.optim import build_optimizer, set_lr  # noqa: E402
+from pretrain.engine.optimiser import build_optimizer, set_lr  # noqa: E402
 from pretrain.plan.hardware import find_gpu  # noqa: E402
 from pretrain.plan.trace import made_up_batch, trace_step  # noqa: E402
 from pretrain.recipe.components import objective_file  # noqa: E402

@@ -37,8 +37,8 @@ if not __package__:
 from bench import loader_rivals
 from bench.loader_rivals import VideoSet
 from bench.s3_server import s3_server
-from pretrain.data.plan import open_sources
 from pretrain.data.stream import TrainStream
+from pretrain.data.stream_plan import open_sources
 from pretrain.models.videomae import Config as Model
 from pretrain.objectives.videomae import Config as Objective
 from pretrain.objectives.videomae import view_tensors

@@ -17,9 +17,9 @@ import torch
 
 from pretrain.data.fetch import SampleReader
 from pretrain.data.index import load_index
-from pretrain.data.masks import MaskPlan, draw
 from pretrain.data.samples import grid_of, parse_sample, video_bytes
-from pretrain.data.transforms import multiscale_box
+from pretrain.samples.masks import MaskPlan, draw
+from pretrain.samples.transforms import multiscale_box
 
 ROOT = Path(__file__).parents[1]
 FRAMES, STRIDE, SIZE = 16, 4, 224

@@ -29,7 +29,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).parents[1])
 
 from bench.loader import ours, recipe_for
-from pretrain.data.plan import OpenSource, StreamPlan, open_sources
+from pretrain.data.stream_plan import OpenSource, StreamPlan, open_sources
 from pretrain.recipe.schema import Recipe
 
 

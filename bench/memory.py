@@ -41,7 +41,7 @@ def measure(overrides: list[str]) -> None:
     import torch
 
     from pretrain.engine.build import build_engine, count_model
-    from pretrain.plan.memory import memory_of
+    from pretrain.plan.peak_memory import memory_of
     from pretrain.plan.trace import made_up_batch, trace_step
     from pretrain.recipe.load import load_recipe
     from pretrain.runtime.process_group import join, leave

@@ -22,9 +22,9 @@ if not __package__:
 
 from pretrain.data.decoders import open_video
 from pretrain.data.pack.encode import encode_video
+from pretrain.data.pack.media_probe import probe
 from pretrain.data.pack.options import Options
-from pretrain.data.pack.probe import probe
-from pretrain.data.transforms import centre_crop
+from pretrain.samples.transforms import centre_crop
 
 PHASE, STEP = 2, 4
 VARIANTS = {

@@ -21,9 +21,9 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).parents[1])
 
+from finetune.classification.fine_tuned import FineTuned, load_fine_tuned
 from finetune.classification.predictions import scores
 from finetune.classification.validation import predict, test_views, video_sets
-from finetune.trained import FineTuned, load_fine_tuned
 from pretrain.models.classifier import Config, VideoClassifier, cost
 from pretrain.models.keep_rates import Reorganisation, keep_rates, token_counts
 from pretrain.runtime.process_group import Ranks

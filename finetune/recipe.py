@@ -134,7 +134,7 @@ class TuneRecipe(Recipe):
     """A fine-tuning run, resolved."""
 
     FOLDER: ClassVar[str] = "finetune"
-    OBJECTIVES: ClassVar[str] = "finetune.objectives"
+    METHODS: ClassVar[str] = "finetune.{}.task"
 
     data: TuneData = field(default_factory=TuneData)
     optim: TuneOptim = field(default_factory=TuneOptim)

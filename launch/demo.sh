@@ -21,7 +21,7 @@ show() {
 steps_done() { if [ -f $run/metrics.jsonl ]; then wc -l <$run/metrics.jsonl; else echo 0; fi; }
 
 say "1/8 real video: three camera clips from the package index, 486 action clips from this repository"
-show python -m pretrain.data.camera_clips $cache/camera
+show python -m pretrain.commands.camera_clips $cache/camera
 
 say "2/8 pack it into shards with an index; performers and scenes of the held-out shards are not trained on"
 show python launch/pack.py tests/assets/actions/manifest.csv $TUBELET_DATA/actions --where split=train --copy

@@ -9,6 +9,6 @@ if not __package__:  # run as a file
     sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != root / "launch")]
 
 if __name__ == "__main__":  # spawned data workers read this file again and must stay cheap
-    from finetune.cli import main
+    from finetune.commands.finetune import main
 
     sys.exit(main())

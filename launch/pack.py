@@ -10,6 +10,6 @@ if (
     sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != root / "launch")]
 
 if __name__ == "__main__":
-    from pretrain.data.pack.command import main
+    from pretrain.commands.pack import main
 
     sys.exit(main())

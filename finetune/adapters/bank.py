@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from finetune.adapters.adapter_files import load_adapter
 from finetune.adapters.attach import attached, detach, is_trained
-from finetune.adapters.files import load_adapter
 from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone
 

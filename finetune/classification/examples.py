@@ -11,7 +11,7 @@ import numpy.typing as npt
 from finetune.classification.predictions import Predictions
 from finetune.classification.videos import Videos, VideoSet
 from finetune.classification.views import EvaluationViews
-from pretrain.data.transforms import Clip
+from pretrain.samples.transforms import Clip
 
 #: Frames of a clip that are shown, and the side that small ones are enlarged to, pixels.
 FRAMES = 6

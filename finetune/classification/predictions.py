@@ -90,7 +90,12 @@ def read_predictions(folder: Path) -> Predictions:
     unreadable = [str(line) for part in parts for line in part["unreadable"]]
     return checked(
         Predictions(
-            info["task"], info["classes"], joined["keys"].tolist(), joined["targets"], joined["logits"], unreadable,
+            info["task"],
+            info["classes"],
+            joined["keys"].tolist(),
+            joined["targets"],
+            joined["logits"],
+            unreadable,
             info.get("average", "probabilities"),
         )  # fmt: skip
     )

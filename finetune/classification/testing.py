@@ -17,11 +17,11 @@ from pretrain.checkpoint.consolidate import consolidated_state, newest_checkpoin
 from pretrain.checkpoint.folders import folder_of
 from pretrain.checkpoint.save import TAG
 from pretrain.engine.build import build_engine
-from pretrain.engine.ds_config import DTYPES
-from pretrain.engine.folder import RunFolder
+from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.errors import CheckpointError, DataError
 from pretrain.recipe.components import objective_file
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
+from pretrain.runtime.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.classification.label_sources import source_rules
 from finetune.classification.labels import class_names
 from finetune.classification.predictions import Predictions, checked, scores
-from finetune.classification.sources import source_rules
 from finetune.classification.videos import Videos, VideoSet, loader
 from finetune.classification.views import EvaluationViews
 from finetune.recipe import TuneRecipe

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from finetune.classification.augment import augment
 from finetune.classification.labels import LabelMap
 from finetune.recipe import TuneRecipe
-from pretrain.data import sampling, transforms
 from pretrain.data.decoders import VideoReader, open_video
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Place, SampleViews, SourceInfo, label_of, stamps_of, video_bytes
-from pretrain.data.transforms import Clip
+from pretrain.samples import sampling, transforms
+from pretrain.samples.augment import augment
+from pretrain.samples.transforms import Clip
 
 
 @dataclass(frozen=True)

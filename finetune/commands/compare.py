@@ -7,9 +7,9 @@ from typing import Any
 
 from finetune.classification.predictions import INFO
 from finetune.recipe import TuneRecipe, load_tune_recipe
-from pretrain.engine.folder import RunFolder
 from pretrain.errors import DataError
 from pretrain.recipe.components import objective_file
+from pretrain.runtime.run_folder import RunFolder
 
 SCORES = "scores.json"
 

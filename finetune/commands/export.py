@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from finetune.trained import is_fine_tuned
+    from finetune.classification.fine_tuned import is_fine_tuned
 
     suffix = SUFFIXES.get(arguments.format, "")
     if not arguments.dest.endswith(suffix):
@@ -57,8 +57,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _fine_tuned(arguments: argparse.Namespace) -> tuple[Path, int, str]:
     """Source, parameters, remark."""
-    from finetune.export import write_fine_tuned
-    from finetune.trained import load_fine_tuned, merged
+    from finetune.classification.exports import write_fine_tuned
+    from finetune.classification.fine_tuned import load_fine_tuned, merged
 
     tuned = load_fine_tuned(arguments.run)
     tuned = merged(tuned) if arguments.merge else tuned
@@ -68,8 +68,8 @@ def _fine_tuned(arguments: argparse.Namespace) -> tuple[Path, int, str]:
 
 def _pretrained(arguments: argparse.Namespace) -> tuple[Path, int, str]:
     """Source, parameters, remark."""
-    from pretrain.engine.export import FORMATS, write_pretrained
-    from pretrain.engine.trained import load_trained
+    from pretrain.trained.export_run import FORMATS, write_pretrained
+    from pretrain.trained.load_run import load_trained
 
     if arguments.merge or arguments.format not in FORMATS:
         asked = "--merge" if arguments.merge else f"--format {arguments.format}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pretrain.errors import TubeletError, WeightsError
 
 if TYPE_CHECKING:
-    from finetune.prediction import Judge
+    from finetune.classification.predictor import Judge
 
 #: Files that hold a graph with its facts, without recipe and checkpoint.
 GRAPHS = (".onnx", ".pt2")
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from finetune.prediction import predict_video, save_frames, with_names
+    from finetune.classification.predictor import predict_video, save_frames, with_names
 
     judge = _judge(arguments)
     judge = with_names(judge, arguments.labels) if arguments.labels else judge
@@ -61,8 +61,8 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _judge(arguments: argparse.Namespace) -> "Judge":
-    from finetune.prediction import judge_of, judge_of_graph
-    from finetune.trained import load_fine_tuned, with_keep_rate
+    from finetune.classification.fine_tuned import load_fine_tuned, with_keep_rate
+    from finetune.classification.predictor import judge_of, judge_of_graph
 
     if Path(arguments.weights).suffix in GRAPHS:
         if arguments.keep_rate is not None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from pretrain.errors import TubeletError
 
 if TYPE_CHECKING:
-    from pretrain.engine.replay import MicroBatch, Place
     from pretrain.recipe.schema import Recipe
+    from pretrain.trained.replay_step import MicroBatch, Place
 
 DESCRIPTION = """\
 Run one step of a run again, alone and without an update, and name the first module whose weights, output or gradient
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from pretrain.engine.replay import find_place, most_suspicious, replay, write_report
     from pretrain.runtime.pictures import save_pictures
+    from pretrain.trained.replay_step import find_place, most_suspicious, replay, write_report
 
     place = find_place(arguments.run, arguments.step)
     print("\n".join(_head(place)))

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from omegaconf import MISSING
 from torch import Tensor
 
-from finetune.distillation.cache import LogitCache, views_digest, weights_digest
+from finetune.distillation.logit_cache import LogitCache, views_digest, weights_digest
 from finetune.recipe import TuneRecipe
-from pretrain.checkpoint.compare import flat, is_harmless
+from pretrain.checkpoint.same_run import flat, is_harmless
 from pretrain.data.index import load_index
-from pretrain.engine.ds_config import DTYPES
-from pretrain.engine.trained import read_weights
+from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.errors import WeightsError
 from pretrain.models import classifier
 from pretrain.models.classifier_weights import load_pretrained
+from pretrain.trained.load_run import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class FrozenTeacher:
     it is first asked, so tests, exports and dry runs of a distilled model don't need it.
 
     Args:
-        recipe: the run; its objective is that of finetune/objectives/distillation.py.
+        recipe: the run; its objective is that of finetune/distillation/task.py.
     """
 
     def __init__(self, recipe: TuneRecipe) -> None:

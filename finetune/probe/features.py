@@ -12,11 +12,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from finetune.classification.label_sources import source_rules
 from finetune.classification.labels import class_names
-from finetune.classification.sources import source_rules
 from finetune.classification.validation import centre_view, video_sets
 from finetune.classification.videos import Videos, VideoSet, loader
-from finetune.probe.shards import Row
+from finetune.probe.feature_shards import Row
 from finetune.recipe import TuneRecipe
 from pretrain.data.index import load_index
 from pretrain.errors import DataError

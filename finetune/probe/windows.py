@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from finetune.classification.videos import VideoSet
-from finetune.probe.shards import Row
+from finetune.probe.feature_shards import Row
 from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import SampleReader
 from pretrain.data.samples import parse_sample, video_bytes
-from pretrain.data.transforms import resize
 from pretrain.errors import SampleError
 from pretrain.runtime.process_group import Ranks
+from pretrain.samples.transforms import resize
 
 logger = logging.getLogger(__name__)
 

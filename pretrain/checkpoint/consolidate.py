@@ -9,8 +9,8 @@ from torch import Tensor
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.deepspeed_files import stored_parameters
 from pretrain.checkpoint.manifest import MANIFEST, problems
+from pretrain.checkpoint.partitions import WEIGHT, gather, open_shards
 from pretrain.checkpoint.save import STATE, TAG
-from pretrain.checkpoint.shards import WEIGHT, gather, open_shards
 from pretrain.errors import CheckpointError
 
 

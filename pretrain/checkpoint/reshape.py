@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.deepspeed_files import Groups
-from pretrain.checkpoint.shards import WEIGHT, Shards, gather, open_shards
+from pretrain.checkpoint.partitions import WEIGHT, Shards, gather, open_shards
 from pretrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

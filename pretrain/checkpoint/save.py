@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint import folders
-from pretrain.checkpoint.board import Board
 from pretrain.checkpoint.collect import Collected, collect
 from pretrain.checkpoint.manifest import FileEntry, Manifest, describe_file, write_manifest
+from pretrain.checkpoint.rank_messages import Board
 from pretrain.checkpoint.remote import RECORDS
 from pretrain.checkpoint.restore import open_remote
 from pretrain.checkpoint.snapshot import HostCopies

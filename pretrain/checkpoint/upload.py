@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import folders
-from pretrain.checkpoint.board import Board
 from pretrain.checkpoint.manifest import read_manifest, write_durably
+from pretrain.checkpoint.rank_messages import Board
 from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.errors import TubeletError
 from pretrain.runtime.disk import Tolerance, advice

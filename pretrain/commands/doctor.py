@@ -52,7 +52,7 @@ def _examine(arguments: argparse.Namespace, kind: type[Recipe]) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, kind)
 
-    from pretrain.engine.doctor import examine
+    from pretrain.doctor.examine import examine
     from pretrain.runtime.process_group import join, leave
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from pretrain.cli import print_sections
-    from pretrain.engine.sources import epoch_videos, find_indices
+    from pretrain.commands.program import print_sections
     from pretrain.plan.estimate import Planner
     from pretrain.plan.hardware import find_gpu
-    from pretrain.plan.show import as_json, draw, sections, sweep_section
+    from pretrain.plan.indices import epoch_videos, find_indices
+    from pretrain.plan.tables import as_json, draw, sections, sweep_section
     from pretrain.recipe.check import check_recipe
     from pretrain.recipe.load import load_recipe
 

@@ -39,9 +39,9 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     import torch
 
     from pretrain.checkpoint.restore import local_copy
-    from pretrain.engine.reconstruct import held_out_batches, reconstruction_errors, reconstruction_pictures
-    from pretrain.engine.trained import load_trained
     from pretrain.runtime.pictures import save_pictures
+    from pretrain.trained.load_run import load_trained
+    from pretrain.trained.reconstruction import held_out_batches, reconstruction_errors, reconstruction_pictures
 
     trained = load_trained(arguments.run)
     shown = []

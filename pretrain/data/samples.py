@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pretrain.data import sampling, transforms
 from pretrain.data.bad_samples import BadSample
-from pretrain.data.boxes import Box
 from pretrain.data.crashes import Decoding
 from pretrain.data.decoders import open_video
+from pretrain.data.decoders.crops import Box
 from pretrain.data.fetch import RawSample, SampleReader
 from pretrain.data.index import VIDEO_ENDINGS, Shard
 from pretrain.data.order import EpochOrder
@@ -23,6 +22,7 @@ from pretrain.data.randomness import generator
 from pretrain.errors import DataError, SampleError
 from pretrain.recipe.schema import Data
 from pretrain.runtime.activity import note
+from pretrain.samples import sampling, transforms
 
 #: The generator of a sample and view for a purpose ("crop", say).
 Draw = Callable[[str], np.random.Generator]

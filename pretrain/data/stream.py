@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from pretrain.data.cache import ShardCache
 from pretrain.data.crashes import CRASHES, CrashNotes
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
-from pretrain.data.plan import OpenSource, StreamPlan, open_sources
 from pretrain.data.samples import Place, Sample, SampleMaker, SampleViews, SourceInfo, ViewTensors
+from pretrain.data.stream_plan import OpenSource, StreamPlan, open_sources
 from pretrain.errors import DataError, TubeletError
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime import stacks

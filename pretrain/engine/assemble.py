@@ -5,29 +5,29 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pretrain.checkpoint.compare import check_same_run
 from pretrain.checkpoint.reshape import Layout
 from pretrain.checkpoint.resume import Resumable, layout_of, load
+from pretrain.checkpoint.same_run import check_same_run
 from pretrain.checkpoint.save import Saver, open_saver
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.stream import OpenSource, StreamPlan, TrainStream
+from pretrain.engine.batches import Supply
 from pretrain.engine.build import Built, build_engine
-from pretrain.engine.ds_config import describe, unwrapped
-from pretrain.engine.evaluate import Best, Evaluation, open_evaluation
-from pretrain.engine.folder import RunFolder
-from pretrain.engine.guard import StepGuard
+from pretrain.engine.deepspeed_config import describe, unwrapped
+from pretrain.engine.evaluation import Best, Evaluation, open_evaluation
 from pretrain.engine.health import HealthSignal, open_health
-from pretrain.engine.incident import Incidents
-from pretrain.engine.left_out import state_at_start
 from pretrain.engine.report import Reporter
-from pretrain.engine.schedule import Schedule
+from pretrain.engine.schedules import Schedule
 from pretrain.engine.step import StepInputs
-from pretrain.engine.supply import Supply
 from pretrain.errors import CheckpointError
+from pretrain.guards.incidents import Incidents
+from pretrain.guards.skipped_steps import state_at_start
+from pretrain.guards.step_guard import StepGuard
 from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.metrics import keep_records
 from pretrain.runtime.process_group import Ranks
+from pretrain.runtime.run_folder import RunFolder
 from pretrain.runtime.stopping import StopWatch
 from pretrain.runtime.watchdog import Watchdog
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint.deepspeed_files import Groups
-from pretrain.engine.ds_config import Config, builds_sharded, deepspeed_config
-from pretrain.engine.memory import ModelSize, size_of
-from pretrain.engine.optim import build_optimizer, forget_steps
-from pretrain.engine.trained import read_weights
+from pretrain.engine.deepspeed_config import Config, builds_sharded, deepspeed_config
+from pretrain.engine.model_states import ModelSize, size_of
+from pretrain.engine.optimiser import build_optimizer, forget_steps
 from pretrain.errors import RecipeError
 from pretrain.objectives.base import Objective
 from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.seeds import seed_everything
+from pretrain.trained.load_run import read_weights
 
 logger = logging.getLogger(__name__)
 

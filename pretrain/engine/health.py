@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data import sampling, transforms
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import SampleReader, read_ahead
 from pretrain.data.index import load_index
 from pretrain.data.samples import label_of, parse_sample, stamps_of, video_bytes
-from pretrain.engine.neighbours import accuracy, leave_one_out_scores
 from pretrain.errors import DataError, RecipeError, SampleError
+from pretrain.metrics.neighbours import accuracy, leave_one_out_scores
 from pretrain.objectives.base import Objective
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.process_group import Ranks, gather_objects
+from pretrain.samples import sampling, transforms
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from pretrain.engine.ds_config import DTYPES
-from pretrain.engine.folder import RunFolder
-from pretrain.engine.schedule import Schedule
+from pretrain.engine.deepspeed_config import DTYPES
+from pretrain.engine.schedules import Schedule
 from pretrain.engine.step import StepResult
 from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
@@ -20,6 +19,7 @@ from pretrain.runtime.metrics import JsonLines, Record
 from pretrain.runtime.pictures import save_pictures
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.progress import Goal, Progress, duration
+from pretrain.runtime.run_folder import RunFolder
 from pretrain.runtime.speed import matmul_tflops, peak_memory_gib
 from pretrain.runtime.wandb_run import WandbRun, open_wandb
 

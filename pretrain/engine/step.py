@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.data.bad_samples import BadSampleLedger
-from pretrain.engine.guard import Spike, StepGuard
-from pretrain.engine.incident import Incidents
-from pretrain.engine.optim import set_lr
-from pretrain.engine.supply import Supply
+from pretrain.engine.batches import Supply
+from pretrain.engine.optimiser import set_lr
 from pretrain.errors import DataError
+from pretrain.guards.incidents import Incidents
+from pretrain.guards.step_guard import Spike, StepGuard
 from pretrain.objectives.base import Batch
 from pretrain.runtime.activity import note
 from pretrain.runtime.process_group import Ranks

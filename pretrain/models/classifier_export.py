@@ -1,4 +1,4 @@
-"""Writes a classifier as a Hugging Face folder; other formats: pretrain/models/export.py works for any model."""
+"""Writes a classifier as a Hugging Face folder; other formats: pretrain/models/formats.py works for any model."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 from pretrain.errors import WeightsError
 from pretrain.models import huggingface
 from pretrain.models.classifier import VideoClassifier
-from pretrain.models.export import plain_state
+from pretrain.models.formats import plain_state
 from pretrain.models.positions import sinusoid_table
 from pretrain.runtime import storage
 

@@ -12,7 +12,7 @@ A method is one file pretrain/objectives/<name>.py with
   part; a part named `skipped: ...` belongs to that count but is not executed here;
 
 and, where it has any to give, `warnings(recipe) -> list[str]`: options that have no effect; and
-`evaluation(recipe, ranks) -> pretrain.engine.evaluate.Evaluation | None`: what is measured every few epochs.
+`evaluation(recipe, ranks) -> pretrain.engine.evaluation.Evaluation | None`: what is measured every few epochs.
 
 Nothing in it knows of ranks, DeepSpeed or files.
 """

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pretrain.data.masks import MaskPlan, draw
 from pretrain.models.cubes import complement, cut_cubes, grid_of, join_cubes, take_tokens
 from pretrain.objectives.base import Batch, Objective, Output, ViewTensors
+from pretrain.samples.masks import MaskPlan, draw
 
 #: ImageNet statistics of pixels in [0, 1], RGB.
 MEAN = (0.485, 0.456, 0.406)

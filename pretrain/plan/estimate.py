@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from pretrain.data.index import ShardIndex
 from pretrain.engine.build import count_model
-from pretrain.engine.memory import checkpoint_bytes
-from pretrain.engine.schedule import build_schedule
+from pretrain.engine.model_states import checkpoint_bytes
+from pretrain.engine.schedules import build_schedule
 from pretrain.errors import RecipeError
 from pretrain.plan.feeding import Feeding, Supply, feeding_of, shortages
 from pretrain.plan.hardware import Gpu
-from pretrain.plan.memory import OVERHEAD, USABLE, Memory, memory_of
-from pretrain.plan.network import Traffic, seconds_of, traffic_of
+from pretrain.plan.peak_memory import OVERHEAD, USABLE, Memory, memory_of
 from pretrain.plan.trace import BACKWARD, Trace, trace_step
+from pretrain.plan.traffic import Traffic, seconds_of, traffic_of
 from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe
 

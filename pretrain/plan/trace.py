@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from pretrain.data.randomness import generator
-from pretrain.engine.ds_config import DTYPES
+from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.errors import RecipeError
 from pretrain.models.vit import Attention
 from pretrain.objectives.base import Batch, Objective

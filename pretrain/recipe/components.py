@@ -1,44 +1,62 @@
-"""Models and objectives, found by their file name: a new one is a new file, nothing is registered."""
+"""Components of a recipe, found by their file's name: a new one is a new file, nothing is registered.
+
+A pattern such as `pretrain.models.{}` or `finetune.{}.task` says where the files of a section lie.
+"""
 
 import importlib
 import pkgutil
-from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 from pretrain.errors import RecipeError
 from pretrain.recipe.describe import suggestion
 from pretrain.recipe.schema import Recipe
 
-Kind = Literal["models", "objectives"]
 
+def load_component(section: str, name: str, pattern: str) -> ModuleType:
+    """Import the file that a section of a recipe names.
 
-def component_names(kind: Kind, package_name: str | None = None) -> list[str]:
-    """Files of a package, by default pretrain/<kind>/, that can be named in a recipe: those that define a `Config`."""
-    package = importlib.import_module(package_name or f"pretrain.{kind}")
-    names = []
-    for module in pkgutil.iter_modules(package.__path__):
-        source = Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
-        # Read, not imported: a broken or heavy sibling must not keep a recipe from loading.
-        if source.is_file() and "\nclass Config" in source.read_text(encoding="utf-8"):
-            names.append(module.name)
-    return sorted(names)
-
-
-def load_component(kind: Kind, name: str, package_name: str | None = None) -> ModuleType:
-    """Import <name>.py of a package, by default pretrain/<kind>/.
+    Args:
+        section: of the recipe, for the error.
+        name: what its `name:` says.
+        pattern: module, with {} for the name.
 
     Raises:
         RecipeError: there is no such file, or it has no `Config`.
     """
-    package_name = package_name or f"pretrain.{kind}"
-    names = component_names(kind, package_name)
-    if name not in names:
-        section, folder = kind.removesuffix("s"), package_name.replace(".", "/")
-        raise RecipeError(f"no {section} {name!r} in {folder}/{suggestion(name, names)}")
-    return importlib.import_module(f"{package_name}.{name}")
+    module = _import(name, pattern)
+    if module is None or not hasattr(module, "Config"):
+        folder = pattern.partition(".{}")[0].replace(".", "/")
+        raise RecipeError(f"no {section} {name!r} in {folder}/{suggestion(name, component_names(pattern))}")
+    return module
+
+
+def component_names(pattern: str) -> list[str]:
+    """Names that a recipe can give: files with a `Config`. Imports them all, so it is for errors and documents."""
+    package = importlib.import_module(pattern.partition(".{}")[0])
+    found = {info.name: _import_any(info.name, pattern) for info in pkgutil.iter_modules(package.__path__)}
+    return sorted(name for name, module in found.items() if hasattr(module, "Config"))
+
+
+def _import(name: str, pattern: str) -> ModuleType | None:
+    """The module; None where there is no such file. An import that fails inside of it is an error of that file."""
+    if not name.isidentifier():
+        return None
+    wanted = pattern.format(name)
+    try:
+        return importlib.import_module(wanted)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (wanted == error.name or wanted.startswith(f"{error.name}.")):
+            return None
+        raise
+
+
+def _import_any(name: str, pattern: str) -> ModuleType | None:
+    try:
+        return _import(name, pattern)
+    except Exception:  # a broken sibling must not hide the names of the others
+        return None
 
 
 def objective_file(recipe: Recipe) -> ModuleType:
     """The file that the recipe's `objective.name` names."""
-    return load_component("objectives", recipe.objective.name, type(recipe).OBJECTIVES)
+    return load_component("objective", recipe.objective.name, type(recipe).METHODS)

@@ -8,13 +8,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.errors import RecipeError
-from pretrain.recipe.components import Kind, component_names, load_component
+from pretrain.recipe.components import component_names, load_component
 from pretrain.recipe.describe import all_keys, allowed_values, field_types, key_suggestion
 from pretrain.recipe.files import Layer, override_layer, read_layers, recipe_path
 from pretrain.recipe.schema import Recipe
 
 #: Sections whose schema is the `Config` of the file that they name.
-COMPONENTS: dict[str, Kind] = {"model": "models", "objective": "objectives"}
+COMPONENTS = ("model", "objective")
 
 
 @dataclass
@@ -78,15 +78,16 @@ def _open_components(
 ) -> dict[str, ModuleType]:
     """Put the schema of the named model and objective into the configuration."""
     modules = {}
-    for section, kind in COMPONENTS.items():
-        package = schema.OBJECTIVES if kind == "objectives" else "pretrain.models"
+    for section in COMPONENTS:
+        pattern = schema.METHODS if section == "objective" else "pretrain.models.{}"
         naming = [layer for layer in layers if "name" in (layer.content.get(section) or {})]
         if not naming:
-            there = ", ".join(component_names(kind, package))
-            reading.add(section, f"{section}.name: missing; name one of {package.replace('.', '/')}/: {there}")
+            there = ", ".join(component_names(pattern))
+            folder = pattern.partition(".{}")[0].replace(".", "/")
+            reading.add(section, f"{section}.name: missing; name one of {folder}/: {there}")
             continue
         try:
-            modules[section] = load_component(kind, str(naming[-1].content[section]["name"]), package)
+            modules[section] = load_component(section, str(naming[-1].content[section]["name"]), pattern)
         except RecipeError as error:
             reading.add(section, f"{naming[-1].where(f'{section}.name')}: {error}")
             continue

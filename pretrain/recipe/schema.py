@@ -283,8 +283,8 @@ class Recipe:
 
     #: Folder below recipes/ whose files are named without a path.
     FOLDER: ClassVar[str] = ""
-    #: Package whose files `objective.name` names.
-    OBJECTIVES: ClassVar[str] = "pretrain.objectives"
+    #: Modules that `objective.name` names.
+    METHODS: ClassVar[str] = "pretrain.objectives.{}"
 
     model: Any = MISSING
     """architecture: pretrain/models/<name>.py"""

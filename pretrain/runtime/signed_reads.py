@@ -86,9 +86,7 @@ class SignedReads:
         self._urls[bucket, path] = signed, time.monotonic() + EXPIRES_S - EARLY_S
         return signed
 
-    def _get(
-        self, signed: str, start: int, end: int, deadline: float, connect_s: float, silence_s: float
-    ) -> bytes:
+    def _get(self, signed: str, start: int, end: int, deadline: float, connect_s: float, silence_s: float) -> bytes:
         import urllib3
 
         if self._pool is None:

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from finetune.adapters.adapter_files import load_adapter, read_adapter, save_adapter
 from finetune.adapters.attach import apply_tuning
 from finetune.adapters.bank import AdapterBank
 from finetune.adapters.config import AdaptFormer, LowRank, Prompts, Tune
-from finetune.adapters.files import load_adapter, read_adapter, save_adapter
 from pretrain.errors import RecipeError, WeightsError
 
 TUNES = {

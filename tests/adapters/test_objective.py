@@ -2,12 +2,12 @@
 
 import torch
 
-from finetune.objectives.classification import ClassificationObjective, build
+from finetune.classification.task import ClassificationObjective, build
 from finetune.recipe import load_tune_recipe
-from pretrain.engine.dry_run import dry_run
-from pretrain.engine.trained import read_weights
 from pretrain.models.classifier_weights import classifier_state
 from pretrain.models.videomae import Config, VideoMAE
+from pretrain.plan.dry_run import dry_run
+from pretrain.trained.load_run import read_weights
 
 TINY = [
     *("model.dim=24", "model.patch_size=16", "model.depth=4", "model.heads=3"),

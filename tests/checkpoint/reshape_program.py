@@ -47,7 +47,7 @@ def build(variant: tuple[str, str], stage: int, seed: int) -> tuple[Any, list[li
     """An engine, and the names of its optimiser's parameters by group."""
     import deepspeed
 
-    from pretrain.engine.optim import forget_steps
+    from pretrain.engine.optimiser import forget_steps
 
     dtype, kind = variant
     model = Model(seed)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint import folders
-from pretrain.checkpoint.board import Board
 from pretrain.checkpoint.manifest import MANIFEST, Manifest, describe_file, problems, write_manifest
+from pretrain.checkpoint.rank_messages import Board
 from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.checkpoint.restore import local_copy, prepare_resume
 from pretrain.checkpoint.resume import find_checkpoint

@@ -9,10 +9,10 @@ import torch
 from omegaconf import OmegaConf
 
 from pretrain.checkpoint import folders
-from pretrain.checkpoint.compare import check_same_run, is_harmless
 from pretrain.checkpoint.manifest import Manifest, describe_file, write_manifest
 from pretrain.checkpoint.reshape import Layout
 from pretrain.checkpoint.resume import Resumable, find_checkpoint, layout_of
+from pretrain.checkpoint.same_run import check_same_run, is_harmless
 from pretrain.errors import CheckpointError
 from pretrain.recipe.schema import Recipe, Source
 from pretrain.runtime.process_group import Ranks

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.partitions import WEIGHT, Shards, open_shards
 from pretrain.checkpoint.reshape import carry_counters, check_optimizer
-from pretrain.checkpoint.shards import WEIGHT, Shards, open_shards
 from pretrain.errors import CheckpointError
 
 GROUPS = [["a", "b", "c"], ["d"]]

@@ -1,6 +1,6 @@
 """A corpus of videos that are broken, odd, or not videos at all, each a few kB, made by FFmpeg's encoders and by hand.
 
-    python tests/data/broken_inputs.py FOLDER      writes all of them as files
+python tests/data/broken_inputs.py FOLDER      writes all of them as files
 """
 
 import functools

@@ -11,16 +11,16 @@ from typing import Any
 import psutil
 import pytest
 
-from pretrain.data import sampling
 from pretrain.data.decoders import open_video
+from pretrain.data.pack.discover import Item
 from pretrain.data.pack.options import Options
-from pretrain.data.pack.sample import Packed, pack_item
+from pretrain.data.pack.pack_video import Packed, pack_item
 from pretrain.data.pack.scan import index_folder
-from pretrain.data.pack.sources import Item
 from pretrain.data.samples import label_of
 from pretrain.data.stream import TrainStream, open_sources
 from pretrain.errors import DataError, SampleError
 from pretrain.objectives.videomae import view_tensors
+from pretrain.samples import sampling
 from tests.data.broken_inputs import Broken, inputs
 
 DECODERS = ("decord", "pyav")

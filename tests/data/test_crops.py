@@ -9,14 +9,14 @@ import av
 import numpy as np
 import pytest
 
-from pretrain.data import transforms
-from pretrain.data.boxes import Box, cut, hull, whole
 from pretrain.data.decoders import open_video
+from pretrain.data.decoders.crops import Box, cut, hull, whole
 from pretrain.data.decoders.rgb import RGBConverter
 from pretrain.data.randomness import generator
 from pretrain.data.samples import CroppedViews, Place, SourceInfo, grid_of
-from pretrain.data.sampling import clip_frames, clip_starts, grid_starts
 from pretrain.recipe.schema import Data
+from pretrain.samples import transforms
+from pretrain.samples.sampling import clip_frames, clip_starts, grid_starts
 
 
 def noise(width: int, height: int, pixels: str, colour: tuple[int, int]) -> av.VideoFrame:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pretrain.data.samples import CroppedViews, Place, SourceInfo, grid_of
-from pretrain.data.sampling import grid_starts
 from pretrain.recipe.schema import Data
+from pretrain.samples.sampling import grid_starts
 
 
 @pytest.mark.parametrize(

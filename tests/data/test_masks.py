@@ -5,9 +5,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pretrain.data.masks import MaskPlan, draw, running_cell_maps
 from pretrain.data.randomness import generator
 from pretrain.errors import DataError
+from pretrain.samples.masks import MaskPlan, draw, running_cell_maps
 
 
 def drawn(plan: MaskPlan, position: int = 0):

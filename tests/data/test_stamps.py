@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.data.boxes import Box
+from pretrain.data.decoders.crops import Box
 from pretrain.data.decoders.pyav_reader import PyAVReader
 from pretrain.data.samples import stamps_of
 from pretrain.errors import SampleError

@@ -20,12 +20,12 @@ import psutil
 import pytest
 import torch
 
-from pretrain.data import sampling
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.stream import StreamPlan, TrainStream, open_sources
 from pretrain.errors import DataError, RecipeError
 from pretrain.objectives.videomae import view_tensors
 from pretrain.recipe.schema import Recipe, Source
+from pretrain.samples import sampling
 
 MakeRecipe = Callable[..., Recipe]
 Batches = list[dict[str, Any]]

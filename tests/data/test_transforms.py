@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data import sampling, transforms
-from pretrain.data.boxes import Box
+from pretrain.data.decoders.crops import Box
+from pretrain.samples import sampling, transforms
 
 
 def noise(frames: int, height: int, width: int) -> np.ndarray:

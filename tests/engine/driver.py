@@ -49,7 +49,7 @@ def accident(what: str, output, module, run_dir: Path):
 
 def drive(recipe_path: str, plan: list[dict]) -> list:
     """Train run after run."""
-    from pretrain.engine.train import train
+    from pretrain.engine.loop import train
     from pretrain.errors import TubeletError
     from pretrain.objectives.videomae import VideoMAEObjective
     from pretrain.recipe.load import load_recipe

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.engine.doctor import judge_clock
-from pretrain.engine.network import judge_link
+from pretrain.doctor.examine import judge_clock
+from pretrain.doctor.links import judge_link
 from pretrain.runtime.findings import Finding, merge, odd_ones
 from pretrain.runtime.host_checks import check_descriptors, check_disk_space, check_shared_memory
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.engine.guard import GuardState, Spike, StepGuard
-from pretrain.engine.left_out import guard_state, remember, state_at_start
 from pretrain.engine.step import StepResult
 from pretrain.errors import CheckpointError
+from pretrain.guards.skipped_steps import guard_state, remember, state_at_start
+from pretrain.guards.step_guard import GuardState, Spike, StepGuard
 from pretrain.recipe.check import recipe_warnings
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Guard

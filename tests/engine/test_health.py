@@ -150,7 +150,7 @@ def test_stopped_and_continued_is_the_same(toy: Any, outcome: None) -> None:
 
 
 def test_two_ranks_measure_what_one_does(toy: Any, outcome: None) -> None:
-    from pretrain.engine.trained import load_trained
+    from pretrain.trained.load_run import load_trained
 
     recipe = load_recipe(str(toy.recipe), [f"health.shards={toy.folder / 'shards'}"])
     objective = load_trained(toy.folder / "watched 0").objective

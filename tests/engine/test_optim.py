@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.engine.ds_config import deepspeed_config
-from pretrain.engine.optim import decays, forget_steps, parameter_groups
+from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.engine.optimiser import decays, forget_steps, parameter_groups
 from pretrain.recipe.load import load_recipe
 
 

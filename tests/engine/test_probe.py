@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pretrain.engine.probe import ROOT, Probe, bad_weights, function_without_gradient
+from pretrain.guards.first_nonfinite import ROOT, Probe, bad_weights, function_without_gradient
 
 
 class Scaled(nn.Module):

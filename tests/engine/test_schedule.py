@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from pretrain.engine.schedule import Schedule, build_schedule
+from pretrain.engine.schedules import Schedule, build_schedule
 from pretrain.errors import RecipeError
 from pretrain.recipe.schema import Recipe
 

@@ -11,8 +11,8 @@ from PIL import Image
 from finetune.commands import export
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.commands import reconstruct
-from pretrain.engine.trained import load_trained
 from pretrain.errors import CheckpointError
+from pretrain.trained.load_run import load_trained
 
 ROOT = Path(__file__).resolve().parents[2]
 

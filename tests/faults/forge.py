@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: What a run imports, most of it late.
 LIBRARIES = (
     *("torch", "deepspeed", "torch._dynamo", "torch._inductor", "av", "fsspec.implementations.local", "s3fs", "numpy"),
-    *("pretrain.cli", "pretrain.engine.train", "pretrain.objectives.videomae", "pretrain.models.videomae"),
+    *("pretrain.commands.program", "pretrain.engine.loop", "pretrain.objectives.videomae", "pretrain.models.videomae"),
     *("pretrain.data.decoders.pyav_reader", "sympy", "networkx", "setuptools"),
     "tests.faults.rank",
 )

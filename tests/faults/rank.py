@@ -50,7 +50,8 @@ def before(module: Any, name: str, do: Callable[..., None]) -> None:
 
 def arm(phase: str, act: Callable[[], None]) -> None:
     """Have `act` called whenever this process comes to a phase."""
-    from pretrain.engine import assemble, train
+    from pretrain.engine import assemble
+    from pretrain.engine import loop as train
 
     if phase == "start":
         before(train, "check_hosts", lambda *_: act())
@@ -72,7 +73,7 @@ def arm(phase: str, act: Callable[[], None]) -> None:
 
 def arm_forward(steps_done: int, change: Callable[[Any], Any]) -> None:
     """Have what the forward passes of one step return changed."""
-    from pretrain.engine import train
+    from pretrain.engine import loop as train
     from pretrain.objectives.videomae import VideoMAEObjective
 
     at: list[int] = []
@@ -98,7 +99,7 @@ def poison_once(folder: Path) -> Callable[[Any], Any]:
 
 def main(argv: list[str]) -> int:
     """Arm what HOLD says, then train."""
-    from pretrain import cli
+    from pretrain.commands import program as cli
 
     hold = json.loads(os.environ.get("HOLD", "{}"))
     if hold and int(os.environ.get("RANK", "0")) == hold["rank"]:

@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from finetune.classification import augment
-from finetune.classification.augment import erase, rand_augment, randaugment, resized_crop_box
 from finetune.recipe import Augment
 from pretrain.data.randomness import generator
+from pretrain.samples import augment
+from pretrain.samples.augment import erase, rand_augment, randaugment, resized_crop_box
 
 OFFICIAL = "rand-m7-n4-mstd0.5-inc1"
 

@@ -5,10 +5,10 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from pretrain.checkpoint.compare import is_harmless
 from pretrain.checkpoint.folders import apply_retention, folder_of, published, step_of
-from pretrain.engine.evaluate import Best, every_steps
-from pretrain.engine.schedule import Schedule
+from pretrain.checkpoint.same_run import is_harmless
+from pretrain.engine.evaluation import Best, every_steps
+from pretrain.engine.schedules import Schedule
 
 
 def test_first_of_the_highest_is_best(tmp_path: Path) -> None:

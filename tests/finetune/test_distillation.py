@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.cli import main
-from finetune.distillation.cache import HEADER, LogitCache, views_digest, weights_digest
-from finetune.objectives.distillation import build, distillation_loss
+from finetune.commands.finetune import main
+from finetune.distillation.logit_cache import HEADER, LogitCache, views_digest, weights_digest
+from finetune.distillation.task import build, distillation_loss
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.errors import DataError, TrainingError, WeightsError

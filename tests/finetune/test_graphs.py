@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from finetune.adapters.attach import apply_tuning
 from finetune.adapters.config import Prompts, Tune
-from finetune.graphs import PixelsToLogits, onnx_difference, trace, write_onnx
+from finetune.classification.graphs import PixelsToLogits, onnx_difference, trace, write_onnx
 from pretrain.errors import WeightsError
 from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.keep_rates import Reorganisation

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetune.classification.predictions import read_predictions
-from pretrain.data.pack.command import main as pack
+from pretrain.commands.pack import main as pack
 from tests.finetune.conftest import CLASSES, video
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finetune.classification.label_sources import source_rules
 from finetune.classification.labels import (
     LabelMap,
     count_labels,
@@ -17,7 +18,6 @@ from finetune.classification.labels import (
     open_labels,
     read_names,
 )
-from finetune.classification.sources import source_rules
 from finetune.classification.validation import test_views as views_of_the_test
 from finetune.classification.validation import video_sets
 from finetune.classification.videos import Videos

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from finetune.classification.mixing import Mixing
-from finetune.ema import WeightAverage
-from finetune.objectives.classification import ClassificationObjective
+from finetune.classification.task import ClassificationObjective
 from finetune.recipe import Augment, TuneRecipe, load_tune_recipe
-from pretrain.engine.optim import parameter_groups, set_lr
+from pretrain.engine.optimiser import parameter_groups, set_lr
+from pretrain.models.averages import WeightAverage
 from pretrain.models.classifier import VideoClassifier
 
 #: A small network.
@@ -23,7 +23,7 @@ def objective(*words: str) -> ClassificationObjective:
 
 
 def build(recipe: TuneRecipe) -> ClassificationObjective:
-    from finetune.objectives.classification import build as build_objective
+    from finetune.classification.task import build as build_objective
 
     torch.manual_seed(0)
     return build_objective(recipe)

@@ -8,14 +8,14 @@ import pytest
 import torch
 import webdataset as wds
 
-from finetune.probe import shards
-from finetune.probe.cli import main
+from finetune.commands.evaluate import main
+from finetune.probe import feature_shards as shards
 from finetune.probe.features import Features
 from finetune.probe.few_shot import draw_shots, few_shot
 from finetune.probe.heads import statistics, train_heads
 from finetune.probe.windows import window_starts
 from pretrain.data.index import load_index, load_members
-from pretrain.engine.neighbours import accuracy, knn_scores, leave_one_out_scores
+from pretrain.metrics.neighbours import accuracy, knn_scores, leave_one_out_scores
 
 
 def clouds(videos: int, seed: int, spread: float, tokens: int = 0) -> Features:

@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.classification.augment import augment
 from finetune.classification.labels import LabelMap
 from finetune.classification.predictions import Predictions, read_predictions
 from finetune.classification.views import SourceRules, training_frames, validation_frames
 from finetune.recipe import Augment, load_tune_recipe
-from pretrain.data.sampling import clip_starts
-from pretrain.data.transforms import crop_resize, multiscale_box
-from pretrain.engine.dry_run import dry_run
+from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.files import recipe_names
+from pretrain.samples.augment import augment
+from pretrain.samples.sampling import clip_starts
+from pretrain.samples.transforms import crop_resize, multiscale_box
 
 #: Trained parameters on SSv2 and HMDB51: systems/adaptformer.md section 3.8.
 TRAINED = {

@@ -2,9 +2,9 @@
 
 import pytest
 
-from finetune.cli import main
+from finetune.commands.finetune import main
 from finetune.recipe import load_tune_recipe
-from pretrain.engine.dry_run import dry_run
+from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.files import recipe_names
 
@@ -116,7 +116,7 @@ def test_mismatch_is_warned_of(words: list[str], expected: str) -> None:
         (["ema.decay=0.99", "zero.stage=3"], "ema.decay"),
         (["evaluate.test=best", "data.sources.actions.val=null"], "needs a validation"),
         (["optim.layer_decai=1"], "did you mean 'layer_decay'"),
-        (["objective.name=clasification"], "finetune/objectives/"),
+        (["objective.name=clasification"], "in finetune/"),
         (["augment.area=[0.9, 0.1]"], "augment.area"),
         (["tune.lora.rank=0"], "tune.lora.rank"),
         (["health.shards=somewhere"], "for pre-training only"),

@@ -13,11 +13,11 @@ from PIL import Image
 from finetune.classification.examples import pick_examples, save_examples
 from finetune.classification.predictions import read_predictions
 from finetune.classification.validation import centre_view, video_sets
-from finetune.cli import main
 from finetune.commands import replay
+from finetune.commands.finetune import main
 from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
-from pretrain.engine.trained import read_weights
+from pretrain.trained.load_run import read_weights
 
 
 def training(records: list[dict[str, Any]]) -> list[tuple[int, float]]:

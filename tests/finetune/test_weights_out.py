@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from finetune.adapters.files import load_adapter
+from finetune.adapters.adapter_files import load_adapter
+from finetune.classification.fine_tuned import FineTuned, load_fine_tuned
+from finetune.classification.graphs import FACTS, OPSET
 from finetune.classification.predictions import read_predictions
+from finetune.classification.predictor import judge_of, judge_of_graph, predict_video
 from finetune.classification.views import EvaluationViews
 from finetune.commands import export, predict
-from finetune.graphs import FACTS, OPSET
-from finetune.prediction import judge_of, judge_of_graph, predict_video
-from finetune.trained import FineTuned, load_fine_tuned
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.models.classifier import VideoClassifier
 from pretrain.models.classifier_weights import load_pretrained

@@ -49,7 +49,7 @@ def test_script_as_a_file(script: str, where: str, tmp_path: Path) -> None:
         ["launch/pretrain.py"],
         ["-P", "launch/pretrain.py"],
         ["-m", "launch.pretrain"],
-        ["-m", "pretrain.cli"],
+        ["-m", "pretrain.commands.program"],
     ],
 )
 def test_pretrain_started_from_the_root(command: list[str]) -> None:
@@ -93,7 +93,7 @@ def test_spawned_data_workers_see_the_package(method: str, tmp_path: Path) -> No
         "import sys, pretrain\n"
         "def work():\n"
         "    main = sys.modules['__main__'].__dict__\n"
-        "    print(pretrain.__file__, 'pretrain.cli' in sys.modules, main.get('main'), flush=True)\n"
+        "    print(pretrain.__file__, 'pretrain.commands.program' in sys.modules, main.get('main'), flush=True)\n"
     )
     (package / "cli.py").write_text(
         "import multiprocessing\n"

@@ -48,9 +48,9 @@ def test_command(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 def plan(script: str, arguments: list[str]) -> int:
     """Everything up to the first step."""
     if script == "pretrain":
-        from pretrain.cli import main
+        from pretrain.commands.program import main
     else:
-        from finetune.cli import main
+        from finetune.commands.finetune import main
     return main(arguments if "--dry-run" in arguments else [*arguments, "--dry-run"])
 
 
@@ -62,7 +62,7 @@ def parse(script: str, arguments: list[str]) -> None:
         make_parser().parse_known_args(arguments)
         return
     if script == "pack":
-        from pretrain.data.pack.arguments import make_parser
+        from pretrain.commands.pack_arguments import make_parser
     elif script == "export":
         from finetune.commands.export import make_parser
     else:
@@ -73,7 +73,7 @@ def parse(script: str, arguments: list[str]) -> None:
 def test_table_of_methods_is_what_the_dry_run_says() -> None:
     """Trained parameters and states of ViT-B on one GPU."""
     from finetune.recipe import load_tune_recipe
-    from pretrain.engine.dry_run import dry_run
+    from pretrain.plan.dry_run import dry_run
 
     text = (ROOT / "README.md").read_text()
     table = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d,]+) \| ([\d.]+ [GM]B) \|", text, re.M)

@@ -23,10 +23,10 @@ ALLOWED = {
     "pretrain.data": BASE,
     "pretrain.checkpoint": BASE,
     # An objective's file goes with its model's file; masks are drawn by the data workers on its behalf.
-    "pretrain.objectives": BASE | {"pretrain.models", "pretrain.data.masks", "pretrain.data.randomness"},
-    "pretrain.engine": {"pretrain"} - {"pretrain.cli"},
-    "pretrain.plan": {"pretrain"} - {"pretrain.cli"},
-    "pretrain.cli": {"pretrain"},
+    "pretrain.objectives": BASE | {"pretrain.models", "pretrain.samples.masks", "pretrain.data.randomness"},
+    "pretrain.engine": {"pretrain"} - {"pretrain.commands.program"},
+    "pretrain.plan": {"pretrain"} - {"pretrain.commands.program"},
+    "pretrain.commands.program": {"pretrain"},
     "pretrain": {"pretrain"},
     "finetune": {"finetune", "pretrain"},
     "launch": {"launch", "finetune", "pretrain"},
@@ -46,7 +46,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             found = [node.module or ""]
             if node.module in PACKAGES or (node.module or "").startswith("pretrain."):
-                # `from pretrain.data import masks` names a module, `from pretrain.data.masks import draw` does not.
+                # `from pretrain.data import masks` names a module, `from pretrain.samples.masks import draw` does not.
                 below = [f"{node.module}.{alias.name}" for alias in node.names]
                 found = [
                     name if (ROOT / name.replace(".", "/")).with_suffix(".py").exists() else node.module or ""
@@ -66,8 +66,8 @@ def may_import(importer: str, imported: str) -> bool:
     if within(imported, own) and own != "pretrain":
         return True
     if own in ("pretrain.engine", "pretrain.plan"):
-        return within(imported, "pretrain") and not within(imported, "pretrain.cli")
-    exact = {"pretrain"} if own not in ("pretrain.cli", "pretrain", "finetune", "launch") else set()
+        return within(imported, "pretrain") and not within(imported, "pretrain.commands.program")
+    exact = {"pretrain"} if own not in ("pretrain.commands.program", "pretrain", "finetune", "launch") else set()
     return any(imported == name if name in exact else within(imported, name) for name in ALLOWED[own])
 
 
@@ -86,17 +86,17 @@ def test_imports_go_downwards(path: Path) -> None:
         ("pretrain.recipe.load", "pretrain.models.videomae", False),
         ("pretrain.recipe.load", "pretrain.runtime.storage", False),
         ("pretrain.data.stream", "pretrain.models.videomae", False),
-        ("pretrain.models.videomae", "pretrain.data.masks", False),
-        ("pretrain.objectives.videomae", "pretrain.data.masks", True),
+        ("pretrain.models.videomae", "pretrain.samples.masks", False),
+        ("pretrain.objectives.videomae", "pretrain.samples.masks", True),
         ("pretrain.objectives.videomae", "pretrain.data.stream", False),
-        ("pretrain.engine.train", "pretrain.cli", False),
-        ("pretrain.engine.train", "pretrain.data.stream", True),
-        ("pretrain.engine.train", "finetune.tasks", False),
-        ("pretrain.cli", "pretrain.engine.train", True),
-        ("pretrain.cli", "finetune", False),
+        ("pretrain.engine.loop", "pretrain.commands.program", False),
+        ("pretrain.engine.loop", "pretrain.data.stream", True),
+        ("pretrain.engine.loop", "finetune.tasks", False),
+        ("pretrain.commands.program", "pretrain.engine.loop", True),
+        ("pretrain.commands.program", "finetune", False),
         ("finetune.classification", "launch.pretrain", False),
         ("finetune.classification", "pretrain.models.videomae", True),
-        ("launch.pretrain", "pretrain.cli", True),
+        ("launch.pretrain", "pretrain.commands.program", True),
     ],
 )
 def test_the_rule_itself(importer: str, imported: str, allowed: bool) -> None:

@@ -11,7 +11,7 @@ from pretrain.errors import WeightsError
 from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.classifier_export import export_huggingface
 from pretrain.models.classifier_weights import load_pretrained
-from pretrain.models.export import export_official
+from pretrain.models.formats import export_official
 from pretrain.models.keep_rates import Reorganisation
 from pretrain.runtime.vision_ops import ensure_torchvision
 

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from finetune.adapters.attach import apply_tuning
 from finetune.adapters.config import Tune
-from pretrain.engine.optim import decays
+from pretrain.engine.optimiser import decays
 from pretrain.errors import RecipeError
 from pretrain.models import token_scores
 from pretrain.models.backbone import Prompts

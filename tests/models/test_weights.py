@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from pretrain.errors import WeightsError
-from pretrain.models.export import export_huggingface, export_official, export_safetensors, infer_config, mlp_ratio
+from pretrain.models.formats import export_huggingface, export_official, export_safetensors, infer_config, mlp_ratio
 from pretrain.models.huggingface import from_official, to_official
 from pretrain.models.videomae import Config, VideoMAE
 from pretrain.models.weights import load_weights, read_state

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.models.export import export_official
+from pretrain.models.formats import export_official
 from pretrain.models.videomae import Config, VideoMAE
 
 SIZES = {
@@ -29,7 +29,7 @@ from pretrain.models.videomae import Config, VideoMAE
 from pretrain.models.weights import load_weights
 from pretrain.objectives.videomae import MEAN, VideoMAEObjective
 from pretrain.errors import WeightsError
-from pretrain.models.export import plain_state
+from pretrain.models.formats import plain_state
 from tests_sizes import SIZES
 
 deepspeed.init_distributed("gloo")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.commands.pack import main
 from pretrain.data.index import load_index
-from pretrain.data.pack import screen
-from pretrain.data.pack.command import main
+from pretrain.data.pack import progress_report as screen
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["--preset", "ultrafast", "--workers", "0", "--check-reads", "2", "--check-decoders", "pyav"]
@@ -142,7 +142,7 @@ def test_missing_files_hint_at_data_root(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_runs_as_a_file_from_another_folder(tmp_path: Path) -> None:
-    for command in ([str(ROOT / "launch/pack.py")], ["-m", "pretrain.data.pack.command"]):
+    for command in ([str(ROOT / "launch/pack.py")], ["-m", "pretrain.commands.pack"]):
         environment = {"PYTHONPATH": str(ROOT)} if command[0] == "-m" else {}
         done = subprocess.run(
             [sys.executable, *command, "--help"], cwd=tmp_path, capture_output=True, text=True, env=environment

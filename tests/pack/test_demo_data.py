@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import camera_clips
-from pretrain.data.pack.probe import probe
+from pretrain.commands import camera_clips
+from pretrain.data.pack.media_probe import probe
 from pretrain.errors import DataError
 
 ACTIONS = Path(__file__).resolve().parents[1] / "assets" / "actions"

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from pretrain.data.decoders import open_video
+from pretrain.data.pack.discover import Item
 from pretrain.data.pack.encode import encode_video
+from pretrain.data.pack.media_probe import probe
 from pretrain.data.pack.options import Options
-from pretrain.data.pack.probe import probe
-from pretrain.data.pack.sample import Packed, Rejected, pack_item
-from pretrain.data.pack.sources import Item
+from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
 from pretrain.data.samples import stamps_of
 from pretrain.errors import SampleError

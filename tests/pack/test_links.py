@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import webdataset as wds
 
+from pretrain.commands.pack import main
 from pretrain.data.fetch import SampleReader
 from pretrain.data.index import load_index, load_members
-from pretrain.data.pack.command import main
 from pretrain.data.samples import label_of, parse_sample, video_bytes
 from pretrain.errors import SampleError
 

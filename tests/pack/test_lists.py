@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.data.pack.discover import gather
 from pretrain.data.pack.lists import ListLine, parse_list
-from pretrain.data.pack.sources import gather
 from pretrain.errors import RecipeError
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.pack.plan import Part, key_from, make_plan
-from pretrain.data.pack.sources import Item, gather
+from pretrain.data.pack.discover import Item, gather
+from pretrain.data.pack.pack_plan import Part, key_from, make_plan
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ import fsspec
 import pytest
 
 from pretrain.data.index import load_index, load_members
-from pretrain.data.pack import shards
+from pretrain.data.pack import shard_writer as shards
+from pretrain.data.pack.discover import gather, with_sizes
 from pretrain.data.pack.options import Options
-from pretrain.data.pack.plan import WHOLE, Part, make_plan
+from pretrain.data.pack.pack_plan import WHOLE, Part, make_plan
+from pretrain.data.pack.pack_run import Report, pack
 from pretrain.data.pack.pool import OrderedPool
-from pretrain.data.pack.run import Report, pack
 from pretrain.data.pack.scan import index_folder
-from pretrain.data.pack.sources import gather, with_sizes
 from pretrain.errors import DataError
 
 OPTIONS = Options(tune="fastdecode", preset="ultrafast", decoders=("pyav",), reads=2, shard_samples=3)
@@ -223,7 +223,7 @@ def test_index_of_foreign_shards_equals_our_own(packed: Path, tmp_path: Path) ->
 
 
 def test_second_process_on_the_same_part_is_refused(videos: Path, tmp_path: Path) -> None:
-    from pretrain.data.pack.run import _work_folder
+    from pretrain.data.pack.pack_run import _work_folder
 
     with _work_folder(str(tmp_path), WHOLE), pytest.raises(DataError, match="another process"):
         _run(videos, tmp_path)

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from finetune.classification.mixing import Mixing
 from finetune.classification.predictions import Predictions, scores
-from finetune.objectives.classification import ClassificationObjective, build, soft_cross_entropy
+from finetune.classification.task import ClassificationObjective, build, soft_cross_entropy
 from finetune.recipe import Augment, load_tune_recipe
-from pretrain.engine.optim import parameter_groups
+from pretrain.engine.optimiser import parameter_groups
 
 KINDS = ("videomae_v2_finetune",)
 

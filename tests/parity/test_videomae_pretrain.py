@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pretrain.data.masks import MaskPlan, running_cell_maps
 from pretrain.models.cubes import cut_cubes, take_tokens
 from pretrain.models.videomae import Config, VideoMAE
 from pretrain.models.weights import load_weights
 from pretrain.objectives.videomae import MEAN, STD, VideoMAEObjective, weighted_mean
+from pretrain.samples.masks import MaskPlan, running_cell_maps
 
 KINDS = ("videomae_v1_pretrain", "videomae_v2_pretrain", "videomae_v2_pretrain_cosattn")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data import sampling, transforms
+from pretrain.samples import sampling, transforms
 
 KINDS = ("videomae_sampling",)
 

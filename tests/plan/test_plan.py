@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from pretrain.commands.plan import main
-from pretrain.engine.memory import ModelSize, checkpoint_bytes, model_states
+from pretrain.engine.model_states import ModelSize, checkpoint_bytes, model_states
 from pretrain.errors import RecipeError
 from pretrain.plan.estimate import Planner
 from pretrain.plan.feeding import Supply
 from pretrain.plan.hardware import SHEETS, find_gpu
-from pretrain.plan.memory import Memory, memory_of
-from pretrain.plan.network import traffic_of
+from pretrain.plan.peak_memory import Memory, memory_of
 from pretrain.plan.trace import trace_step
+from pretrain.plan.traffic import traffic_of
 from pretrain.recipe.components import objective_file
 from pretrain.recipe.load import load_recipe
 

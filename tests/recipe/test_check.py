@@ -59,7 +59,7 @@ def test_batch_must_divide_over_the_launched_ranks(monkeypatch: pytest.MonkeyPat
 
 def test_model_of_another_kind() -> None:
     recipe = load_recipe("demo")
-    recipe.model = load_component("models", "classifier").Config()
+    recipe.model = load_component("model", "classifier", "pretrain.models.{}").Config()
     assert any("model.name=classifier: does not reconstruct" in problem for problem in check_recipe(recipe))
 
 

@@ -11,8 +11,8 @@ import yaml
 
 import pretrain.models
 import pretrain.objectives
-from pretrain.cli import main
-from pretrain.engine.dry_run import dry_run
+from pretrain.commands.program import main
+from pretrain.plan.dry_run import dry_run
 from pretrain.recipe import manual
 from pretrain.recipe.check import check_recipe
 from pretrain.recipe.components import component_names, load_component
@@ -81,7 +81,7 @@ def extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]
 def batch_of(recipe) -> dict[str, torch.Tensor]:
     """A micro-batch as a data worker makes it: a bright square that moves, and what the method draws for a view."""
     data = recipe.data
-    draw = load_component("objectives", recipe.objective.name).view_tensors(recipe)
+    draw = objective_file(recipe).view_tensors(recipe)
     drawn = [draw(lambda purpose, i=i: np.random.default_rng([i, len(purpose)])) for i in range(recipe.batch.micro)]
     video = torch.zeros(recipe.batch.micro, data.frames, data.height, data.width, 3, dtype=torch.uint8)
     for frame in range(data.frames):
@@ -102,7 +102,7 @@ def test_new_method_and_backbone_are_found_shown_and_learn(
     assert "MMAC" in capsys.readouterr().out
 
     torch.manual_seed(0)
-    objective = load_component("objectives", "motion").build(recipe)
+    objective = load_component("objective", "motion", "pretrain.objectives.{}").build(recipe)
     optimizer, batch = torch.optim.AdamW(objective.parameters(), 3e-3), batch_of(recipe)
     losses = []
     for _ in range(150):

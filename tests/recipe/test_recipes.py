@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pretrain.engine.dry_run import dry_run
+from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.files import RECIPES, recipe_names
 from pretrain.recipe.load import load_recipe

@@ -33,7 +33,9 @@ def test_every_key_is_printed_with_its_meaning() -> None:
 def test_every_field_of_the_schema_is_documented() -> None:
     sections = [section for section in field_types(Recipe).values() if dataclasses.is_dataclass(section)]
     components = [
-        load_component(kind, name).Config for kind in ("models", "objectives") for name in component_names(kind)
+        load_component("", name, pattern).Config
+        for pattern in ("pretrain.models.{}", "pretrain.objectives.{}")
+        for name in component_names(pattern)
     ]
     assert components
     for section in [*sections, Source, *components]:

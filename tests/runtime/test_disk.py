@@ -79,7 +79,7 @@ def test_a_run_folder_without_permission_is_one_line(tmp_path: Path) -> None:
         "import torch, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from pathlib import Path\n"
-        "from pretrain.engine.folder import open_folder\n"
+        "from pretrain.runtime.run_folder import open_folder\n"
         "from pretrain.errors import TrainingError\n"
         "from pretrain.recipe.schema import Recipe, Run\n"
         "from pretrain.runtime.process_group import Ranks\n"

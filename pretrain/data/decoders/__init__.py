@@ -13,7 +13,7 @@ from typing import Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.boxes import Boxes, cut, whole
+from pretrain.data.decoders.crops import Boxes, cut, whole
 from pretrain.errors import DataError, SampleError
 
 Decoder = Literal["decord", "pyav", "torchcodec"]

@@ -12,8 +12,8 @@ import decord
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.boxes import Boxes
 from pretrain.data.decoders import VideoReader, cut_all
+from pretrain.data.decoders.crops import Boxes
 from pretrain.errors import SampleError
 
 decord.logging.set_level(decord.logging.FATAL)

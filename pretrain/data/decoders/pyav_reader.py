@@ -17,8 +17,8 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.boxes import Boxes
 from pretrain.data.decoders import VideoReader
+from pretrain.data.decoders.crops import Boxes
 from pretrain.data.decoders.nal_units import is_reference, length_bytes
 from pretrain.data.decoders.rgb import RGBConverter
 from pretrain.errors import SampleError

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import VideoReformatter
 
-from pretrain.data.boxes import Box, Boxes, cut, hull
+from pretrain.data.decoders.crops import Box, Boxes, cut, hull
 from pretrain.errors import SampleError
 
 #: Filters that turn a frame upright, by the display matrix's rotation in degrees counter-clockwise.

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torchcodec.decoders
 
-from pretrain.data.boxes import Boxes
 from pretrain.data.decoders import VideoReader, cut_all
+from pretrain.data.decoders.crops import Boxes
 from pretrain.errors import SampleError
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from pretrain.data.pack.media_probe import Facts, codec_name, video_stream
 from pretrain.data.pack.options import ENCODERS, Options
-from pretrain.data.pack.probe import Facts, codec_name, video_stream
 from pretrain.data.pack.scheduling import leave_real_time
 from pretrain.data.pack.sound import MP4_AUDIO, Sound
 from pretrain.errors import SampleError

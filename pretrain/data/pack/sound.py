@@ -3,7 +3,7 @@
 from fractions import Fraction
 from typing import Any
 
-from pretrain.data.pack.probe import codec_name
+from pretrain.data.pack.media_probe import codec_name
 
 #: Sound codecs that an mp4 file can hold as they are; others become AAC.
 MP4_AUDIO = frozenset({"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"})

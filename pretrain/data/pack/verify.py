@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.pack.encode import Losses, decode
-from pretrain.data.pack.probe import video_stream
+from pretrain.data.pack.media_probe import video_stream
 from pretrain.data.randomness import generator
 from pretrain.errors import SampleError
 

@@ -1,0 +1,170 @@
+"""What a fine-tuned model makes of one video file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from finetune.classification.fine_tuned import FineTuned, label_map
+from finetune.classification.graphs import read_graph
+from finetune.classification.labels import LabelMap, Task, read_names
+from finetune.classification.predictions import Predictions
+from finetune.classification.views import EvaluationViews, SourceRules
+from pretrain.errors import DataError, SampleError
+from pretrain.recipe.schema import Data
+from pretrain.runtime import storage
+from pretrain.runtime.pictures import SHEET_FRAMES, contact_sheet
+from pretrain.samples.transforms import Clip
+
+#: Views in one forward pass.
+MICRO = 4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One video's result.
+
+    Attributes:
+        values: probability of each class, float [K]; values of a regression.
+        views: what the model was given, uint8 [V, T, H, W, 3].
+    """
+
+    values: npt.NDArray[Any]
+    views: Clip
+
+    def top(self, count: int) -> list[int]:
+        """Classes with the highest values, best first."""
+        return np.argsort(-self.values, kind="stable")[:count].tolist()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model that judges clips, whatever it was read from.
+
+    Attributes:
+        logits: float32 [V, K] of clips uint8 [V, T, H, W, 3].
+        names: class names in order.
+        rules: how frames are chosen and resized.
+        size: frames, height and width of a clip.
+        task: what the logits mean.
+        average: what the mean over views is taken of.
+        decoder: library that decodes.
+        source: where it was read from.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    names: list[str]
+    rules: SourceRules
+    size: tuple[int, int, int]
+    task: Task
+    average: Literal["probabilities", "logits"]
+    decoder: str
+    source: str
+
+
+def judge_of(tuned: FineTuned) -> Judge:
+    """A fine-tuned model as a judge, on the accelerator where there is one; frames by its recipe's first source."""
+    recipe = tuned.recipe
+    data, source = recipe.data, next(iter(recipe.data.sources.values()))
+    rules = SourceRules(
+        label_map(tuned), source.sampling, source.stride or data.stride, False, source.short_side or data.height
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    objective = tuned.objective.to(device)
+    return Judge(
+        lambda clips: objective.predict(clips.to(device)).cpu(),
+        tuned.names,
+        rules,
+        (data.frames, data.height, data.width),
+        recipe.objective.task,
+        recipe.evaluate.average,
+        data.decoder,
+        str(tuned.source),
+    )
+
+
+def judge_of_graph(path: Path) -> Judge:
+    """A .onnx or .pt2 file of launch/export.py as a judge.
+
+    Raises:
+        WeightsError: not such a file.
+    """
+    graph = read_graph(path)
+    facts = graph.facts
+    rules = SourceRules(
+        LabelMap(len(facts["classes"]), tuple(facts["classes"]), facts["task"]),
+        facts["sampling"],
+        facts["stride"],
+        False,
+        facts["short_side"],
+    )
+    frames, height, width = facts["clip"]
+    size = (frames, height, width)
+    return Judge(
+        graph.logits, facts["classes"], rules, size, facts["task"], facts["average"], Data().decoder, str(path)
+    )
+
+
+def with_names(judge: Judge, path: str) -> Judge:
+    """The same model with the class names of a file.
+
+    Raises:
+        DataError: not as many names as classes, or no such file.
+    """
+    names = list(read_names(path))
+    if len(names) != len(judge.names):
+        raise DataError(f"{path}: {len(names)} names, but the model has {len(judge.names)} classes")
+    return replace(judge, names=names)
+
+
+def predict_video(judge: Judge, video: str, clips: int = 1, crops: int = 1, decoder: str | None = None) -> Prediction:
+    """Judge a video as the run's validation does, or with more views as its test does.
+
+    Args:
+        judge: the model.
+        video: file, any fsspec URL.
+        clips: clips in time.
+        crops: crops along the long side.
+        decoder: library that decodes; None: the model's.
+
+    Raises:
+        DataError: the file is no video that can be read, or the decoder is not installed.
+        StorageError: there is no such file.
+    """
+    make = EvaluationViews(*judge.size, decoder or judge.decoder, clips, crops, validation=clips * crops == 1)
+    content = storage.read_bytes(video)
+    try:
+        views = make(content, judge.rules)
+    except SampleError as error:
+        raise DataError(f"{video}: can't be read as a video ({error})") from error
+    logits = torch.cat([judge.logits(part) for part in torch.from_numpy(views).split(MICRO)]).numpy()
+    predictions = Predictions(judge.task, judge.names, [video], np.zeros(1), logits[None], average=judge.average)
+    return Prediction(predictions.merged[0], views)
+
+
+def save_frames(prediction: Prediction, caption: str, path: Path) -> None:
+    """Draw all frames that the model was given, a view below the other, `caption` above the first.
+
+    Raises:
+        DataError: the picture can't be written there.
+    """
+    from PIL import Image
+
+    frames = prediction.views.shape[1]
+    width = max(size for size in range(1, SHEET_FRAMES + 1) if frames % size == 0)
+    rows = {
+        f"view {number + 1}, frames {first + 1}-{first + width}": view[None, first : first + width]
+        for number, view in enumerate(prediction.views)
+        for first in range(0, frames, width)
+    }
+    titled = {(f"{caption}: {name}" if row == 0 else name): video for row, (name, video) in enumerate(rows.items())}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(contact_sheet(titled)).save(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the picture can't be written ({error})") from error

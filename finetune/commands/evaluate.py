@@ -1,0 +1,185 @@
+"""Command line of launch/evaluate.py: frozen evaluation of pre-trained weights."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.recipe import TuneRecipe
+from pretrain.commands import program as cli
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("knn", "linear", "attentive", "few-shot", "features", "windows")
+
+EXAMPLES = """\
+examples (the recipe says model, clip size and labelled data; the network stays frozen):
+  python launch/evaluate.py --recipe vit_b_k400 --method knn run.init_weights=runs/vit_b_dual
+      nearest neighbours among the training videos' features; no training
+  python launch/evaluate.py --recipe vit_b_k400 --method attentive run.init_weights=model.pth
+      a grid of attentive heads over the tokens, trained in one pass; linear: over pooled features
+  python launch/evaluate.py --recipe vit_b_k400 --method few-shot --shots 1,5,10 run.init_weights=model.pth
+      nearest class mean of k videos a class, mean and spread of 5 draws
+  python launch/evaluate.py --recipe vit_b_k400 --method features --tokens run.init_weights=model.pth
+      pooled features, or of all tokens, to runs/<name>/features/*.npz
+  python launch/evaluate.py --recipe vit_b_k400 --method features --shards run.init_weights=model.pth
+      the same to runs/<name>/features/{train,held_out}/*.tar, which webdataset reads: one .npy and .json a video
+  python launch/evaluate.py --recipe vit_g_k710 --method windows --step 4 run.init_weights=model.pth
+      sliding windows over whole test videos, one .npy each, as published for temporal detection
+
+exit codes: 0 done, 1 failed, 2 wrong recipe or usage
+guide: docs/finetuning.md
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return cli.main(argv, PROGRAM)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=METHODS, default="knn", help="what to do with the features (default knn)")
+    parser.add_argument("--shots", type=_numbers, default=[1, 5, 10], metavar="1,5,10", help="few-shot: videos a class")
+    parser.add_argument("--epochs", type=int, default=50, help="linear, attentive: passes over the features")
+    parser.add_argument("--tokens", action="store_true", help="features: of all tokens instead of pooled")
+    parser.add_argument(
+        "--shards", action="store_true", help="features, windows: WebDataset shards instead of .npz and .npy files"
+    )
+    parser.add_argument("--step", type=int, default=16, help="windows: frames between two of them")
+
+
+def _numbers(text: str) -> list[int]:
+    """`1,5,10`: one word, because the words behind it are the recipe's."""
+    numbers = [int(number) for number in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError("at least one video a class")
+    return numbers
+
+
+def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:
+    from pretrain.engine.deepspeed_config import DTYPES
+    from pretrain.recipe.components import objective_file
+    from pretrain.runtime.logging import set_up_logging
+    from pretrain.runtime.process_group import join, leave
+    from pretrain.runtime.seeds import seed_everything
+    from pretrain.trained.load_run import read_weights
+
+    ranks = join()
+    try:
+        folder = Path(recipe.run.dir).absolute()
+        set_up_logging(ranks.rank, folder / "logs")
+        seed_everything(recipe.run.seed)
+        objective = objective_file(recipe).build(recipe)
+        if recipe.run.init_weights:
+            weights = recipe.run.init_weights
+            objective.load_pretrained(weights, read_weights(weights, recipe.run.init_averaged))
+        objective = objective.to(device=ranks.device, dtype=DTYPES[recipe.compute.dtype]).eval()
+        result = _evaluate(objective, recipe, arguments, ranks, folder)
+        if ranks.first and result:
+            path = folder / "frozen" / f"{arguments.method}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            logger.info("%s", path)
+        return 0
+    finally:
+        leave(ranks)
+
+
+def _evaluate(
+    objective: Any, recipe: TuneRecipe, arguments: argparse.Namespace, ranks: Any, folder: Path
+) -> dict[str, Any]:
+    from finetune.probe.features import extract, held_out_sets, training_sets
+
+    if arguments.method == "windows":
+        return _windows(objective, recipe, arguments, ranks, folder)
+    kind: Any = "tokens" if arguments.method == "attentive" or arguments.tokens else "pooled"
+    if arguments.method == "features" and arguments.shards:
+        return _feature_shards(objective, recipe, kind, ranks, folder / "features")
+    train = extract(objective, recipe, ranks, training_sets(recipe), kind)
+    held_out = extract(objective, recipe, ranks, held_out_sets(recipe), kind)
+    if not ranks.first:
+        return {}
+    logger.info("%d training and %d held-out videos, chance %.2f %%",
+                len(train.keys), len(held_out.keys), 100 / len(train.names))  # fmt: skip
+    if arguments.method == "features":
+        for name, features in (("train", train), ("held_out", held_out)):
+            features.save(folder / "features" / f"{name}.npz")
+        logger.info("features in %s", folder / "features")
+        return {}
+    return _score(train, held_out, arguments, recipe.run.seed, ranks.device)
+
+
+def _feature_shards(objective: Any, recipe: TuneRecipe, kind: Any, ranks: Any, folder: Path) -> dict[str, Any]:
+    from finetune.probe.feature_shards import write_shards
+    from finetune.probe.features import held_out_sets, rows, training_sets
+
+    result: dict[str, Any] = {}
+    for name, sets in (("train", training_sets(recipe)), ("held_out", held_out_sets(recipe))):
+        result[name] = write_shards(folder / name, ranks, rows(objective, recipe, ranks, sets, kind))
+        logger.info("%s features of %d videos in %s", kind, result[name], folder / name)
+    return result
+
+
+def _score(train: Any, held_out: Any, arguments: argparse.Namespace, seed: int, device: Any) -> dict[str, Any]:
+    from finetune.probe.few_shot import few_shot
+    from finetune.probe.heads import train_heads
+    from pretrain.metrics.neighbours import accuracy, knn_scores
+
+    result: dict[str, Any] = {"videos": len(held_out.keys), "chance": 100 / len(train.names)}
+    if arguments.method == "knn":
+        votes = knn_scores(train.values, train.targets, held_out.values, len(train.names))
+        result |= {"top1": accuracy(votes, held_out.targets), "top5": accuracy(votes, held_out.targets, 5)}
+        logger.info("20 nearest neighbours: top1 %.2f, top5 %.2f", result["top1"], result["top5"])
+    elif arguments.method == "few-shot":
+        for shots in arguments.shots:
+            mean, spread = few_shot(train, held_out, shots, seed=seed)
+            result[f"{shots} a class"] = {"top1": mean, "deviation": spread}
+            logger.info("%d a class: top1 %.2f +- %.2f", shots, mean, spread)
+    else:
+        points = train_heads(train, held_out, arguments.method, arguments.epochs, seed=seed, device=device)
+        result["grid"] = [vars(point) for point in points]
+        result |= {"top1": points[0].top1, "top5": points[0].top5}
+        for point in points:
+            logger.info("lr %.0e, wd %.0e: top1 %.2f, top5 %.2f", point.rate, point.decay, point.top1, point.top5)
+    return result
+
+
+def _windows(
+    objective: Any, recipe: TuneRecipe, arguments: argparse.Namespace, ranks: Any, folder: Path
+) -> dict[str, Any]:
+    """One .npy a test video, or shards; ranks share the videos."""
+    from finetune.probe.feature_shards import write_shards
+    from finetune.probe.features import held_out_sets
+    from finetune.probe.windows import window_rows
+
+    rows = window_rows(objective.model, recipe, ranks, held_out_sets(recipe), arguments.step)
+    if arguments.shards:
+        written = write_shards(folder / "windows" / "shards", ranks, rows)
+    else:
+        written = 0
+        for row in rows:
+            path = folder / "windows" / f"{row.key}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, row.features)
+            written += 1
+    logger.info("windows of %d videos in %s", written, folder / "windows")
+    return {"videos": written, "step": arguments.step}
+
+
+PROGRAM = cli.Program(
+    name="evaluate.py",
+    description="Measure the features of a frozen network on labelled videos, or write them.",
+    epilog=EXAMPLES,
+    schema=TuneRecipe,
+    run=_run,
+    add_options=_add_options,
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Command line of launch/finetune.py: pre-training's, and testing."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.recipe import TuneRecipe
+from pretrain.commands import program as cli
+
+EXAMPLES = """\
+examples:
+  deepspeed launch/finetune.py --recipe vit_b_k400 run.init_weights=vit_b_hybrid_pt_800e.pth
+      fine-tune on every accelerator of this machine, then test; the same command again continues where it stopped
+  python launch/finetune.py --recipe ./mine.yaml run.init_weights=runs/mine/checkpoints/step_00012000
+      one process; start from a checkpoint of launch/pretrain.py
+  deepspeed launch/finetune.py --recipe vit_b_k400 --test best evaluate.clips=10
+      test the best checkpoint of a run again, with more clips
+  python launch/finetune.py --rescore runs/vit_b_k400/predictions/step_00090000
+      accuracy, per-class table and confusion matrix from stored predictions, without the model
+  python launch/finetune.py --compare runs/vit_b_k400 runs/scratch
+      tested runs side by side: what was trained, accuracy, chance
+
+exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 75 stopped on purpose: start the same command again
+guide: docs/finetuning.md
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--rescore" in words or "--compare" in words:
+        return _read_only(words)
+    return cli.main(words, PROGRAM)
+
+
+def _read_only(words: list[str]) -> int:
+    """What is done with finished tests; it needs neither recipe nor model."""
+    from finetune.classification.testing import rescore
+    from finetune.commands.compare import compare
+    from pretrain.errors import TubeletError
+
+    parser = argparse.ArgumentParser(prog="finetune.py", description="Score or compare what was tested.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--rescore", metavar="FOLDER", type=Path, help="folder with predictions.json")
+    what.add_argument("--compare", metavar="RUN", type=Path, nargs="+", help="folders of tested runs")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(words)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if arguments.rescore:
+            rescore(arguments.rescore)
+        else:
+            print("\n".join(compare(arguments.compare)))
+    except TubeletError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--test",
+        metavar="last|best|PATH",
+        help="test this checkpoint of the run (clips x crops) without training",
+    )
+    parser.add_argument("--rescore", metavar="FOLDER", help="score stored predictions again; needs no recipe")
+    parser.add_argument("--compare", metavar="RUN", nargs="+", help="tested runs side by side; needs no recipe")
+
+
+def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:
+    """Train, then test; or test only. One process group serves both."""
+    from finetune.classification.testing import run_test
+    from pretrain.engine.loop import train
+    from pretrain.runtime.logging import set_up_logging
+    from pretrain.runtime.process_group import join, leave
+
+    ranks = join()
+    try:
+        if arguments.test is not None:
+            set_up_logging(ranks.rank, Path(recipe.run.dir).absolute() / "logs")
+            run_test(recipe, ranks, arguments.test)
+            return 0
+        code = train(recipe, resume=arguments.resume)
+        if code != 0 or not _tests(recipe):
+            return code
+        run_test(recipe, ranks, recipe.evaluate.test)
+        return 0
+    finally:
+        leave(ranks)
+
+
+def _tests(recipe: TuneRecipe) -> bool:
+    """Whether there is something to test, and the run went to its end."""
+    stopped_early = recipe.schedule.max_steps is not None
+    held_out = any(source.test or source.val for source in recipe.data.sources.values())
+    return recipe.evaluate.test != "none" and held_out and not stopped_early
+
+
+PROGRAM = cli.Program(
+    name="finetune.py",
+    description="Fine-tune a pre-trained video model as a recipe says, and test it.",
+    epilog=EXAMPLES,
+    schema=TuneRecipe,
+    run=_run,
+    add_options=_add_options,
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The command line of launch/pack.py."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from pretrain.commands.pack_arguments import make_parser
+from pretrain.data.pack.discover import Item, gather, with_sizes
+from pretrain.data.pack.options import Options
+from pretrain.data.pack.pack_plan import Part, Plan, make_plan
+from pretrain.data.pack.pack_run import Report, pack
+from pretrain.data.pack.progress_report import progress_bar, report_text
+from pretrain.errors import RecipeError, TubeletError
+
+DONE, FAILED, USAGE = 0, 1, 2
+SHOWN_PROBLEMS = 50
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        if args.index_only:
+            return _index(args.paths)
+        if args.check:
+            return _check(args.paths, args.workers, None if args.hashes_only else args.check_decoders)
+        if args.merge:
+            return _merge(args.paths)
+        return _link(args) if args.in_place else _pack(args)
+    except RecipeError as error:
+        for problem in error.problems[:SHOWN_PROBLEMS]:
+            _say(f"pack: {problem}")
+        hidden = len(error.problems) - SHOWN_PROBLEMS
+        if hidden > 0:
+            _say(f"pack: ... and {hidden} more; nothing was packed")
+        return USAGE
+    except TubeletError as error:
+        _say(f"pack: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        _say("pack: interrupted; the same command continues after the last finished shard")
+        return FAILED
+
+
+def _pack(args: argparse.Namespace) -> int:
+    if len(args.paths) < 2:
+        raise RecipeError("give at least one SOURCE and a DEST (see --help)")
+    *sources, dest = args.paths
+    options, part = _options(args), args.part
+    if args.overwrite and part.count > 1:
+        raise RecipeError("--overwrite with --part would delete what the other parts write; empty DEST first")
+    plan = _plan(args, sources, part)
+    _say(f"pack: {len(plan.items)} videos found" + (f", {len(plan.part(part))} in this part" if part.count > 1 else ""))
+    with progress_bar(len(plan.part(part))) as progress:
+        report = pack(plan, dest, options, part, args.workers, args.overwrite, progress)
+    _say(report_text(report, dest))
+    return DONE
+
+
+def _link(args: argparse.Namespace) -> int:
+    from pretrain.data.pack.linked_shards import write_links
+
+    if len(args.paths) < 2:
+        raise RecipeError("give at least one SOURCE and a DEST (see --help)")
+    *sources, dest = args.paths
+    plan = _plan(args, sources, args.part)
+    index = write_links(with_sizes(list(plan.items)), dest)
+    _say(f"pack: {dest}: {index.samples} videos stay where they are, fingerprint {index.fingerprint}")
+    return DONE
+
+
+def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
+    items = gather(sources, args.data_root, args.list_format, "none" if args.no_labels else "auto")
+    items = [item for item in items if _selected(item, args.where)]
+    if not items:
+        raise RecipeError(f"{', '.join(sources)}: no video found" + (" that --where selects" if args.where else ""))
+    return make_plan(with_sizes(items) if part.count > 1 else items, shuffle=args.order == "shuffled")
+
+
+def _selected(item: Item, conditions: list[tuple[str, str]]) -> bool:
+    columns = {"label": item.label, **item.meta}
+    return all(str(columns.get(column)) in values.split(",") for column, values in conditions)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    problems = []
+    if args.copy and args.fps:
+        problems.append("--copy keeps the time stamps, --fps changes them: choose one")
+    if args.codec == "av1" and "decord" in args.check_decoders:
+        problems.append("decord can't decode AV1: add --check-decoders pyav, and train with data.decoder=pyav")
+    if args.codec == "h264" and args.grid > 1 and (args.grid > 17 or args.gop % args.grid):
+        problems.append(
+            f"--grid {args.grid} with --gop {args.gop}: the grid may be 2 to 17 frames and must divide the key-frame "
+            "distance; --grid 0 leaves the choice to the encoder"
+        )
+    if problems:
+        raise RecipeError(problems)
+    return Options(
+        copy=args.copy,
+        short_side=args.short_side or None,
+        fps=args.fps,
+        gop=args.gop,
+        grid=args.grid,
+        codec=args.codec,
+        crf=args.crf,
+        preset=args.preset,
+        tune=_tune(args.tune, args.codec),
+        audio=args.audio == "keep",
+        image_fps=args.image_fps,
+        min_frames=args.min_frames,
+        decoders=args.check_decoders,
+        reads=args.check_reads,
+        shard_bytes=int(args.shard_mb * 1e6),
+        shard_samples=args.shard_samples,
+    )
+
+
+def _tune(asked: str | None, codec: str) -> str | None:
+    tune = asked or ("fastdecode" if codec == "h264" else "none")
+    return None if tune == "none" else tune
+
+
+def _index(urls: list[str]) -> int:
+    from pretrain.data.pack.scan import index_folder
+
+    for url in urls:
+        index, notes = index_folder(url)
+        for note in notes:
+            _say(f"pack: {note}")
+        _say(f"pack: {url}: {len(index.shards)} shards, {index.samples} samples, fingerprint {index.fingerprint}")
+    return DONE
+
+
+def _check(urls: list[str], workers: int, decoders: tuple[str, ...] | None) -> int:
+    from pretrain.data.pack.check_shards import check_folder
+
+    problems = 0
+    for url in urls:
+        for problem in check_folder(url, workers, decoders):
+            _say(f"pack: {problem}")
+            problems += 1
+    _say(f"pack: {problems} problems found" if problems else "pack: everything verifies")
+    return FAILED if problems else DONE
+
+
+def _merge(urls: list[str]) -> int:
+    from pretrain.data.pack.shard_writer import count_parts, merge
+
+    for url in urls:
+        merged = merge(url, count_parts(url), require=True)
+        assert merged is not None
+        index, rejected = merged
+        _say(report_text(Report(index, rejected, index.samples, 0), url))
+    return DONE
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The arguments of launch/pack.py and their help."""
+
+import argparse
+import os
+from fractions import Fraction
+
+from pretrain.data.pack.options import ENCODERS
+from pretrain.data.pack.pack_plan import WHOLE, Part
+
+DESCRIPTION = """\
+Pack videos into tar shards with an index, ready for training.
+
+  pack.py SOURCE [SOURCE ...] DEST    pack
+  pack.py --index-only URL [URL ...]  index WebDataset shards that are already there, in place
+  pack.py --in-place SOURCE [SOURCE ...] DEST
+                                      pack nothing: small shards that name the video files where they lie
+  pack.py --check URL [URL ...]       verify hashes, member tables, and that every video decodes
+  pack.py --merge URL                 write the index of a job array whose parts are all done
+
+SOURCE  a folder, searched at any depth (a video's folder is its label; a folder of pictures is one video),
+        a video file,
+        a list file of the official VideoMAE repositories (see --list-format),
+        or a csv/jsonl manifest with a column `path` and optionally label, key, start, frames, and your own.
+DEST    folder for the shards. Both may be local paths or fsspec URLs (s3://, gs://, az://, memory://, ...).
+
+Every video is probed, encoded anew (or kept, --copy), decoded once in full, and read at random with the training
+decoders: what they would not read frame by frame exactly is encoded anew even with --copy. What can't be used is left
+out and listed with the reason in DEST/rejected.jsonl. Run the same command again after any interruption: finished
+shards are kept, and the result is byte for byte what an uninterrupted run writes.
+"""
+
+EPILOG = """\
+examples:
+  python launch/pack.py videos/ shards/                                     folders videos/<class>/*.mp4
+  python launch/pack.py train.csv s3://bucket/k400/train --data-root /data/k400 --audio keep
+  python launch/pack.py clips.csv shards/train --where split=train --short-side 128
+  python launch/pack.py videos/ shards/ --part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+  python launch/pack.py --check s3://bucket/k400/train
+
+exit code: 0 done (rejected videos are reported, not an error), 1 failed or --check found problems, 2 wrong usage
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; every option's help states unit and default."""
+    parser = argparse.ArgumentParser(
+        "pack.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="SOURCE ... DEST, or URLs with a mode below")
+    modes = parser.add_argument_group("modes").add_mutually_exclusive_group()
+    modes.add_argument("--index-only", action="store_true", help="index shards in place")
+    modes.add_argument("--in-place", action="store_true", help="index video files in place: shards of links to them")
+    modes.add_argument("--check", action="store_true", help="verify shards; lists all problems")
+    modes.add_argument("--merge", action="store_true", help="write the index of a finished job array")
+    _add_source_options(parser.add_argument_group("what to pack"))
+    _add_video_options(parser.add_argument_group("video"))
+    _add_check_options(parser.add_argument_group("checks"))
+    _add_run_options(parser.add_argument_group("shards and work"))
+    return parser
+
+
+def _add_source_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--data-root",
+        default="",
+        metavar="URL",
+        help="folder that relative paths in lists start at (default: the list file's own folder)",
+    )
+    group.add_argument(
+        "--list-format",
+        default="auto",
+        choices=("auto", "v1", "v2", "frames"),
+        help=(
+            "columns of an official list: v1 `path label`; v2 `path 0 -1` or `folder start total`; frames "
+            "`folder total label`; auto (default) asks where a line could be two of them"
+        ),
+    )
+    group.add_argument(
+        "--where",
+        type=_condition,
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE[,VALUE]",
+        help="only manifest rows with one of these values; may be repeated, and then all must hold",
+    )
+    group.add_argument("--no-labels", action="store_true", help="do not take folder names as labels")
+    group.add_argument(
+        "--order",
+        default="shuffled",
+        choices=("shuffled", "given"),
+        help="order in the shards: shuffled (default) mixes classes, the same way every time",
+    )
+
+
+def _add_video_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--copy", action="store_true", help="keep the original stream unless it can't be read exactly")
+    group.add_argument(
+        "--short-side",
+        type=_whole,
+        default=320,
+        metavar="PIXELS",
+        help="short side, never enlarged; 0 keeps all (default 320)",
+    )
+    group.add_argument(
+        "--fps",
+        type=_rate,
+        metavar="RATE",
+        help="constant frame rate, e.g. 25 or 30000/1001 (default: keep the original time stamps, variable ones too)",
+    )
+    group.add_argument(
+        "--gop",
+        type=_positive,
+        default=32,
+        metavar="FRAMES",
+        help="frames from one key frame to the "
+        "next: shorter decodes faster at random and takes more bytes (default 32)",
+    )
+    group.add_argument(
+        "--grid",
+        type=_whole,
+        default=4,
+        metavar="FRAMES",
+        help="H.264: frames from one reference frame to the next; those between can be left out undecoded, so a "
+        "multiple of it as stride decodes fastest; 0 as the encoder likes (default 4)",
+    )
+    group.add_argument("--codec", default="h264", choices=tuple(ENCODERS), help="default h264")
+    defaults = ", ".join(f"{codec} {one.crf}" for codec, one in ENCODERS.items())
+    group.add_argument("--crf", type=_whole, metavar="N", help=f"quality, lower is better (default: {defaults})")
+    group.add_argument("--preset", help="the encoder's preset: slower is smaller (default: medium, av1 8, vp9 4)")
+    group.add_argument(
+        "--tune",
+        help="the encoder's tune, or none; fastdecode makes reading a third to a half faster and files 10 to 15 %% "
+        "larger (default: fastdecode for h264, else none)",
+    )
+    group.add_argument("--audio", default="drop", choices=("drop", "keep"), help="default drop")
+    group.add_argument(
+        "--image-fps", type=_rate, default=Fraction(24), metavar="RATE", help="frame rate of frame folders (default 24)"
+    )
+    group.add_argument("--min-frames", type=_positive, default=1, metavar="N", help="reject shorter videos (default 1)")
+
+
+def _add_check_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--check-decoders",
+        type=_names,
+        default=("decord", "pyav"),
+        metavar="NAMES",
+        help="decoders that must read random frames exactly: decord, pyav, torchcodec, separated by "
+        "commas, or none (default decord,pyav)",
+    )
+    group.add_argument(
+        "--check-reads",
+        type=_whole,
+        default=6,
+        metavar="N",
+        help="random frames compared, for each video and decoder (default 6)",
+    )
+    group.add_argument("--hashes-only", action="store_true", help="with --check: do not decode, compare hashes only")
+
+
+def _add_run_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--shard-mb",
+        type=float,
+        default=512.0,
+        metavar="MB",
+        help="size at which a shard is closed, in millions of bytes (default 512)",
+    )
+    group.add_argument("--shard-samples", type=_positive, metavar="N", help="samples at which a shard is closed")
+    group.add_argument(
+        "--part",
+        type=_part,
+        default=WHOLE,
+        metavar="I/N",
+        help="pack part I (from 0) of N, each its own process or job; the last one to finish writes the index",
+    )
+    group.add_argument(
+        "--workers",
+        type=_whole,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="encoding processes, one core each; 0 works in this process (default: the cores, %(default)s)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="delete shards of an earlier packing in DEST first")
+    group.add_argument("--verbose", action="store_true", help="one line for each rejected or re-encoded video")
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: 1 or more")
+    return value
+
+
+def _rate(text: str) -> Fraction:
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no frame rate; e.g. 25, 29.97 or 30000/1001") from error
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: more than 0")
+    return value.limit_denominator(100_000)
+
+
+def _part(text: str) -> Part:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1, e.g. 0/8")
+    return Part(int(index), int(count))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name and name != "none")
+    unknown = sorted(set(names) - {"decord", "pyav", "torchcodec"})
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; allowed: decord, pyav, torchcodec, none")
+    return names
+
+
+def _condition(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not equals or not column:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected COLUMN=VALUE[,VALUE]")
+    return column, value

@@ -1,0 +1,210 @@
+"""Command line of launch/pretrain.py: a recipe, `key=value` overrides, and what to do with them."""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pretrain.errors import RecipeError, TubeletError
+from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.recipe.files import recipe_names
+from pretrain.recipe.load import read_recipe
+from pretrain.recipe.schema import Recipe
+from pretrain.runtime.disk import advice, of_a_disk
+from pretrain.runtime.orphans import die_with_launcher
+
+if TYPE_CHECKING:
+    from pretrain.plan.dry_run import Section
+
+EXAMPLES = """\
+examples:
+  deepspeed launch/pretrain.py --recipe vit_b_dual
+      train on every accelerator of this machine; the same command again continues where the run stopped
+  deepspeed launch/pretrain.py --recipe vit_b_dual data.root=s3://bucket/video batch.micro=16 run.name=first
+      read shards from elsewhere, smaller forward passes, another run folder (runs/first)
+  python launch/pretrain.py --recipe vit_g_dual --dry-run
+      parameters, cost, batch, learning rate, schedule, data and memory; no accelerator needed
+  python launch/pretrain.py --recipe ./mine.yaml --print
+      the resolved recipe, each key with its meaning and unit; itself a recipe
+
+exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 75 stopped on purpose: start the same command again
+recipes and keys: docs/recipes.md
+"""
+
+OPTIONS = ("--recipe", "--print", "--check", "--dry-run", "--resume", "--help")
+
+
+def _train(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from pretrain.engine.loop import train
+
+    return train(recipe, resume=arguments.resume)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What tells one command from another: its words, its kind of recipe, and what it does with one.
+
+    Attributes:
+        name: file in launch/.
+        description: one line for --help.
+        epilog: examples for --help.
+        schema: kind of recipe.
+        run: does the work; returns the exit code.
+        add_options: puts the command's own options beside the common ones.
+        check: what can't work in a recipe of this kind, beyond `check_recipe`.
+        warnings: what has no effect in it or is likely not meant, beyond `recipe_warnings`.
+    """
+
+    name: str
+    description: str
+    epilog: str
+    schema: type[Recipe] = Recipe
+    run: Callable[[Any, argparse.Namespace], int] = _train
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    check: Callable[[Any], list[str]] = lambda recipe: []
+    warnings: Callable[[Any], list[str]] = lambda recipe: []
+
+
+PRETRAIN = Program("pretrain.py", "Pre-train a video model as a recipe says.", EXAMPLES)
+
+
+def main(argv: Sequence[str] | None = None, program: Program = PRETRAIN) -> int:
+    """Run a command line; returns the exit code."""
+    die_with_launcher()
+    first_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv, program)
+        return _dispatch(arguments, program, first_rank)
+    except SystemExit as leave:  # argparse: --help or wrong usage
+        return int(leave.code or 0)
+    except RecipeError as error:
+        if first_rank:
+            print(_problem_list(error.problems), file=sys.stderr)
+        return 2
+    except TubeletError as error:
+        # Every rank may fail on its own (one lost node, one bad disk), so other ranks tell theirs in one line.
+        rank = "" if first_rank else f"rank {os.environ['RANK']}: "
+        print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not of_a_disk(error):
+            raise
+        rank = "" if first_rank else f"rank {os.environ['RANK']}: "
+        print(f"{rank}{advice(error)}; checkpoints published before are untouched", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: argparse.Namespace, program: Program, first_rank: bool) -> int:
+    reading = read_recipe(arguments.recipe, arguments.overrides, program.schema)
+    recipe, problems = reading.recipe, reading.problems
+    if recipe is not None:
+        # A bad value was replaced by its default, so what a check says about its key would mislead.
+        problems = problems + [
+            problem
+            for problem in check_recipe(recipe) + program.check(recipe)
+            if not any(key in problem for key in reading.bad_keys)
+        ]
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    if first_rank:
+        for warning in recipe_warnings(recipe) + program.warnings(recipe):
+            print(f"warning: {warning}", file=sys.stderr)
+    if arguments.print or arguments.check or arguments.dry_run:
+        return _inspect(arguments, recipe) if first_rank else 0
+    return program.run(recipe, arguments)
+
+
+def _inspect(arguments: argparse.Namespace, recipe: Recipe) -> int:
+    """What looks at a recipe without running it; the launcher starts many ranks, one of them answers."""
+    if arguments.print:
+        from pretrain.recipe.show import show_recipe
+
+        print(show_recipe(recipe), end="")
+    elif arguments.check:
+        print(f"{arguments.recipe}: no problems found")
+    else:
+        from pretrain.plan.dry_run import dry_run
+
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        print_sections(dry_run(recipe))
+    return 0
+
+
+def print_sections(sections: "list[Section]") -> None:
+    """Tables in colour on a terminal; elsewhere one line a row, so that a log can be searched."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    for section in sections:
+        if not console.is_terminal:
+            print(section.title)
+            for name, value, remark in section.rows:
+                print(f"  {name:<36} {value:<28} {remark}".rstrip())
+            continue
+        table = Table(title=section.title, title_justify="left", title_style="bold", box=None, show_header=False)
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_column(style="dim")
+        for row in section.rows:
+            table.add_row(*map(escape, row))
+        console.print(table, "")
+
+
+def _parser(program: Program) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program.name,
+        usage="%(prog)s --recipe NAME|PATH [key=value ...] [--print | --check | --dry-run] [--resume auto|never|PATH]",
+        description=program.description,
+        epilog=program.epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        metavar="NAME|PATH",
+        help=f"a file of recipes/{program.schema.FOLDER} by name, or any YAML file by path; names: "
+        + ", ".join(recipe_names(program.schema.FOLDER)),
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a value of the recipe (YAML)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--print", action="store_true", help="write the resolved recipe with its documentation")
+    instead.add_argument("--check", action="store_true", help="report everything that is wrong with the recipe")
+    instead.add_argument("--dry-run", action="store_true", help="everything up to the first step, without training")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): continue from the run folder's newest checkpoint that verifies, or start; "
+        "never: start, and refuse a run folder that holds checkpoints; PATH: continue from this checkpoint",
+    )
+    # The deepspeed launcher puts it first; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    program.add_options(parser)
+    return parser
+
+
+def _parse(argv: Sequence[str], program: Program) -> argparse.Namespace:
+    parser = _parser(program)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], OPTIONS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(OPTIONS)}."
+        parser.error(f"unknown option {' '.join(unknown)}; {hint} Values of the recipe are set with key=value")
+    return arguments
+
+
+def _problem_list(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"recipe: {problems[0]}"
+    return "\n".join([f"recipe: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The plan: which key each video gets, in which order, and which part packs it. Pure, so that every run agrees."""
+
+import hashlib
+import json
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from pretrain.data.pack.discover import Item
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_/-]+")
+_LONGEST_KEY = 180
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `index` of `count` equal workers of a job array."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def prefix(self) -> str:
+        """Start of the names of the shards that this part writes."""
+        return "shard" if self.count == 1 else f"shard-{self.index:04d}of{self.count:04d}"
+
+
+#: All of the plan: no job array.
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Items with unique keys in packing order, and those that the same list named twice."""
+
+    items: tuple[Item, ...]
+    repeated: tuple[Item, ...]
+
+    def part(self, part: Part) -> list[Item]:
+        """The items of one part. Videos go by their size in bytes, so equal files always meet in the same part."""
+        if part.count == 1:
+            return list(self.items)
+        return [item for item in self.items if _hash(str(item.size)) % part.count == part.index]
+
+    def fingerprint(self, options: object) -> str:
+        """Hash of what is packed and how; shards of another fingerprint can't be continued."""
+        digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
+        for item in self.items:
+            digest.update(json.dumps(asdict(item), sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:16]
+
+
+def make_plan(items: Sequence[Item], shuffle: bool = True) -> Plan:
+    """Assign keys and the order.
+
+    Args:
+        items: what `gather` found.
+        shuffle: order by a hash of the key, so that every shard holds a mix of classes; else the order given.
+    """
+    once, repeated = _without_repeats(items)
+    keyed = _with_keys(once)
+    if shuffle:
+        keyed.sort(key=lambda item: (_hash(item.key), item.key))
+    return Plan(tuple(keyed), tuple(repeated))
+
+
+def _without_repeats(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    seen: set[str] = set()
+    once: list[Item] = []
+    repeated: list[Item] = []
+    for item in items:
+        identity = _identity(item)
+        (repeated if identity in seen else once).append(item)
+        seen.add(identity)
+    return once, repeated
+
+
+def _identity(item: Item) -> str:
+    return f"{item.path}\x1f{item.frames}"
+
+
+def _with_keys(items: list[Item]) -> list[Item]:
+    """Keys from names; where two names give one key, all of them get a hash of their path, whatever their order."""
+    keys = [key_from(item.key or _stem(item)) for item in items]
+    shared = {key for key, count in Counter(keys).items() if count > 1}
+    return [
+        replace(item, key=f"{key}-{_hash(_identity(item)):016x}" if key in shared else key)
+        for item, key in zip(items, keys, strict=True)
+    ]
+
+
+def _stem(item: Item) -> str:
+    return item.name if item.is_folder else posixpath.splitext(item.name)[0]
+
+
+def key_from(name: str) -> str:
+    """A sample key from a path: no dots (webdataset cuts at the first one), letters, digits, `_`, `-` and `/` only."""
+    parts = [_UNSAFE.sub("_", part) for part in name.split("://")[-1].split("/") if part not in ("", ".", "..")]
+    key = "/".join(parts) or "_"
+    return key if len(key) <= _LONGEST_KEY else f"{key[: _LONGEST_KEY - 17]}-{_hash(key):016x}"
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

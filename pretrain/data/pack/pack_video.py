@@ -1,0 +1,228 @@
+"""One video: fetch, hash, probe, copy or encode, verify. Runs in worker processes."""
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.data.pack.discover import IMAGE_EXTENSIONS, Item, extension_of
+from pretrain.data.pack.encode import copy_stream, encode_images, encode_video
+from pretrain.data.pack.media_probe import Facts, probe
+from pretrain.data.pack.options import Options
+from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
+from pretrain.data.randomness import generator
+from pretrain.errors import DataError, SampleError, StorageError
+from pretrain.runtime import storage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A video that is ready: the mp4 at the local path `video`, its json, and the bytes that were read for it."""
+
+    video: str
+    facts: dict[str, Any]
+    bytes_read: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A video that is left out; `reason` is short and countable, `detail` says what was found."""
+
+    name: str
+    path: str
+    reason: str
+    detail: str
+
+
+def pack_item(item: Item, options: Options, folder: str) -> Packed | Rejected:
+    """Make the sample of one item; its video ends up as a file in the local `folder`."""
+    handle, target = tempfile.mkstemp(suffix=".mp4", dir=folder)
+    os.close(handle)
+    try:
+        return _from_frames(item, options, target) if item.is_folder else _from_video(item, options, target, folder)
+    except SampleError as error:
+        os.unlink(target)
+        return Rejected(item.name, item.path, error.reason, str(error).removeprefix(f"{error.reason}: "))
+
+
+def _from_video(item: Item, options: Options, target: str, folder: str) -> Packed:
+    with _local(item.path, folder) as source:
+        size = os.path.getsize(source)
+        if not size:
+            raise SampleError("empty", "the file has 0 bytes")
+        with open(source, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        original = probe(source)
+        if original.packets < options.min_frames:
+            raise SampleError("too-short", f"{original.packets} frames, at least {options.min_frames} are wanted")
+        reencoded = _produce(source, original, target, item.key, options)
+    facts = _describe(item, target, sha256, options, reencoded)
+    facts["original"] = {
+        "container": original.container, "codec": original.codec, "pix_fmt": original.pix_fmt,
+        "width": original.width, "height": original.height, "rotation": original.rotation,
+        "fps": round(float(original.fps), 6), "frames": original.packets, "bytes": size,
+    }  # fmt: skip
+    return Packed(target, facts, size)
+
+
+def _produce(source: str, original: Facts, target: str, key: str, options: Options) -> str | None:
+    """Write the mp4; returns why the stream was encoded anew, None when it was kept."""
+    why = "asked for"
+    if options.copy:
+        try:
+            _copy(source, original, target, options)
+            _verify(target, key, options)
+            return None
+        except SampleError as error:
+            why = str(error)
+            logger.info("%s: the stream can't be kept (%s); encoding it", source, why)
+    encode_video(source, original, target, options, grid_phase(key, options))
+    _verify(target, key, options)
+    return why
+
+
+def _copy(source: str, original: Facts, target: str, options: Options) -> None:
+    if "mp4" in original.container and (options.audio or original.audio is None):
+        shutil.copyfile(source, target)
+    else:
+        copy_stream(source, target, options.audio)
+
+
+def _verify(path: str, key: str, options: Options) -> int:
+    """Frames of the file at `path`, after a sequential decode and random reads with every decoder."""
+    signatures = sequential_signatures(path)
+    if options.decoders and options.reads:
+        with open(path, "rb") as file:
+            data = file.read()
+        for decoder in options.decoders:
+            check_random_reads(data, signatures, decoder, options.reads, key)
+    return len(signatures)
+
+
+def _from_frames(item: Item, options: Options, target: str) -> Packed:
+    names = select_frames(item)
+    if len(names) < options.min_frames:
+        raise SampleError("too-short", f"{len(names)} frames, at least {options.min_frames} are wanted")
+    digest = hashlib.sha256()
+    sizes: list[int] = []
+
+    def pictures() -> Iterator[Any]:
+        from PIL import Image
+
+        for name in names:
+            data = _fetch(storage.join(item.path, name))
+            digest.update(len(data).to_bytes(8, "big") + data)
+            sizes.append(len(data))
+            try:
+                picture = Image.open(io.BytesIO(data))
+                picture.load()
+            except OSError as error:
+                raise SampleError("damaged", f"{name}: {error}") from error
+            yield picture
+
+    encode_images(pictures(), target, options, grid_phase(item.key, options))
+    _verify(target, item.key, options)
+    facts = _describe(item, target, digest.hexdigest(), options, "frame folder")
+    facts["original"] = {"container": "images", "frames": len(names), "bytes": sum(sizes)}
+    return Packed(target, facts, sum(sizes))
+
+
+def select_frames(item: Item) -> list[str]:
+    """Names of the pictures of a frame folder, by the last number in the name.
+
+    Raises:
+        SampleError: "missing" or "frames-missing" when the folder does not hold what the list says.
+    """
+    try:
+        names = [name for name in storage.find(item.path) if extension_of(name) in IMAGE_EXTENSIONS and "/" not in name]
+    except StorageError as error:
+        raise _refusal(error) from error
+    if not names:
+        raise SampleError("missing", "no such folder, or no pictures in it; relative paths start at --data-root")
+    names.sort(key=lambda name: (_number(name), name))
+    if item.frames is None:
+        return names
+    start, total = item.frames
+    if start is not None:
+        names = [name for name in names if start <= _number(name) < start + total]
+    if len(names) < total:
+        where = f"numbered from {start}" if start is not None else "in all"
+        raise SampleError("frames-missing", f"{len(names)} pictures {where}, the list says {total}")
+    return names[:total]
+
+
+def _number(name: str) -> int:
+    numbers = re.findall(r"\d+", name.rsplit(".", 1)[0])
+    return int(numbers[-1]) if numbers else -1
+
+
+def _describe(item: Item, path: str, sha256: str, options: Options, reencoded: str | None) -> dict[str, Any]:
+    """The sample's json: what training needs of the video as written."""
+    written = probe(path)
+    turned = written.rotation in (90, 270)
+    facts: dict[str, Any] = {
+        "key": item.key,
+        "label": item.label,
+        "source": item.name,
+        "sha256": sha256,
+        "frames": written.packets,
+        "fps": round(float(written.fps), 6),
+        "duration": round(written.duration, 6),
+        "width": written.height if turned else written.width,
+        "height": written.width if turned else written.height,
+        "codec": written.codec,
+        "vfr": written.vfr,
+        "audio": written.audio,
+        "reencoded": reencoded,
+    }
+    if reencoded is not None and options.gridded:
+        facts["grid"] = {"step": options.grid, "phase": grid_phase(item.key, options)}
+    stamps = even_stamps(path)
+    if stamps is not None and len(stamps) == written.packets:
+        facts["stamps"] = {"first": stamps.start, "step": stamps.step}
+    return facts | ({"meta": item.meta} if item.meta else {})
+
+
+def grid_phase(key: str, options: Options) -> int:
+    """First frame of the grid of reference frames: drawn for each video, or no clip would ever begin between them."""
+    return int(generator(key, "pack-grid").integers(options.grid)) if options.gridded else 0
+
+
+@contextlib.contextmanager
+def _local(path: str, folder: str) -> Iterator[str]:
+    """A local file with the content of `path`, which may be a URL."""
+    if "://" not in path:
+        if not os.path.isfile(path):
+            raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(dir=folder, suffix="." + extension_of(path)) as copy:
+        copy.write(_fetch(path))
+        copy.flush()
+        yield copy.name
+
+
+def _fetch(path: str) -> bytes:
+    try:
+        return storage.read_bytes(path)
+    except StorageError as error:
+        raise _refusal(error) from error
+
+
+def _refusal(error: StorageError) -> SampleError | DataError:
+    """What follows for the video: it is missing or denied; or, where the store does not answer, nothing, and the
+    packing stops: the next video would fare no better."""
+    if isinstance(error.__cause__, FileNotFoundError):
+        return SampleError("missing", str(error))
+    if isinstance(error.__cause__, PermissionError):
+        return SampleError("storage", str(error))
+    return DataError(f"{error}; when the store answers again, start the same command: packing goes on where it was")

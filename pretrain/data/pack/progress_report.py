@@ -1,0 +1,116 @@
+"""What packing shows: a progress bar, or log lines where there is no terminal, and the summary at the end."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pretrain.data.pack.pack_run import Progress, Report
+from pretrain.runtime import storage
+
+#: Seconds between two lines in a log file.
+LOG_EVERY = 30.0
+SHOWN_REASONS = 3
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Progress]:
+    """A function for `pack` to call after every video: a live bar with rate and time left on a terminal."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield _log_lines()
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        rates = _Rates()
+        task = bar.add_task("packing", total=total, rate="")
+
+        def show(done: int, of: int, read: int) -> None:
+            rates.update(done, read)
+            bar.update(task, completed=done, total=of, rate=str(rates))
+
+        yield show
+
+
+def _log_lines() -> Progress:
+    rates = _Rates()
+    last = time.monotonic()
+
+    def show(done: int, of: int, read: int) -> None:
+        nonlocal last
+        rates.update(done, read)
+        now = time.monotonic()
+        if now - last >= LOG_EVERY:
+            last = now
+            sys.stderr.write(f"pack: {done}/{of} videos, {rates}, {rates.left(of)} left\n")
+
+    return show
+
+
+class _Rates:
+    """Videos and bytes a second since the start of this run (a restart begins in the middle)."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.first: int | None = None
+        self.done = self.read = 0
+
+    def update(self, done: int, read: int) -> None:
+        self.first = done - 1 if self.first is None else self.first
+        self.done, self.read = done, read
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.began, 1e-6)
+
+    @property
+    def videos_per_second(self) -> float:
+        return (self.done - (self.first or 0)) / self.seconds
+
+    def __str__(self) -> str:
+        return f"{self.videos_per_second:.1f} videos/s, {self.read / 1e6 / self.seconds:.1f} MB/s"
+
+    def left(self, of: int) -> str:
+        seconds = int((of - self.done) / max(self.videos_per_second, 1e-6))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def report_text(report: Report, dest: str) -> str:
+    """The summary: what was packed, what was left out and why."""
+    lines = [f"pack: {report.packed} videos packed" + _kept(report) + f", {len(report.rejected)} rejected"]
+    if report.resumed:
+        lines[0] += f"; {report.resumed} were already done"
+    for reason, count in Counter(one.reason for one in report.rejected).most_common():
+        lines.append(f"pack:   {count} {reason}")
+        shown = [one for one in report.rejected if one.reason == reason][:SHOWN_REASONS]
+        lines += [f"pack:     {one.path}: {one.detail}" for one in shown]
+    if report.index is None:
+        lines.append("pack: other parts are not done yet; the last one writes the index (or --merge)")
+        return "\n".join(lines)
+    index = report.index
+    if report.rejected:
+        lines.append(f"pack: all of them: {storage.join(dest, 'rejected.jsonl')}")
+    size = sum(shard.bytes for shard in index.shards) / 1e6
+    lines.append(
+        f"pack: {dest}: {len(index.shards)} shards, {index.samples} samples, {size:.1f} MB, "
+        f"fingerprint {index.fingerprint}"
+    )
+    return "\n".join(lines)
+
+
+def _kept(report: Report) -> str:
+    kept, encoded = report.reencoded["kept"], report.reencoded["encoded"]
+    return f" ({kept} streams kept, {encoded} encoded)" if kept + encoded else ""

@@ -1,0 +1,1 @@
+"""Machines and links of a run examined."""

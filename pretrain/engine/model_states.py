@@ -1,0 +1,134 @@
+"""What one rank holds of a model, its gradients and its optimiser, and which ZeRO stage shards it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from pretrain.engine.deepspeed_config import DTYPES, unwrapped
+from pretrain.recipe.schema import Recipe
+
+Kind = Literal["weights", "gradients", "optimiser", "buffers"]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters, all and trained ones, and bytes of buffers (averages, statistics, tables)."""
+
+    parameters: int
+    trained: int
+    buffer_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """One part of a rank's memory: bytes on this rank, and what they are; `host`: not on the accelerator."""
+
+    name: str
+    size: float
+    remark: str
+    host: bool = False
+    kind: Kind = "weights"
+
+
+def size_of(module: nn.Module) -> ModelSize:
+    """Count a module, which may be on the meta device."""
+    parameters = list(module.parameters())
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
+    )
+
+
+def model_states(recipe: Recipe, size: ModelSize, ranks: int) -> list[Held]:
+    """Weights, gradients, optimiser states and buffers of one rank, gradients of a whole step being there.
+
+    Frozen parameters are weights only: no gradient, and nothing in the optimiser, which is built of trained ones.
+
+    Args:
+        recipe: the run.
+        size: of its model.
+        ranks: number of ranks.
+    """
+    dtype, trained = recipe.compute.dtype, size.trained
+    width, summed = DTYPES[dtype].itemsize, gradient_width(recipe)
+    moments, states = _optimiser_states(recipe)
+    name = "weights" if trained == size.parameters else "trained weights"
+    parts = [
+        _sharded("weights", name, trained, width, recipe, 3, dtype, ranks),
+        _sharded("weights", "frozen weights", size.parameters - trained, width, recipe, 3, dtype, ranks),
+        _sharded("gradients", "gradients", trained, summed, recipe, 2, _summed_in(summed, dtype), ranks),
+        _sharded("optimiser", "optimiser", trained, moments, recipe, 1, states, ranks),
+        Held("buffers", size.buffer_bytes, "averaged weights, tables, statistics: whole on each rank", kind="buffers"),
+    ]
+    if offloads(recipe):
+        parts.append(_sharded("gradients", "gradients to update with", trained, 4, recipe, 1, "float32", ranks, True))
+    return [part for part in parts if part.size or part.name in ("gradients", "optimiser")]
+
+
+def checkpoint_width(recipe: Recipe) -> int:
+    """Bytes that a checkpoint has for a trained parameter: the optimiser's, and weights of their own but at stage 3."""
+    weights = DTYPES[recipe.compute.dtype].itemsize if recipe.zero.stage < 3 else 0
+    return weights + _optimiser_states(recipe)[0]
+
+
+def checkpoint_bytes(recipe: Recipe, size: ModelSize) -> int:
+    """Bytes of one checkpoint, all ranks' files together."""
+    frozen = (size.parameters - size.trained) * DTYPES[recipe.compute.dtype].itemsize
+    return size.trained * checkpoint_width(recipe) + frozen + size.buffer_bytes
+
+
+def gradient_width(recipe: Recipe) -> int:
+    """Bytes of an accumulated gradient's value; see `data_types` in ds_config.py."""
+    return 4 if recipe.compute.dtype == "bf16" and recipe.zero.stage > 0 else DTYPES[recipe.compute.dtype].itemsize
+
+
+def offloads(recipe: Recipe) -> bool:
+    """Whether the optimiser, and the gradients that it reads, are in host memory; DeepSpeed offloads shards only."""
+    return recipe.zero.stage > 0 and recipe.zero.offload == "cpu"
+
+
+def _summed_in(width: int, dtype: str) -> str:
+    return "summed in float32" if width == 4 else dtype
+
+
+def _optimiser_states(recipe: Recipe) -> tuple[int, str]:
+    """Bytes a parameter, and what they are."""
+    moments = {"adamw": 2, "sgd": int(recipe.optim.momentum > 0)}[recipe.optim.name]
+    words = {0: "no moments", 1: "one moment", 2: "two moments"}[moments]
+    # DeepSpeed's sharded and low-precision optimisers keep a float32 copy of the weights beside the moments, also where
+    # the weights are float32 themselves (stage3.py means to do without and compares a device with its name).
+    if unwrapped(recipe):
+        return 4 * moments, words
+    return 4 + 4 * moments, f"float32 weights, {words}"
+
+
+def _on_host(kind: Kind, recipe: Recipe) -> bool:
+    """Where the optimiser is offloaded, it takes gradients along, but not the sums that ZeRO 1 and 2 reduce into.
+
+    Stage 1 holds whole gradients until they are reduced; stage 2 adds bf16 gradients up on the accelerator.
+    """
+    if not offloads(recipe) or kind not in ("gradients", "optimiser"):
+        return False
+    reduced_into = recipe.zero.stage == 1 or (recipe.zero.stage == 2 and recipe.compute.dtype == "bf16")
+    return kind == "optimiser" or not reduced_into
+
+
+def _sharded(
+    kind: Kind,
+    name: str,
+    count: int,
+    width: int,
+    recipe: Recipe,
+    stage: int,
+    content: str,
+    ranks: int,
+    host: bool = False,
+) -> Held:
+    """A part of `width` bytes a parameter that each rank holds a share of from ZeRO `stage` on."""
+    shards = ranks if recipe.zero.stage >= stage else 1
+    host = host or _on_host(kind, recipe)
+    where = f"over {shards} ranks" if shards > 1 else "whole on each rank"
+    remark = f"{content}: {width} bytes a parameter, {where}{', in host memory' if host else ''}"
+    return Held(name, count * width / shards, remark, host, kind)

@@ -1,0 +1,59 @@
+"""RUN/guard.json: rewinds so far, and the steps that they leave out.
+
+Checkpoints hold the same, but the one that a rewind went back to is from before it: without this file a kill before the
+next checkpoint would send the run into the same bad step again, with a fresh budget.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.manifest import write_durably
+from pretrain.errors import CheckpointError
+from pretrain.guards.step_guard import GuardState
+from pretrain.runtime.disk import advice
+from pretrain.runtime.process_group import Ranks, from_first
+
+logger = logging.getLogger(__name__)
+
+
+def guard_state(saved: dict[str, Any]) -> GuardState:
+    """The guard's state in a checkpoint's state.json; checkpoints from before it was kept have none."""
+    return GuardState(**saved.get("guard", {}))
+
+
+def remember(path: Path, state: GuardState) -> None:
+    """Write the file, from rank 0. A disk that does not take it costs memory of this rewind, not the run."""
+    try:
+        write_durably(path, json.dumps({"rewinds": state.rewinds, "left_out": state.left_out}) + "\n")
+    except OSError as error:
+        logger.warning("%s could not be written; a kill before the next checkpoint forgets: %s", path, advice(error))
+
+
+def state_at_start(path: Path, ranks: Ranks, saved: dict[str, Any] | None) -> GuardState:
+    """The guard's state as a run starts or goes on; the same on all ranks.
+
+    Args:
+        path: RUN/guard.json.
+        ranks: This process among all.
+        saved: state.json of the checkpoint that the run goes on from; None: it starts, and the file is removed.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if saved is None:
+        if ranks.first:
+            path.unlink(missing_ok=True)
+        return GuardState()
+    state = guard_state(saved)
+    try:
+        text = from_first(ranks, path.read_text(encoding="utf-8") if ranks.first and path.exists() else "{}")
+        noted = json.loads(text)
+        state.rewinds = max(state.rewinds, noted.get("rewinds", 0))
+        state.left_out = sorted({*state.left_out, *noted.get("left_out", [])})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: unreadable ({error}); remove it: the steps that rewinds left out are then trained on again"
+        ) from error
+    return state

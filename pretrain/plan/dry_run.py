@@ -1,0 +1,294 @@
+"""Everything up to the first step, without an accelerator: what a recipe builds, costs, reads and needs.
+
+The model is built on the meta device, so a billion parameters take seconds and no memory.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pretrain.data.index import ShardIndex
+from pretrain.data.order import SourceShape, epoch_quotas
+from pretrain.data.randomness import generator
+from pretrain.engine.deepspeed_config import DTYPES, builds_sharded, deepspeed_config
+from pretrain.engine.model_states import Held, ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
+from pretrain.engine.schedules import Schedule, build_schedule, every_steps
+from pretrain.errors import StorageError
+from pretrain.objectives.base import Objective
+from pretrain.plan.indices import epoch_videos, find_indices, source_size
+from pretrain.recipe.components import objective_file
+from pretrain.recipe.schema import Recipe, Source
+
+#: A forward pass costs one, a backward pass two of it; recomputing activations adds another.
+BACKWARD_COST = 2
+
+
+@dataclass
+class Section:
+    """A table of the report: rows of name, value and remark."""
+
+    title: str
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, name: str, value: str, remark: str = "") -> None:
+        """Append a row."""
+        self.rows.append((name, value, remark))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers that several sections share."""
+
+    ranks: int
+    ranks_from: str
+    accumulation: int
+    size: ModelSize
+    epoch_videos: int | None
+    schedule: Schedule | None
+
+
+def dry_run(recipe: Recipe) -> list[Section]:
+    """The report, section by section.
+
+    Missing data is reported, not raised: a published recipe is looked at before its data is there.
+    """
+    objective = _meta_objective(recipe)
+    data, indices = _data_section(recipe)
+    plan = _plan(recipe, objective, indices)
+    return [
+        _model_section(objective, plan),
+        _cost_section(recipe),
+        data,
+        _batch_section(recipe, plan),
+        _learning_rate_section(recipe),
+        _schedule_section(recipe, plan),
+        _memory_section(recipe, plan),
+        _deepspeed_section(recipe, plan),
+        _checkpoint_section(recipe, plan),
+    ]
+
+
+def _meta_objective(recipe: Recipe) -> Objective:
+    with torch.device("meta"):
+        module: Objective = objective_file(recipe).build(recipe)
+    return module
+
+
+def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | None]) -> Plan:
+    if "WORLD_SIZE" in os.environ:
+        ranks, origin = int(os.environ["WORLD_SIZE"]), "launched"
+    elif recipe.batch.ranks:
+        ranks, origin = recipe.batch.ranks, "batch.ranks, the published run"
+    else:
+        ranks, origin = 1, "nothing launched, batch.ranks is null"
+    videos = epoch_videos(recipe, indices)
+    schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos is not None else None
+    accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
+    return Plan(ranks, origin, accumulation, size_of(objective), videos, schedule)
+
+
+def _model_section(objective: Objective, plan: Plan) -> Section:
+    section = Section("model")
+    module = getattr(objective, "model", objective)
+    total, trained = plan.size.parameters, plan.size.trained
+    section.add("parameters", f"{total:,}", type(module).__name__)
+    if trained < total:
+        section.add("  trained", f"{trained:,}", f"{trained / total:.2%}; the others are frozen")
+    for name, child in module.named_children():
+        count = sum(parameter.numel() for parameter in child.parameters())
+        if count:
+            section.add(f"  {name}", f"{count:,}")
+    for name, parameter in module.named_parameters(recurse=False):
+        section.add(f"  {name}", f"{parameter.numel():,}")
+    return section
+
+
+def _cost_section(recipe: Recipe) -> Section:
+    method = objective_file(recipe)
+    section, data = Section("one clip"), recipe.data
+    section.add("pixels", f"{data.frames} x {data.height} x {data.width}", f"every {data.stride} frames of the video")
+    for name, value in _tokens(recipe).items():
+        section.add(f"{name} tokens", f"{value:,}")
+    parts = method.cost(recipe)
+    total = sum(parts.values())
+    section.add("forward pass", _macs(total), "as publications count; parts `skipped` are not executed")
+    for name, macs in parts.items():
+        section.add(f"  {name}", _macs(macs))
+    return section
+
+
+def _tokens(recipe: Recipe) -> dict[str, int]:
+    """Sizes of what a data worker draws for one view; of weights, how many count."""
+    method = objective_file(recipe)
+    if not hasattr(method, "view_tensors"):
+        counts: dict[str, int] = method.tokens_per_clip(recipe)
+        return counts
+    arrays = method.view_tensors(recipe)(lambda purpose: generator(recipe.run.seed, 0, 0, 0, purpose))
+    names = {"targets": "reconstructed", "weight": "counted"}
+    return {
+        names.get(name, name): int(np.count_nonzero(array)) if name == "weight" else len(array)
+        for name, array in arrays.items()
+    }
+
+
+def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]]:
+    section = Section("data")
+    indices, errors = find_indices(recipe)
+    unusable: list[tuple[str, str]] = []
+    for name, error in errors.items():
+        absent = isinstance(error.__cause__, StorageError) and "FileNotFoundError" in str(error)
+        place = recipe.data.sources[name].shards
+        unusable.append((f"  {name}", f"no index.json in {place}" if absent else str(error.__cause__ or error)))
+    for name, share in _shares(recipe, indices).items():
+        section.add(name, _found(recipe.data.sources[name], indices[name]), share)
+    if unusable:
+        section.add("MISSING", f"{len(unusable)} of {len(indices)}", "training needs every source")
+        section.rows += [(name, problem, "") for name, problem in unusable]
+        section.add(
+            "  to pack videos", f"python launch/pack.py VIDEOS {next(iter(recipe.data.sources.values())).shards}"
+        )
+        section.add("  if they lie elsewhere", "data.root=FOLDER_OR_URL, or TUBELET_DATA in the environment")
+        section.add("  to do without one", f"data.sources.{unusable[-1][0].strip()}=null")
+    return section, indices
+
+
+def _found(source: Source, index: ShardIndex | None) -> str:
+    if index is None:
+        expected = f", {source.expected_samples:,} videos expected" if source.expected_samples else ""
+        return f"not there{expected}"
+    size = sum(shard.bytes for shard in index.shards)
+    text = f"{index.samples:,} videos in {len(index.shards):,} shards, {_gigabytes(size)}, {index.fingerprint}"
+    if source.expected_samples and source.expected_samples != index.samples:
+        text += f" ({source.expected_samples:,} expected)"
+    return text
+
+
+def _shares(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> dict[str, str]:
+    """What each source gives to an epoch, in words."""
+    sources = recipe.data.sources
+    sizes = {name: source_size(source, indices[name]) for name, source in sources.items()}
+    strides = {name: source.stride or recipe.data.stride for name, source in sources.items()}
+    if not all(sizes.values()):
+        return {name: f"stride {strides[name]}" for name in sources}
+    shapes = [
+        SourceShape(name, np.array([sizes[name]], dtype=np.int64), source.weight) for name, source in sources.items()
+    ]
+    quotas = epoch_quotas(shapes, recipe.data.epoch_samples)
+    return {
+        shape.name: f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes), "
+        f"stride {strides[shape.name]}"
+        for shape, quota in zip(shapes, quotas, strict=True)
+    }
+
+
+def _batch_section(recipe: Recipe, plan: Plan) -> Section:
+    section, batch, views = Section("one optimiser step"), recipe.batch, recipe.data.views
+    section.add("videos", f"{batch.samples:,}", "batch.samples, over all ranks")
+    section.add("clips", f"{batch.samples * views:,}", f"{batch.samples:,} videos x {views} views")
+    section.add("ranks", f"{plan.ranks}", plan.ranks_from)
+    section.add(
+        "accumulation",
+        f"{plan.accumulation}",
+        f"{batch.samples:,} / ({batch.micro} micro x {plan.ranks} ranks); {batch.micro * views} clips a forward pass",
+    )
+    parts = objective_file(recipe).cost(recipe)
+    macs = sum(count for name, count in parts.items() if not name.startswith("skipped"))
+    passes = 1 + BACKWARD_COST + int(recipe.compute.activation_checkpointing is True)
+    section.add(
+        "work",
+        _flops(2 * macs * passes * batch.samples * views),
+        f"2 x {_macs(macs)} executed x {passes} passes x {batch.samples * views:,} clips",
+    )
+    return section
+
+
+def _learning_rate_section(recipe: Recipe) -> Section:
+    section, optim, samples = Section("learning rate"), recipe.optim, recipe.batch.samples
+    for name, base in (("peak", optim.base_lr), ("end", optim.base_min_lr)):
+        value = base * samples / optim.base_batch
+        section.add(name, f"{value:.4g}", f"{base:g} x {samples:,} videos / {optim.base_batch}")
+    if recipe.data.views > 1:
+        section.add("views", "not counted", "the official scaling counts videos, not clips")
+    return section
+
+
+def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
+    section, views = Section("schedule"), recipe.data.views
+    effective = f"{recipe.schedule.epochs * views:g} effective, with {views} views" if views > 1 else ""
+    section.add("epochs", f"{recipe.schedule.epochs:g}", effective)
+    if plan.schedule is None:
+        section.add("steps", "unknown", "a source is missing and has no expected_samples")
+        return section
+    schedule = plan.schedule
+    section.add("videos an epoch", f"{plan.epoch_videos:,}", f"a multiple of data.lanes = {recipe.data.lanes}")
+    section.add("steps an epoch", f"{schedule.steps_per_epoch:,}")
+    section.add("steps", f"{schedule.total:,}")
+    section.add("warm-up steps", f"{schedule.warmup:,}", "linear from 0")
+    if schedule.last < schedule.total:
+        section.add("stops after", f"{schedule.last:,} steps", "schedule.max_steps")
+    marks = [schedule.warmup + (schedule.total - schedule.warmup) * part // 4 for part in range(5)]
+    for step in sorted({0, schedule.warmup // 2, *marks[:-1], schedule.total - 1}):
+        section.add(f"  learning rate at step {step:,}", f"{schedule.lr(step):.4g}")
+    section.add("hours", "unknown", "needs a measured rate: the console of a short run shows it")
+    return section
+
+
+def _memory_section(recipe: Recipe, plan: Plan) -> Section:
+    """What a rank holds of the model, and of what the objective keeps beside it."""
+    section = Section(f"memory of one rank (ZeRO {recipe.zero.stage}, {recipe.compute.dtype})")
+    parts = model_states(recipe, plan.size, plan.ranks)
+    method = objective_file(recipe)
+    if hasattr(method, "held_beside"):
+        parts += [Held(name, size, remark) for name, (size, remark) in method.held_beside(recipe).items()]
+    for part in parts:
+        section.add(part.name, _gigabytes(part.size), part.remark)
+    together = sum(part.size for part in parts if not part.host)
+    section.add("together", _gigabytes(together), "activations and communication buckets come on top")
+    return section
+
+
+def _deepspeed_section(recipe: Recipe, plan: Plan) -> Section:
+    """The configuration that DeepSpeed gets where there are accelerators."""
+    section = Section("deepspeed.initialize")
+    config = deepspeed_config(recipe, accumulation=plan.accumulation, parameters=plan.size.parameters, on_cpu=False)
+    for key, value in config.items():
+        section.add(key, json.dumps(value))
+    sharded = builds_sharded(recipe, plan.size.parameters)
+    section.add(
+        "model built in", "deepspeed.zero.Init" if sharded else "each rank whole", f"zero.init={recipe.zero.init}"
+    )
+    return section
+
+
+def _checkpoint_section(recipe: Recipe, plan: Plan) -> Section:
+    section, checkpoint = Section("checkpoints"), recipe.checkpoint
+    section.add("folder", f"{recipe.run.dir}/checkpoints")
+    steps = f"{every_steps(recipe, plan.schedule):,} steps" if plan.schedule else "steps of an epoch unknown"
+    section.add("every", steps, f"{checkpoint.every_epochs:g} epochs" if checkpoint.every_steps is None else "")
+    weights = DTYPES[recipe.compute.dtype].itemsize
+    frozen = f", {weights} a frozen one" if plan.size.trained < plan.size.parameters else ""
+    remark = f"{checkpoint_width(recipe)} bytes a parameter{frozen}"
+    section.add("size", f"about {_gigabytes(checkpoint_bytes(recipe, plan.size))}", remark)
+    for_good = int(recipe.schedule.epochs / checkpoint.keep_every_epochs) if checkpoint.keep_every_epochs else 0
+    kept = (
+        f"and one every {checkpoint.keep_every_epochs:g} epochs for good: {for_good}"
+        if checkpoint.keep_every_epochs
+        else ""
+    )
+    section.add("kept", f"the last {checkpoint.keep_last}", kept)
+    return section
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _macs(count: float) -> str:
+    return f"{count / 1e9:.1f} GMAC" if count >= 1e9 else f"{count / 1e6:.1f} MMAC"
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e15:,.1f} PFLOP" if count >= 1e14 else f"{count / 1e9:,.1f} GFLOP"

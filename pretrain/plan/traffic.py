@@ -1,0 +1,46 @@
+"""Bytes that a rank sends in one optimiser step, and how long they take."""
+
+from dataclasses import dataclass
+
+from pretrain.engine.deepspeed_config import DTYPES
+from pretrain.plan.hardware import Gpu
+from pretrain.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank sends (and receives as much), bytes a step, by purpose."""
+
+    gradients: float
+    weights: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.gradients + self.weights
+
+
+def traffic_of(recipe: Recipe, parameters: int, ranks: int, accumulation: int) -> Traffic:
+    """Bytes of ring collectives: a reduce-scatter or an all-gather sends (n-1)/n of its whole.
+
+    Stage 0 reduces whole gradients once a step (reduce-scatter and all-gather). Stage 1 scatters gradients and gathers
+    weights once. Stages 2 and 3 scatter gradients after each micro-batch; stage 3 gathers weights in each forward and
+    again in each backward pass.
+    """
+    width = DTYPES[recipe.compute.dtype].itemsize
+    share = (ranks - 1) / ranks * parameters * width
+    return {
+        0: Traffic(gradients=2 * share, weights=0.0),
+        1: Traffic(gradients=share, weights=share),
+        2: Traffic(gradients=share * accumulation, weights=share),
+        3: Traffic(gradients=share * accumulation, weights=2 * share * accumulation),
+    }[recipe.zero.stage]
+
+
+def seconds_of(sent: float, gpu: Gpu, ranks: int) -> float:
+    """Time to send so many bytes while nothing else goes on.
+
+    A ring is as slow as its slowest link; between nodes each rank has its share of the network.
+    """
+    rate = gpu.link_gbs if ranks <= gpu.per_node else min(gpu.link_gbs, gpu.network_gbs)
+    return sent / (rate * 1e9) if rate and ranks > 1 else 0.0

@@ -1,0 +1,1 @@
+"""From a sample's members to arrays, one file a kind of sample, and what they share."""

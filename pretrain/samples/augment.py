@@ -1,0 +1,131 @@
+"""Augmentations of a whole clip in uint8: the same parameters for all frames, drawn from the sample's own generator.
+
+Sources: datasets/rand_augment.py, random_erasing.py, video_transforms.py and kinetics.py of OpenGVLab/VideoMAEv2;
+systems/videomae.md section 8.
+"""
+
+import functools
+import math
+import random
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from finetune.recipe import Augment
+from pretrain.data.decoders.crops import Box, cut
+from pretrain.objectives.videomae import MEAN, STD
+from pretrain.runtime.vision_ops import ensure_torchvision
+from pretrain.samples import transforms
+from pretrain.samples.transforms import Clip
+
+#: Colour that rotated and shifted frames are filled with.
+FILL = (128, 128, 128)
+#: Random resized crop and erasing give up after so many boxes that don't fit.
+TRIES = 10
+#: Erased box: share of the clip's area, and height / width.
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_ASPECT = (0.3, 3.3)
+
+
+@functools.cache
+def randaugment(notation: str) -> Any:
+    """timm's RandAugment of a notation such as `rand-m7-n4-mstd0.5-inc1`; raises AssertionError or ValueError."""
+    ensure_torchvision()
+    from timm.data.auto_augment import rand_augment_transform
+
+    return rand_augment_transform(notation, {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC})
+
+
+def rand_augment(clip: Clip, notation: str, rng: np.random.Generator) -> Clip:
+    """RandAugment with timm's operations, parameters equal in all frames.
+
+    timm draws from Python's global generator while it works on a picture. Here that name inside timm's module means a
+    generator of this sample, seeded alike for every frame: so all frames get the same, and nothing global is touched.
+    """
+    policy = randaugment(notation)
+    chosen = rng.choice(len(policy.ops), policy.num_layers, replace=policy.choice_weights is None,
+                        p=policy.choice_weights)  # fmt: skip
+    seeds = [int(seed) for seed in rng.integers(2**63, size=policy.num_layers)]
+    frames = [Image.fromarray(frame) for frame in clip]
+    for op, seed in zip((policy.ops[index] for index in chosen), seeds, strict=True):
+        frames = [_with_seed(op, seed, frame) for frame in frames]
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def _with_seed(op: Any, seed: int, frame: Image.Image) -> Image.Image:
+    from timm.data import auto_augment
+
+    name: Any = auto_augment
+    before, name.random = name.random, random.Random(seed)
+    try:
+        result: Image.Image = op(frame)
+    finally:
+        name.random = before
+    return result
+
+
+def resized_crop_box(
+    width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
+) -> Box:
+    """A box with a random share of the area and a log-uniform aspect; the largest centred one after 10 misses."""
+    for _ in range(TRIES):
+        wanted = rng.uniform(*area) * width * height
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        box_width, box_height = round(math.sqrt(wanted * ratio)), round(math.sqrt(wanted / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            x, y = int(rng.integers(width - box_width + 1)), int(rng.integers(height - box_height + 1))
+            return Box(x, y, box_width, box_height)
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    box_width, box_height = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return Box((width - box_width) // 2, (height - box_height) // 2, box_width, box_height)
+
+
+def crop_resize(clip: Clip, box: Box, out_width: int, out_height: int) -> Clip:
+    """Cut and resize without antialiasing, as the official code does with tensors in training."""
+    return transforms.resize(cut(clip, box), out_width, out_height, antialias=False)
+
+
+def erase(clip: Clip, rng: np.random.Generator) -> Clip:
+    """Fill one box, the same in all frames, with fresh noise for every pixel of every frame.
+
+    The noise is N(0, 1) of normalised pixels; brought to uint8 it is cut at black and white (1 to 2 % of the values).
+    """
+    frames, height, width = clip.shape[:3]
+    for _ in range(TRIES):
+        wanted = rng.uniform(*ERASED_AREA) * height * width
+        ratio = math.exp(rng.uniform(math.log(ERASED_ASPECT[0]), math.log(ERASED_ASPECT[1])))
+        box_height, box_width = round(math.sqrt(wanted * ratio)), round(math.sqrt(wanted / ratio))
+        if 0 < box_width < width and 0 < box_height < height:
+            y, x = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
+            noise = rng.standard_normal((frames, box_height, box_width, 3), dtype=np.float32)
+            pixels = (noise * np.array(STD, np.float32) + np.array(MEAN, np.float32)) * 255
+            erased = clip.copy()
+            erased[:, y : y + box_height, x : x + box_width] = pixels.round().clip(0, 255).astype(np.uint8)
+            return erased
+    return clip
+
+
+def augment(clip: Clip, options: Augment, flip: bool, size: tuple[int, int], draw: Any, crop: str = "resized") -> Clip:
+    """One training view of a decoded clip, in the official order.
+
+    Args:
+        clip: uint8 [T, h, w, 3].
+        options: the recipe's section.
+        flip: mirror every second clip.
+        size: (width, height) of the view.
+        draw: purpose -> generator of this sample and view.
+        crop: resized, or multiscale as in pre-training.
+    """
+    if options.randaugment:
+        clip = rand_augment(clip, options.randaugment, draw("randaugment"))
+    if crop == "multiscale":
+        box = transforms.multiscale_box(clip.shape[2], clip.shape[1], *size, draw("crop"))
+        clip = transforms.crop_resize(clip, box, *size)
+    else:
+        box = resized_crop_box(clip.shape[2], clip.shape[1], options.area, options.aspect, draw("crop"))
+        clip = crop_resize(clip, box, *size)
+    if flip and draw("flip").random() < 0.5:
+        clip = np.ascontiguousarray(clip[:, :, ::-1])
+    erasing = draw("erasing")
+    return erase(clip, erasing) if erasing.random() < options.erasing else clip

@@ -1,0 +1,1 @@
+"""After a run: load, export, model card, reconstruction, replay of a step."""

@@ -1,0 +1,218 @@
+"""One step of a run again, alone and without an update: which module turned non-finite, on which samples.
+
+The batch is exactly the run's: samples, clips, crops, masks and the draws of the forward pass are functions of the
+recipe and the step. The weights are those of the newest checkpoint before the step; where that is the step before, and
+the run did not shard its sums, losses are the run's own to the bit.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import folders
+from pretrain.checkpoint.manifest import problems, write_durably
+from pretrain.checkpoint.save import STATE
+from pretrain.data.stream_plan import StreamPlan, open_sources
+from pretrain.engine.assemble import open_stream
+from pretrain.engine.deepspeed_config import DTYPES
+from pretrain.engine.step import to_device
+from pretrain.errors import CheckpointError, TrainingError
+from pretrain.guards.first_nonfinite import ROOT, Activation, Finding, Probe, bad_weights, function_without_gradient
+from pretrain.guards.incidents import plain
+from pretrain.objectives.base import Batch, Objective
+from pretrain.recipe.components import objective_file
+from pretrain.recipe.schema import Recipe
+from pretrain.runtime.process_group import Ranks
+from pretrain.runtime.run_folder import RunFolder
+from pretrain.runtime.seeds import seed_everything, seed_forward
+from pretrain.trained.load_run import load_checkpoint, read_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is replayed: run folder, step (counted from 1), checkpoint with its step, number of ranks, the record."""
+
+    run: RunFolder
+    step: int
+    checkpoint: Path | None
+    weights_step: int
+    world_size: int
+    record: dict[str, Any]
+
+    @property
+    def recipe_file(self) -> Path:
+        """The recipe that the step was made with, as far as is known."""
+        return (self.checkpoint or self.run.root) / "recipe.yaml"
+
+
+@dataclass
+class MicroBatch:
+    """One micro-batch of one rank as replayed; `video` is kept of the most suspicious one alone."""
+
+    rank: int
+    micro: int
+    loss: float
+    recorded: float | None
+    keys: list[str]
+    positions: list[int]
+    finding: Finding | None
+    activations: dict[str, Activation]
+    gradients: dict[str, float]
+    video: Tensor | None = field(repr=False)
+
+
+def find_place(run: Path, step: int) -> Place:
+    """What there is of a step.
+
+    Raises:
+        CheckpointError: no run there.
+        TrainingError: no such step.
+    """
+    folder = RunFolder(run)
+    if not (run / "recipe.yaml").is_file():
+        raise CheckpointError(f"{run}: not a run folder, which has recipe.yaml")
+    if step < 1:
+        raise TrainingError(f"step {step}: steps are counted from 1, as in metrics.jsonl")
+    records = sorted(folder.incidents.glob(f"step_{step:08d}*.json"))
+    record = json.loads(records[-1].read_text(encoding="utf-8")) if records else {}
+    checkpoint = _newest_before(folder.checkpoints, step)
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8")) if checkpoint else {}
+    if record:
+        world_size = len(record["ranks"])
+    else:
+        world_size = state.get("world_size") or _launched(run)
+    return Place(folder, step, checkpoint, state.get("step", 0), world_size, record)
+
+
+def _newest_before(root: Path, step: int) -> Path | None:
+    for folder in reversed(folders.published(root)):
+        if folders.step_of(folder) < step:
+            wrong = problems(folder)
+            if not wrong:
+                return folder
+            logger.warning("%s is damaged and passed over: %s", folder, "; ".join(wrong))
+    return None
+
+
+def _launched(run: Path) -> int:
+    """Ranks of the run's latest start."""
+    report = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    return int(report.get("variables", {}).get("WORLD_SIZE", 1))
+
+
+def build_objective(place: Place, recipe: Recipe, device: torch.device) -> Objective:
+    """The objective as it was before the step, in the recipe's number format."""
+    seed_everything(recipe.run.seed)
+    objective: Objective = objective_file(recipe).build(recipe)
+    if place.checkpoint is not None:
+        load_checkpoint(objective, place.checkpoint)
+    elif recipe.run.init_weights:
+        path = recipe.run.init_weights
+        objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
+    torch.set_float32_matmul_precision(recipe.compute.matmul)
+    return objective.to(device, DTYPES[recipe.compute.dtype]).train()
+
+
+def replay(place: Place, recipe: Recipe, rank: int | None = None) -> Iterator[MicroBatch]:
+    """The step's micro-batches, of all ranks or one, each through a forward and a backward pass.
+
+    Raises:
+        TrainingError: the run has no such rank.
+        CheckpointError: the weights do not verify.
+    """
+    if rank is not None and not 0 <= rank < place.world_size:
+        raise TrainingError(f"--rank: found {rank}, allowed: 0 to {place.world_size - 1}, the step's ranks")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    recipe.data.workers = 0
+    sources = open_sources(recipe)
+    objective = build_objective(place, recipe, device)
+    objective.before_step(place.step - 1, StreamPlan(recipe, sources).steps_per_epoch)
+    for number in range(place.world_size) if rank is None else [rank]:
+        served = Ranks(number, place.world_size, 0, device)
+        stream = open_stream(recipe, sources, served, place.step - 1)
+        for micro in range(stream.accumulation):
+            yield _run(objective, next(stream), recipe.run.seed, place, number, micro)
+
+
+def _run(objective: Objective, batch: Batch, seed: int, place: Place, rank: int, micro: int) -> MicroBatch:
+    device = next(objective.parameters()).device
+
+    def loss_of() -> Tensor:
+        seed_forward(seed, place.step - 1, micro, rank)
+        loss: Tensor = objective(to_device(batch, device)).loss
+        return loss
+
+    objective.zero_grad(set_to_none=True)
+    with Probe(objective, len(batch["video"])) as probe:
+        loss = loss_of()
+        if loss.isfinite():
+            loss.backward()  # type: ignore[no-untyped-call]
+    finding = bad_weights(objective) or probe.finding
+    if finding is None and not loss.isfinite():
+        finding = Finding("forward", ROOT, "the loss is not finite, though every module's output is")
+    if finding is not None and finding.phase == "backward":
+        function = function_without_gradient(loss_of)
+        if function:
+            finding = Finding(finding.phase, finding.module, f"{finding.text} ({function})", finding.clips)
+    return MicroBatch(
+        rank,
+        micro,
+        float(loss.detach()),
+        _recorded(place.record, rank, micro),
+        batch["key"],
+        batch["position"].tolist(),
+        finding,
+        probe.activations,
+        _gradient_norms(objective),
+        batch["video"],
+    )
+
+
+def _recorded(record: dict[str, Any], rank: int, micro: int) -> float | None:
+    for entry in record.get("ranks", []):
+        if entry["rank"] == rank:
+            return float(entry["micro_batches"][micro]["loss"])
+    return None
+
+
+def _gradient_norms(objective: Objective) -> dict[str, float]:
+    """Norm of each parameter's gradient."""
+    return {
+        name: float(parameter.grad.float().norm())
+        for name, parameter in objective.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def most_suspicious(replayed: list[MicroBatch]) -> MicroBatch:
+    """The first micro-batch with a finding, else the one with the highest loss; the others' clips are let go."""
+    found = [one for one in replayed if one.finding is not None]
+    chosen = found[0] if found else max(replayed, key=lambda one: one.loss)
+    for one in replayed:
+        if one is not chosen:
+            one.video = None
+    return chosen
+
+
+def write_report(place: Place, replayed: list[MicroBatch]) -> Path:
+    """RUN/incidents/replay_step_00000123.json: all that was measured."""
+    rows = []
+    for one in replayed:
+        row = {name: value for name, value in vars(one).items() if name != "video"}
+        row["finding"] = asdict(one.finding) if one.finding else None
+        row["activations"] = {name: asdict(value) for name, value in one.activations.items()}
+        rows.append(row)
+    place.run.incidents.mkdir(exist_ok=True)
+    path = place.run.incidents / f"replay_step_{place.step:08d}.json"
+    content = {"step": place.step, "weights_of_step": place.weights_step, "micro_batches": rows}
+    write_durably(path, json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+    return path
