@@ -17,7 +17,7 @@ import torch
 
 from pretrain.data.fetch import SampleReader
 from pretrain.data.index import load_index
-from pretrain.data.samples import grid_of, parse_sample, video_bytes
+from pretrain.data.members import parse_sample
 from pretrain.samples.masks import MaskPlan, draw
 from pretrain.samples.transforms import multiscale_box
 
@@ -46,8 +46,8 @@ def prepare(videos: list[Path], arguments: list[str], folder: Path) -> VideoSet:
     for row in range(load_index(str(shards)).samples):
         members = parse_sample(reader.read(0, 0, row))
         files.append(folder / f"{row}.mp4")
-        files[-1].write_bytes(video_bytes(members))
-        grids.append(grid_of(members))
+        files[-1].write_bytes(members.video())
+        grids.append(members.grid)
     return VideoSet(str(shards), files, grids)
 
 

@@ -81,7 +81,7 @@ def write_shard(folder: Path) -> None:
 
     import av
 
-    from pretrain.data.index import Members, write_members
+    from pretrain.data.index import MemberTable, write_members
 
     video = io.BytesIO()
     with av.open(video, "w", format="mp4") as out:
@@ -101,7 +101,9 @@ def write_shard(folder: Path) -> None:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
         sizes = np.diff([*offsets, tar.offset])
-    write_members(str(folder), "shard.tar", Members(tuple(f"{n:04d}" for n in range(1000)), np.array(offsets), sizes))
+    write_members(
+        str(folder), "shard.tar", MemberTable(tuple(f"{n:04d}" for n in range(1000)), np.array(offsets), sizes)
+    )
 
 
 def write_index(folder: Path, shards: int, links: bool) -> None:

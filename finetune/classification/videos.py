@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from finetune.classification.views import EvaluationViews, SourceRules
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
 from pretrain.data.index import ShardIndex
-from pretrain.data.samples import label_of, parse_sample, video_bytes
+from pretrain.data.members import parse_sample
 from pretrain.data.stream import prepare_worker
 from pretrain.errors import SampleError
 
@@ -65,8 +65,8 @@ class Videos(IterableDataset[dict[str, Any]]):
             key = f"{name}/{reader.key(source, shard, row)}"
             try:
                 members = parse_sample(future.result())
-                target = entry.rules.labels.target(label_of(members))
-                views = self._views(video_bytes(members), entry.rules)
+                target = entry.rules.labels.target(members.label)
+                views = self._views(members.video(), entry.rules)
             except SampleError as error:
                 yield {"key": key, "reason": str(error)}
                 continue

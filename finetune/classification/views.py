@@ -2,15 +2,15 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from finetune.classification.labels import LabelMap
 from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import VideoReader, open_video
+from pretrain.data.members import Members
 from pretrain.data.randomness import generator
-from pretrain.data.samples import Place, SampleViews, SourceInfo, label_of, stamps_of, video_bytes
+from pretrain.data.samples import Place, SampleViews, SourceInfo
 from pretrain.samples import sampling, transforms
 from pretrain.samples.augment import augment
 from pretrain.samples.transforms import Clip
@@ -38,11 +38,11 @@ class TrainingViews(SampleViews):
     def __init__(self, recipe: TuneRecipe, rules: list[SourceRules]) -> None:
         self._data, self._augment, self._seed, self._rules = recipe.data, recipe.augment, recipe.run.seed, rules
 
-    def __call__(self, place: Place, source: SourceInfo, members: dict[str, Any]) -> dict[str, np.ndarray]:
+    def __call__(self, place: Place, source: SourceInfo, members: Members) -> dict[str, np.ndarray]:
         rules = self._rules[place.source]
-        target = rules.labels.target(label_of(members))
+        target = rules.labels.target(members.label)
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
-        with open_video(video_bytes(members), self._data.decoder, stamps_of(members)) as reader:
+        with open_video(members.video(), self._data.decoder, members.stamps) as reader:
             clip = reader.frames(training_frames(reader.num_frames, self._data.frames, rules, rng))
         views = range(self._data.views)
         return {

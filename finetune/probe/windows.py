@@ -17,7 +17,7 @@ from finetune.probe.feature_shards import Row
 from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import SampleReader
-from pretrain.data.samples import parse_sample, video_bytes
+from pretrain.data.members import parse_sample
 from pretrain.errors import SampleError
 from pretrain.runtime.process_group import Ranks
 from pretrain.samples.transforms import resize
@@ -42,7 +42,7 @@ def window_rows(model: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSe
         name = entry.index.shards[shard].name.removesuffix(".tar")
         key = f"{entry.name}/{name}/{reader.key(source, shard, row).replace('/', '_')}"
         try:
-            video = video_bytes(parse_sample(reader.read(source, shard, row)))
+            video = parse_sample(reader.read(source, shard, row)).video()
             features = window_features(model, video, recipe.data.decoder, step, ranks.device)
         except SampleError as error:
             logger.warning("%s left out: %s", key, error)

@@ -9,13 +9,14 @@ import posixpath
 import tarfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pretrain.data.cache import ShardCache
-from pretrain.data.index import LINK_ENDING, Members, Shard, ShardIndex, load_members, members_name, store_error
+from pretrain.data.index import MemberTable, Shard, ShardIndex, load_members, members_name, store_error
+from pretrain.data.media import LINK_ENDING
 from pretrain.errors import DataError, SampleError, StorageError
 from pretrain.runtime import storage
 
@@ -28,11 +29,19 @@ THREADS = 16
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it lies in the shard: the key that the index promises, the shard's URL, whole tar members."""
+    """A sample as it lies in the shard.
+
+    Attributes:
+        key: that the index promises.
+        url: of the shard.
+        data: whole tar members.
+        linked: files that its link names, by ending; they lie outside of the shard (pack.py --in-place).
+    """
 
     key: str
     url: str
     data: bytes
+    linked: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class SampleReader:
@@ -77,30 +86,23 @@ class SampleReader:
                 f"another shard of the same size. Copy the shard again{' and empty the cache' if self._cache else ''}; "
                 f"launch/pack.py --check {index.url} --hashes-only finds all that differ"
             )
-        if members.linked:
-            data = self._with_video(data, members.keys[row])
-        return RawSample(members.keys[row], url, data)
+        linked = self._linked(data) if members.linked else {}
+        return RawSample(members.keys[row], url, data, linked)
 
-    def _with_video(self, data: bytes, key: str) -> bytes:
-        """The sample's members with the video in place of its link; one that is gone is a matter of this sample."""
+    def _linked(self, data: bytes) -> dict[str, bytes]:
+        """The video that a sample's link names, by its ending; one that is gone is a matter of this sample."""
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            files = {member.name.removeprefix(f"{key}."): tar.extractfile(member) for member in tar}
-        content = {ending: file.read() for ending, file in files.items() if file is not None}
-        where = content.pop(LINK_ENDING).decode()
+            link = next(member for member in tar if member.name.endswith(f".{LINK_ENDING}"))
+            file = tar.extractfile(link)
+            assert file is not None, "a link is a plain file"
+            where = file.read().decode()
         ending = posixpath.splitext(where)[1].lstrip(".").lower()
         try:
-            content[ending] = storage.read_bytes(where, deadline_s=self._deadline_s, denied_for_good=False)
+            return {ending: storage.read_bytes(where, deadline_s=self._deadline_s, denied_for_good=False)}
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise SampleError("missing", str(error)) from error
             raise store_error(where, error) from error
-        whole = io.BytesIO()
-        with tarfile.open(fileobj=whole, mode="w") as tar:
-            for name, part in content.items():
-                info = tarfile.TarInfo(f"{key}.{name}")
-                info.size = len(part)
-                tar.addfile(info, io.BytesIO(part))
-        return whole.getvalue()
 
     def key(self, source: int, shard: int, row: int) -> str:
         """Key of a sample by the member table, or its row where the table can't be read; for reports."""
@@ -109,7 +111,7 @@ class SampleReader:
         except DataError:
             return f"row {row}"
 
-    def _load_members(self, source: int, shard: int) -> Members:
+    def _load_members(self, source: int, shard: int) -> MemberTable:
         index = self._indexes[source]
         entry = index.shards[shard]
         try:

@@ -22,10 +22,6 @@ from pretrain.runtime import storage
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
-#: Last part of a member's name that makes its sample a video sample, and a file a video: what FFmpeg demuxes.
-VIDEO_ENDINGS = frozenset("mp4 m4v mov avi mkv webm mpg mpeg vob ts mts m2ts wmv flv ogv 3gp".split())
-#: Name's last part of a member that holds a video's path or URL in the place of the video (pack.py --in-place).
-LINK_ENDING = "link"
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ def _unpacked(text: bytes) -> str:
 
 
 @dataclass(frozen=True)
-class Members:
+class MemberTable:
     """Where each sample of one shard lies: members of one sample are adjacent, `sizes` includes headers and padding."""
 
     keys: Sequence[str]
@@ -236,7 +232,7 @@ def write_index(index: ShardIndex) -> None:
     storage.write_bytes(storage.join(index.url, INDEX_NAME), json.dumps(content, indent=1).encode())
 
 
-def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
+def load_members(url: str, shard: str, deadline_s: float = 300.0) -> MemberTable:
     """Read the member table of one shard.
 
     Raises:
@@ -247,7 +243,7 @@ def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
     try:
         # Credentials that are wrong have been found at the index; a denial here may be one that passes.
         content = json.loads(storage.read_bytes(where, deadline_s=deadline_s, denied_for_good=False))
-        return Members(
+        return MemberTable(
             Keys(content["keys"]),
             np.array(content["offsets"], dtype=np.int64),
             np.array(content["sizes"], dtype=np.int64),
@@ -260,7 +256,7 @@ def load_members(url: str, shard: str, deadline_s: float = 300.0) -> Members:
         ) from error
 
 
-def write_members(url: str, shard: str, members: Members) -> None:
+def write_members(url: str, shard: str, members: MemberTable) -> None:
     """Write the member table of one shard."""
     content: dict[str, Any] = {
         "keys": list(members.keys), "offsets": members.offsets.tolist(), "sizes": members.sizes.tolist()

@@ -1,22 +1,19 @@
 """One sample from bytes to the views of a batch: tar parsing, decoding once, then a crop and masks for each view."""
 
 import functools
-import io
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.data.bad_samples import BadSample
 from pretrain.data.crashes import Decoding
 from pretrain.data.decoders import open_video
 from pretrain.data.decoders.crops import Box
 from pretrain.data.fetch import RawSample, SampleReader
-from pretrain.data.index import VIDEO_ENDINGS, Shard
+from pretrain.data.index import Shard
+from pretrain.data.members import Members, parse_sample
 from pretrain.data.order import EpochOrder
 from pretrain.data.randomness import generator
 from pretrain.errors import DataError, SampleError
@@ -66,87 +63,18 @@ class SampleViews:
     Fine-tuning's labels and augmentations, for example. Picklable, because data workers are spawned.
     """
 
-    def __call__(self, place: Place, source: SourceInfo, members: dict[str, Any]) -> dict[str, np.ndarray]:
+    def __call__(self, place: Place, source: SourceInfo, members: Members) -> dict[str, np.ndarray]:
         """Arrays [views, ...] by name, `video` uint8 [views, T, H, W, 3] among them.
 
         Args:
             place: the sample's place in the order; what is random is keyed by its epoch and position.
             source: the sample's data set.
-            members: content of the sample's files by ending, from `parse_sample`.
+            members: the sample's files.
 
         Raises:
             SampleError: the sample can't be used.
         """
         raise NotImplementedError
-
-
-def parse_sample(raw: RawSample) -> dict[str, Any]:
-    """Members of a sample by ending, with webdataset's own tar reading and grouping.
-
-    Raises:
-        SampleError: "index" where the bytes are not the one sample that the index promises.
-    """
-    try:
-        files = tar_file_expander([{"url": raw.url, "stream": io.BytesIO(raw.data)}])
-        found: list[dict[str, Any]] = list(group_by_keys(files))
-    except Exception as error:  # tarfile and webdataset raise many kinds; all mean that these bytes are no sample
-        raise SampleError("index", f"{raw.url}: the range of {raw.key} is no tar member: {error.args[0]}") from error
-    keys = [sample["__key__"] for sample in found]
-    if keys != [raw.key]:
-        raise SampleError("index", f"{raw.url}: {raw.key} promised by the index, {keys} found; index the shard again")
-    return found[0]
-
-
-def video_bytes(members: dict[str, Any]) -> bytes:
-    """The video among a sample's members."""
-    for ending, data in members.items():
-        if ending.rsplit(".", 1)[-1] in VIDEO_ENDINGS:
-            return bytes(data)
-    endings = [ending for ending in members if not ending.startswith("__")]
-    raise SampleError("index", f"no video member (.mp4 or another of {sorted(VIDEO_ENDINGS)}) among {endings}")
-
-
-def label_of(members: dict[str, Any]) -> Any:
-    """The label in a parsed sample's json; None without.
-
-    Raises:
-        SampleError: "label" where the json is none.
-    """
-    try:
-        facts = json.loads(members.get("json", b"{}"))
-    except ValueError as error:
-        raise SampleError("label", f"the sample's json is damaged: {error}") from error
-    if not isinstance(facts, dict):
-        raise SampleError("label", f"the sample's json holds {type(facts).__name__}, an object is allowed")
-    return facts.get("label")
-
-
-def grid_of(members: dict[str, Any]) -> tuple[int, int]:
-    """Step and phase of the video's grid of reference frames, as packing wrote them; (1, 0) where it has none.
-
-    Anything else under that name in the json of foreign shards is no grid.
-    """
-    step, phase = _numbers(members, "grid", "step", "phase")
-    return (step, phase) if step > 0 <= phase else (1, 0)
-
-
-def stamps_of(members: dict[str, Any]) -> range | None:
-    """Time stamps of the video's frames, as packing found them to be evenly spaced; None where it did not."""
-    first, step = _numbers(members, "stamps", "first", "step")
-    (frames,) = _numbers(members, None, "frames")
-    if step <= 0 or frames <= 0 or abs(first) + frames * step >= 1 << 62:  # FFmpeg's time stamps have 64 bits
-        return None
-    return range(first, first + frames * step, step)
-
-
-def _numbers(members: dict[str, Any], part: str | None, *names: str) -> list[int]:
-    """Whole numbers of a part of a sample's json; -1 for each of them where one is missing or something else."""
-    try:
-        facts = json.loads(members.get("json", b"{}"))
-        found = [(facts if part is None else facts[part])[name] for name in names]
-    except (ValueError, KeyError, TypeError):
-        found = [None]
-    return found if all(type(number) is int for number in found) else [-1] * len(names)
 
 
 class SampleMaker:
@@ -230,7 +158,7 @@ class CroppedViews(SampleViews):
     def __init__(self, data: Data, seed: int, view_tensors: ViewTensors) -> None:
         self._data, self._seed, self._view_tensors = data, seed, view_tensors
 
-    def __call__(self, place: Place, source: SourceInfo, members: dict[str, Any]) -> dict[str, np.ndarray]:
+    def __call__(self, place: Place, source: SourceInfo, members: Members) -> dict[str, np.ndarray]:
         draws = [
             functools.partial(generator, self._seed, place.epoch, place.position, view)
             for view in range(self._data.views)
@@ -239,14 +167,12 @@ class CroppedViews(SampleViews):
         arrays = {"video": _stacked(self._videos(place, source.stride, members, draws))}
         return arrays | {name: _stacked([view[name] for view in drawn]) for name in drawn[0]}
 
-    def _videos(
-        self, place: Place, stride: int, members: dict[str, Any], draws: Sequence[Draw]
-    ) -> list[transforms.Clip]:
+    def _videos(self, place: Place, stride: int, members: Members, draws: Sequence[Draw]) -> list[transforms.Clip]:
         """One clip as each view shows it, [T, H, W, 3]; decoded once, its start drawn once (repeated augmentation)."""
         data = self._data
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
-        step, phase = grid_of(members) if data.grid == "auto" else (1, 0)
-        with open_video(video_bytes(members), data.decoder, stamps_of(members)) as reader:
+        step, phase = members.grid if data.grid == "auto" else (1, 0)
+        with open_video(members.video(), data.decoder, members.stamps) as reader:
             every = sampling.clip_starts(reader.num_frames, data.frames, stride)
             starts = sampling.grid_starts(every, stride, step, phase)
             start = starts[int(rng.integers(len(starts)))]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from pretrain.checkpoint.same_run import differences, flat
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import SampleReader
-from pretrain.data.samples import parse_sample, video_bytes
+from pretrain.data.members import parse_sample
 from pretrain.data.stream_plan import OpenSource, open_sources
 from pretrain.doctor.links import check_links
 from pretrain.engine.build import count_model
@@ -214,7 +214,7 @@ def _check_decoder(recipe: Recipe, name: str) -> Finding:
     """Decode the first video of a source."""
     opened = _open(recipe, name)
     raw = SampleReader([opened.index], None, recipe.data.deadline_s, 1).read(0, 0, 0)
-    with open_video(video_bytes(parse_sample(raw)), recipe.data.decoder) as reader:
+    with open_video(parse_sample(raw).video(), recipe.data.decoder) as reader:
         frames = reader.frames([0, reader.num_frames - 1])
     value = f"{recipe.data.decoder}: {raw.key}, {frames.shape[2]} x {frames.shape[1]}"
     return Finding(f"decoder, {name}", "ok", value)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import SampleReader, read_ahead
 from pretrain.data.index import load_index
-from pretrain.data.samples import label_of, parse_sample, stamps_of, video_bytes
+from pretrain.data.members import parse_sample
 from pretrain.errors import DataError, RecipeError, SampleError
 from pretrain.metrics.neighbours import accuracy, leave_one_out_scores
 from pretrain.objectives.base import Objective
@@ -131,10 +131,10 @@ class HealthSignal:
     def _read(self, place: tuple[int, int, int]) -> Labelled:
         data, (number, shard, row) = self._recipe.data, place
         members = parse_sample(self._reader.read(0, shard, row))
-        label = label_of(members)
+        label = members.label
         if isinstance(label, bool) or not isinstance(label, str | int):
             raise SampleError("label", f"{label!r} is no class name or number")
-        with open_video(video_bytes(members), data.decoder, stamps_of(members)) as reader:
+        with open_video(members.video(), data.decoder, members.stamps) as reader:
             start = (sampling.clip_starts(reader.num_frames, data.frames, data.stride) - 1) // 2
             clip = reader.frames(sampling.clip_frames(reader.num_frames, data.frames, data.stride, start))
         return number, str(label), transforms.centre_crop(clip, data.width, data.height)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from pretrain.data.index import Members, Shard, ShardIndex, ShardTable, write_index, write_members
+from pretrain.data.index import MemberTable, Shard, ShardIndex, ShardTable, write_index, write_members
 from pretrain.models.videomae import Config as Model
 from pretrain.objectives.videomae import Config as Objective
 from pretrain.recipe.schema import Batch, Data, Recipe, Run, Source
@@ -105,7 +105,7 @@ def _write_shard(url: str, name: str, samples: list[tuple[str, bytes]]) -> Shard
     with fsspec.open(f"{url}/{name}", "wb") as file:
         file.write(content)
     checksums = [zlib.crc32(content[begin : begin + size]) for begin, size in zip(offsets, sizes, strict=True)]
-    write_members(url, name, Members(tuple(begins), offsets, sizes, np.array(checksums, dtype=np.uint32)))
+    write_members(url, name, MemberTable(tuple(begins), offsets, sizes, np.array(checksums, dtype=np.uint32)))
     return Shard(name, len(samples), len(content), f"hash of {url} {name}")
 
 

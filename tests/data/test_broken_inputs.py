@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from pretrain.data.decoders import open_video
+from pretrain.data.members import Members
 from pretrain.data.pack.discover import Item
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_video import Packed, pack_item
 from pretrain.data.pack.scan import index_folder
-from pretrain.data.samples import label_of
 from pretrain.data.stream import TrainStream, open_sources
 from pretrain.errors import DataError, SampleError
 from pretrain.objectives.videomae import view_tensors
@@ -200,7 +200,7 @@ def test_a_tar_cut_in_a_member_is_not_indexed(corpus: dict[str, Broken], tmp_pat
 @pytest.mark.parametrize("facts", [b"", b"{", b"[1]", b"null", b"\xff\xfe"])
 def test_a_json_that_is_none(facts: bytes) -> None:
     with pytest.raises(SampleError, match="label: the sample's json"):
-        label_of({"json": facts})
+        _ = Members({"json": facts}).label
 
 
 def test_a_json_may_lie_or_miss(corpus: dict[str, Broken], tmp_path: Path, make_recipe: Callable[..., Any]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from pretrain.data.samples import CroppedViews, Place, SourceInfo, grid_of
+from pretrain.data.members import Members
+from pretrain.data.samples import CroppedViews, Place, SourceInfo
 from pretrain.recipe.schema import Data
 from pretrain.samples.sampling import grid_starts
 
@@ -52,11 +53,11 @@ def test_a_video_too_short_for_its_phase_begins_anywhere() -> None:
     ],
 )
 def test_only_a_grid_is_taken_for_one(facts: object, expected: tuple[int, int]) -> None:
-    assert grid_of({"json": json.dumps(facts).encode()}) == expected
+    assert Members({"json": json.dumps(facts).encode()}).grid == expected
 
 
 def test_json_of_foreign_shards_may_be_damaged_or_missing() -> None:
-    assert grid_of({"json": b"\xff{"}) == grid_of({}) == (1, 0)
+    assert Members({"json": b"\xff{"}).grid == Members({}).grid == (1, 0)
 
 
 @pytest.mark.parametrize(("grid", "residues"), [("auto", {3}), ("off", {0, 1, 2, 3})])
@@ -66,7 +67,7 @@ def test_clips_begin_on_the_grid_unless_told_otherwise(
     data = Data(frames=4, height=48, width=64, crop="center", grid=grid)  # type: ignore[arg-type]
     views = CroppedViews(data, 0, lambda draw: {})
     facts = {"grid": {"step": 4, "phase": 3}}
-    members = {"mp4": encode(frames=60), "json": json.dumps(facts).encode()}
+    members = Members({"mp4": encode(frames=60), "json": json.dumps(facts).encode()})
     begins = set()
     for position in range(40):
         clip = views(Place(0, position, 0, 0, 0), SourceInfo("a", (), 4), members)["video"][0]

@@ -11,7 +11,7 @@ import torch.multiprocessing
 
 from pretrain.data.index import (
     Keys,
-    Members,
+    MemberTable,
     Shard,
     ShardIndex,
     ShardTable,
@@ -66,7 +66,7 @@ def test_keys_are_a_sequence_of_texts(tmp_path: Path) -> None:
     keys = Keys(names)
     assert list(keys) == names and keys[-2] == names[-2] and keys[1:3] == names[1:3] and type(keys[0]) is str
     four = np.arange(4)
-    write_members(str(tmp_path), "a.tar", Members(tuple(names), four, four))
+    write_members(str(tmp_path), "a.tar", MemberTable(tuple(names), four, four))
     assert list(load_members(str(tmp_path), "a.tar").keys) == names
 
 

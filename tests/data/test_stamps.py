@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.data.decoders.crops import Box
 from pretrain.data.decoders.pyav_reader import PyAVReader
-from pretrain.data.samples import stamps_of
+from pretrain.data.members import Members
 from pretrain.errors import SampleError
 from tests.data.broken_inputs import inputs, video
 
@@ -147,12 +147,16 @@ def facts(**more: Any) -> dict[str, bytes]:
 
 
 def test_promises_in_a_samples_json() -> None:
-    assert stamps_of(facts(frames=3, stamps={"first": 5, "step": 2})) == range(5, 11, 2)
+    assert Members(facts(frames=3, stamps={"first": 5, "step": 2})).stamps == range(5, 11, 2)
     for wrong in (
         {"frames": 3}, {"stamps": {"first": 0, "step": 1}}, {"frames": 3, "stamps": {"first": 0, "step": 0}},
         {"frames": 0, "stamps": {"first": 0, "step": 1}}, {"frames": 3, "stamps": 7},
         {"frames": 3, "stamps": {"first": 0.5, "step": 1}}, {"frames": True, "stamps": {"first": 0, "step": 1}},
         {"frames": 10**30, "stamps": {"first": 0, "step": 1}}, {"frames": 3, "stamps": {"first": -(10**30), "step": 1}},
     ):  # fmt: skip
-        assert stamps_of(facts(**wrong)) is None, wrong
-    assert stamps_of({}) is None and stamps_of({"json": b"\xff{"}) is None and stamps_of({"json": b"[1]"}) is None
+        assert Members(facts(**wrong)).stamps is None, wrong
+    assert (
+        Members({}).stamps is None
+        and Members({"json": b"\xff{"}).stamps is None
+        and Members({"json": b"[1]"}).stamps is None
+    )

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from pretrain.data.decoders import open_video
+from pretrain.data.members import Members
 from pretrain.data.pack.discover import Item
 from pretrain.data.pack.encode import encode_video
 from pretrain.data.pack.media_probe import probe
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
-from pretrain.data.samples import stamps_of
 from pretrain.errors import SampleError
 
 MakeVideo = Callable[..., Path]
@@ -176,7 +176,7 @@ def test_evenly_spaced_frames_are_read_without_the_list_of_all_packets(
 
     source, options = EVEN[kind]
     packed = _pack(make_video(tmp_path / "a.mp4", **source), options)
-    stamps = stamps_of({"json": json.dumps(packed.facts).encode()})
+    stamps = Members({"json": json.dumps(packed.facts).encode()}).stamps
     assert stamps is not None and len(stamps) == packed.facts["frames"]
     data = Path(packed.video).read_bytes()
     with PyAVReader(data) as reader:

@@ -9,7 +9,7 @@ import webdataset as wds
 from pretrain.commands.pack import main
 from pretrain.data.fetch import SampleReader
 from pretrain.data.index import load_index, load_members
-from pretrain.data.samples import label_of, parse_sample, video_bytes
+from pretrain.data.members import parse_sample
 from pretrain.errors import SampleError
 
 
@@ -29,7 +29,7 @@ def test_samples_are_those_of_packed_shards(listed: Path) -> None:
     reader, found = SampleReader([index], None, 10), {}
     for row in range(index.samples):
         members = parse_sample(reader.read(0, 0, row))
-        found[video_bytes(members)] = label_of(members)
+        found[members.video()] = members.label
     assert found == {b"a.mp4" * 1000: 3, b"b.webm" * 1000: 0, b"c.mp4" * 1000: 7}
     assert sum(shard.bytes for shard in index.shards) < 3 * 10240, "no video was copied"
 

@@ -15,7 +15,7 @@ from pretrain.commands.program import main
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe import manual
 from pretrain.recipe.check import check_recipe
-from pretrain.recipe.components import component_names, load_component
+from pretrain.recipe.components import component_names, load_component, objective_file
 from pretrain.recipe.files import RECIPES, recipe_names
 from pretrain.recipe.load import load_recipe
 
@@ -92,7 +92,7 @@ def batch_of(recipe) -> dict[str, torch.Tensor]:
 def test_new_method_and_backbone_are_found_shown_and_learn(
     extended: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "motion" in component_names("objectives") and "pooled" in component_names("models")
+    assert "motion" in component_names("pretrain.objectives.{}") and "pooled" in component_names("pretrain.models.{}")
     path = str(extended["recipes/pooled_motion.yaml"])
     recipe = load_recipe(path)
     assert check_recipe(recipe) == []

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from io import BytesIO
 
-from pretrain.data.index import LINK_ENDING, VIDEO_ENDINGS, Members, Shard, load_index, load_members
+from pretrain.data.index import MemberTable, Shard, load_index, load_members
+from pretrain.data.media import LINK_ENDING, VIDEO_ENDINGS
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.data.pack.scan import scan_shard
 from pretrain.data.pack.verify import check_random_reads, sequential_signatures
@@ -64,7 +65,7 @@ def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> lis
     return problems
 
 
-def _check_members(where: str, found: Members, stored: Members) -> list[str]:
+def _check_members(where: str, found: MemberTable, stored: MemberTable) -> list[str]:
     same = list(found.keys) == list(stored.keys) and found.offsets.tolist() == stored.offsets.tolist()
     if same and found.sizes.tolist() == stored.sizes.tolist():
         return []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pretrain.data.index import VIDEO_ENDINGS
+from pretrain.data.media import VIDEO_ENDINGS
 from pretrain.data.pack.lists import ListFormat, parse_list
 from pretrain.errors import RecipeError, StorageError
 from pretrain.runtime import storage

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 
 from pretrain.data.index import (
     INDEX_NAME,
-    LINK_ENDING,
-    VIDEO_ENDINGS,
     Shard,
     ShardIndex,
     ShardTable,
     write_index,
     write_members,
 )
+from pretrain.data.media import LINK_ENDING, VIDEO_ENDINGS
 from pretrain.data.pack.discover import Item, extension_of
 from pretrain.data.pack.scan import scan_shard
 from pretrain.errors import DataError, RecipeError

@@ -14,9 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from pretrain.data.index import (
-    LINK_ENDING,
-    VIDEO_ENDINGS,
-    Members,
+    MemberTable,
     Shard,
     ShardIndex,
     ShardTable,
@@ -24,6 +22,7 @@ from pretrain.data.index import (
     write_index,
     write_members,
 )
+from pretrain.data.media import LINK_ENDING, VIDEO_ENDINGS
 from pretrain.errors import DataError, TubeletError
 from pretrain.runtime import storage
 
@@ -104,7 +103,7 @@ class _Sample:
         return LINK_ENDING in self.extensions
 
 
-def scan_shard(url: str, name: str, videos_only: bool = True) -> tuple[Shard, Members, int]:
+def scan_shard(url: str, name: str, videos_only: bool = True) -> tuple[Shard, MemberTable, int]:
     """Read the tar `name` in the folder `url` once: its entry, where its samples lie, and how many have no video.
 
     Samples without a video are left out, unless `videos_only` is false.
@@ -118,7 +117,7 @@ def scan_shard(url: str, name: str, videos_only: bool = True) -> tuple[Shard, Me
     _check_unique(where, samples)
     reader.finish()  # what follows the end marker belongs to the hash
     kept = [sample for sample in samples if sample.has_video or not videos_only]
-    members = Members(
+    members = MemberTable(
         tuple(sample.key for sample in kept),
         np.array([sample.start for sample in kept], dtype=np.int64),
         np.array([sample.end - sample.start for sample in kept], dtype=np.int64),
@@ -216,7 +215,7 @@ def index_folder(url: str, threads: int = 8) -> tuple[ShardIndex, list[str]]:
     return load_index(url), notes
 
 
-def _try_scan(url: str, name: str) -> tuple[Shard, Members, int] | str:
+def _try_scan(url: str, name: str) -> tuple[Shard, MemberTable, int] | str:
     try:
         return scan_shard(url, name)
     except TubeletError as error:
