@@ -12,6 +12,7 @@ import pytest
 from pretrain.data.decoders import open_video
 from pretrain.data.decoders.crops import Box, cut, hull, whole
 from pretrain.data.decoders.rgb import RGBConverter
+from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import CroppedViews, Place, SourceInfo
 from pretrain.recipe.schema import Data
