@@ -120,7 +120,7 @@ class Bench:
         """A function that takes one step: forward, backward, fused AdamW; all in bf16, without float32 masters."""
         torch.manual_seed(0)
         with torch.device(self.device):
-            module = objective_file(recipe).build(recipe).to(torch.bfloat16)
+            module = method_of(recipe).build().to(torch.bfloat16)
         optimizer = build_optimizer(recipe, module, self.device)
         set_lr(optimizer, 1e-5)
         batch = {name: value.to(self.device) for name, value in made_up_batch(recipe, micro).items()}

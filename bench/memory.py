@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT)]
 #: A model of 63 M parameters, whose states outweigh what Python and torch allocate beside them.
 OVERRIDES = [
     "model.dim=768", "model.depth=8", "model.heads=8", "model.decoder_dim=384", "model.decoder_depth=2",
-    "model.decoder_heads=4", "batch.samples=8", "data.views=2",
+    "model.decoder_heads=4", "batch.samples=8", "input.views=2",
 ]  # fmt: skip
 
 

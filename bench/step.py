@@ -59,7 +59,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
 def contestants(size: str, clips: int, official: Path | None, compiled: bool) -> list[Contestant]:
     """All ways to take the same step, on the same weights and the same batch."""
-    words = [f"model.size={size}", "data.views=1", "compute.activation_checkpointing=false"]
+    words = [f"model.size={size}", "input.views=1", "compute.activation_checkpointing=false"]
     recipe = load_recipe("vit_s_dual", words)
     v1 = load_recipe("vit_s_dual", [*words, "objective.decoder_mask=none"])
     torch.manual_seed(0)

@@ -11,32 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.classification import task as classification
-from finetune.classification.task import (
-    ClassificationObjective,
-    build_model,
-    cost,
-    evaluation,
-    sample_views,
-    soft_cross_entropy,
-    tokens_per_clip,
-)
+from finetune.classification.task import ClassificationObjective, ClassificationTask, soft_cross_entropy
 from finetune.distillation.teacher import FrozenTeacher, Teacher
 from finetune.recipe import TuneRecipe
+from pretrain.data.samples import Batch
 from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.models import classifier
-from pretrain.objectives.base import Batch, Output
-
-__all__ = [
-    "Config",
-    "build",
-    "check",
-    "cost",
-    "evaluation",
-    "held_beside",
-    "sample_views",
-    "tokens_per_clip",
-    "warnings",
-]
+from pretrain.models.base import Classifier
+from pretrain.objectives.base import Output
 
 
 @dataclass
@@ -55,49 +37,49 @@ class Config(classification.Config):
     """whose answers are learnt"""
 
 
-def check(recipe: TuneRecipe) -> list[str]:
-    """What in the recipe this task can't work with."""
-    options, data = recipe.objective, recipe.data
-    problems = classification.check(recipe)
-    if options.task != "single":
-        problems.append(f"objective.task: found {options.task}, allowed: single (a teacher gives class probabilities)")
-    if options.temperature <= 0:
-        problems.append(f"objective.temperature: found {options.temperature}, allowed: more than 0")
-    if not 0 <= options.label_weight <= 1:
-        problems.append(f"objective.label_weight: found {options.label_weight}, allowed: a share from 0 to 1")
-    if options.cache is not None and "://" in options.cache:
-        problems.append(f"objective.cache: found {options.cache}, allowed: a folder (records are written in place)")
-    if options.teacher.model.classes != recipe.model.classes:
-        problems.append(
-            f"objective.teacher.model.classes: {options.teacher.model.classes}, but model.classes is "
-            f"{recipe.model.classes}; teacher and student must have the same classes"
-        )
-    theirs = classifier.check(options.teacher.model, data.frames, data.height, data.width)
-    return problems + [f"objective.teacher: {problem}" for problem in theirs]
+class DistillationTask(ClassificationTask):
+    """Training of a classifier by what a teacher says."""
+
+    def problems(self) -> list[str]:
+        recipe, options = self.recipe, self.recipe.objective
+        problems = super().problems()
+        if options.task != "single":
+            problems.append(
+                f"objective.task: found {options.task}, allowed: single (a teacher gives class probabilities)"
+            )
+        if options.temperature <= 0:
+            problems.append(f"objective.temperature: found {options.temperature}, allowed: more than 0")
+        if not 0 <= options.label_weight <= 1:
+            problems.append(f"objective.label_weight: found {options.label_weight}, allowed: a share from 0 to 1")
+        if options.cache is not None and "://" in options.cache:
+            problems.append(f"objective.cache: found {options.cache}, allowed: a folder (records are written in place)")
+        if options.teacher.model.classes != recipe.model.classes:
+            problems.append(
+                f"objective.teacher.model.classes: {options.teacher.model.classes}, but model.classes is "
+                f"{recipe.model.classes}; teacher and student must have the same classes"
+            )
+        theirs = classifier.check(options.teacher.model, *recipe.input.size)
+        return problems + [f"objective.teacher: {problem}" for problem in theirs]
+
+    def warnings(self) -> list[str]:
+        found, options = super().warnings(), self.recipe.objective
+        if options.label_weight == 0 and options.smoothing != classification.Config().smoothing:
+            found.append("objective.smoothing has no effect: objective.label_weight is 0, the loss has no labels")
+        return found
+
+    def held(self) -> dict[str, tuple[float, str]]:
+        options = self.recipe.objective.teacher
+        with torch.device("meta"):
+            model = classifier.build(options.model, *self.recipe.input.size)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        size = float(count * DTYPES[options.dtype].itemsize)
+        return {"teacher": (size, f"{count:,} parameters in {options.dtype}: frozen, whole on each rank")}
+
+    def build(self) -> "DistillationObjective":
+        return DistillationObjective(self.build_model(), self.recipe, self.architecture)
 
 
-def warnings(recipe: TuneRecipe) -> list[str]:
-    """Options that have no effect, or that don't fit the data."""
-    found = classification.warnings(recipe)
-    default = classification.Config().smoothing
-    if recipe.objective.label_weight == 0 and recipe.objective.smoothing != default:
-        found.append("objective.smoothing has no effect: objective.label_weight is 0, the loss has no labels")
-    return found
-
-
-def held_beside(recipe: TuneRecipe) -> dict[str, tuple[float, str]]:
-    """Bytes of the teacher on each rank, for the dry run."""
-    options, data = recipe.objective.teacher, recipe.data
-    with torch.device("meta"):
-        model = classifier.build(options.model, data.frames, data.height, data.width)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    size = float(count * DTYPES[options.dtype].itemsize)
-    return {"teacher": (size, f"{count:,} parameters in {options.dtype}: frozen, whole on each rank")}
-
-
-def build(recipe: TuneRecipe) -> "DistillationObjective":
-    """The student with the parts that are trained; the teacher comes with the first step."""
-    return DistillationObjective(build_model(recipe), recipe)
+METHOD = DistillationTask
 
 
 class DistillationObjective(ClassificationObjective):
@@ -106,8 +88,8 @@ class DistillationObjective(ClassificationObjective):
     A batch holds, besides the views and labels of classification, what names them: `epoch`, `position`, `view`, `key`.
     """
 
-    def __init__(self, model: classifier.VideoClassifier, recipe: TuneRecipe) -> None:
-        super().__init__(model, recipe)
+    def __init__(self, model: classifier.VideoClassifier, recipe: TuneRecipe, architecture: Classifier) -> None:
+        super().__init__(model, recipe, architecture)
         self.teacher = FrozenTeacher(recipe)
         # Files, counters and a network that is built on the way are nothing for the compiler.
         compiles = recipe.compute.compile

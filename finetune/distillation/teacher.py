@@ -19,7 +19,7 @@ from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.errors import WeightsError
 from pretrain.models import classifier
 from pretrain.models.classifier_weights import load_pretrained
-from pretrain.trained.load_run import read_weights
+from pretrain.models.initial_weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ class FrozenTeacher:
         return logits
 
     def _load(self) -> classifier.VideoClassifier:
-        options, data = self._options, self._recipe.data
-        model = classifier.build(options.model, data.frames, data.height, data.width)
+        options = self._options
+        model = classifier.build(options.model, *self._recipe.input.size)
         report = load_pretrained(model, options.weights, raw=read_weights(options.weights))
         if report.missing:
             raise WeightsError(
@@ -110,7 +110,7 @@ class FrozenTeacher:
     def _identity(self) -> dict[str, Any]:
         """All that the logits depend on."""
         recipe, options = self._recipe, self._options
-        sections = {"data": asdict(recipe.data), "augment": asdict(recipe.augment)}
+        sections = {"data": asdict(recipe.data), "input": asdict(recipe.input), "augment": asdict(recipe.augment)}
         return {
             "views": {key: value for key, value in flat(sections).items() if not is_harmless(key)},
             "data": {name: load_index(source.shards).fingerprint for name, source in recipe.data.sources.items()},

@@ -8,22 +8,21 @@ import numpy as np
 from pretrain.data.index import ShardIndex, load_index
 from pretrain.data.order import EpochOrder, Ints, SourceShape, epoch_quotas
 from pretrain.errors import DataError, RecipeError
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import Recipe, Source
 
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source of the recipe with its index read: weight in the mix (None: by size), stride in frames."""
+    """A source of the recipe with its index read, and its section of the recipe."""
 
     name: str
     index: ShardIndex
-    weight: float | None
-    stride: int
+    options: Source
 
     @property
     def shape(self) -> SourceShape:
         """What the order needs."""
-        return SourceShape(self.name, self.index.shards.samples, self.weight)
+        return SourceShape(self.name, self.index.shards.samples, self.options.weight)
 
 
 def open_sources(recipe: Recipe) -> list[OpenSource]:
@@ -37,8 +36,7 @@ def open_sources(recipe: Recipe) -> list[OpenSource]:
     if not data.sources:
         raise RecipeError("data.sources is empty: name at least one data set, for example data.sources.k400.shards=URL")
     return [
-        OpenSource(name, load_index(source.shards, data.deadline_s), source.weight, source.stride or data.stride)
-        for name, source in data.sources.items()
+        OpenSource(name, load_index(source.shards, data.deadline_s), source) for name, source in data.sources.items()
     ]
 
 

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import torch
 
+from pretrain.data.samples import Batch
 from pretrain.data.stream import StreamPlan, TrainStream
 from pretrain.errors import DataError
-from pretrain.objectives.base import Batch
 from pretrain.runtime.process_group import Ranks, gather_objects
 
 logger = logging.getLogger(__name__)
 
 
-class Supply:
+class MicroBatches:
     """Endless micro-batches.
 
     Args:

@@ -12,12 +12,10 @@ from pretrain.engine.deepspeed_config import Config, builds_sharded, deepspeed_c
 from pretrain.engine.model_states import ModelSize, size_of
 from pretrain.engine.optimiser import build_optimizer, forget_steps
 from pretrain.errors import RecipeError
-from pretrain.objectives.base import Objective
-from pretrain.recipe.components import objective_file
-from pretrain.recipe.schema import Recipe
+from pretrain.models.initial_weights import read_weights
+from pretrain.objectives.base import Method, Objective
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.seeds import seed_everything
-from pretrain.trained.load_run import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -35,25 +33,25 @@ class Built:
     groups: Groups
 
 
-def count_model(recipe: Recipe) -> ModelSize:
-    """Parameters and buffers of the recipe's objective, counted on the meta device without memory."""
+def count_model(method: Method) -> ModelSize:
+    """Count parameters and buffers of a method's objective on the meta device, without memory."""
     with torch.device("meta"):
-        objective: Objective = objective_file(recipe).build(recipe)
+        objective = method.build()
     return size_of(objective)
 
 
-def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int, resumes: bool = False) -> Built:
+def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool = False) -> Built:
     """Objective, optimiser and DeepSpeed engine, with the recipe's first weights.
 
     Args:
-        recipe: The run.
+        method: The run.
         ranks: This process among all.
         accumulation: Micro-batches of a step.
         resumes: A checkpoint will be loaded, so run.init_weights need not be.
     """
     import deepspeed
 
-    parameters = count_model(recipe).parameters
+    recipe, parameters = method.recipe, count_model(method).parameters
     on_cpu = ranks.device.type == "cpu"
     if on_cpu and recipe.compute.dtype == "fp16":
         raise RecipeError("compute.dtype: found fp16, allowed on a CPU: bf16, fp32 (DeepSpeed has no fp16 there)")
@@ -62,7 +60,7 @@ def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int, resumes: bool 
     if on_cpu:
         torch.use_deterministic_algorithms(True)
     seed_everything(recipe.run.seed)
-    objective = _build_objective(recipe, config, parameters)
+    objective = _build_objective(method, config, parameters)
     if recipe.run.init_weights and not resumes:
         path = recipe.run.init_weights
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
@@ -80,13 +78,12 @@ def _group_names(objective: Objective, optimizer: torch.optim.Optimizer) -> Grou
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def _build_objective(recipe: Recipe, config: Config, parameters: int) -> Objective:
+def _build_objective(method: Method, config: Config, parameters: int) -> Objective:
     import deepspeed
 
-    sharded = builds_sharded(recipe, parameters)
+    sharded = builds_sharded(method.recipe, parameters)
     context = deepspeed.zero.Init(config_dict_or_path=dict(config)) if sharded else contextlib.nullcontext()
     if sharded:
         logger.info("building %d parameters in shards (deepspeed.zero.Init)", parameters)
     with context:
-        objective: Objective = objective_file(recipe).build(recipe)
-    return objective
+        return method.build()

@@ -90,7 +90,7 @@ def describe(recipe: Recipe, config: Config, world_size: int) -> list[str]:
     optimiser = {"adamw": "AdamW", "sgd": f"SGD (momentum {recipe.optim.momentum:g})"}[recipe.optim.name]
     return [
         f"batch: {batch.samples} videos a step = {batch.micro} x {world_size} ranks x "
-        f"{config['gradient_accumulation_steps']} accumulated; {batch.samples * recipe.data.views} clips",
+        f"{config['gradient_accumulation_steps']} accumulated; {batch.samples * recipe.input.views} clips",
         f"precision: {recipe.compute.dtype}, gradients accumulated{accumulated}, {optimiser} in float32",
         f"ZeRO stage {zero.stage}: shards {sharded} over {world_size} ranks; offload {zero.offload}; "
         f"DeepSpeed: {config['zero_optimization']}",

@@ -1,49 +1,25 @@
 """The optimiser and its parameter groups."""
 
 import logging
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from pretrain.objectives.base import ALL, Objective, plain_name
 from pretrain.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
 
-#: Tensors that never decay although they have two or more dimensions (VideoMAEv2, optim_factory.get_parameter_groups).
-NO_DECAY_NAMES = frozenset({"pos_embed", "cls_token", "mask_token"})
 
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the pieces that torch.compile puts into it.
-
-    The official code compares compiled names, so its mask_token silently decays
-    (VideoMAEv2, optim_factory.get_parameter_groups).
-    """
-    return name.replace("_orig_mod.", "")
-
-
-def decays(name: str, shape: Iterable[int]) -> bool:
-    """Whether weight decay applies: tensors of two or more dimensions, but not biases, scales and tokens."""
-    plain = plain_name(name)
-    if plain.rpartition(".")[2] in NO_DECAY_NAMES or plain.endswith((".bias", ".scale")):
-        return False
-    return len(tuple(shape)) > 1
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in groups of equal weight decay and learning rate scale, those that decay first.
-
-    The scale is `module.lr_scale(name)` where the module has such a method (`Objective`), else 1.
-    """
-    scale_of: Callable[[str], float] = getattr(module, "lr_scale", lambda name: 1.0)
+def parameter_groups(objective: Objective, weight_decay: float, turn: str = ALL) -> list[dict[str, object]]:
+    """Group the trained parameters of a turn by weight decay and learning rate scale, those that decay first."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            # A parameter sharded by zero.Init has an empty shape of its own; ds_shape is the real one.
-            decay = decays(name, getattr(parameter, "ds_shape", parameter.shape))
-            groups.setdefault((decay, scale_of(plain_name(name))), []).append(parameter)
+    for name, parameter in objective.named_parameters():
+        # A parameter sharded by zero.Init has an empty shape of its own; ds_shape is the real one.
+        rule = objective.rule(plain_name(name), getattr(parameter, "ds_shape", parameter.shape))
+        if parameter.requires_grad and rule.turn == turn:
+            groups.setdefault((rule.decays, rule.lr_scale), []).append(parameter)
     ordered = sorted(groups, key=lambda group: not group[0])
     for decay, scale in ordered:
         members = groups[decay, scale]
@@ -56,14 +32,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
-def build_optimizer(recipe: Recipe, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The recipe's optimiser over `module`: one fused kernel on an accelerator, torch's plain loop on the CPU.
+def build_optimizer(recipe: Recipe, objective: Objective, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's optimiser over `objective`: one fused kernel on an accelerator, torch's plain loop on the CPU.
 
     The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit optimiser without ZeRO takes a step with
     zero gradients when it is built, which would otherwise decay the weights once.
     """
     optim, fused = recipe.optim, device.type != "cpu"
-    groups: Any = parameter_groups(module, optim.weight_decay)
+    groups: Any = parameter_groups(objective, optim.weight_decay)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused)
     return torch.optim.AdamW(

@@ -16,12 +16,11 @@ import torch.distributed as dist
 
 from pretrain.checkpoint.resume import Resumable, find_checkpoint, load
 from pretrain.engine.assemble import Run, check_continues, forget_after, layout, open_ledger, open_stream
-from pretrain.engine.batches import Supply
+from pretrain.engine.batches import MicroBatches
 from pretrain.engine.evaluation import Best
-from pretrain.engine.step import StepResult
 from pretrain.errors import TrainingError
+from pretrain.guards.results import Decision, StepResult
 from pretrain.guards.skipped_steps import guard_state, remember
-from pretrain.guards.step_guard import Decision
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +92,10 @@ def rewind(run: Run, step: int, found: Resumable) -> Run:
         forget_after(run.folder, found.step, run.inputs.batches.plan)
     run.reporter.rewound(found.step)
     dist.barrier()
-    stream = open_stream(run.recipe, run.sources, run.ranks, found.step)
+    stream = open_stream(run.method, run.sources, run.ranks, found.step)
     ledger = open_ledger(run.recipe, run.folder, run.sources, run.ranks, found)
     logger.warning("going on from step %d; left out: %s", found.step, run.guard.state.left_out)
-    inputs = replace(run.inputs, batches=Supply(stream), ledger=ledger)
+    inputs = replace(run.inputs, batches=MicroBatches(stream), ledger=ledger)
     return replace(run, inputs=inputs, best=Best(**found.state["best"]))
 
 

@@ -46,7 +46,7 @@ class Schedule:
 def build_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     """The schedule of a recipe whose data gives `steps_per_epoch` steps a pass.
 
-    Both rates scale with the batch: rate = base rate x batch.samples / optim.base_batch. data.views does not count
+    Both rates scale with the batch: rate = base rate x batch.samples / optim.base_batch. input.views does not count
     (VideoMAEv2, run_mae_pretraining.py: total_batch_size leaves num_sample out).
 
     Raises:

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.data.bad_samples import BadSampleLedger
-from pretrain.engine.batches import Supply
+from pretrain.data.samples import Batch
+from pretrain.engine.batches import MicroBatches
 from pretrain.engine.optimiser import set_lr
-from pretrain.errors import DataError
 from pretrain.guards.incidents import Incidents
-from pretrain.guards.step_guard import Spike, StepGuard
-from pretrain.objectives.base import Batch
+from pretrain.guards.results import StepResult
+from pretrain.guards.step_guard import StepGuard
 from pretrain.runtime.activity import note
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.seeds import seed_forward
@@ -40,7 +40,7 @@ class StepInputs:
     """
 
     engine: Any
-    batches: Supply
+    batches: MicroBatches
     accumulation: int
     own_clip: float | None
     ledger: BadSampleLedger
@@ -49,39 +49,6 @@ class StepInputs:
     asked_to_stop: Callable[[], bool]
     guard: StepGuard
     incidents: Incidents
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A step as all ranks agree on it.
-
-    Attributes:
-        metrics: `loss` and the objective's own, mean over micro-batches and ranks.
-        finite_loss: Whether every rank's loss was finite.
-        applied: Whether the weights were updated.
-        grad_norm: Norm of the whole gradient before clipping; inf where it is not finite.
-        loss_scale: fp16's, after the step; None in other formats.
-        spike: Where the loss is a spike, how large.
-        stop: Whether any rank was asked to stop.
-        bad_samples: Unusable samples so far, all ranks.
-        too_many_bad: Why the run must not go on after this step, where too many samples are unusable.
-        out_of_data: Whether some rank got no data: the step does not count, and the weights are as before it.
-        data_s: Seconds spent waiting for data, mean over ranks.
-        step_s: Seconds of the whole step.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    finite_loss: bool = True
-    applied: bool = True
-    grad_norm: float = 0.0
-    loss_scale: float | None = None
-    spike: Spike | None = None
-    stop: bool = False
-    bad_samples: int = 0
-    too_many_bad: DataError | None = None
-    out_of_data: bool = False
-    data_s: float = 0.0
-    step_s: float = 0.0
 
 
 def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:

@@ -8,75 +8,18 @@ uninterrupted one.
 import logging
 import math
 import statistics
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict
+from typing import Any
 
+from pretrain.guards.results import Action, Decision, GuardState, Kind, Spike, StepResult
 from pretrain.recipe.schema import Guard as Options
 
-if TYPE_CHECKING:
-    from pretrain.engine.step import StepResult
-
 logger = logging.getLogger(__name__)
-
-Kind = Literal["loss", "gradient", "spike"]
-Action = Literal["record", "skip", "lower_lr", "rewind", "stop"]
 
 #: Standard deviation of a normal distribution, in median absolute deviations.
 MAD_TO_DEVIATION = 1.4826
 #: Least deviation that a spike is measured in, as a share of the median: a loss that hardly moves has none of its own.
 LEAST_DEVIATION = 1e-3
-
-
-@dataclass(frozen=True)
-class Spike:
-    """A loss far above the recent ones: median and robust deviation of the window, and how many deviations above."""
-
-    median: float
-    deviation: float
-    z: float
-
-
-@dataclass
-class GuardState:
-    """What the guard remembers from step to step.
-
-    Attributes:
-        window: Losses of the latest updates, oldest first.
-        in_a_row: Steps without an update up to now.
-        skipped: Steps without an update in the whole run.
-        lowered: How often the learning rate was lowered.
-        lowered_left: Coming steps that still have the lowered rate.
-        rewinds: How often the run went back to a checkpoint.
-        left_out: Steps, counted from 0, that pass without being trained on.
-    """
-
-    window: list[float] = field(default_factory=list)
-    in_a_row: int = 0
-    skipped: int = 0
-    lowered: int = 0
-    lowered_left: int = 0
-    rewinds: int = 0
-    left_out: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What is done about a bad step.
-
-    Attributes:
-        kind: What was bad.
-        what: The same in words.
-        asked: The recipe's policy.
-        action: What is done: the policy, or stop where its budget is spent.
-        reason: What a person should know; of a stop, the error.
-    """
-
-    kind: Kind
-    what: str
-    asked: Action
-    action: Action
-    reason: str
-    spike: Spike | None = None
 
 
 class StepGuard:
@@ -120,7 +63,7 @@ class StepGuard:
         """Whether the update of a step whose loss is a spike is left out."""
         return self._options.spike not in ("ignore", "record")
 
-    def decide(self, step: int, result: "StepResult") -> Decision | None:
+    def decide(self, step: int, result: StepResult) -> Decision | None:
         """Take note of step `step` (counted from 1); what to do where it was bad."""
         state = self.state
         state.lowered_left = max(0, state.lowered_left - 1)
@@ -137,7 +80,7 @@ class StepGuard:
             state.skipped += 1
         return self._decision(step, result)
 
-    def _decision(self, step: int, result: "StepResult") -> Decision:
+    def _decision(self, step: int, result: StepResult) -> Decision:
         kind, what = describe(result)
         key = "spike" if kind == "spike" else "nonfinite"
         asked: Action = getattr(self._options, key)
@@ -189,7 +132,7 @@ _WORDS = {
 }
 
 
-def describe(result: "StepResult") -> tuple[Kind, str]:
+def describe(result: StepResult) -> tuple[Kind, str]:
     """What is bad about a step."""
     if not result.finite_loss:
         return "loss", "the loss is not finite"

@@ -6,11 +6,15 @@ them like any other part of the module. The warm-up of the decay is timm's (and 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+#: Attribute under which an objective holds its averages, and so the first part of their names in a checkpoint; dots in
+#: the names of weights stand as |, because a buffer's name has none.
+PREFIX = "average."
 
 
 class WeightAverage(nn.Module):
@@ -73,3 +77,11 @@ class WeightAverage(nn.Module):
         parameters = dict(model.named_parameters())
         for key, name in self._names.items():
             yield getattr(self, key), parameters[name]
+
+
+def split_averages(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a checkpoint's state into what is no average, and the averages by the names of their weights."""
+    averages = {
+        name.removeprefix(PREFIX).replace("|", "."): value for name, value in state.items() if name.startswith(PREFIX)
+    }
+    return {name: value for name, value in state.items() if not name.startswith(PREFIX)}, averages

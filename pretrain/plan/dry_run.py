@@ -12,14 +12,12 @@ import torch
 
 from pretrain.data.index import ShardIndex
 from pretrain.data.order import SourceShape, epoch_quotas
-from pretrain.data.randomness import generator
 from pretrain.engine.deepspeed_config import DTYPES, builds_sharded, deepspeed_config
 from pretrain.engine.model_states import Held, ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
 from pretrain.engine.schedules import Schedule, build_schedule, every_steps
 from pretrain.errors import StorageError
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Method, Objective
 from pretrain.plan.indices import epoch_videos, find_indices, source_size
-from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Recipe, Source
 
 #: A forward pass costs one, a backward pass two of it; recomputing activations adds another.
@@ -50,31 +48,27 @@ class Plan:
     schedule: Schedule | None
 
 
-def dry_run(recipe: Recipe) -> list[Section]:
+def dry_run(method: Method) -> list[Section]:
     """The report, section by section.
 
     Missing data is reported, not raised: a published recipe is looked at before its data is there.
     """
-    objective = _meta_objective(recipe)
+    recipe = method.recipe
+    with torch.device("meta"):
+        objective = method.build()
     data, indices = _data_section(recipe)
     plan = _plan(recipe, objective, indices)
     return [
         _model_section(objective, plan),
-        _cost_section(recipe),
+        _cost_section(method),
         data,
-        _batch_section(recipe, plan),
+        _batch_section(method, plan),
         _learning_rate_section(recipe),
         _schedule_section(recipe, plan),
-        _memory_section(recipe, plan),
+        _memory_section(method, plan),
         _deepspeed_section(recipe, plan),
         _checkpoint_section(recipe, plan),
     ]
-
-
-def _meta_objective(recipe: Recipe) -> Objective:
-    with torch.device("meta"):
-        module: Objective = objective_file(recipe).build(recipe)
-    return module
 
 
 def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | None]) -> Plan:
@@ -106,32 +100,15 @@ def _model_section(objective: Objective, plan: Plan) -> Section:
     return section
 
 
-def _cost_section(recipe: Recipe) -> Section:
-    method = objective_file(recipe)
-    section, data = Section("one clip"), recipe.data
-    section.add("pixels", f"{data.frames} x {data.height} x {data.width}", f"every {data.stride} frames of the video")
-    for name, value in _tokens(recipe).items():
+def _cost_section(method: Method) -> Section:
+    section, cost = Section(f"one {method.recipe.input.name}"), method.cost()
+    section.rows += method.recipe.input.describe()
+    for name, value in cost.tokens.items():
         section.add(f"{name} tokens", f"{value:,}")
-    parts = method.cost(recipe)
-    total = sum(parts.values())
-    section.add("forward pass", _macs(total), "as publications count; parts `skipped` are not executed")
-    for name, macs in parts.items():
+    section.add("forward pass", _macs(cost.published), "as publications count; parts `skipped` are not executed")
+    for name, macs in cost.macs.items():
         section.add(f"  {name}", _macs(macs))
     return section
-
-
-def _tokens(recipe: Recipe) -> dict[str, int]:
-    """Sizes of what a data worker draws for one view; of weights, how many count."""
-    method = objective_file(recipe)
-    if not hasattr(method, "view_tensors"):
-        counts: dict[str, int] = method.tokens_per_clip(recipe)
-        return counts
-    arrays = method.view_tensors(recipe)(lambda purpose: generator(recipe.run.seed, 0, 0, 0, purpose))
-    names = {"targets": "reconstructed", "weight": "counted"}
-    return {
-        names.get(name, name): int(np.count_nonzero(array)) if name == "weight" else len(array)
-        for name, array in arrays.items()
-    }
 
 
 def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]]:
@@ -170,22 +147,30 @@ def _shares(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> dict[str, 
     """What each source gives to an epoch, in words."""
     sources = recipe.data.sources
     sizes = {name: source_size(source, indices[name]) for name, source in sources.items()}
-    strides = {name: source.stride or recipe.data.stride for name, source in sources.items()}
+    remarks = {name: recipe.input.describe_source(source) for name, source in sources.items()}
     if not all(sizes.values()):
-        return {name: f"stride {strides[name]}" for name in sources}
+        return remarks
     shapes = [
         SourceShape(name, np.array([sizes[name]], dtype=np.int64), source.weight) for name, source in sources.items()
     ]
     quotas = epoch_quotas(shapes, recipe.data.epoch_samples)
     return {
-        shape.name: f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes), "
-        f"stride {strides[shape.name]}"
+        shape.name: ", ".join(
+            filter(
+                None,
+                (
+                    f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes)",
+                    remarks[shape.name],
+                ),
+            )
+        )
         for shape, quota in zip(shapes, quotas, strict=True)
     }
 
 
-def _batch_section(recipe: Recipe, plan: Plan) -> Section:
-    section, batch, views = Section("one optimiser step"), recipe.batch, recipe.data.views
+def _batch_section(method: Method, plan: Plan) -> Section:
+    recipe = method.recipe
+    section, batch, views = Section("one optimiser step"), recipe.batch, recipe.input.views
     section.add("videos", f"{batch.samples:,}", "batch.samples, over all ranks")
     section.add("clips", f"{batch.samples * views:,}", f"{batch.samples:,} videos x {views} views")
     section.add("ranks", f"{plan.ranks}", plan.ranks_from)
@@ -194,8 +179,7 @@ def _batch_section(recipe: Recipe, plan: Plan) -> Section:
         f"{plan.accumulation}",
         f"{batch.samples:,} / ({batch.micro} micro x {plan.ranks} ranks); {batch.micro * views} clips a forward pass",
     )
-    parts = objective_file(recipe).cost(recipe)
-    macs = sum(count for name, count in parts.items() if not name.startswith("skipped"))
+    macs = method.cost().executed
     passes = 1 + BACKWARD_COST + int(recipe.compute.activation_checkpointing is True)
     section.add(
         "work",
@@ -210,13 +194,13 @@ def _learning_rate_section(recipe: Recipe) -> Section:
     for name, base in (("peak", optim.base_lr), ("end", optim.base_min_lr)):
         value = base * samples / optim.base_batch
         section.add(name, f"{value:.4g}", f"{base:g} x {samples:,} videos / {optim.base_batch}")
-    if recipe.data.views > 1:
+    if recipe.input.views > 1:
         section.add("views", "not counted", "the official scaling counts videos, not clips")
     return section
 
 
 def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
-    section, views = Section("schedule"), recipe.data.views
+    section, views = Section("schedule"), recipe.input.views
     effective = f"{recipe.schedule.epochs * views:g} effective, with {views} views" if views > 1 else ""
     section.add("epochs", f"{recipe.schedule.epochs:g}", effective)
     if plan.schedule is None:
@@ -236,13 +220,12 @@ def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
     return section
 
 
-def _memory_section(recipe: Recipe, plan: Plan) -> Section:
-    """What a rank holds of the model, and of what the objective keeps beside it."""
+def _memory_section(method: Method, plan: Plan) -> Section:
+    """List what a rank holds of the model, and of what the objective keeps beside it."""
+    recipe = method.recipe
     section = Section(f"memory of one rank (ZeRO {recipe.zero.stage}, {recipe.compute.dtype})")
     parts = model_states(recipe, plan.size, plan.ranks)
-    method = objective_file(recipe)
-    if hasattr(method, "held_beside"):
-        parts += [Held(name, size, remark) for name, (size, remark) in method.held_beside(recipe).items()]
+    parts += [Held(name, size, remark) for name, (size, remark) in method.held().items()]
     for part in parts:
         section.add(part.name, _gigabytes(part.size), part.remark)
     together = sum(part.size for part in parts if not part.host)

@@ -1,36 +1,29 @@
 """Checks across sections: what can't work (problems) and what does nothing (warnings), all in one go."""
 
-import importlib.util
 import math
 import os
 
-from pretrain.recipe.components import objective_file
 from pretrain.recipe.schema import Guard, Recipe
 
 
 def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
-    """Everything in a well-typed recipe that can't work; empty when it can.
+    """Say what in the sections of every recipe can't work; methods judge theirs (pretrain/objectives/base.py).
 
     Args:
         recipe: as `load_recipe` returns it.
         ranks: processes of the run; None: WORLD_SIZE if a launcher set it, else the checks that need it are left out.
     """
     ranks = ranks or _launched_ranks()
-    out_of_range = _check_ranges(recipe)
-    problems = [
-        *out_of_range,
+    return [
+        *_check_ranges(recipe),
         *_check_sources(recipe),
         *_check_batch(recipe, ranks),
         *_check_schedule(recipe),
-        *_check_decoder(recipe),
     ]
-    if not any(problem.startswith("data.") for problem in out_of_range):  # zero frames can't be cut into cubes
-        problems += objective_file(recipe).check(recipe)
-    return problems
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:
-    """Options that have no effect in this recipe, or that are likely not meant."""
+    """Name options of the sections of every recipe that have no effect, or that are likely not meant."""
     data, warnings = recipe.data, []
     if data.cache_dir is None and data.cache_gb != type(data)().cache_gb:
         warnings.append(f"data.cache_gb={data.cache_gb:g} has no effect: data.cache_dir is null")
@@ -59,8 +52,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
             f"data.lanes={data.lanes} is no multiple of {ranks} ranks: a rank reads from "
             f"{data.lanes // math.gcd(data.lanes, ranks)} lanes' shards, and others read the same"
         )
-    method = objective_file(recipe)
-    return warnings + (method.warnings(recipe) if hasattr(method, "warnings") else [])
+    return warnings
 
 
 def _guard_warnings(guard: Guard) -> list[str]:
@@ -81,8 +73,7 @@ def _launched_ranks() -> int | None:
 def _check_ranges(recipe: Recipe) -> list[str]:
     """Numbers that must be positive, or lie in a range."""
     positive = {
-        "data": ("frames", "stride", "height", "width", "views", "lanes", "shuffle_window", "prefetch", "cache_gb",
-                 "deadline_s", "epoch_samples"),
+        "data": ("lanes", "shuffle_window", "prefetch", "cache_gb", "deadline_s", "epoch_samples"),
         "batch": ("samples", "micro", "ranks"),
         "optim": ("base_lr", "base_batch", "eps", "clip_grad"),
         "schedule": ("epochs", "max_steps"),
@@ -182,14 +173,3 @@ def _check_schedule(recipe: Recipe) -> list[str]:
             "and the cosine goes down; lower it"
         )
     return problems
-
-
-def _check_decoder(recipe: Recipe) -> list[str]:
-    module, hint = {
-        "decord": ("decord", "pip install decord (Linux x86-64 only), or data.decoder=pyav"),
-        "pyav": ("av", "pip install av"),
-        "torchcodec": ("torchcodec", "pip install 'tubelet[torchcodec]', or data.decoder=pyav"),
-    }[recipe.data.decoder]
-    if importlib.util.find_spec(module) is None:
-        return [f"data.decoder: {recipe.data.decoder} is not installed here; {hint}"]
-    return []

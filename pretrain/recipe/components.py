@@ -9,7 +9,6 @@ from types import ModuleType
 
 from pretrain.errors import RecipeError
 from pretrain.recipe.describe import suggestion
-from pretrain.recipe.schema import Recipe
 
 
 def load_component(section: str, name: str, pattern: str) -> ModuleType:
@@ -55,8 +54,3 @@ def _import_any(name: str, pattern: str) -> ModuleType | None:
         return _import(name, pattern)
     except Exception:  # a broken sibling must not hide the names of the others
         return None
-
-
-def objective_file(recipe: Recipe) -> ModuleType:
-    """The file that the recipe's `objective.name` names."""
-    return load_component("objective", recipe.objective.name, type(recipe).METHODS)

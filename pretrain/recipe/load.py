@@ -13,8 +13,11 @@ from pretrain.recipe.describe import all_keys, allowed_values, field_types, key_
 from pretrain.recipe.files import Layer, override_layer, read_layers, recipe_path
 from pretrain.recipe.schema import Recipe
 
-#: Sections whose schema is the `Config` of the file that they name.
-COMPONENTS = ("model", "objective")
+#: Sections whose schema is the `Config` of the file that they name; the objective says which input it takes.
+COMPONENTS = ("model", "objective", "input")
+#: Keys of earlier releases, and where they are now.
+MOVED = {f"data.{key}": f"input.{key}" for key in ("frames", "stride", "height", "width", "views", "crop", "decoder",
+                                                   "grid")}  # fmt: skip
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Reading:
 def load_recipe(name_or_path: str, overrides: list[str] | None = None, schema: type[Recipe] = Recipe) -> Recipe:
     """The recipe `recipes/<name>.yaml` or the file at a path, with overrides, types checked and presets filled in.
 
-    `recipe.model` and `recipe.objective` are instances of the `Config` dataclass of the files that they name.
+    `recipe.model`, `recipe.objective` and `recipe.input` are instances of the `Config` of the files that they name.
 
     Args:
         name_or_path: a name in recipes/, or a path (anything with a slash or ending in .yaml).
@@ -76,20 +79,26 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None, schema: t
 def _open_components(
     config: DictConfig, schema: type[Recipe], layers: list[Layer], reading: Reading
 ) -> dict[str, ModuleType]:
-    """Put the schema of the named model and objective into the configuration."""
-    modules = {}
+    """Put the schema of the named model, objective and input into the configuration."""
+    modules: dict[str, ModuleType] = {}
+    patterns = {"model": "pretrain.models.{}", "objective": schema.METHODS, "input": "pretrain.samples.{}"}
     for section in COMPONENTS:
-        pattern = schema.METHODS if section == "objective" else "pretrain.models.{}"
         naming = [layer for layer in layers if "name" in (layer.content.get(section) or {})]
-        if not naming:
-            there = ", ".join(component_names(pattern))
-            folder = pattern.partition(".{}")[0].replace(".", "/")
-            reading.add(section, f"{section}.name: missing; name one of {folder}/: {there}")
+        by_default = section == "input" and "objective" in modules and not naming
+        if not naming and not by_default:
+            if section != "input":  # where the objective is unknown, so is its input
+                there = ", ".join(component_names(patterns[section]))
+                folder = patterns[section].partition(".{}")[0].replace(".", "/")
+                reading.add(section, f"{section}.name: missing; name one of {folder}/: {there}")
+            else:
+                reading.bad_keys.add(section)
             continue
+        name = modules["objective"].METHOD.INPUT if by_default else str(naming[-1].content[section]["name"])
         try:
-            modules[section] = load_component(section, str(naming[-1].content[section]["name"]), pattern)
+            modules[section] = load_component(section, name, patterns[section])
         except RecipeError as error:
-            reading.add(section, f"{naming[-1].where(f'{section}.name')}: {error}")
+            where = naming[-1].where(f"{section}.name") if naming else f"{section}.name"
+            reading.add(section, f"{where}: {error}")
             continue
         config[section] = OmegaConf.structured(modules[section].Config)
     return modules
@@ -154,6 +163,9 @@ class _Merge:
             self.reading.add(key, f"{self.layer.where(key)}: found {value!r}, allowed: {allowed}")
 
     def unknown(self, key: str, siblings: list[str]) -> None:
+        if key in MOVED:
+            self.reading.add(key, f"{self.layer.where(key)}: no such key any more; it is {MOVED[key]} now")
+            return
         components = {
             section: type(OmegaConf.to_object(self.config[section]))
             for section in COMPONENTS
@@ -202,7 +214,7 @@ def _to_object(config: DictConfig, modules: dict[str, ModuleType], reading: Read
     try:
         recipe = OmegaConf.to_object(config)
         assert isinstance(recipe, Recipe)
-        recipe.model = modules["model"].resolve(recipe.model)
+        recipe.model = modules["model"].ARCHITECTURE.resolve(recipe.model)
     except RecipeError as error:
         for problem in error.problems:
             reading.add("model", problem)

@@ -1,8 +1,9 @@
 """The recipe: one typed dataclass a component.
 
 The string under each field is its documentation: meaning and unit, one line. `--print` shows it beside the value, so
-it is written for someone who reads a recipe, not this file. `model` and `objective` are completed by the `Config`
-dataclass of the file they name (pretrain/models/<name>.py, pretrain/objectives/<name>.py).
+it is written for someone who reads a recipe, not this file. `model`, `objective` and `input` are completed by the
+`Config` dataclass of the file they name (pretrain/models/<name>.py, pretrain/objectives/<name>.py,
+pretrain/samples/<name>.py).
 """
 
 from dataclasses import dataclass, field
@@ -20,42 +21,47 @@ class Source:
     weight: float | None = None
     """share of the epoch's samples, relative to the other sources; null: in proportion to its size"""
     stride: int | None = None
-    """frames between two sampled frames; null: data.stride"""
+    """clips: frames between two sampled frames; null: input.stride"""
     expected_samples: int | None = None
-    """videos of the published data set; the dry run counts with it until the shards are there, then compares"""
+    """samples of the published data set; the dry run counts with it until the shards are there, then compares"""
+
+
+@dataclass
+class Input:
+    """What a sample becomes for the model; each kind of sample adds its own keys."""
+
+    name: str = "clip"
+    """kind of sample: pretrain/samples/<name>.py"""
+    views: int = 1
+    """rows of a batch that each sample becomes"""
+
+    def problems(self) -> list[str]:
+        """Say what in this section can't work."""
+        return [] if self.views > 0 else [f"input.views: found {self.views}, allowed: more than 0"]
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """Say in rows of name, value and remark what a row of the batch is, for the dry run and the model card."""
+        return []
+
+    def describe_source(self, source: Source) -> str:
+        """Say what a source changes of this section, in a few words."""
+        return ""
 
 
 @dataclass
 class Data:
-    """What the model sees: sources, clips, order, decoding."""
+    """Where samples come from, and in which order."""
 
     root: str = "${oc.env:TUBELET_DATA,shards}"
     """folder (any fsspec URL) that recipes find their sources in, as ${data.root}/<name>; default: $TUBELET_DATA"""
     sources: dict[str, Source] = field(default_factory=dict)
     """data sets by name"""
-    frames: int = 16
-    """frames of a clip, T"""
-    stride: int = 4
-    """frames of the video between two frames of the clip"""
-    height: int = 224
-    """height of a clip after crop and resize, pixels"""
-    width: int = 224
-    """width of a clip after crop and resize, pixels"""
-    views: int = 1
-    """crops and masks drawn from each decoded clip (repeated augmentation)"""
-    crop: Literal["multiscale", "center"] = "multiscale"
-    """multiscale: the official MultiScaleCrop; center: short side resized, centre cut"""
     epoch_samples: int | None = None
     """videos in one epoch over all sources; null: as many as the sources hold"""
     lanes: int = 256
     """virtual lanes of the epoch order; part of the order, so never change it in a running job"""
     shuffle_window: int = 1024
     """neighbouring samples of a lane that are shuffled among each other"""
-    decoder: Literal["decord", "pyav", "torchcodec"] = "pyav"
-    """library that decodes video"""
-    grid: Literal["auto", "off"] = "auto"
-    """auto: clips of a video that pack.py encoded begin on its grid of reference frames (random phase for each video),
-    which decodes faster; off: at any frame, as published"""
     workers: int = 8
     """data worker processes of each rank; 0 decodes in the training process"""
     prefetch: int = 2
@@ -81,9 +87,9 @@ class Batch:
     """How many videos make one optimiser step."""
 
     samples: int = 2048
-    """decoded videos of one optimiser step over all ranks; clips = samples x data.views"""
+    """samples of one optimiser step over all ranks; rows of the batch = samples x input.views"""
     micro: int = 32
-    """decoded videos of one forward pass of one rank; accumulation = samples / (micro x ranks)"""
+    """samples of one forward pass of one rank; accumulation = samples / (micro x ranks)"""
     ranks: int | None = None
     """ranks of the published run, for the dry run's arithmetic only; training takes the ranks that were launched"""
 
@@ -117,7 +123,7 @@ class Schedule:
     """How long, and the shape of the learning rate."""
 
     epochs: float = 800
-    """passes over the data, counted in decoded videos (effective epochs = epochs x data.views)"""
+    """passes over the data, counted in samples (effective epochs = epochs x input.views)"""
     warmup_epochs: float = 40
     """epochs of linear warm-up from zero"""
     max_steps: int | None = None
@@ -286,10 +292,14 @@ class Recipe:
     #: Modules that `objective.name` names.
     METHODS: ClassVar[str] = "pretrain.objectives.{}"
 
+    program: Literal["pretrain"] = "pretrain"
+    """what runs this recipe: launch/<program>.py"""
     model: Any = MISSING
     """architecture: pretrain/models/<name>.py"""
     objective: Any = MISSING
     """self-supervised method: pretrain/objectives/<name>.py"""
+    input: Any = MISSING
+    """kind of sample: pretrain/samples/<name>.py; by default what the method takes"""
     data: Data = field(default_factory=Data)
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)

@@ -7,9 +7,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from pretrain.data.samples import Batch
 from pretrain.data.stream import TrainStream, open_sources
-from pretrain.objectives.base import Batch
-from pretrain.recipe.components import objective_file
+from pretrain.objectives.base import method_of
 from pretrain.recipe.schema import Batch as BatchSize
 from pretrain.recipe.schema import Source
 from pretrain.trained.load_run import Trained
@@ -29,14 +29,13 @@ def held_out_batches(trained: Trained, shards: str, clips: int) -> Iterator[Batc
         recipe.data,
         sources={"held_out": Source(shards=shards, stride=_stride(trained))},
         epoch_samples=count * MICRO,
-        crop="center",
-        views=1,
         lanes=1,
         workers=0,
     )
-    recipe = replace(recipe, data=data, batch=BatchSize(samples=MICRO, micro=MICRO))
-    view_tensors = objective_file(recipe).view_tensors(recipe)
-    return islice(TrainStream(recipe, open_sources(recipe), view_tensors, rank=0, world_size=1), count)
+    clip = replace(recipe.input, crop="center", views=1)
+    recipe = replace(recipe, data=data, input=clip, batch=BatchSize(samples=MICRO, micro=MICRO))
+    samples = method_of(recipe).samples()
+    return islice(TrainStream(recipe, open_sources(recipe), samples, rank=0, world_size=1), count)
 
 
 def _stride(trained: Trained) -> int | None:

@@ -7,11 +7,11 @@ from finetune.recipe import load_tune_recipe
 from pretrain.models.classifier_weights import classifier_state
 from pretrain.models.videomae import Config, VideoMAE
 from pretrain.plan.dry_run import dry_run
-from pretrain.trained.load_run import read_weights
+from pretrain.models.initial_weights import read_weights
 
 TINY = [
     *("model.dim=24", "model.patch_size=16", "model.depth=4", "model.heads=3"),
-    *("data.frames=4", "data.height=32", "data.width=32"),
+    *("input.frames=4", "input.height=32", "input.width=32"),
 ]
 
 
@@ -61,8 +61,8 @@ def test_keep_rate_follows_its_schedule() -> None:
 
 def test_dry_run_counts_a_frozen_giant_as_weights_only() -> None:
     """2 bytes a frozen parameter in bf16; gradients and optimiser states of the adapter alone."""
-    giant = ["model.size=giant", "model.patch_size=14", "data.height=224", "data.width=224", "model.head=batch_norm"]
-    giant += ["data.frames=16", "model.pretrain_frames=16", "batch.samples=12", "batch.ranks=2"]
+    giant = ["model.size=giant", "model.patch_size=14", "input.height=224", "input.width=224", "model.head=batch_norm"]
+    giant += ["input.frames=16", "model.pretrain_frames=16", "batch.samples=12", "batch.ranks=2"]
     giant += [f"model.{key}=null" for key in ("dim", "depth", "heads", "mlp_ratio")]
     giant += ["model.pretrain_height=224", "model.pretrain_width=224", "optim.layer_decay=1", "compute.dtype=bf16"]
     recipe = load_tune_recipe("demo_finetune", [*giant, "tune.method=adaptformer"])

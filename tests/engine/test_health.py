@@ -11,7 +11,7 @@ from pretrain.engine.health import HealthSignal, open_health
 from pretrain.errors import DataError, RecipeError
 from pretrain.objectives.base import Objective
 from pretrain.objectives.videomae import build
-from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.objectives.base import method_of, problems_of, warnings_of
 from pretrain.recipe.load import load_recipe
 from pretrain.runtime.process_group import Ranks
 from tests.toy_shards import encoded, index, write_shard
@@ -84,10 +84,10 @@ def test_method_without_features_is_refused(toy: Any) -> None:
 
 def test_keys_are_checked(toy: Any) -> None:
     recipe = load_recipe(str(toy.recipe), ["health.every_epochs=0", "health.neighbours=-1"])
-    problems = check_recipe(recipe)
+    problems = problems_of(method_of(recipe))
     assert any("health.every_epochs" in line for line in problems) and any("neighbours" in line for line in problems)
-    assert any("health has no effect" in line for line in recipe_warnings(recipe))
-    assert not any("health" in line for line in recipe_warnings(load_recipe(str(toy.recipe))))
+    assert any("health has no effect" in line for line in warnings_of_recipe(recipe))
+    assert not any("health" in line for line in warnings_of_recipe(load_recipe(str(toy.recipe))))
 
 
 def test_features_are_those_of_the_whole_clip(toy: Any) -> None:

@@ -20,16 +20,17 @@ RECIPE = """\
 model: {name: classifier, size: custom, patch_size: 16, dim: 48, depth: 2, heads: 2, mlp_ratio: 2, classes: 3,
         drop_path: 0, head_init_scale: 1, positions: rebuild}
 objective: {name: classification}
-data:
-  sources: {toy: {shards: FOLDER/train, val: FOLDER/val, flip: false}}
+input:
   frames: 4
   stride: 2
   height: 32
   width: 32
+  decoder: pyav
+data:
+  sources: {toy: {shards: FOLDER/train, val: FOLDER/val, flip: false}}
   lanes: 4
   shuffle_window: 4
   workers: 0
-  decoder: pyav
 batch: {samples: 8, micro: 4}
 optim: {base_lr: 0.1, base_min_lr: 0.001, layer_decay: 0.9}
 schedule: {epochs: 2, warmup_epochs: 0.5}

@@ -14,7 +14,7 @@ from pretrain.models.classifier import VideoClassifier
 #: A small network.
 SMALL = [
     *("model.depth=3", "model.dim=48", "model.heads=4", "model.patch_size=8", "model.classes=7"),
-    *("data.frames=16", "data.height=32", "data.width=32", "model.positions=rebuild", "model.drop_path=0"),
+    *("input.frames=16", "input.height=32", "input.width=32", "model.positions=rebuild", "model.drop_path=0"),
 ]
 
 

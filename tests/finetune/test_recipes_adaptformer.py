@@ -10,7 +10,7 @@ from finetune.classification.predictions import Predictions, read_predictions
 from finetune.classification.views import SourceRules, training_frames, validation_frames
 from finetune.recipe import Augment, load_tune_recipe
 from pretrain.plan.dry_run import dry_run
-from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.objectives.base import method_of, problems_of, warnings_of
 from pretrain.recipe.files import recipe_names
 from pretrain.samples.augment import augment
 from pretrain.samples.sampling import clip_starts
@@ -36,8 +36,8 @@ def test_there_is_a_recipe_for_every_row() -> None:
 @pytest.mark.parametrize(("method", "data"), ROWS)
 def test_published_numbers(method: str, data: str) -> None:
     recipe = load_tune_recipe(f"vit_b_{method}_{data}")
-    assert check_recipe(recipe) == []
-    warnings = [line for line in recipe_warnings(recipe) if "no multiple of" not in line]
+    assert problems_of(method_of(recipe)) == []
+    warnings = [line for line in warnings_of_recipe(recipe) if "no multiple of" not in line]
     assert len(warnings) == 1 and "run.init_weights is null" in warnings[0]
     values = {row.strip(): value for section in reversed(dry_run(recipe)) for row, value, _ in reversed(section.rows)}
     trained = int(values.get("trained", values["parameters"]).replace(",", ""))
@@ -47,7 +47,7 @@ def test_published_numbers(method: str, data: str) -> None:
     assert (recipe.optim.momentum, recipe.optim.weight_decay, recipe.optim.layer_decay) == (0.9, 0, 1)
     assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (90, 10)
     assert (recipe.model.head, recipe.model.drop_path, recipe.objective.smoothing) == ("batch_norm", 0, 0)
-    assert (recipe.data.frames, recipe.data.crop, recipe.data.views) == (8, "multiscale", 1)
+    assert (recipe.input.frames, recipe.input.crop, recipe.input.views) == (8, "multiscale", 1)
     assert (recipe.evaluate.clips, recipe.evaluate.crops, recipe.evaluate.average) == (4, 3, "logits")
     assert all(not source.flip and source.sampling == "strided" for source in recipe.data.sources.values())
     augment = recipe.augment

@@ -17,7 +17,7 @@ from finetune.commands import replay
 from finetune.commands.finetune import main
 from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
-from pretrain.trained.load_run import read_weights
+from pretrain.models.initial_weights import read_weights
 
 
 def training(records: list[dict[str, Any]]) -> list[tuple[int, float]]:

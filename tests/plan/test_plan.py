@@ -17,7 +17,7 @@ from pretrain.plan.hardware import SHEETS, find_gpu
 from pretrain.plan.peak_memory import Memory, memory_of
 from pretrain.plan.trace import trace_step
 from pretrain.plan.traffic import traffic_of
-from pretrain.recipe.components import objective_file
+from pretrain.objectives.base import method_of
 from pretrain.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
     ],
 )
 def test_counted_work_is_the_published_less_what_is_skipped(name: str, overrides: list[str], published: float) -> None:
-    recipe = load_recipe(name, [*overrides, "data.views=1"])
-    parts = objective_file(recipe).cost(recipe)
+    recipe = load_recipe(name, [*overrides, "input.views=1"])
+    parts = method_of(recipe).cost().macs
     assert sum(parts.values()) / 1e9 == pytest.approx(published, rel=2e-3)
     skipped = sum(macs for part, macs in parts.items() if part.startswith("skipped"))
     trace = trace_step(recipe, 1)
@@ -54,7 +54,7 @@ def test_recomputing_costs_a_forward_pass_and_saves_memory() -> None:
 
 def test_selective_checkpointing_lies_between() -> None:
     kept, selective, recomputed = (
-        trace_step(load_recipe("vit_b_dual", [f"compute.activation_checkpointing={word}", "data.views=1"]), 4)
+        trace_step(load_recipe("vit_b_dual", [f"compute.activation_checkpointing={word}", "input.views=1"]), 4)
         for word in ("false", "selective", "true")
     )
     assert selective.flops() == kept.flops()  # no matrix product twice
@@ -190,10 +190,10 @@ def test_what_does_not_fit_says_what_to_change() -> None:
 
 
 def test_starving_accelerators_are_named() -> None:
-    recipe = load_recipe("vit_b_dual", ["data.views=1"])
+    recipe = load_recipe("vit_b_dual", ["input.views=1"])
     supply = Supply(decode_ms=40, cores=4, store_gbs=0.5)
     *_, cores, store = Planner(recipe, SHEETS["h100"], supply, [], None).estimate(64).problems
-    assert "cores for each accelerator, 4 are there" in cores and "data.views" in cores
+    assert "cores for each accelerator, 4 are there" in cores and "input.views" in cores
     assert "0.5 are there" in store and "data.cache_dir" in store
 
 
@@ -209,7 +209,7 @@ def test_traffic_of_stages() -> None:
 def test_command_writes_tables_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--recipe", "vit_s_dual", "--gpu", "a100", "--sweep", "gpus=8,16,…,64"]
     words += ["--json", str(tmp_path / "plan.json")]
-    assert main([*words, "--plot", str(tmp_path / "plan.png"), "data.views=2"]) == 0
+    assert main([*words, "--plot", str(tmp_path / "plan.png"), "input.views=2"]) == 0
     assert "64 x a100" in capsys.readouterr().out
     plans = json.loads((tmp_path / "plan.json").read_text())
     assert [plan["gpus"] for plan in plans] == [8, 16, 32, 64]
@@ -230,7 +230,7 @@ def test_measured_rates_and_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFi
         (["--gpu", "tpu"], "known are v100"),
         (["--gpus", "7"], "must divide batch.samples"),
         (["--sweep", "gpus=a"], "allowed is gpus="),
-        (["data.stride=x"], "data.stride"),
+        (["input.stride=x"], "input.stride"),
     ):
         assert main(["--recipe", "vit_s_dual", *words]) == 2
         assert message in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pretrain.objectives
 from pretrain.commands.program import main
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe import manual
-from pretrain.recipe.check import check_recipe
+from pretrain.objectives.base import method_of, problems_of
 from pretrain.recipe.components import component_names, load_component, objective_file
 from pretrain.recipe.files import RECIPES, recipe_names
 from pretrain.recipe.load import load_recipe
@@ -53,7 +53,7 @@ def test_own_recipe_of_the_page_is_sound(tmp_path: Path) -> None:
     (tmp_path / "ours.yaml").write_text(text)
     recipe = load_recipe(str(tmp_path / "ours.yaml"))
     assert list(recipe.data.sources) == ["ours"] and recipe.data.epoch_samples is None
-    assert check_recipe(recipe) == []
+    assert problems_of(method_of(recipe)) == []
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def batch_of(recipe) -> dict[str, torch.Tensor]:
     data = recipe.data
     draw = objective_file(recipe).view_tensors(recipe)
     drawn = [draw(lambda purpose, i=i: np.random.default_rng([i, len(purpose)])) for i in range(recipe.batch.micro)]
-    video = torch.zeros(recipe.batch.micro, data.frames, data.height, data.width, 3, dtype=torch.uint8)
-    for frame in range(data.frames):
+    video = torch.zeros(recipe.batch.micro, input.frames, input.height, input.width, 3, dtype=torch.uint8)
+    for frame in range(input.frames):
         video[:, frame, 4 * frame : 4 * frame + 16, 8:40] = 200
     return {"video": video} | {key: torch.from_numpy(np.stack([d[key] for d in drawn])) for key in drawn[0]}
 
@@ -95,7 +95,7 @@ def test_new_method_and_backbone_are_found_shown_and_learn(
     assert "motion" in component_names("pretrain.objectives.{}") and "pooled" in component_names("pretrain.models.{}")
     path = str(extended["recipes/pooled_motion.yaml"])
     recipe = load_recipe(path)
-    assert check_recipe(recipe) == []
+    assert problems_of(method_of(recipe)) == []
     assert main(["--recipe", path, "--print"]) == 0
     assert re.search(r"gain: 4\.0 +# factor on the difference", capsys.readouterr().out)
     assert main(["--recipe", path, "--dry-run"]) == 0
@@ -117,9 +117,9 @@ def test_new_method_and_backbone_are_found_shown_and_learn(
 def test_new_method_on_a_published_recipe(extended: dict[str, Path]) -> None:
     recipe = load_recipe(str(extended["recipes/vit_b_motion.yaml"]))
     assert recipe.objective.gain == 4 and recipe.model.dim == 768 and len(recipe.data.sources) == 5
-    assert check_recipe(recipe) == [] and dry_run(recipe)
+    assert problems_of(method_of(recipe)) == [] and dry_run(recipe)
     recipe.model.tubelet = 1
-    assert any("motion needs cubes of 2 frames" in problem for problem in check_recipe(recipe))
+    assert any("motion needs cubes of 2 frames" in problem for problem in problems_of(method_of(recipe)))
 
 
 def test_new_data_set_is_a_block(tmp_path: Path) -> None:
@@ -128,5 +128,5 @@ def test_new_data_set_is_a_block(tmp_path: Path) -> None:
     path = tmp_path / "ours.yaml"
     path.write_text("base: vit_b_dual\n" + block)
     recipe = load_recipe(str(path))
-    assert check_recipe(recipe) == []
+    assert problems_of(method_of(recipe)) == []
     assert {name: source.weight for name, source in recipe.data.sources.items()} == {"ours": 3, "k710": 1}
