@@ -48,13 +48,13 @@ def measure(overrides: list[str]) -> None:
 
     recipe = load_recipe("demo", overrides)
     ranks = join()
-    trace = trace_step(recipe, recipe.batch.micro, on_cpu=True)
+    trace = trace_step(method_of(recipe), recipe.batch.micro, on_cpu=True)
     batch = made_up_batch(recipe, recipe.batch.micro)
     batch["video"].random_(0, 255)
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    built = build_engine(recipe, ranks, recipe.batch.samples // recipe.batch.micro // ranks.world_size)
+    built = build_engine(method_of(recipe), ranks, recipe.batch.samples // recipe.batch.micro // ranks.world_size)
     built_by = resident("VmHWM") - before
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
@@ -62,7 +62,7 @@ def measure(overrides: list[str]) -> None:
         built.engine.backward(loss)
         built.engine.step()
     gc.collect()
-    planned = memory_of(recipe, count_model(recipe), ranks.world_size, trace.peak_bytes, on_cpu=True)
+    planned = memory_of(recipe, count_model(method_of(recipe)), ranks.world_size, trace.peak_bytes, on_cpu=True)
     result = {
         "stage": recipe.zero.stage, "dtype": recipe.compute.dtype, "parameters": built.parameters,
         "held": resident("VmRSS") - before, "peak": resident("VmHWM") - before, "building": built_by,

@@ -7,7 +7,8 @@ import torch
 
 from pretrain.models.backbone import Backbone
 from pretrain.models.classifier import Config, VideoClassifier
-from pretrain.models.image_vit import Config as ImageConfig, ImageViT
+from pretrain.models.image_vit import Config as ImageConfig
+from pretrain.models.image_vit import ImageViT
 
 
 def video_model(classes: int = 3, head: str = "batch_norm", seed: int = 0) -> VideoClassifier:

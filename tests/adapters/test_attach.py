@@ -10,7 +10,8 @@ from finetune.adapters.config import AdaptFormer, LowRank, Prompts, Tune
 from finetune.adapters.modules import AdaptMLP
 from pretrain.errors import RecipeError
 from pretrain.models.classifier import Config, VideoClassifier
-from pretrain.models.image_vit import SIZES, Config as ImageConfig, ImageViT
+from pretrain.models.image_vit import SIZES, ImageViT
+from pretrain.models.image_vit import Config as ImageConfig
 
 TUNES = {
     "linear": Tune("linear"),

@@ -15,7 +15,6 @@ import pytest
 from pretrain.data.samples import CroppedViews, Place, SampleViews, SourceInfo
 from pretrain.data.stream import TrainStream, open_sources
 from pretrain.errors import DataError
-from pretrain.objectives.videomae import view_tensors
 
 MakeRecipe = Callable[..., Any]
 STEPS = 3

@@ -23,7 +23,7 @@ import torch
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.stream import StreamPlan, TrainStream, open_sources
 from pretrain.errors import DataError, RecipeError
-from pretrain.objectives.videomae import view_tensors
+from pretrain.objectives.base import method_of
 from pretrain.recipe.schema import Recipe, Source
 from pretrain.samples import sampling
 
@@ -32,7 +32,7 @@ Batches = list[dict[str, Any]]
 
 
 def stream(recipe: Recipe, rank: int = 0, world: int = 1, start: int = 0) -> TrainStream:
-    return TrainStream(recipe, open_sources(recipe), view_tensors(recipe), rank, world, start)
+    return TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), rank, world, start)
 
 
 def take(recipe: Recipe, steps: int, rank: int = 0, world: int = 1, start: int = 0) -> Batches:
@@ -361,7 +361,7 @@ def test_wrong_batch_arithmetic_names_the_fix(make_recipe: MakeRecipe, two_sourc
 def test_view_tensors_that_cannot_travel(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
     recipe = make_recipe(two_sources, workers=1)
     with pytest.raises(DataError, match="functools.partial"):
-        TrainStream(recipe, open_sources(recipe), lambda draw: {}, 0, 1)
+        TrainStream(recipe, open_sources(recipe), ClipSamples(recipe.input, recipe.run.seed), 0, 1)
 
 
 def test_memory_urls_work(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
@@ -389,9 +389,9 @@ def children():
     return [p for p in psutil.Process().children() if "--multiprocessing-fork" in p.cmdline()]
 def main():
     from pretrain.data.stream import TrainStream, open_sources
-    from pretrain.objectives.videomae import view_tensors
+    from pretrain.objectives.base import method_of
     recipe = pickle.loads(bytes.fromhex(sys.argv[1]))
-    stream = TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
+    stream = TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), 0, 1)
     next(stream)
     workers = children()
     print(*[p.pid for p in workers], flush=True)

@@ -9,8 +9,8 @@ from finetune.classification.labels import LabelMap
 from finetune.classification.predictions import Predictions, read_predictions
 from finetune.classification.views import SourceRules, training_frames, validation_frames
 from finetune.recipe import Augment, load_tune_recipe
-from pretrain.plan.dry_run import dry_run
 from pretrain.objectives.base import method_of, problems_of, warnings_of
+from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.files import recipe_names
 from pretrain.samples.augment import augment
 from pretrain.samples.sampling import clip_starts
@@ -37,9 +37,13 @@ def test_there_is_a_recipe_for_every_row() -> None:
 def test_published_numbers(method: str, data: str) -> None:
     recipe = load_tune_recipe(f"vit_b_{method}_{data}")
     assert problems_of(method_of(recipe)) == []
-    warnings = [line for line in warnings_of_recipe(recipe) if "no multiple of" not in line]
+    warnings = [line for line in warnings_of(method_of(recipe)) if "no multiple of" not in line]
     assert len(warnings) == 1 and "run.init_weights is null" in warnings[0]
-    values = {row.strip(): value for section in reversed(dry_run(recipe)) for row, value, _ in reversed(section.rows)}
+    values = {
+        row.strip(): value
+        for section in reversed(dry_run(method_of(recipe)))
+        for row, value, _ in reversed(section.rows)
+    }
     trained = int(values.get("trained", values["parameters"]).replace(",", ""))
     expected = TRAINED[method][data == "hmdb51"]
     assert expected is None or trained == expected

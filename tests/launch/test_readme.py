@@ -79,6 +79,6 @@ def test_table_of_methods_is_what_the_dry_run_says() -> None:
     table = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d,]+) \| ([\d.]+ [GM]B) \|", text, re.M)
     assert {row[0] for row in table} == {"full", "linear", "adaptformer", "vpt", "lora", "bitfit"}
     for method, trained, states in table:
-        sections = dry_run(load_tune_recipe("vit_b_k400", [f"tune.method={method}", "zero.stage=0"]))
+        sections = dry_run(method_of(load_tune_recipe("vit_b_k400", [f"tune.method={method}", "zero.stage=0"])))
         rows = {row[0].strip(): row[1] for section in sections for row in section.rows}
         assert (rows.get("trained", rows["parameters"]), rows["together"]) == (trained, states), method

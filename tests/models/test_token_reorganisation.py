@@ -13,7 +13,8 @@ from pretrain.models.backbone import Prompts
 from pretrain.models.classifier import Config, VideoClassifier, cost, layer_id
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.cubes import Grid, grid_of
-from pretrain.models.image_vit import SIZES, Config as ImageConfig, ImageViT
+from pretrain.models.image_vit import SIZES, ImageViT
+from pretrain.models.image_vit import Config as ImageConfig
 from pretrain.models.keep_rates import Reorganisation, keep_rates, scheduled_rate, token_counts, tokens_kept
 from pretrain.models.token_scores import class_attention, received_attention
 

@@ -14,7 +14,8 @@ from finetune.adapters.attach import attach_adaptformer, attach_prompts, is_trai
 from pretrain.models.backbone import Backbone
 from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.classifier_weights import fuse_projections, split_projections
-from pretrain.models.image_vit import Config as ImageConfig, ImageViT
+from pretrain.models.image_vit import Config as ImageConfig
+from pretrain.models.image_vit import ImageViT
 from pretrain.models.weights import LoadReport, load_state
 
 KINDS = ("adaptformer",)

@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from pretrain.models.image_vit import Config as ImageConfig, ImageViT
+from pretrain.models.image_vit import Config as ImageConfig
+from pretrain.models.image_vit import ImageViT
 from pretrain.models.keep_rates import Reorganisation, token_counts
 from pretrain.models.weights import load_weights
 

@@ -42,7 +42,14 @@ def test_mistake_is_found(overrides: list[str], expected: str) -> None:
 def test_several_mistakes_are_one_list() -> None:
     recipe = load_recipe("demo", ["batch.micro=5", "run.seed=-1", "model.heads=5", "data.sources={}"])
     assert (
-        len([p for p in problems_of(method_of(recipe)) if p.startswith(("batch.micro", "run.", "model.", "data.sources"))]) == 4
+        len(
+            [
+                p
+                for p in problems_of(method_of(recipe))
+                if p.startswith(("batch.micro", "run.", "model.", "data.sources"))
+            ]
+        )
+        == 4
     )
 
 
@@ -82,6 +89,6 @@ def test_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_option_without_effect_is_a_warning(overrides: list[str], expected: str) -> None:
-    before = warnings_of_recipe(load_recipe("demo", ["checkpoint.every_epochs=5"]))
-    after = warnings_of_recipe(load_recipe("demo", overrides))
+    before = warnings_of(method_of(load_recipe("demo", ["checkpoint.every_epochs=5"])))
+    after = warnings_of(method_of(load_recipe("demo", overrides)))
     assert before == [] and len(after) == 1 and expected in after[0]

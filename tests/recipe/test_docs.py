@@ -12,9 +12,9 @@ import yaml
 import pretrain.models
 import pretrain.objectives
 from pretrain.commands.program import main
+from pretrain.objectives.base import method_of, problems_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe import manual
-from pretrain.objectives.base import method_of, problems_of
 from pretrain.recipe.components import component_names, load_component, objective_file
 from pretrain.recipe.files import RECIPES, recipe_names
 from pretrain.recipe.load import load_recipe
@@ -41,7 +41,7 @@ def test_table_of_recipes_is_what_the_dry_run_says() -> None:
     for name, *stated in rows:
         values = {
             row.strip(): value
-            for section in reversed(dry_run(load_recipe(name)))
+            for section in reversed(dry_run(method_of(load_recipe(name))))
             for row, value, _ in reversed(section.rows)
         }
         found = [values["parameters"], values["encoder"], values["forward pass"].removesuffix(" GMAC"), values["steps"]]
@@ -117,7 +117,7 @@ def test_new_method_and_backbone_are_found_shown_and_learn(
 def test_new_method_on_a_published_recipe(extended: dict[str, Path]) -> None:
     recipe = load_recipe(str(extended["recipes/vit_b_motion.yaml"]))
     assert recipe.objective.gain == 4 and recipe.model.dim == 768 and len(recipe.data.sources) == 5
-    assert problems_of(method_of(recipe)) == [] and dry_run(recipe)
+    assert problems_of(method_of(recipe)) == [] and dry_run(method_of(recipe))
     recipe.model.tubelet = 1
     assert any("motion needs cubes of 2 frames" in problem for problem in problems_of(method_of(recipe)))
 

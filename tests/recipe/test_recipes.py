@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from pretrain.plan.dry_run import dry_run
 from pretrain.objectives.base import method_of, problems_of, warnings_of
+from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.files import RECIPES, recipe_names
 from pretrain.recipe.load import load_recipe
 
@@ -29,7 +29,7 @@ PUBLISHED = {
 
 def report(name: str) -> dict[str, str]:
     """Values of the dry run by the row's name; the first section that has a name gives its value."""
-    rows = [(row.strip(), value) for section in dry_run(load_recipe(name)) for row, value, _ in section.rows]
+    rows = [(row.strip(), value) for section in dry_run(method_of(load_recipe(name))) for row, value, _ in section.rows]
     return dict(reversed(rows))
 
 
@@ -37,7 +37,7 @@ def report(name: str) -> dict[str, str]:
 def test_recipe_is_sound(name: str) -> None:
     recipe = load_recipe(name)
     assert problems_of(method_of(recipe)) == []
-    assert warnings_of_recipe(recipe) == []
+    assert warnings_of(method_of(recipe)) == []
     assert report(name)["accumulation"] == "1"
     header = (RECIPES / f"{name}.yaml").read_text().split("\n\n")[0]
     assert header.startswith("# "), "a recipe starts with what it is and where its numbers come from"
