@@ -98,7 +98,7 @@ def forget_after(folder: RunFolder, step: int, plan: StreamPlan) -> None:
     keep_records(folder.metrics, lambda record: record["step"] <= step)
 
     def served_before(record: dict[str, Any]) -> bool:
-        return bool(record["epoch"] * plan.steps_per_epoch + record["position"] // plan.samples < step)
+        return plan.composition.step_of(record["epoch"], record["position"]) < step
 
     for records in folder.bad_samples.glob("rank_*.jsonl"):  # also of ranks that this start does not have
         keep_records(records, served_before)

@@ -79,7 +79,8 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
     if agreed.out_of_data:
         inputs.ledger.reset(counted)  # the samples of this step are served again when the run goes on
         return StepResult(applied=False, out_of_data=True)
-    spike = inputs.guard.spike(agreed.metrics["loss"])
+    source = inputs.batches.source_of(step)
+    spike = inputs.guard.spike(agreed.metrics["loss"], source)
     note("backward")
     engine.backward(poisoned(loss, always=spike is not None and inputs.guard.drops_spikes))
     if spike is not None or agreed.nonfinite:
@@ -102,6 +103,7 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
         too_many_bad=inputs.ledger.judge(agreed.samples),
         data_s=agreed.data_s,
         step_s=time.perf_counter() - started,
+        source=source,
     )
 
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from pretrain.data.compose import shares
 from pretrain.data.index import ShardIndex
-from pretrain.data.order import SourceShape, epoch_quotas
+from pretrain.data.order import SourceShape
 from pretrain.engine.deepspeed_config import DTYPES, builds_sharded, deepspeed_config
 from pretrain.engine.model_states import Held, ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
 from pretrain.engine.schedules import Schedule, build_schedule, every_steps
 from pretrain.errors import StorageError
 from pretrain.objectives.base import Method, Objective
-from pretrain.plan.indices import epoch_videos, find_indices, source_size
+from pretrain.plan.indices import epoch_of, find_indices, source_size
 from pretrain.recipe.schema import Recipe, Source
 
 #: A forward pass costs one, a backward pass two of it; recomputing activations adds another.
@@ -78,10 +79,10 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
         ranks, origin = recipe.batch.ranks, "batch.ranks, the published run"
     else:
         ranks, origin = 1, "nothing launched, batch.ranks is null"
-    videos = epoch_videos(recipe, indices)
-    schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos is not None else None
+    epoch = epoch_of(recipe, indices)
+    schedule = build_schedule(recipe, epoch[1]) if epoch is not None else None
     accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
-    return Plan(ranks, origin, accumulation, size_of(objective), videos, schedule)
+    return Plan(ranks, origin, accumulation, size_of(objective), epoch[0] if epoch else None, schedule)
 
 
 def _model_section(objective: Objective, plan: Plan) -> Section:
@@ -153,19 +154,12 @@ def _shares(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> dict[str, 
     shapes = [
         SourceShape(name, np.array([sizes[name]], dtype=np.int64), source.weight) for name, source in sources.items()
     ]
-    quotas = epoch_quotas(shapes, recipe.data.epoch_samples)
-    return {
-        shape.name: ", ".join(
-            filter(
-                None,
-                (
-                    f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes)",
-                    remarks[shape.name],
-                ),
-            )
-        )
+    quotas = shares(recipe, shapes)
+    parts = {
+        shape.name: f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes)"
         for shape, quota in zip(shapes, quotas, strict=True)
     }
+    return {name: ", ".join(filter(None, (part, remarks[name]))) for name, part in parts.items()}
 
 
 def _batch_section(method: Method, plan: Plan) -> Section:

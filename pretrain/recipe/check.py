@@ -128,6 +128,13 @@ def _check_sources(recipe: Recipe) -> list[str]:
             f"data.sources: {', '.join(weighted)} have a weight and {bare} have none; "
             "give every source one, or none (then each counts by its size)"
         )
+    if weighted and recipe.data.compose != "mixed":
+        problems.append(
+            f"data.compose: {recipe.data.compose} shows every source equally often, and {', '.join(weighted)} have a "
+            "weight; leave weights out, or set data.compose=mixed"
+        )
+    if len(sources) == 1 and recipe.data.compose != "mixed":
+        problems.append(f"data.compose: {recipe.data.compose} needs two sources or more, found one")
     for name, source in sources.items():
         if source.weight is not None and source.weight <= 0:
             problems.append(

@@ -56,8 +56,12 @@ class Data:
     """folder (any fsspec URL) that recipes find their sources in, as ${data.root}/<name>; default: $TUBELET_DATA"""
     sources: dict[str, Source] = field(default_factory=dict)
     """data sets by name"""
+    compose: Literal["mixed", "alternate", "together"] = "mixed"
+    """mixed: a batch holds samples of all sources, by weight or size; alternate: a step of each source in turn, equally
+    often; together: a sample of each source side by side (unpaired translation)"""
     epoch_samples: int | None = None
-    """videos in one epoch over all sources; null: as many as the sources hold"""
+    """samples in one epoch over all sources (together: of each source); null: as many as the sources hold, and where
+    sources are not mixed as many of each as the largest holds"""
     lanes: int = 256
     """virtual lanes of the epoch order; part of the order, so never change it in a running job"""
     shuffle_window: int = 1024
