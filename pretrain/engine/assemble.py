@@ -135,6 +135,7 @@ def build_run(
         built=built,
         inputs=StepInputs(
             engine=built.engine,
+            turns=built.turns,
             batches=MicroBatches(stream),
             accumulation=stream.accumulation,
             own_clip=(recipe.optim.clip_grad or math.inf) if unwrapped(recipe) else None,
