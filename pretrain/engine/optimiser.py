@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.recipe.schema import Recipe
+from pretrain.engine.lars import Lars
+from pretrain.recipe.schema import Optim, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
         label = "with" if decay else "without"
         logger.info("%s weight decay, lr x %.4g: %d tensors, %d parameters", label, scale, len(members), count)
     return [
-        {"params": groups[decay, scale], "weight_decay": weight_decay if decay else 0.0, "lr_scale": scale}
+        {
+            "params": groups[decay, scale],
+            "weight_decay": weight_decay if decay else 0.0,
+            "decay_scale": float(decay),
+            "lr_scale": scale,
+        }
         for decay, scale in ordered
     ]
 
@@ -62,18 +68,42 @@ def build_optimizer(recipe: Recipe, module: nn.Module, device: torch.device) -> 
     The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit optimiser without ZeRO takes a step with
     zero gradients when it is built, which would otherwise decay the weights once.
     """
-    optim, fused = recipe.optim, device.type != "cpu"
-    groups: Any = parameter_groups(module, optim.weight_decay)
-    if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused)
-    return torch.optim.AdamW(
+    groups: Any = parameter_groups(module, recipe.optim.weight_decay)
+    return OPTIMISERS[recipe.optim.name](groups, recipe.optim, device.type != "cpu")
+
+
+def _adamw(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
+    betas = (optim.betas[0], optim.betas[1])
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused)
+
+
+def _adam(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
+    betas = (optim.betas[0], optim.betas[1])
+    return torch.optim.Adam(groups, lr=0.0, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused)
+
+
+def _sgd(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
         groups,
         lr=0.0,
-        betas=(optim.betas[0], optim.betas[1]),
-        eps=optim.eps,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
         weight_decay=optim.weight_decay,
         fused=fused,
     )
+
+
+def _lars(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
+    return Lars(groups, lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay, trust=optim.trust)
+
+
+#: `optim.name`: from groups of parameters, the recipe's section, and whether to fuse, to the optimiser.
+OPTIMISERS: dict[str, Callable[[Any, Optim, bool], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adam": _adam,
+    "sgd": _sgd,
+    "lars": _lars,
+}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -82,15 +112,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Give every group that decays the weight decay `weight_decay` times its scale."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay * group["decay_scale"]
+
+
 def forget_steps(optimizer: torch.optim.Optimizer) -> None:
     """Undo the step named in `build_optimizer`, after DeepSpeed has built its wrapper, before a checkpoint is loaded.
 
     AdamW's step counter would make the bias correction of the first steps wrong (measured: a different loss after the
-    first update). SGD's momentum would start with the weight decay of that step; from zero it takes up the first
-    gradient whole, like one that has not been there before.
+    first update). Where weight decay is added to the gradient (Adam, SGD, LARS), moments would start with the decay of
+    that step; from zero they take up the first gradient whole, like ones that have not been there before.
     """
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
-        if state.get("momentum_buffer") is not None:
-            state["momentum_buffer"].zero_()
+        for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            if state.get(moment) is not None:
+                state[moment].zero_()
