@@ -15,7 +15,6 @@ from torch import nn
 from pretrain.errors import RecipeError
 from pretrain.objectives.base import ALL, Objective, plain_name
 
-
 #: Before the first turn: DeepSpeed steps once as it builds its wrapper, so that every group has its state.
 EVERY = ""
 
@@ -73,21 +72,23 @@ def _others(members: dict[str, list[nn.Parameter]], name: str) -> Iterable[nn.Pa
     return (parameter for other, found in members.items() if other != name for parameter in found)
 
 
-def in_turns(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Make an optimiser class whose `step` updates the groups of the present turn only."""
+def in_turns(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Make an optimiser's `step` update the groups of the present turn only."""
+    kind: Any = type(optimizer)
 
-    class InTurns(kind):  # type: ignore[misc, valid-type]
+    class InTurns(kind):  # type: ignore[misc]
         """The optimiser, a turn at a time."""
 
-        turn: str = EVERY
+        turn = EVERY
 
         def step(self, closure: Any = None) -> Any:
-            every = self.param_groups
+            every: list[dict[str, Any]] = self.param_groups
             self.param_groups = [group for group in every if self.turn in (EVERY, group["turn"])]
             try:
                 return super().step(closure)
             finally:
                 self.param_groups = every
 
-    InTurns.__name__ = kind.__name__
-    return InTurns
+    # Of the same layout, so the built optimiser can take it on: DeepSpeed asks for its type.
+    optimizer.__class__ = InTurns
+    return optimizer
