@@ -79,6 +79,8 @@ def in_turns(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     class InTurns(kind):  # type: ignore[misc]
         """The optimiser, a turn at a time."""
 
+        param_groups: list[dict[str, Any]]
+
         turn = EVERY
 
         def step(self, closure: Any = None) -> Any:

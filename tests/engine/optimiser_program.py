@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pretrain.objectives.base import Objective  # noqa: E402
+
 #: Learning rate of each step: none of them is the optimiser's own.
 RATES = (0.05, 0.1, 0.02)
 #: Optimiser: words of the recipe.
@@ -36,7 +38,7 @@ def runs() -> list[tuple[str, int, str]]:
     return sorted(possible, key=lambda run: run[1] == 3)
 
 
-class Model(nn.Module):
+class Model(Objective):
     """Matrices, one of them zero, biases that are not, and odd sizes."""
 
     def __init__(self) -> None:
@@ -49,7 +51,7 @@ class Model(nn.Module):
             parameter.data = torch.randn(parameter.shape, generator=generator)
         nn.init.zeros_(self.late.weight)
 
-    def forward(self, batch: Tensor) -> Tensor:
+    def forward(self, batch: Any) -> Any:
         hidden = self.second(self.first(batch).tanh())
         return (hidden + self.late(hidden)).square().mean()
 
