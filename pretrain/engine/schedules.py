@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pretrain.errors import RecipeError
-from pretrain.recipe.rates import actual_rates
+from pretrain.recipe.rates import actual_rates, rate_scales
 from pretrain.recipe.schema import Recipe
 
 
@@ -183,6 +183,17 @@ def _check_fits(recipe: Recipe, schedule: Schedule) -> None:
             f"schedule.decay_from_epoch: {asked.decay_from_epoch} is step {schedule.decay_from}, and the schedule ends "
             f"after {total} ({length})"
         )
+
+
+def describe_schedule(recipe: Recipe, schedule: Schedule) -> str:
+    """The line of the log at the start: lengths, shape, and how the rate follows from the batch."""
+    optim, scaled = recipe.optim, rate_scales(recipe.optim, "base_lr")
+    formula = f"{optim.base_lr:g} x {recipe.batch.samples} / {optim.base_batch} = " if scaled else ""
+    down = "" if schedule.shape == "constant" else f", down to {schedule.floor:.4g}"
+    return (
+        f"{schedule.steps_per_epoch} steps an epoch, {schedule.total} steps, warm-up {schedule.warmup}, "
+        f"{schedule.shape}; lr = {formula}{schedule.peak:.4g}{down}"
+    )
 
 
 def every_steps(recipe: Recipe, schedule: Schedule) -> int:
