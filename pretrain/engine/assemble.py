@@ -17,7 +17,7 @@ from pretrain.engine.deepspeed_config import describe, unwrapped
 from pretrain.engine.evaluation import Best
 from pretrain.engine.health import HealthSignal, open_health
 from pretrain.engine.report import Reporter
-from pretrain.engine.schedules import Schedule
+from pretrain.engine.schedules import Schedule, describe_schedule
 from pretrain.engine.step import StepInputs
 from pretrain.errors import CheckpointError
 from pretrain.guards.incidents import Incidents
@@ -188,14 +188,4 @@ def open_stream(
 
 def _log_schedule(recipe: Recipe, schedule: Schedule, built: Built) -> None:
     logger.info("model: %s parameters", f"{built.parameters:,}")
-    logger.info(
-        "schedule: %d steps an epoch, %d steps, warm-up %d; lr = %g x %d / %d = %.4g, down to %.4g",
-        schedule.steps_per_epoch,
-        schedule.total,
-        schedule.warmup,
-        recipe.optim.base_lr,
-        recipe.batch.samples,
-        recipe.optim.base_batch,
-        schedule.peak,
-        schedule.floor,
-    )
+    logger.info("schedule: %s", describe_schedule(recipe, schedule))

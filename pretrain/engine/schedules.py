@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pretrain.errors import RecipeError
-from pretrain.recipe.rates import actual_rates
+from pretrain.recipe.rates import actual_rates, rate_scales
 from pretrain.recipe.schema import Recipe
 
 
@@ -119,7 +119,7 @@ def build_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     """The schedule of a recipe whose data gives `steps_per_epoch` steps a pass.
 
     Raises:
-        RecipeError: no step in an epoch, or a warm-up, decay or milestone that doesn't fit into the whole run.
+        RecipeError: no step in an epoch, or a warm-up, decay or milestone that doesn't fit into the schedule.
     """
     if steps_per_epoch < 1:
         raise RecipeError(
@@ -172,8 +172,13 @@ def _check_fits(recipe: Recipe, schedule: Schedule) -> None:
             else f"schedule.warmup_steps: {asked.warmup_steps} steps of warm-up are not shorter than {length}, "
             f"which is {total} steps"
         )
+    key = "milestones" if asked.milestone_steps is None else "milestone_steps"
+    if schedule.milestones and schedule.milestones[0] < schedule.warmup:
+        raise RecipeError(
+            f"schedule.{key}: the first is at step {schedule.milestones[0]}, within the {schedule.warmup} steps of "
+            "warm-up; shorten the warm-up (schedule.warmup_epochs, schedule.warmup_steps)"
+        )
     if schedule.milestones and schedule.milestones[-1] >= total:
-        key = "milestones" if asked.milestone_steps is None else "milestone_steps"
         raise RecipeError(
             f"schedule.{key}: the last is at step {schedule.milestones[-1]}, and the schedule ends after {total} "
             f"({length}); leave it out or make the schedule longer"
@@ -183,6 +188,17 @@ def _check_fits(recipe: Recipe, schedule: Schedule) -> None:
             f"schedule.decay_from_epoch: {asked.decay_from_epoch} is step {schedule.decay_from}, and the schedule ends "
             f"after {total} ({length})"
         )
+
+
+def describe_schedule(recipe: Recipe, schedule: Schedule) -> str:
+    """The line of the log at the start: lengths, shape, and how the rate follows from the batch."""
+    optim, scaled = recipe.optim, rate_scales(recipe.optim, "base_lr")
+    formula = f"{optim.base_lr:g} x {recipe.batch.samples} / {optim.base_batch} = " if scaled else ""
+    down = "" if schedule.shape == "constant" else f", down to {schedule.floor:.4g}"
+    return (
+        f"{schedule.steps_per_epoch} steps an epoch, {schedule.total} steps, warm-up {schedule.warmup}, "
+        f"{schedule.shape}; lr = {formula}{schedule.peak:.4g}{down}"
+    )
 
 
 def every_steps(recipe: Recipe, schedule: Schedule) -> int:

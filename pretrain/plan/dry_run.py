@@ -219,11 +219,11 @@ def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
     section.add("shape", schedule.shape, _shape_remark(schedule))
     if schedule.last < schedule.total:
         section.add("stops after", f"{schedule.last:,} steps", "schedule.max_steps")
-    marks = _marks(schedule)
-    for step in marks:
+    for step in _marks(schedule):
         section.add(f"  learning rate at step {step:,}", f"{schedule.lr(step):.4g}")
-    for step in marks if schedule.weight_decay_ends else []:
-        section.add(f"  weight decay at step {step:,}", f"{schedule.weight_decay(step):.4g}")
+    if schedule.weight_decay_ends is not None:
+        for step in sorted({*(schedule.total * part // 4 for part in range(4)), schedule.total - 1}):
+            section.add(f"  weight decay at step {step:,}", f"{schedule.weight_decay(step):.4g}")
     section.add("hours", "unknown", "needs a measured rate: the console of a short run shows it")
     return section
 

@@ -439,7 +439,11 @@ def test_half_cosine_is_the_momentum_of_snclrs_teacher() -> None:
         ("schedule.warmup_steps=200 schedule.epochs=10", r"schedule.warmup_steps: 200 .* schedule.epochs: 10"),
         ("schedule.steps=30 schedule.warmup_epochs=6", r"schedule.warmup_epochs: 6.* schedule.steps: 30"),
         ("schedule.shape=steps schedule.milestone_steps=[10,50] schedule.epochs=10", "schedule.milestone_steps: the"),
-        ("schedule.shape=steps schedule.milestones=[2,9] schedule.steps=45", "schedule.milestones: the last is at st"),
+        ("schedule.shape=steps schedule.milestones=[3,9] schedule.steps=45", "schedule.milestones: the last is at st"),
+        (
+            "schedule.shape=steps schedule.milestones=[1] schedule.warmup_steps=6",
+            "the first is at step 5, within the 6",
+        ),
         ("schedule.decay_from_epoch=9 schedule.steps=45", "schedule.decay_from_epoch: 9"),
     ],
 )
