@@ -46,8 +46,9 @@ class GradientCache:
 
     Each call of the second pass returns the whole step's loss and metrics, so their mean over micro-batches is
     right as well, and a gradient that is right once divided by the number of micro-batches, as DeepSpeed does.
-    `compare` may have parameters of its own (a temperature) and may gather across ranks. It runs twice, so it must
-    change no state. Batch norm takes its statistics of a micro-batch, over ranks, but not of the whole step.
+    `compare` may have parameters of its own (a temperature), may gather across ranks, and may draw random numbers, which
+    are the same in both passes. It runs twice, so it must change no state. Batch norm takes its statistics of a
+    micro-batch, over ranks, but not of the whole step.
 
     Args:
         micro_batches: How many a rank has in a step.
@@ -58,6 +59,7 @@ class GradientCache:
         self._parts: list[Embeddings] = []
         self._gradients: list[Embeddings] = []
         self._result: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._random: dict[torch.device, Tensor] = {}
         self._collects = False
         self._replayed = 0
         self._compared_passes = False
@@ -105,6 +107,7 @@ class GradientCache:
         self._parts.append({name: _wide(value).detach().clone() for name, value in embeddings.items()})
         if len(self._parts) < self.micro_batches:
             return next(iter(embeddings.values())).new_zeros((), dtype=torch.float32), {}
+        self._random = _random_state(embeddings)
         with torch.enable_grad():
             rows = {name: value.requires_grad_(value.is_floating_point()) for name, value in _joined(self._parts)}
             loss, metrics = compare(rows)
@@ -123,14 +126,17 @@ class GradientCache:
         live = {name: _wide(value) for name, value in embeddings.items()}
         if not self._compared_passes:
             self._compare_passes(live, part)
-        if part < self.micro_batches - 1:
+        if part > 0:
             gradients = self._gradients[part]
             shares = [(live[name] * gradients[name]).sum() for name in gradients if live[name].requires_grad]
             # An encoder that is frozen altogether still needs a loss that can be differentiated.
             surrogate = torch.stack(shares).sum() if shares else self._result[0].clone().requires_grad_()
         else:
-            # The loss itself, once: with it come the gradients of the parameters that `compare` has.
-            surrogate, _ = compare(dict(_joined([*self._parts[:-1], live])))
+            # The loss itself, once: with it come the gradients of the parameters that `compare` has. In the first
+            # micro-batch: ZeRO stage 3 overwrites the last step's gradient then, and later adds to it, so a parameter
+            # without gradient in the first one would keep the last step's (DeepSpeed 0.19.8, measured).
+            with _drawing_from(self._random):
+                surrogate, _ = compare(dict(_joined([live, *self._parts[1:]])))
         loss, metrics = self._result
         return loss + self.micro_batches * (surrogate - surrogate.detach()), metrics
 
@@ -156,6 +162,26 @@ def _joined(parts: list[Embeddings]) -> Iterator[tuple[str, Tensor]]:
 def _wide(value: Tensor) -> Tensor:
     """In float32 at least: a gradient of 1 / (rows of the global batch) can vanish in float16, which is not scaled."""
     return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+
+
+def _random_state(embeddings: Embeddings) -> dict[torch.device, Tensor]:
+    """State of torch's generators by device: the CPU's, and that of the device that the embeddings are on."""
+    state = {torch.device("cpu"): torch.get_rng_state()}
+    for device in {value.device for value in embeddings.values()} - state.keys():
+        state[device] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+@contextlib.contextmanager
+def _drawing_from(state: dict[torch.device, Tensor]) -> Iterator[None]:
+    """Draw the random numbers that follow `state`; afterwards generators go on as if nothing had been drawn."""
+    accelerators = [device for device in state if device.type != "cpu"]
+    kind = accelerators[0].type if accelerators else "cuda"
+    with torch.random.fork_rng(accelerators, device_type=kind):
+        torch.set_rng_state(state[torch.device("cpu")])
+        for device in accelerators:
+            torch.get_device_module(device).set_rng_state(state[device], device)
+        yield
 
 
 @contextlib.contextmanager

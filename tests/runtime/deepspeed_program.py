@@ -38,9 +38,10 @@ class Objective(nn.Module):
         torch.manual_seed(2)
         self.ranks = ranks
         self.model = nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.Tanh(), nn.Linear(10, 4))
+        self.head = nn.Linear(4, 4)
         self.temperature = nn.Parameter(torch.full((1,), 0.5))  # DeepSpeed can not broadcast a scalar
         with torch.no_grad():
-            for value in self.model.parameters():
+            for value in (*self.model.parameters(), *self.head.parameters()):
                 value.add_(torch.linspace(-0.2, 0.3, value.numel()).view_as(value))
         convert_batch_norm(self, ranks)
 
@@ -50,7 +51,7 @@ class Objective(nn.Module):
 
     def compare(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = (
-            nn.functional.normalize(gather_with_gradient(embeddings[name], self.ranks), dim=1)
+            nn.functional.normalize(self.head(gather_with_gradient(embeddings[name], self.ranks)), dim=1)
             for name in ("first", "second")
         )
         losses = nn.functional.cross_entropy(

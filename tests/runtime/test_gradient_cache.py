@@ -64,7 +64,7 @@ def whole(model: Model, number: int = 0) -> float:
         parts.append(model.embed(rows))
     loss, _ = model.compare({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def test_gradients_are_those_of_one_graph_with_dropout_and_batch_norm() -> None:
