@@ -25,6 +25,10 @@ Compare = Callable[[Embeddings], tuple[Tensor, dict[str, Tensor]]]
 #: stay below it, another dropout mask does not.
 SAME = 0.02
 
+#: Factor on the loss while its gradients are cached. DeepSpeed scales a float16 loss in the second pass only, where a
+#: gradient of 1 / (rows of the global batch) would be 0 already.
+SCALE = 2.0**12
+
 
 class GradientCache:
     """Embeddings and gradients of one optimiser step after another.
@@ -46,8 +50,8 @@ class GradientCache:
 
     Each call of the second pass returns the whole step's loss and metrics, so their mean over micro-batches is
     right as well, and a gradient that is right once divided by the number of micro-batches, as DeepSpeed does.
-    `compare` may have parameters of its own (a temperature), may gather across ranks, and may draw random numbers, which
-    are the same in both passes. It runs twice, so it must change no state. Batch norm takes its statistics of a
+    `compare` may have parameters of its own (a temperature), may gather across ranks, and may draw random numbers, the
+    same ones in both passes. It runs twice, so it must change no state. Batch norm takes its statistics of a
     micro-batch, over ranks, but not of the whole step.
 
     Args:
@@ -90,7 +94,7 @@ class GradientCache:
         """Loss and metrics of a micro-batch.
 
         Args:
-            embeddings: Of this micro-batch. Those of floating type are compared in float32.
+            embeddings: Of this micro-batch.
             compare: What gives the loss of all micro-batches' embeddings, rows in the order of micro-batches.
 
         Returns:
@@ -104,17 +108,19 @@ class GradientCache:
 
     def _collect(self, embeddings: Embeddings, compare: Compare) -> tuple[Tensor, dict[str, Tensor]]:
         # A copy: a view (the first token, say) would keep all activations of its micro-batch in memory.
-        self._parts.append({name: _wide(value).detach().clone() for name, value in embeddings.items()})
+        self._parts.append({name: value.detach().clone() for name, value in embeddings.items()})
         if len(self._parts) < self.micro_batches:
             return next(iter(embeddings.values())).new_zeros((), dtype=torch.float32), {}
         self._random = _random_state(embeddings)
         with torch.enable_grad():
             rows = {name: value.requires_grad_(value.is_floating_point()) for name, value in _joined(self._parts)}
             loss, metrics = compare(rows)
+            scaled = loss * SCALE
         leaves = {name: value for name, value in rows.items() if value.requires_grad}
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        found = torch.autograd.grad(scaled, list(leaves.values()), allow_unused=True)
         sizes = [len(next(iter(part.values()))) for part in self._parts]
-        by_name = {name: value.split(sizes) for name, value in zip(leaves, found, strict=True) if value is not None}
+        pairs = zip(leaves, found, strict=True)
+        by_name = {name: (_wide(value) / SCALE).split(sizes) for name, value in pairs if value is not None}
         self._gradients = [{name: value[part] for name, value in by_name.items()} for part in range(len(sizes))]
         self._result = loss.detach(), {name: value.detach() for name, value in metrics.items()}
         return self._result
@@ -123,12 +129,13 @@ class GradientCache:
         if self._result is None or self._replayed == self.micro_batches:
             raise TrainingError("gradient cache: found a micro-batch without its first pass: call `collecting` before")
         part, self._replayed = self._replayed, self._replayed + 1
-        live = {name: _wide(value) for name, value in embeddings.items()}
         if not self._compared_passes:
-            self._compare_passes(live, part)
+            self._compare_passes(embeddings, part)
         if part > 0:
-            gradients = self._gradients[part]
-            shares = [(live[name] * gradients[name]).sum() for name in gradients if live[name].requires_grad]
+            cached = self._gradients[part].items()
+            shares = [
+                (_wide(embeddings[name]) * value).sum() for name, value in cached if embeddings[name].requires_grad
+            ]
             # An encoder that is frozen altogether still needs a loss that can be differentiated.
             surrogate = torch.stack(shares).sum() if shares else self._result[0].clone().requires_grad_()
         else:
@@ -136,15 +143,15 @@ class GradientCache:
             # micro-batch: ZeRO stage 3 overwrites the last step's gradient then, and later adds to it, so a parameter
             # without gradient in the first one would keep the last step's (DeepSpeed 0.19.8, measured).
             with _drawing_from(self._random):
-                surrogate, _ = compare(dict(_joined([live, *self._parts[1:]])))
+                surrogate, _ = compare(dict(_joined([embeddings, *self._parts[1:]])))
         loss, metrics = self._result
         return loss + self.micro_batches * (surrogate - surrogate.detach()), metrics
 
-    def _compare_passes(self, live: Embeddings, part: int) -> None:
+    def _compare_passes(self, embeddings: Embeddings, part: int) -> None:
         """Compare both passes, in the first step only, because it waits for the device."""
-        for name, first in self._parts[part].items():
-            difference = (live[name].detach() - first).abs().max() if first.is_floating_point() else torch.zeros(())
-            largest = first.abs().max() if first.is_floating_point() else torch.ones(())
+        for name, value in self._parts[part].items():
+            first, second = value.float(), embeddings[name].detach().float()
+            difference, largest = (second - first).abs().max(), first.abs().max()
             if bool(difference > SAME * largest):
                 raise TrainingError(
                     f"gradient cache: the second forward pass of micro-batch {part} gave other values of {name!r} "
@@ -160,8 +167,7 @@ def _joined(parts: list[Embeddings]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _wide(value: Tensor) -> Tensor:
-    """In float32 at least: a gradient of 1 / (rows of the global batch) can vanish in float16, which is not scaled."""
-    return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _random_state(embeddings: Embeddings) -> dict[torch.device, Tensor]:

@@ -78,7 +78,7 @@ def micro_batch(step: int, part: int, accumulation: int, ranks: Ranks) -> Tensor
     return torch.cat([view[chosen] for view in samples(step)])
 
 
-def train(stage: int, accumulation: int, ranks: Ranks) -> dict[str, Any]:
+def train(stage: int, accumulation: int, dtype: str, ranks: Ranks) -> dict[str, Any]:
     import deepspeed
 
     objective = Objective(ranks)
@@ -92,10 +92,14 @@ def train(stage: int, accumulation: int, ranks: Ranks) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
+    if dtype == "bf16":
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
     cache, losses = GradientCache(accumulation), []
     for step in range(STEPS):
         batches = [micro_batch(step, part, accumulation, ranks) for part in range(accumulation)]
+        if dtype == "bf16":
+            batches = [rows.bfloat16() for rows in batches]
         extra = []
         if accumulation > 1:
             extra = [cache]
@@ -110,7 +114,7 @@ def train(stage: int, accumulation: int, ranks: Ranks) -> dict[str, Any]:
     weights = {}
     for name, value in objective.named_parameters():
         with deepspeed.zero.GatheredParameters([value], enabled=stage == 3):
-            weights[name] = value.detach().clone()
+            weights[name] = value.detach().float()
     return {"losses": losses, "weights": weights, "buffers": dict(objective.named_buffers())}
 
 
@@ -118,7 +122,8 @@ def main(folder: Path, *stages: str) -> None:
     from pretrain.runtime.process_group import join, leave
 
     ranks = join()
-    found = {(int(stage), count): train(int(stage), count, ranks) for stage in stages for count in (1, 2)}
+    cases = [(int(stage), count, "fp32") for stage in stages for count in (1, 2)] + [(1, 2, "bf16"), (2, 2, "bf16")]
+    found = {case: train(*case, ranks) for case in cases}
     torch.save(found, folder / f"{ranks.world_size}-{ranks.rank}.pt")
     leave(ranks)
 

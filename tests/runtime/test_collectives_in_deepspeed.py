@@ -28,8 +28,8 @@ def program() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, int], Any]]:
-    """What two ranks found, by ZeRO stage and number of micro-batches."""
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, int, str], Any]]:
+    """What two ranks found, by ZeRO stage, number of micro-batches and type."""
     folder = tmp_path_factory.mktemp("deepspeed")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -70,14 +70,29 @@ def plain(program: ModuleType, accumulation: int) -> dict[str, Any]:
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_three_steps_on_two_ranks_are_those_of_one(
-    program: ModuleType, found: list[dict[tuple[int, int], Any]], stage: int, accumulation: int
+    program: ModuleType, found: list[dict[tuple[int, int, str], Any]], stage: int, accumulation: int
 ) -> None:
     expected = plain(program, accumulation)
     assert len(set(expected["losses"])) == 3
     for one in found:
-        trained = one[stage, accumulation]
+        trained = one[stage, accumulation, "fp32"]
         assert trained["losses"] == pytest.approx(expected["losses"], abs=1e-5)
         for kind in ("weights", "buffers"):
             assert trained[kind].keys() == expected[kind].keys()
             for name, value in trained[kind].items():
                 assert torch.allclose(value, expected[kind][name], rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_follows_within_its_rounding(
+    program: ModuleType, found: list[dict[tuple[int, int, str], Any]], stage: int
+) -> None:
+    """Stage 1 has another optimiser there; the comparison's own layer gets rows of the weights' type."""
+    expected = plain(program, 2)
+    for one in found:
+        trained = one[stage, 2, "bf16"]
+        assert trained["losses"] == pytest.approx(expected["losses"], rel=0.03)
+        moved = {name: value for name, value in expected["weights"].items() if name != "model.0.bias"}
+        for name, value in moved.items():
+            assert torch.allclose(trained["weights"][name], value, atol=0.03), name
+        assert trained["buffers"]["model.1.running_mean"].dtype == torch.float32
