@@ -59,7 +59,8 @@ class Tokenizer:
         context: tokens of a text with start and end, L.
         too_long: fate of longer texts. `cut`: the first tokens are kept and `Encoded.cut` counts the others; `refuse`:
             a SampleError, so that the stream replaces the sample and counts that.
-        pad: token behind a text's end; null: 0 for `clip`, as open_clip has it, else what the file says.
+        pad: token behind a text's end; null: as the file, or tokenizer_config.json beside it, has it. Not for `clip`,
+            which pads with 0 as open_clip does.
 
     Attributes:
         start_id, end_id: around each text, None where the file adds none.
@@ -74,8 +75,8 @@ class Tokenizer:
         self, source: str = CLIP, context: int = 77, *, too_long: Literal["cut", "refuse"], pad: str | None = None
     ) -> None:
         self.source, self.context, self.too_long = source, context, too_long
-        self._content = "" if source == CLIP else _read(source)
-        self._pad = pad
+        self._content, stated = ("", None) if source == CLIP else _read(source)
+        self._pad = pad or stated
         self._backend: Backend | None = None
         backend = self._loaded()
         self.start_id, self.end_id, self.vocabulary = backend.start, backend.end, backend.size
@@ -224,13 +225,21 @@ def _open_clip_module() -> ModuleType:
     return module
 
 
-def _read(source: str) -> str:
+def _read(source: str) -> tuple[str, str | None]:
+    """A tokenizer.json, and the padding token that a Hugging Face folder's tokenizer_config.json states."""
     fs, inner = storage.filesystem(source)
     where = storage.join(source, "tokenizer.json") if fs.isdir(inner) else source
     if not storage.exists(where):
         raise DataError(
             f"tokenizer={source}: no such file. Allowed: {CLIP}, or a tokenizer.json (or a folder with one), any URL"
         )
+    content = _json(source, where)
+    beside = storage.join(source, "tokenizer_config.json")
+    pad = json.loads(_json(source, beside)).get("pad_token") if where != source and storage.exists(beside) else None
+    return content, pad["content"] if isinstance(pad, dict) else pad
+
+
+def _json(source: str, where: str) -> str:
     try:
         content = storage.read_bytes(where).decode()
         json.loads(content)
