@@ -17,9 +17,9 @@ from pretrain.checkpoint.consolidate import consolidated_state, newest_checkpoin
 from pretrain.checkpoint.folders import folder_of
 from pretrain.checkpoint.save import TAG
 from pretrain.engine.build import build_engine
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.errors import CheckpointError, DataError
 from pretrain.objectives.base import Method
+from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 from pretrain.runtime.run_folder import RunFolder
 

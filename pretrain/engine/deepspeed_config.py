@@ -1,10 +1,7 @@
 """DeepSpeed's configuration, derived from the recipe."""
 
-import torch
-
 from pretrain.recipe.schema import Recipe
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from pretrain.runtime.dtypes import DTYPES
 
 #: Parameters above which `zero.init: auto` builds a stage-3 model in shards.
 ZERO_INIT_PARAMETERS = 500_000_000

@@ -5,8 +5,9 @@ from typing import Literal
 
 from torch import nn
 
-from pretrain.engine.deepspeed_config import DTYPES, unwrapped
+from pretrain.engine.deepspeed_config import unwrapped
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.dtypes import DTYPES
 
 Kind = Literal["weights", "gradients", "optimiser", "buffers"]
 

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from pretrain.errors import CheckpointError, StorageError, WeightsError
 from pretrain.models.weights import FOLDER_FILES
 from pretrain.runtime import storage
+from pretrain.runtime.dtypes import DTYPES
 
 logger = logging.getLogger(__name__)
 
-#: Formats of weights and activations, by their names in recipes.
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: In front of `owner/name` or `owner/name@revision`: a model on the Hugging Face hub, which may be downloaded.
 HUB = "hub:"
 #: What is fetched from the hub beside weights.

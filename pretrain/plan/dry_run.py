@@ -13,7 +13,7 @@ import torch
 from pretrain.data.compose import shares
 from pretrain.data.index import ShardIndex
 from pretrain.data.order import SourceShape
-from pretrain.engine.deepspeed_config import DTYPES, builds_sharded, deepspeed_config
+from pretrain.engine.deepspeed_config import builds_sharded, deepspeed_config
 from pretrain.engine.model_states import Held, ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
 from pretrain.engine.schedules import Schedule, build_schedule, every_steps
 from pretrain.errors import StorageError
@@ -21,6 +21,7 @@ from pretrain.objectives.base import Method, Objective
 from pretrain.plan.indices import epoch_of, find_indices, source_size
 from pretrain.recipe.rates import actual_rates, rate_scales
 from pretrain.recipe.schema import Recipe, Source
+from pretrain.runtime.dtypes import DTYPES
 
 #: A forward pass costs one, a backward pass two of it; recomputing activations adds another.
 BACKWARD_COST = 2

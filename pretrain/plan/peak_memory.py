@@ -7,9 +7,10 @@ DeepSpeed 0.19 holds beside them, and when, was read in its code and measured: b
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pretrain.engine.deepspeed_config import DTYPES, deepspeed_config
+from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.model_states import Kind, ModelSize, gradient_width, model_states, offloads
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.dtypes import DTYPES
 
 #: Context, libraries' workspaces and the allocator's unused pieces on an accelerator, bytes.
 OVERHEAD = 2.5e9
