@@ -9,6 +9,7 @@ from torch import Tensor
 from pretrain.checkpoint.consolidate import consolidated_state, is_checkpoint, newest_checkpoint
 from pretrain.checkpoint.restore import local_copy
 from pretrain.errors import CheckpointError, WeightsError
+from pretrain.models.averages import split_averages
 from pretrain.models.weights import load_weights, read_raw
 from pretrain.objectives.base import Objective
 from pretrain.recipe.components import objective_file
@@ -17,11 +18,6 @@ from pretrain.recipe.schema import Recipe
 from pretrain.runtime.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-
-#: Name under which an objective holds its model.
-MODEL = "model."
-#: ... and averages of the model's weights, with | for the dots in their names (pretrain/models/averages.py).
-AVERAGE = "average."
 
 
 @dataclass(frozen=True)
@@ -75,15 +71,11 @@ def read_weights(path: str, averaged: bool = True) -> dict[str, Tensor]:
     source = _source(path)
     if not is_checkpoint(source):
         return read_raw(path)
-    state = consolidated_state(source)
-    weights = {name.removeprefix(MODEL): value for name, value in state.items() if name.startswith(MODEL)}
-    averages = {name.removeprefix(AVERAGE).replace("|", "."): value for name, value in state.items()
-                if name.startswith(AVERAGE)}  # fmt: skip
-    known = {name: value for name, value in averages.items() if name in weights}
-    if known:
+    weights, averages = split_averages(consolidated_state(source))
+    if averages:
         logger.info("%s has averaged weights; run.init_averaged=%s takes %s ones", path, str(averaged).lower(),
                     "the averaged" if averaged else "the live")  # fmt: skip
-    return weights | known if averaged else weights
+    return weights | averages if averaged else weights
 
 
 def _source(path: str | Path) -> Path:
