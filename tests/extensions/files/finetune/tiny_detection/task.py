@@ -66,8 +66,12 @@ class BoxObjective(Objective):
         return found
 
     def forward(self, batch: Batch) -> Output:
-        found = self.boxes(batch).repeat_interleave(batch["counts"], dim=0, output_size=len(batch["boxes"]))
-        return Output(F.l1_loss(found, batch["boxes"]), {"boxes": batch["counts"].sum().float()})
+        counts = batch["counts"]
+        found = self.boxes(batch).repeat_interleave(counts, dim=0, output_size=len(batch["boxes"]))
+        errors = F.l1_loss(found, batch["boxes"], reduction="none").mean(1)
+        # By picture: a mean over boxes would weigh pictures by which others lie in their micro-batch.
+        loss = (errors / counts.repeat_interleave(counts, output_size=len(errors))).sum() / len(counts)
+        return Output(loss, {"boxes": counts.sum().float()})
 
 
 class Overlap:

@@ -26,9 +26,9 @@ class BoxedImages(ImagePairs):
     """`video` uint8 [B, 1, H, W, 3]; `boxes` float32 [sum of counts, 4], shares of the picture; `counts` int64 [B]."""
 
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
-        boxes = np.array(members.facts.get("boxes", []), dtype=np.float32).reshape(-1, 4)
+        boxes = np.array(members.boxes(), dtype=np.float32).reshape(-1, 4)
         if not len(boxes):
-            raise SampleError("boxes", f"{members.key}: no boxes in its json")
+            raise SampleError("boxes", f"{members.key}: an empty list of boxes")
         return self.without_chance(source, members) | {"boxes": boxes}
 
     def collate(self, samples: list[Sample]) -> Batch:
