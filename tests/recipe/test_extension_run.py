@@ -19,7 +19,7 @@ from tests.toy_shards import encoded
 ROOT = RECIPES.parent
 SMALL = ["data.workers=0", "data.lanes=2", "data.shuffle_window=4", "batch.samples=4", "batch.micro=2"]
 SHORT = ["schedule.epochs=2", "schedule.warmup_epochs=0", "optim.base_lr=0.1", "log.peak_tflops=1"]
-QUIET = ["log.wandb=disabled", "log.pictures_every_steps=0", "compute.dtype=fp32"]
+QUIET = ["log.wandb=disabled", "compute.dtype=fp32"]
 
 
 def write_clip(path: Path, brightness: int) -> None:
@@ -93,6 +93,8 @@ def test_new_kind_of_sample_trains(checkout: Path) -> None:
     run("launch/pretrain.py", "--recipe", "image_vit_order", *SMALL, *SHORT, *QUIET, "input.views=2", root=checkout)
     steps = steps_of(checkout / "runs/image_vit_order")
     assert len(steps) == 4 and all(0 <= step["train/right"] <= 1 for step in steps)
+    with pytest.raises(AssertionError, match="objective order reconstructs no pixels"):
+        run("launch/reconstruct.py", "runs/image_vit_order", "shards/ours", root=checkout)
 
 
 def test_new_task_trains_the_new_classifier_from_the_export(checkout: Path, exported: Path) -> None:
