@@ -44,9 +44,9 @@ class TuneOptim(Optim):
     base_lr: float = 1e-3
     """learning rate for base_batch videos; actual peak = base_lr x batch.samples / base_batch"""
     base_min_lr: float = 1e-6
-    """learning rate at the end of the cosine, for base_batch videos"""
+    """learning rate at the end of a cosine or linear schedule, for base_batch videos"""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments"""
+    """decay rates of the two moments of AdamW and Adam"""
     layer_decay: float = 0.75
     """factor on the learning rate from each layer to the one below it; 1: the same for all"""
 
@@ -58,7 +58,7 @@ class TuneSchedule(Schedule):
     epochs: float = 50
     """passes over the data, counted in decoded videos"""
     warmup_epochs: float = 5
-    """epochs of linear warm-up from zero"""
+    """epochs of linear warm-up from base_warmup_lr"""
 
 
 @dataclass
@@ -81,6 +81,8 @@ class Ema:
 
     decay: float | None = None
     """share that the average keeps at each step; null: no average. Where there is one, it is evaluated and tested"""
+    warmup: bool = False
+    """start with a smaller decay, min(decay, (1 + n) / (10 + n)) at step n, as timm can; the official code does not"""
 
 
 @dataclass

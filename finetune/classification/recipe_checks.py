@@ -31,11 +31,6 @@ def check_classification(recipe: TuneRecipe) -> list[str]:
         )
     if recipe.model.classes < 1:
         problems.append(f"model.classes: found {recipe.model.classes}, allowed: 1 or more outputs")
-    if recipe.ema.decay is not None and recipe.zero.stage == 3:
-        problems.append(
-            "ema.decay: no averages with zero.stage=3: they are whole float32 copies on each rank, which stage 3 "
-            "avoids; use stage 2, or ema.decay=null"
-        )
     if recipe.evaluate.crops > 1 and recipe.input.height != recipe.input.width:
         problems.append("evaluate.crops: test crops are square; with input.height != input.width set evaluate.crops=1")
     if recipe.evaluate.test == "best" and not any(source.val for source in data.sources.values()):

@@ -148,8 +148,7 @@ class ClassificationObjective(Objective):
         mixes = augment.mixup > 0 or augment.cutmix > 0
         classes = recipe.model.classes
         self.mixing = Mixing(augment, classes, self.smoothing, self.task == "multi") if mixes else None
-        averages = WeightAverage(model, recipe.ema.decay) if recipe.ema.decay is not None else None
-        self.average: WeightAverage | None = averages
+        self.average = self._new_average()
 
     def forward(self, batch: Batch) -> Output:
         video, target = self._normalized(batch["video"]), batch["target"]
@@ -195,8 +194,7 @@ class ClassificationObjective(Objective):
         detach(self.model)  # adapters are no part of a backbone's file
         load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, raw)
         apply_tuning(self.model, self.recipe.tune)
-        if self.average is not None:
-            self.average = WeightAverage(self.model, self.average.decay)
+        self.average = self._new_average()  # of what is trained now, from what was loaded
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
         if isinstance(self.model, Backbone) and self.model.reorganisation is not None:
@@ -209,6 +207,10 @@ class ClassificationObjective(Objective):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """The clips as the model is given them, before mixing."""
         return {"augmented": batch["video"]}
+
+    def _new_average(self) -> WeightAverage | None:
+        ema = self.recipe.ema
+        return None if ema.decay is None else WeightAverage(self.model, ema.decay, ema.warmup)
 
     def _normalized(self, video: Tensor) -> Tensor:
         normalized: Tensor = self.normalization(unit_pixels(video))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from finetune.classification.videos import VideoSet
 from finetune.recipe import TuneRecipe
 from pretrain.checkpoint.consolidate import consolidated_state, newest_checkpoint
 from pretrain.checkpoint.folders import folder_of
-from pretrain.checkpoint.save import TAG
+from pretrain.checkpoint.reshape import Layout
+from pretrain.checkpoint.resume import load_weights, open_verified
 from pretrain.engine.build import build_engine
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.errors import CheckpointError, DataError
 from pretrain.objectives.base import Method
+from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 from pretrain.runtime.run_folder import RunFolder
 
@@ -97,9 +99,11 @@ def load_objective(method: Method, ranks: Ranks, checkpoint: Path) -> Any:
     """The trained module on this rank's device, in evaluation mode; sharded where training sharded it."""
     recipe = method.recipe
     if recipe.zero.stage == 3:
-        engine = build_engine(method, ranks, recipe.batch.samples // (recipe.batch.micro * ranks.world_size)).engine
-        engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_only=True)
-        return engine.module.eval()
+        accumulation = recipe.batch.samples // (recipe.batch.micro * ranks.world_size)
+        built = build_engine(method, ranks, accumulation, resumes=True)
+        here = Layout.of(ranks.world_size, asdict(recipe.zero))
+        load_weights(built.engine, open_verified(checkpoint, ranks), here, built.groups)
+        return built.engine.module.eval()
     objective = method.build()
     objective.load_state_dict(consolidated_state(checkpoint))
     return objective.to(device=ranks.device, dtype=DTYPES[recipe.compute.dtype]).eval()

@@ -62,8 +62,8 @@ def _numbers(text: str) -> list[int]:
 
 
 def _run(method: Method, arguments: argparse.Namespace) -> int:
-    from pretrain.engine.deepspeed_config import DTYPES
     from pretrain.models.initial_weights import read_weights
+    from pretrain.runtime.dtypes import DTYPES
     from pretrain.runtime.logging import set_up_logging
     from pretrain.runtime.process_group import join, leave
     from pretrain.runtime.seeds import seed_everything

@@ -15,10 +15,10 @@ from finetune.classification.task import ClassificationObjective, Classification
 from finetune.distillation.teacher import FrozenTeacher, Teacher
 from finetune.recipe import TuneRecipe
 from pretrain.data.samples import Batch
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.models import classifier
 from pretrain.models.base import Classifier
 from pretrain.objectives.base import Output
+from pretrain.runtime.dtypes import DTYPES
 
 
 @dataclass

@@ -70,7 +70,7 @@ def _write(folder: Path, rank: int, rows: Iterable[Row]) -> list[str]:
 def _index(folder: Path, names: list[str]) -> int:
     shards = []
     for name in names:
-        shard, members, _ = scan_shard(str(folder), name, videos_only=False)
+        shard, members, _ = scan_shard(str(folder), name, media_only=False)
         write_members(str(folder), name, members)
         shards.append(shard)
     index = ShardIndex(str(folder), ShardTable(shards))

@@ -5,8 +5,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from pretrain.commands.pack_arguments import make_parser
-from pretrain.data.pack.discover import Item, gather, with_sizes
+from pretrain.commands.pack_arguments import VIDEO_SHORT_SIDE, make_parser
+from pretrain.data.media import plural_of
+from pretrain.data.pack.discover import Item, LabelRule, gather, with_sizes
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_plan import Part, Plan, make_plan
 from pretrain.data.pack.pack_run import Report, pack
@@ -52,8 +53,11 @@ def _pack(args: argparse.Namespace) -> int:
     if args.overwrite and part.count > 1:
         raise RecipeError("--overwrite with --part would delete what the other parts write; empty DEST first")
     plan = _plan(args, sources, part)
-    _say(f"pack: {len(plan.items)} videos found" + (f", {len(plan.part(part))} in this part" if part.count > 1 else ""))
-    with progress_bar(len(plan.part(part))) as progress:
+    noun = plural_of(item.kind for item in plan.items)
+    _say(f"pack: {len(plan.items)} {noun} found" + (f", {len(plan.part(part))} in this part" if part.count > 1 else ""))
+    if args.kind == "auto" and all(item.is_folder and item.frames is None for item in plan.items):
+        _say("pack: each folder of pictures is taken for one video; --kind image makes each picture a sample")
+    with progress_bar(len(plan.part(part)), noun) as progress:
         report = pack(plan, dest, options, part, args.workers, args.overwrite, progress)
     _say(report_text(report, dest))
     return DONE
@@ -66,16 +70,22 @@ def _link(args: argparse.Namespace) -> int:
         raise RecipeError("give at least one SOURCE and a DEST (see --help)")
     *sources, dest = args.paths
     plan = _plan(args, sources, args.part)
+    if args.companions:
+        raise RecipeError("--with copies files into shards, --in-place copies none: choose one")
+    noun = plural_of(item.kind for item in plan.items)
     index = write_links(with_sizes(list(plan.items)), dest)
-    _say(f"pack: {dest}: {index.samples} videos stay where they are, fingerprint {index.fingerprint}")
+    _say(f"pack: {dest}: {index.samples} {noun} stay where they are, fingerprint {index.fingerprint}")
     return DONE
 
 
 def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
-    items = gather(sources, args.data_root, args.list_format, "none" if args.no_labels else "auto")
+    labels: LabelRule = "none" if args.no_labels else "auto"
+    items = gather(sources, args.data_root, args.list_format, labels, args.kind, args.companions)
     items = [item for item in items if _selected(item, args.where)]
     if not items:
-        raise RecipeError(f"{', '.join(sources)}: no video found" + (" that --where selects" if args.where else ""))
+        noun = "video" if args.kind == "auto" else args.kind
+        hint = "; images and texts in folders are taken with --kind image or text" if args.kind == "auto" else ""
+        raise RecipeError(f"{', '.join(sources)}: no {noun} found" + (" that --where selects" if args.where else hint))
     return make_plan(with_sizes(items) if part.count > 1 else items, shuffle=args.order == "shuffled")
 
 
@@ -99,7 +109,7 @@ def _options(args: argparse.Namespace) -> Options:
         raise RecipeError(problems)
     return Options(
         copy=args.copy,
-        short_side=args.short_side or None,
+        short_side=VIDEO_SHORT_SIDE if args.short_side is None else args.short_side or None,
         fps=args.fps,
         gop=args.gop,
         grid=args.grid,
@@ -112,6 +122,8 @@ def _options(args: argparse.Namespace) -> Options:
         min_frames=args.min_frames,
         decoders=args.check_decoders,
         reads=args.check_reads,
+        image_short_side=args.short_side or None,
+        image_quality=args.image_quality,
         shard_bytes=int(args.shard_mb * 1e6),
         shard_samples=args.shard_samples,
     )

@@ -4,21 +4,26 @@ import argparse
 import os
 from fractions import Fraction
 
+from pretrain.data.media import KINDS
 from pretrain.data.pack.options import ENCODERS
 from pretrain.data.pack.pack_plan import WHOLE, Part
 
+#: Short side of encoded videos where none is asked for, pixels.
+VIDEO_SHORT_SIDE = 320
+
 DESCRIPTION = """\
-Pack videos into tar shards with an index, ready for training.
+Pack videos, images, sound, arrays, rasters or texts into tar shards with an index, ready for training.
 
   pack.py SOURCE [SOURCE ...] DEST    pack
   pack.py --index-only URL [URL ...]  index WebDataset shards that are already there, in place
   pack.py --in-place SOURCE [SOURCE ...] DEST
-                                      pack nothing: small shards that name the video files where they lie
-  pack.py --check URL [URL ...]       verify hashes, member tables, and that every video decodes
+                                      pack nothing: small shards that name the files where they lie
+  pack.py --check URL [URL ...]       verify hashes, member tables, and that every member decodes
   pack.py --merge URL                 write the index of a job array whose parts are all done
 
 SOURCE  a folder, searched at any depth (a video's folder is its label; a folder of pictures is one video),
-        a video file,
+        a video file, or one of another kind,
+        a zip archive (with NAME_map.txt beside NAME.zip, `path label` lines: what that names, as Swin Transformer),
         a list file of the official VideoMAE repositories (see --list-format),
         or a csv/jsonl manifest with a column `path` and optionally label, key, start, frames, and your own.
 DEST    folder for the shards. Both may be local paths or fsspec URLs (s3://, gs://, az://, memory://, ...).
@@ -26,7 +31,8 @@ DEST    folder for the shards. Both may be local paths or fsspec URLs (s3://, gs
 Every video is probed, encoded anew (or kept, --copy), decoded once in full, and read at random with the training
 decoders: what they would not read frame by frame exactly is encoded anew even with --copy. What can't be used is left
 out and listed with the reason in DEST/rejected.jsonl. Run the same command again after any interruption: finished
-shards are kept, and the result is byte for byte what an uninterrupted run writes.
+shards are kept, and the result is byte for byte what an uninterrupted run writes. Other kinds are decoded once in full
+and kept as they are, but for images that must be turned, resized, or are of an unusual format.
 """
 
 EPILOG = """\
@@ -34,6 +40,8 @@ examples:
   python launch/pack.py videos/ shards/                                     folders videos/<class>/*.mp4
   python launch/pack.py train.csv s3://bucket/k400/train --data-root /data/k400 --audio keep
   python launch/pack.py clips.csv shards/train --where split=train --short-side 128
+  python launch/pack.py imagenet/train.zip shards/ --short-side 256         beside it train_map.txt
+  python launch/pack.py cc3m/ shards/ --kind image --with txt --no-labels   images with captions
   python launch/pack.py videos/ shards/ --part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
   python launch/pack.py --check s3://bucket/k400/train
 
@@ -54,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     modes.add_argument("--merge", action="store_true", help="write the index of a finished job array")
     _add_source_options(parser.add_argument_group("what to pack"))
     _add_video_options(parser.add_argument_group("video"))
+    _add_image_options(parser.add_argument_group("image"))
     _add_check_options(parser.add_argument_group("checks"))
     _add_run_options(parser.add_argument_group("shards and work"))
     return parser
@@ -61,10 +70,32 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_source_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
+        "--kind",
+        default="auto",
+        choices=("auto", *KINDS),
+        help=(
+            "what the samples are; auto (default) goes by endings: of a folder the videos and folders of pictures, "
+            "without any its sounds, else arrays, else rasters; of a list what each path ends like. Images in folders "
+            "and texts must be asked for"
+        ),
+    )
+    group.add_argument(
+        "--with",
+        dest="companions",
+        type=_listed,
+        default=(),
+        metavar="NAMES",
+        help=(
+            "further members of each sample, separated by commas: the column of a manifest (a path, or the value), "
+            "else the ending of a file of the same stem, e.g. txt,json,wav,boxes.json; samples that lack one are "
+            "rejected"
+        ),
+    )
+    group.add_argument(
         "--data-root",
         default="",
         metavar="URL",
-        help="folder that relative paths in lists start at (default: the list file's own folder)",
+        help="folder or zip archive that relative paths in lists start at (default: the list file's own folder)",
     )
     group.add_argument(
         "--list-format",
@@ -97,9 +128,8 @@ def _add_video_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--short-side",
         type=_whole,
-        default=320,
         metavar="PIXELS",
-        help="short side, never enlarged; 0 keeps all (default 320)",
+        help=f"short side, never enlarged; 0 keeps all (default {VIDEO_SHORT_SIDE} for videos, 0 for images)",
     )
     group.add_argument(
         "--fps",
@@ -137,6 +167,16 @@ def _add_video_options(group: "argparse._ArgumentGroup") -> None:
         "--image-fps", type=_rate, default=Fraction(24), metavar="RATE", help="frame rate of frame folders (default 24)"
     )
     group.add_argument("--min-frames", type=_positive, default=1, metavar="N", help="reject shorter videos (default 1)")
+
+
+def _add_image_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--image-quality",
+        type=_quality,
+        default=95,
+        metavar="N",
+        help="of JPEG images that are encoded anew, because they are turned or resized (default 95)",
+    )
 
 
 def _add_check_options(group: "argparse._ArgumentGroup") -> None:
@@ -197,6 +237,20 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: 1 or more")
     return value
+
+
+def _quality(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 95:
+        raise argparse.ArgumentTypeError(f"{text}: 1 to 95")
+    return value
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().lstrip(".") for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: names separated by commas, e.g. txt,json")
+    return names
 
 
 def _rate(text: str) -> Fraction:

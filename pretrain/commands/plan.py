@@ -40,7 +40,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from pretrain.objectives.base import method_of, problems_of
     from pretrain.plan.estimate import Planner
     from pretrain.plan.hardware import find_gpu
-    from pretrain.plan.indices import epoch_videos, find_indices
+    from pretrain.plan.indices import epoch_of, find_indices
     from pretrain.plan.tables import as_json, draw, sections, sweep_section
     from pretrain.recipe.load import load_recipe
 
@@ -51,8 +51,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     counts = _sweep(arguments.sweep) if arguments.sweep else [arguments.gpus or recipe.batch.ranks or 8]
     supply = Resources(arguments.decode_ms, arguments.view_ms, arguments.cores, arguments.store_gbs)
     found, _ = find_indices(recipe)
+    epoch = epoch_of(recipe, found)
     indices = [index for index in found.values() if index is not None]
-    planner = Planner(method, find_gpu(arguments.gpu, arguments.rates), supply, indices, epoch_videos(recipe, found))
+    planner = Planner(method, find_gpu(arguments.gpu, arguments.rates), supply, indices, epoch[1] if epoch else None)
     plans = [planner.estimate(count) for count in counts]
     if arguments.json:
         content = [as_json(plan) for plan in plans]

@@ -1,10 +1,66 @@
 """What files are by the ending of their names, and the pixel statistics that published networks were trained with."""
 
+import posixpath
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+#: What a sample mainly is. Boxes, labels and captions go beside it; a GeoTIFF or an array with bands is a raster.
+Kind = Literal["video", "image", "sound", "array", "raster", "text"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
 #: Last part of a member's name that makes its sample a video sample, and a file a video: what FFmpeg demuxes.
 VIDEO_ENDINGS = frozenset("mp4 m4v mov avi mkv webm mpg mpeg vob ts mts m2ts wmv flv ogv 3gp".split())
+#: What Pillow decodes. A .tif is a raster unless it is asked for as an image.
+IMAGE_ENDINGS = frozenset("jpg jpeg png webp bmp gif ppm pgm".split())
+SOUND_ENDINGS = frozenset("wav flac mp3 m4a aac ogg oga opus wma aif aiff".split())
+TEXT_ENDINGS = frozenset("txt caption srt vtt".split())
+ARRAY_ENDINGS = frozenset("npy npz safetensors h5 hdf5".split())
+RASTER_ENDINGS = frozenset("tif tiff".split())
+#: Boxes are a json of their own, beside the sample's json.
+BOXES_ENDING = "boxes.json"
+#: A class number or name of its own member, as foreign WebDataset shards have it.
+LABEL_ENDING = "cls"
 #: Name's last part of a member that holds a video's path or URL in the place of the video (pack.py --in-place).
 LINK_ENDING = "link"
+
+ENDINGS: dict[Kind, frozenset[str]] = {
+    "video": VIDEO_ENDINGS,
+    "image": IMAGE_ENDINGS,
+    "sound": SOUND_ENDINGS,
+    "array": ARRAY_ENDINGS,
+    "raster": RASTER_ENDINGS,
+    "text": TEXT_ENDINGS,
+}
+#: What a kind takes besides, where it is asked for by name.
+ALSO: dict[Kind, frozenset[str]] = {"image": RASTER_ENDINGS, "raster": frozenset({"npy"})}
 
 #: ImageNet statistics of pixels in [0, 1], RGB.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+
+def extension_of(name: str) -> str:
+    """Last part of a file's or member's name, in lower case, without the dot."""
+    return posixpath.splitext(name)[1].lstrip(".").lower()
+
+
+def kind_of(name: str) -> Kind | None:
+    """What a file is by the last part of its name; None for anything else, a json for example."""
+    return kind_of_ending(extension_of(name))
+
+
+def kind_of_ending(ending: str) -> Kind | None:
+    """What a member is by its ending, all that follows the first dot of its name: "mp4" or "flow.npy"."""
+    last = ending.rpartition(".")[2].lower()
+    return next((kind for kind, endings in ENDINGS.items() if last in endings), None)
+
+
+def is_of_kind(name: str, kind: Kind) -> bool:
+    """Whether a file can be taken for one of `kind`."""
+    return extension_of(name) in ENDINGS[kind] | ALSO.get(kind, frozenset())
+
+
+def plural_of(kinds: Iterable[Kind]) -> str:
+    """What to call several samples of these kinds: "videos", say, or "samples" where there are several kinds."""
+    names = {f"{kind}s" for kind in kinds}
+    return names.pop() if len(names) == 1 else "samples"

@@ -9,12 +9,27 @@ from typing import Any
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.data.fetch import RawSample
-from pretrain.data.media import VIDEO_ENDINGS
+from pretrain.data.media import (
+    ALSO,
+    BOXES_ENDING,
+    ENDINGS,
+    LABEL_ENDING,
+    SOUND_ENDINGS,
+    TEXT_ENDINGS,
+    VIDEO_ENDINGS,
+    Kind,
+)
 from pretrain.errors import SampleError
+
+#: Where the json of foreign shards and of manifests keeps a text, in this order.
+TEXT_FACTS = ("caption", "text")
 
 
 class Members:
     """Content of a sample's files.
+
+    A sample may hold several files of a kind, told apart by what stands before the last dot of their endings: the
+    member `<key>.flow.npy` is the array named "flow". Without a name the first one of the kind is meant.
 
     Args:
         files: content by ending, as webdataset splits names: what follows the first dot.
@@ -25,20 +40,109 @@ class Members:
     def __init__(self, files: Mapping[str, bytes], key: str = "", url: str = "") -> None:
         self.files, self.key, self.url = files, key, url
 
-    def video(self) -> bytes:
+    def video(self, name: str = "") -> bytes:
         """The video among them.
 
         Raises:
             SampleError: "index" where there is none.
         """
-        return self._of_kind(VIDEO_ENDINGS, "video (.mp4 or another of {})")
+        return self._of_kind(VIDEO_ENDINGS, "video (.mp4 or another of {})", name)
 
-    def _of_kind(self, endings: frozenset[str], name: str) -> bytes:
-        for ending, content in self.files.items():
-            if ending.rsplit(".", 1)[-1] in endings:
-                return bytes(content)
+    def image(self, name: str = "") -> bytes:
+        """The image among them, for `decoders.image`. Errors as for `video`."""
+        return self._of_kind(_endings("image"), "image (.jpg or another of {})", name)
+
+    def sound(self, name: str = "") -> bytes:
+        """The sound among them, for `decoders.sound`: a sound file, or else the video, whose sound stream is meant.
+
+        Raises:
+            SampleError: "index" where there is neither.
+        """
+        wanted = SOUND_ENDINGS if self._find(SOUND_ENDINGS, name) else SOUND_ENDINGS | VIDEO_ENDINGS
+        return self._of_kind(wanted, "sound (.wav or another of {})", name)
+
+    def array(self, name: str = "") -> bytes:
+        """The file of arrays among them, for `decoders.array`. Errors as for `video`."""
+        return self._of_kind(ENDINGS["array"], "array (.npy or another of {})", name)
+
+    def raster(self, name: str = "") -> bytes:
+        """The GeoTIFF among them, for `decoders.geotiff`. Errors as for `video`."""
+        return self._of_kind(ENDINGS["raster"], "raster ({})", name)
+
+    def text(self, name: str = "") -> str:
+        """The text among them, or the first where there are several; see `texts`."""
+        return self.texts(name)[0]
+
+    def texts(self, name: str = "") -> list[str]:
+        """Texts of the sample: of its text file, else what its json (or the `meta` in it) says under `name`.
+
+        Args:
+            name: which; without one the first text file, else "caption" or "text" of the json.
+
+        Raises:
+            SampleError: "index" where there is none, "text" for one that is empty or no text in UTF-8.
+        """
+        ending = self._find(TEXT_ENDINGS, name)
+        found = self._decoded(ending) if ending else self._stated_text([name] if name else list(TEXT_FACTS))
+        texts = [found] if isinstance(found, str) else found
+        if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one.strip() for one in texts):
+            raise SampleError("text", f"{ending or 'its json'} holds no text but {str(found)[:60]!r}")
+        return texts
+
+    def boxes(self) -> Any:
+        """What the member `boxes.json` holds, else what the json (or the `meta` in it) says under `boxes`.
+
+        Raises:
+            SampleError: "index" where there are none, "boxes" where their json is damaged.
+        """
+        if BOXES_ENDING in self.files:
+            try:
+                return json.loads(self.files[BOXES_ENDING])
+            except ValueError as error:
+                raise SampleError("boxes", f"{BOXES_ENDING} is damaged: {error}") from error
+        stated = self._stated(["boxes"])
+        if stated is None:
+            raise self._missing(f"boxes ({BOXES_ENDING}, or `boxes` in its json)")
+        return stated
+
+    def _of_kind(self, endings: frozenset[str], what: str, name: str) -> bytes:
+        ending = self._find(endings, name)
+        if ending is None:
+            raise self._missing(what.format(sorted(endings)) + (f" named {name!r}" if name else ""))
+        return bytes(self.files[ending])
+
+    def _find(self, endings: frozenset[str], name: str) -> str | None:
+        """The first member's ending of one of a kind's endings, with its name before it if one is given."""
+        for ending in self.files:
+            first, _, last = ending.rpartition(".")
+            if last in endings and name in ("", first):
+                return ending
+        return None
+
+    def _missing(self, what: str) -> SampleError:
         there = [ending for ending in self.files if not ending.startswith("__")]
-        raise SampleError("index", f"no {name.format(sorted(endings))} among its members {there}")
+        return SampleError("index", f"no {what} among its members {there}")
+
+    def _decoded(self, ending: str) -> str:
+        try:
+            return bytes(self.files[ending]).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise SampleError("text", f"{ending} is not in UTF-8 ({error})") from error
+
+    def _stated_text(self, names: list[str]) -> Any:
+        stated = self._stated(names)
+        if stated is None:
+            raise self._missing(f"text ({sorted(TEXT_ENDINGS)}, or {' or '.join(names)} in its json)")
+        return stated
+
+    def _stated(self, names: list[str]) -> Any:
+        """What the json, or the `meta` in it, says under the first of some names that it knows; None without."""
+        meta = self.facts.get("meta")
+        for section in (self.facts, meta if isinstance(meta, dict) else {}):
+            for name in names:
+                if section.get(name) is not None:
+                    return section[name]
+        return None
 
     @functools.cached_property
     def _json(self) -> Any:
@@ -63,8 +167,15 @@ class Members:
 
     @property
     def label(self) -> Any:
-        """What the json says under `label`; None where it says nothing. Errors as for `facts`."""
-        return self.facts.get("label")
+        """What the json says under `label`, else the member `cls`: a number, or text. None without either.
+
+        Errors as for `facts`.
+        """
+        label = self.facts.get("label")
+        if label is not None or LABEL_ENDING not in self.files:
+            return label
+        text = bytes(self.files[LABEL_ENDING]).decode(errors="replace").strip()
+        return int(text) if text.lstrip("-").isdecimal() else text
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -92,6 +203,10 @@ class Members:
         except (KeyError, TypeError):
             found = [None]
         return found if all(type(number) is int for number in found) else [-1] * len(names)
+
+
+def _endings(kind: Kind) -> frozenset[str]:
+    return ENDINGS[kind] | ALSO.get(kind, frozenset())
 
 
 def parse_sample(raw: RawSample) -> Members:

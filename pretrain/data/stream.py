@@ -72,11 +72,7 @@ class WorkerPipeline:
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         plan = self._plan
         for number in itertools.count(self._first + worker, workers):
-            epoch, positions = plan.positions(number, self._rank, self._world_size)
-            location = plan.order(epoch).locate(positions)
-            columns = (positions.tolist(), location.source.tolist(), location.shard.tolist(), location.row.tolist())
-            for position, source, shard, row in zip(*columns, strict=True):
-                yield Place(epoch, position, source, shard, row)
+            yield from plan.places(number, self._rank, self._world_size)
 
     def samples(self, places: Iterable[Place]) -> Iterator[Sample | TubeletError]:
         """Read ahead, decode, cut; an error that ends the run travels as an item, free of this process's traceback."""
@@ -93,7 +89,7 @@ class WorkerPipeline:
         future: Future[RawSample]
         for place, future in read_ahead(places, read, self._recipe.data.readahead):
             try:
-                yield maker.make(place, self._plan.order(place.epoch), future.result)
+                yield maker.make(place, self._plan.composition.order_of(place), future.result)
             except TubeletError as error:
                 yield error
                 return
@@ -106,7 +102,7 @@ class WorkerPipeline:
                 yield {"error": str(sample)}
                 return
             waiting.append(sample)
-            if len(waiting) == self._recipe.batch.micro:
+            if len(waiting) == self._plan.samples_per_micro:
                 yield self._samples.collate(waiting)
                 waiting = []
 
@@ -181,6 +177,11 @@ class TrainStream:
             raise DataError(batch["error"])
         self._next += 1
         return batch
+
+    def source_of(self, step: int) -> str:
+        """Name the one source that optimiser step `step` is made of; empty where it has all."""
+        source = self.plan.composition.source_of(step)
+        return "" if source is None else self._sources[source].name
 
     def close(self) -> None:
         """End the workers."""

@@ -17,11 +17,11 @@ from pretrain.data.members import parse_sample
 from pretrain.data.samples import Place, SourceInfo
 from pretrain.data.stream_plan import OpenSource, open_sources
 from pretrain.doctor.links import check_links
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.engine.start_checks import check_clock, check_limits, check_same_everywhere, compare
 from pretrain.objectives.base import Method
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime import host_checks, storage
+from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.environment import commit
 from pretrain.runtime.findings import Finding, Line, Status, attempt, merge
 from pretrain.runtime.process_group import Ranks, gather_objects

@@ -17,7 +17,7 @@ from pretrain.engine.deepspeed_config import describe, unwrapped
 from pretrain.engine.evaluation import Best
 from pretrain.engine.health import HealthSignal, open_health
 from pretrain.engine.report import Reporter
-from pretrain.engine.schedules import Schedule
+from pretrain.engine.schedules import Schedule, describe_schedule
 from pretrain.engine.step import StepInputs
 from pretrain.errors import CheckpointError
 from pretrain.guards.incidents import Incidents
@@ -98,7 +98,7 @@ def forget_after(folder: RunFolder, step: int, plan: StreamPlan) -> None:
     keep_records(folder.metrics, lambda record: record["step"] <= step)
 
     def served_before(record: dict[str, Any]) -> bool:
-        return bool(record["epoch"] * plan.steps_per_epoch + record["position"] // plan.samples < step)
+        return plan.composition.step_of(record["epoch"], record["position"]) < step
 
     for records in folder.bad_samples.glob("rank_*.jsonl"):  # also of ranks that this start does not have
         keep_records(records, served_before)
@@ -135,6 +135,7 @@ def build_run(
         built=built,
         inputs=StepInputs(
             engine=built.engine,
+            turns=built.turns,
             batches=MicroBatches(stream),
             accumulation=stream.accumulation,
             own_clip=(recipe.optim.clip_grad or math.inf) if unwrapped(recipe) else None,
@@ -187,14 +188,4 @@ def open_stream(
 
 def _log_schedule(recipe: Recipe, schedule: Schedule, built: Built) -> None:
     logger.info("model: %s parameters", f"{built.parameters:,}")
-    logger.info(
-        "schedule: %d steps an epoch, %d steps, warm-up %d; lr = %g x %d / %d = %.4g, down to %.4g",
-        schedule.steps_per_epoch,
-        schedule.total,
-        schedule.warmup,
-        recipe.optim.base_lr,
-        recipe.batch.samples,
-        recipe.optim.base_batch,
-        schedule.peak,
-        schedule.floor,
-    )
+    logger.info("schedule: %s", describe_schedule(recipe, schedule))

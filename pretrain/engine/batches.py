@@ -58,6 +58,10 @@ class MicroBatches:
         """The stream's order."""
         return self._stream.plan
 
+    def source_of(self, step: int) -> str:
+        """Name the one source that a step is made of; empty where it has all."""
+        return self._stream.source_of(step)
+
     def close(self) -> None:
         """End the stream's workers."""
         self._stream.close()

@@ -11,6 +11,7 @@ from pretrain.checkpoint.deepspeed_files import Groups
 from pretrain.engine.deepspeed_config import Config, builds_sharded, deepspeed_config
 from pretrain.engine.model_states import ModelSize, size_of
 from pretrain.engine.optimiser import build_optimizer, forget_steps
+from pretrain.engine.turns import Turn, turns_of
 from pretrain.errors import RecipeError
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective
@@ -24,13 +25,15 @@ logger = logging.getLogger(__name__)
 class Built:
     """A DeepSpeed engine, its configuration, the number of parameters of the model, and what the optimiser updates.
 
-    `groups` are the names of the parameters in each of the optimiser's groups, which DeepSpeed forgets.
+    `groups` are the names of the parameters in each of the optimiser's groups, which DeepSpeed forgets; `turns` the
+    updates of one batch.
     """
 
     engine: Any
     config: Config
     parameters: int
     groups: Groups
+    turns: list[Turn]
 
 
 def count_model(method: Method) -> ModelSize:
@@ -64,13 +67,14 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
     if recipe.run.init_weights and not resumes:
         path = recipe.run.init_weights
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
+    turns = turns_of(objective)
     optimizer = build_optimizer(recipe, objective, ranks.device)
     groups = _group_names(objective, optimizer)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
     forget_steps(engine.basic_optimizer)
     if recipe.compute.compile:
         engine.compile()
-    return Built(engine, config, parameters, groups)
+    return Built(engine, config, parameters, groups, turns)
 
 
 def _group_names(objective: Objective, optimizer: torch.optim.Optimizer) -> Groups:

@@ -27,6 +27,7 @@ from pretrain.engine.assemble import (
 )
 from pretrain.engine.evaluation import Best
 from pretrain.engine.evaluation import every_steps as evaluate_every_steps
+from pretrain.engine.optimiser import set_weight_decay
 from pretrain.engine.recovery import intervene, pass_over
 from pretrain.engine.schedules import build_schedule, every_steps, pictures_every_steps
 from pretrain.engine.start_checks import check_hosts
@@ -130,6 +131,8 @@ def _loop(run: Run, steps_done: int) -> int:
             result, steps_done = StepResult(applied=False), pass_over(run, steps_done, lr)
         else:
             run.built.engine.module.before_step(steps_done, run.schedule.steps_per_epoch)
+            if (weight_decay := run.schedule.weight_decay(steps_done)) is not None:
+                set_weight_decay(run.built.engine.optimizer, weight_decay)
             result = train_step(run.inputs, steps_done, lr)
             if result.out_of_data:
                 _end_with(run, steps_done, run.inputs.batches.agreed_error(run.ranks), saved)

@@ -5,8 +5,9 @@ from typing import Literal
 
 from torch import nn
 
-from pretrain.engine.deepspeed_config import DTYPES, unwrapped
+from pretrain.engine.deepspeed_config import unwrapped
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.dtypes import DTYPES
 
 Kind = Literal["weights", "gradients", "optimiser", "buffers"]
 
@@ -95,7 +96,8 @@ def _summed_in(width: int, dtype: str) -> str:
 
 def _optimiser_states(recipe: Recipe) -> tuple[int, str]:
     """Bytes a parameter, and what they are."""
-    moments = {"adamw": 2, "sgd": int(recipe.optim.momentum > 0)}[recipe.optim.name]
+    with_momentum = int(recipe.optim.momentum > 0)
+    moments = {"adamw": 2, "adam": 2, "sgd": with_momentum, "lars": with_momentum}[recipe.optim.name]
     words = {0: "no moments", 1: "one moment", 2: "two moments"}[moments]
     # DeepSpeed's sharded and low-precision optimisers keep a float32 copy of the weights beside the moments, also where
     # the weights are float32 themselves (stage3.py means to do without and compares a device with its name).

@@ -1,34 +1,43 @@
 """The optimiser and its parameter groups."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from pretrain.engine.lars import Lars
+from pretrain.engine.turns import in_turns
 from pretrain.objectives.base import ALL, Objective, plain_name
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import Optim, Recipe
 
 logger = logging.getLogger(__name__)
 
 
-def parameter_groups(objective: Objective, weight_decay: float, turn: str = ALL) -> list[dict[str, object]]:
-    """Group the trained parameters of a turn by weight decay and learning rate scale, those that decay first."""
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+def parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str, object]]:
+    """Group the trained parameters by turn, weight decay and learning rate scale, those that decay first."""
+    groups: dict[tuple[bool, float, str], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
-        # A parameter sharded by zero.Init has an empty shape of its own; ds_shape is the real one.
-        rule = objective.rule(plain_name(name), getattr(parameter, "ds_shape", parameter.shape))
-        if parameter.requires_grad and rule.turn == turn:
-            groups.setdefault((rule.decays, rule.lr_scale), []).append(parameter)
+        if parameter.requires_grad:
+            # A parameter sharded by zero.Init has an empty shape of its own; ds_shape is the real one.
+            rule = objective.rule(plain_name(name), getattr(parameter, "ds_shape", parameter.shape))
+            groups.setdefault((rule.decays, rule.lr_scale, rule.turn), []).append(parameter)
     ordered = sorted(groups, key=lambda group: not group[0])
-    for decay, scale in ordered:
-        members = groups[decay, scale]
+    for decay, scale, turn in ordered:
+        members = groups[decay, scale, turn]
         count = sum(getattr(member, "ds_numel", member.numel()) for member in members)
-        label = "with" if decay else "without"
-        logger.info("%s weight decay, lr x %.4g: %d tensors, %d parameters", label, scale, len(members), count)
+        label = f"{'with' if decay else 'without'} weight decay" + ("" if turn == ALL else f", turn {turn}")
+        logger.info("%s, lr x %.4g: %d tensors, %d parameters", label, scale, len(members), count)
     return [
-        {"params": groups[decay, scale], "weight_decay": weight_decay if decay else 0.0, "lr_scale": scale}
-        for decay, scale in ordered
+        {
+            "params": groups[decay, scale, turn],
+            "weight_decay": weight_decay if decay else 0.0,
+            "decay_scale": float(decay),
+            "lr_scale": scale,
+            "turn": turn,
+        }
+        for decay, scale, turn in ordered
     ]
 
 
@@ -38,18 +47,43 @@ def build_optimizer(recipe: Recipe, objective: Objective, device: torch.device) 
     The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit optimiser without ZeRO takes a step with
     zero gradients when it is built, which would otherwise decay the weights once.
     """
-    optim, fused = recipe.optim, device.type != "cpu"
-    groups: Any = parameter_groups(objective, optim.weight_decay)
-    if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused)
-    return torch.optim.AdamW(
+    groups: Any = parameter_groups(objective, recipe.optim.weight_decay)
+    optimizer = OPTIMISERS[recipe.optim.name](groups, recipe.optim, device.type != "cpu")
+    return optimizer if objective.turns == (ALL,) else in_turns(optimizer)
+
+
+def _adamw(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
+    betas = (optim.betas[0], optim.betas[1])
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused)
+
+
+def _adam(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
+    betas = (optim.betas[0], optim.betas[1])
+    return torch.optim.Adam(groups, lr=0.0, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused)
+
+
+def _sgd(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
         groups,
         lr=0.0,
-        betas=(optim.betas[0], optim.betas[1]),
-        eps=optim.eps,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
         weight_decay=optim.weight_decay,
         fused=fused,
     )
+
+
+def _lars(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
+    return Lars(groups, lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay, trust=optim.trust)
+
+
+#: `optim.name`: from groups of parameters, the recipe's section, and whether to fuse, to the optimiser.
+OPTIMISERS: dict[str, Callable[[Any, Optim, bool], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adam": _adam,
+    "sgd": _sgd,
+    "lars": _lars,
+}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -58,15 +92,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Give every group that decays the weight decay `weight_decay` times its scale."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay * group["decay_scale"]
+
+
 def forget_steps(optimizer: torch.optim.Optimizer) -> None:
     """Undo the step named in `build_optimizer`, after DeepSpeed has built its wrapper, before a checkpoint is loaded.
 
     AdamW's step counter would make the bias correction of the first steps wrong (measured: a different loss after the
-    first update). SGD's momentum would start with the weight decay of that step; from zero it takes up the first
-    gradient whole, like one that has not been there before.
+    first update). Where weight decay is added to the gradient (Adam, SGD, LARS), moments would start with the decay of
+    that step; from zero they take up the first gradient whole, like ones that have not been there before.
     """
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
-        if state.get("momentum_buffer") is not None:
-            state["momentum_buffer"].zero_()
+        for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            if state.get(moment) is not None:
+                state[moment].zero_()

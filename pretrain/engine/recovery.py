@@ -71,7 +71,7 @@ def _record(
         "loss_scale": result.loss_scale,
         "update": "applied" if result.applied else "left out",
         "rewound_to": found.step if found else None,
-        "guard": {name: value for name, value in run.guard.saved().items() if name != "window"},
+        "guard": {name: value for name, value in run.guard.saved().items() if name not in ("window", "windows")},
         "window": run.guard.state.window[-20:],
     }
     path = run.inputs.incidents.write(decision, numbers, run.built.engine.module)

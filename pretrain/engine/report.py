@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.engine.schedules import Schedule
 from pretrain.guards.results import StepResult
 from pretrain.objectives.base import Method
 from pretrain.runtime.disk import Tolerance
+from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.metrics import JsonLines, Record
 from pretrain.runtime.pictures import save_pictures
 from pretrain.runtime.process_group import Ranks

@@ -35,6 +35,7 @@ class StepResult:
         out_of_data: Whether some rank got no data: the step does not count, and the weights are as before it.
         data_s: Seconds spent waiting for data, mean over ranks.
         step_s: Seconds of the whole step.
+        source: The one source that the step was made of; empty where it had all.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class StepResult:
     out_of_data: bool = False
     data_s: float = 0.0
     step_s: float = 0.0
+    source: str = ""
 
 
 @dataclass
@@ -57,6 +59,7 @@ class GuardState:
 
     Attributes:
         window: Losses of the latest updates, oldest first.
+        windows: The same by source, where each step is made of one source.
         in_a_row: Steps without an update up to now.
         skipped: Steps without an update in the whole run.
         lowered: How often the learning rate was lowered.
@@ -66,6 +69,7 @@ class GuardState:
     """
 
     window: list[float] = field(default_factory=list)
+    windows: dict[str, list[float]] = field(default_factory=dict)
     in_a_row: int = 0
     skipped: int = 0
     lowered: int = 0

@@ -44,12 +44,13 @@ class StepGuard:
         """Whether step `step`, counted from 0, passes without being trained on."""
         return step in self.state.left_out
 
-    def spike(self, loss: float) -> Spike | None:
-        """How far a step's loss lies above the recent ones, where that is a spike.
+    def spike(self, loss: float, source: str = "") -> Spike | None:
+        """Tell how far a step's loss lies above the recent ones of its source, where that is a spike.
 
-        Nothing is one before half of the window is filled, or below the window's median.
+        Nothing is one before half of the window is filled, or below the window's median. Sources that take turns have
+        losses of their own: judged by a common history, every step of the harder one would be a spike.
         """
-        window, options = self.state.window, self._options
+        window, options = self.state.windows.get(source, []) if source else self.state.window, self._options
         if options.spike == "ignore" or not math.isfinite(loss) or 2 * len(window) < options.window:
             return None
         median = statistics.median(window)
@@ -69,7 +70,7 @@ class StepGuard:
         state.lowered_left = max(0, state.lowered_left - 1)
         if result.applied:
             state.in_a_row = 0
-            state.window = [*state.window, result.metrics["loss"]][-self._options.window :]
+            self._remember(result.metrics["loss"], result.source)
         if result.applied and result.spike is None:
             return None
         if result.spike is None and result.finite_loss and result.loss_scale is not None and result.loss_scale > 1:
@@ -104,6 +105,13 @@ class StepGuard:
         if asked == "rewind" and state.rewinds >= options.max_rewinds:
             return f"the run went back {state.rewinds} times already (guard.max_rewinds = {options.max_rewinds})"
         return ""
+
+    def _remember(self, loss: float, source: str) -> None:
+        state, most = self.state, self._options.window
+        if source:
+            state.windows[source] = [*state.windows.get(source, []), loss][-most:]
+        else:
+            state.window = [*state.window, loss][-most:]
 
     def lower(self) -> None:
         """The coming steps get the lowered rate."""

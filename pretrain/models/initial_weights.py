@@ -8,7 +8,6 @@ from torch import Tensor
 from pretrain.checkpoint.consolidate import consolidated_state, is_checkpoint, newest_checkpoint
 from pretrain.checkpoint.restore import local_copy
 from pretrain.models.averages import split_averages
-from pretrain.models.base import MODEL
 from pretrain.models.weights import read_raw
 from pretrain.runtime.run_folder import RunFolder
 
@@ -24,13 +23,11 @@ def read_weights(path: str, averaged: bool = True) -> dict[str, Tensor]:
     source = weights_source(path)
     if not is_checkpoint(source):
         return read_raw(path)
-    state, averages = split_averages(consolidated_state(source))
-    weights = {name.removeprefix(f"{MODEL}."): value for name, value in state.items() if name.startswith(f"{MODEL}.")}
-    known = {name: value for name, value in averages.items() if name in weights}
-    if known:
+    weights, averages = split_averages(consolidated_state(source))
+    if averages:
         logger.info("%s has averaged weights; run.init_averaged=%s takes %s ones", path, str(averaged).lower(),
                     "the averaged" if averaged else "the live")  # fmt: skip
-    return weights | known if averaged else weights
+    return weights | averages if averaged else weights
 
 
 def weights_source(path: str | Path) -> Path:

@@ -65,6 +65,8 @@ class Objective(nn.Module):
     turns: ClassVar[tuple[str, ...]] = (ALL,)
     whole_batch: ClassVar[bool] = False
     model: Any
+    #: The turn that the coming forward pass is for; the engine sets it where there are several.
+    turn: str = ALL
 
     def forward(self, batch: Batch) -> Output:
         """Compute the loss of a micro-batch that lies on the model's device."""

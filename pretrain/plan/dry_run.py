@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from pretrain.data.compose import shares
 from pretrain.data.index import ShardIndex
-from pretrain.data.order import SourceShape, epoch_quotas
-from pretrain.engine.deepspeed_config import DTYPES, builds_sharded, deepspeed_config
+from pretrain.data.order import SourceShape
+from pretrain.engine.deepspeed_config import builds_sharded, deepspeed_config
 from pretrain.engine.model_states import Held, ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
 from pretrain.engine.schedules import Schedule, build_schedule, every_steps
 from pretrain.errors import StorageError
 from pretrain.objectives.base import Method, Objective
-from pretrain.plan.indices import epoch_videos, find_indices, source_size
+from pretrain.plan.indices import epoch_of, find_indices, source_size
+from pretrain.recipe.rates import actual_rates, rate_scales
 from pretrain.recipe.schema import Recipe, Source
+from pretrain.runtime.dtypes import DTYPES
 
 #: A forward pass costs one, a backward pass two of it; recomputing activations adds another.
 BACKWARD_COST = 2
@@ -78,10 +81,10 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
         ranks, origin = recipe.batch.ranks, "batch.ranks, the published run"
     else:
         ranks, origin = 1, "nothing launched, batch.ranks is null"
-    videos = epoch_videos(recipe, indices)
-    schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos is not None else None
+    epoch = epoch_of(recipe, indices)
+    schedule = build_schedule(recipe, epoch[1]) if epoch is not None else None
     accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
-    return Plan(ranks, origin, accumulation, size_of(objective), videos, schedule)
+    return Plan(ranks, origin, accumulation, size_of(objective), epoch[0] if epoch else None, schedule)
 
 
 def _model_section(objective: Objective, plan: Plan) -> Section:
@@ -153,19 +156,12 @@ def _shares(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> dict[str, 
     shapes = [
         SourceShape(name, np.array([sizes[name]], dtype=np.int64), source.weight) for name, source in sources.items()
     ]
-    quotas = epoch_quotas(shapes, recipe.data.epoch_samples)
-    return {
-        shape.name: ", ".join(
-            filter(
-                None,
-                (
-                    f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes)",
-                    remarks[shape.name],
-                ),
-            )
-        )
+    quotas = shares(recipe, shapes)
+    parts = {
+        shape.name: f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes)"
         for shape, quota in zip(shapes, quotas, strict=True)
     }
+    return {name: ", ".join(filter(None, (part, remarks[name]))) for name, part in parts.items()}
 
 
 def _batch_section(method: Method, plan: Plan) -> Section:
@@ -191,33 +187,70 @@ def _batch_section(method: Method, plan: Plan) -> Section:
 
 def _learning_rate_section(recipe: Recipe) -> Section:
     section, optim, samples = Section("learning rate"), recipe.optim, recipe.batch.samples
-    for name, base in (("peak", optim.base_lr), ("end", optim.base_min_lr)):
-        value = base * samples / optim.base_batch
-        section.add(name, f"{value:.4g}", f"{base:g} x {samples:,} videos / {optim.base_batch}")
+    rates = actual_rates(recipe)
+    rows = [("peak", "base_lr", rates.peak)]
+    if rates.warmup_start:
+        rows.append(("warm-up from", "base_warmup_lr", rates.warmup_start))
+    if recipe.schedule.shape in ("cosine", "linear"):
+        rows.append(("end", "base_min_lr", rates.floor))
+    for name, key, value in rows:
+        base = getattr(optim, key)
+        formula = f"{base:g} x {samples:,} videos / {optim.base_batch}"
+        section.add(name, f"{value:.4g}", formula if rate_scales(optim, key) else "not scaled with the batch")
     if recipe.input.views > 1:
         section.add("views", "not counted", "the official scaling counts videos, not clips")
     return section
 
 
 def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
-    section, views = Section("schedule"), recipe.input.views
-    effective = f"{recipe.schedule.epochs * views:g} effective, with {views} views" if views > 1 else ""
-    section.add("epochs", f"{recipe.schedule.epochs:g}", effective)
+    section, views, asked = Section("schedule"), recipe.input.views, recipe.schedule
+    effective = f"{asked.epochs * views:g} effective, with {views} views" if views > 1 else ""
+    if asked.steps is None:
+        section.add("epochs", f"{asked.epochs:g}", effective)
     if plan.schedule is None:
         section.add("steps", "unknown", "a source is missing and has no expected_samples")
         return section
     schedule = plan.schedule
     section.add("videos an epoch", f"{plan.epoch_videos:,}", f"a multiple of data.lanes = {recipe.data.lanes}")
     section.add("steps an epoch", f"{schedule.steps_per_epoch:,}")
-    section.add("steps", f"{schedule.total:,}")
-    section.add("warm-up steps", f"{schedule.warmup:,}", "linear from 0")
+    section.add(
+        "steps", f"{schedule.total:,}", "" if asked.steps is None else f"{schedule.epoch(asked.steps):g} epochs"
+    )
+    section.add("warm-up steps", f"{schedule.warmup:,}", f"linear from {schedule.warmup_start:.4g}")
+    section.add("shape", schedule.shape, _shape_remark(schedule))
     if schedule.last < schedule.total:
         section.add("stops after", f"{schedule.last:,} steps", "schedule.max_steps")
-    marks = [schedule.warmup + (schedule.total - schedule.warmup) * part // 4 for part in range(5)]
-    for step in sorted({0, schedule.warmup // 2, *marks[:-1], schedule.total - 1}):
+    for step in _marks(schedule):
         section.add(f"  learning rate at step {step:,}", f"{schedule.lr(step):.4g}")
+    if schedule.weight_decay_ends is not None:
+        for step in sorted({*(schedule.total * part // 4 for part in range(4)), schedule.total - 1}):
+            section.add(f"  weight decay at step {step:,}", f"{schedule.weight_decay(step):.4g}")
     section.add("hours", "unknown", "needs a measured rate: the console of a short run shows it")
     return section
+
+
+def _shape_remark(schedule: Schedule) -> str:
+    """How the learning rate goes on after the warm-up, in words and numbers."""
+    words = []
+    if schedule.milestones:
+        at = ", ".join(f"{step:,}" for step in schedule.milestones)
+        words.append(f"x {schedule.gamma:g} at steps {at}")
+    if schedule.decay_from is not None and schedule.shape in ("cosine", "linear"):
+        words.append(f"begins at step {schedule.decay_from:,}")
+    if schedule.hold > 1:
+        words.append("changes with each epoch")
+    if schedule.lag:
+        words.append(f"{schedule.lag // schedule.hold} {'epoch' if schedule.hold > 1 else 'step'}(s) late")
+    return "; ".join(words)
+
+
+def _marks(schedule: Schedule) -> list[int]:
+    """Steps that show the shape: first, middle and end of the warm-up, quarters of the decay, milestones, last."""
+    begin = max(schedule.warmup, schedule.decay_from or 0)
+    quarters = [begin + (schedule.total - begin) * part // 4 for part in range(4)]
+    drops = [step for milestone in schedule.milestones for step in (milestone - 1, milestone)]
+    marks = {0, schedule.warmup // 2, schedule.warmup, *(drops or quarters), schedule.total - 1}
+    return sorted(step for step in marks if step < schedule.total)
 
 
 def _memory_section(method: Method, plan: Plan) -> Section:

@@ -91,15 +91,15 @@ class Planner:
         gpu: the accelerator.
         supply: cores and storage that feed it.
         indices: of the sources whose shards are there.
-        epoch_videos: videos of an epoch; None: not known.
+        epoch_steps: optimiser steps of an epoch; None: not known.
     """
 
     def __init__(
-        self, method: Method, gpu: Gpu, supply: Resources, indices: list[ShardIndex], epoch_videos: int | None
+        self, method: Method, gpu: Gpu, supply: Resources, indices: list[ShardIndex], epoch_steps: int | None
     ) -> None:
         self.method, self.recipe = method, method.recipe
         self.gpu, self.supply, self.indices = gpu, supply, indices
-        self.epoch_videos = epoch_videos
+        self.epoch_steps = epoch_steps
         self.size = count_model(method)
         self.parameters = self.size.parameters
         self._traces: dict[int, Trace] = {}
@@ -157,9 +157,9 @@ class Planner:
         return memory_of(self.recipe, self.size, gpus, activations)
 
     def _steps(self) -> int | None:
-        if self.epoch_videos is None:
+        if self.epoch_steps is None:
             return None
-        return build_schedule(self.recipe, self.epoch_videos // self.recipe.batch.samples).total
+        return build_schedule(self.recipe, self.epoch_steps).total
 
     def _times(self, trace: Trace, accumulation: int, gpus: int, traffic: Traffic) -> Times:
         """Roofline: each kernel takes as long as its arithmetic or its memory traffic, whichever is longer."""

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from pretrain.data.samples import Batch
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.models.vit import Attention
 from pretrain.objectives.base import Method
+from pretrain.runtime.dtypes import DTYPES
 
 #: Parts by a piece of a module's path, the first that matches; what no module does is the objective's own arithmetic.
 PARTS = (("decoder", "decoder"), ("patch_embed", "embedding"), ("attn", "attention"), ("mlp", "MLP"))

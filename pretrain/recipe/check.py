@@ -3,6 +3,7 @@
 import math
 import os
 
+from pretrain.recipe.check_optim import optim_problems, optim_warnings, schedule_problems
 from pretrain.recipe.schema import Guard, Recipe
 
 
@@ -18,7 +19,8 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
         *_check_ranges(recipe),
         *_check_sources(recipe),
         *_check_batch(recipe, ranks),
-        *_check_schedule(recipe),
+        *optim_problems(recipe),
+        *schedule_problems(recipe),
     ]
 
 
@@ -27,12 +29,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     data, warnings = recipe.data, []
     if data.cache_dir is None and data.cache_gb != type(data)().cache_gb:
         warnings.append(f"data.cache_gb={data.cache_gb:g} has no effect: data.cache_dir is null")
-    unused = ("momentum",) if recipe.optim.name == "adamw" else ("betas", "eps")
-    warnings += [
-        f"optim.{key} has no effect: optim.name is {recipe.optim.name}"
-        for key in unused
-        if getattr(recipe.optim, key) != getattr(type(recipe.optim)(), key)
-    ]
+    warnings += optim_warnings(recipe)
     if recipe.zero.stage == 0 and recipe.zero.offload != "none":
         warnings.append("zero.offload has no effect: zero.stage 0 shards no optimiser; use stage 1 or more")
     if recipe.zero.init == "always" and recipe.zero.stage != 3:
@@ -75,8 +72,8 @@ def _check_ranges(recipe: Recipe) -> list[str]:
     positive = {
         "data": ("lanes", "shuffle_window", "prefetch", "cache_gb", "deadline_s", "epoch_samples"),
         "batch": ("samples", "micro", "ranks"),
-        "optim": ("base_lr", "base_batch", "eps", "clip_grad"),
-        "schedule": ("epochs", "max_steps"),
+        "optim": ("base_lr", "base_batch", "eps", "trust", "clip_grad"),
+        "schedule": ("epochs", "steps", "gamma", "max_steps"),
         "checkpoint": ("every_steps", "every_epochs", "keep_last", "keep_every_epochs"),
         "zero": ("bucket_mb",),
         "log": ("every_steps", "pictures", "peak_tflops"),
@@ -87,8 +84,8 @@ def _check_ranges(recipe: Recipe) -> list[str]:
     }  # fmt: skip
     not_negative = {
         "data": ("workers", "readahead", "bad_rate", "bad_minimum", "bad_attempts"),
-        "optim": ("base_min_lr", "weight_decay"),
-        "schedule": ("warmup_epochs",),
+        "optim": ("base_min_lr", "base_warmup_lr", "weight_decay", "weight_decay_end"),
+        "schedule": ("decay_from_epoch", "lag", "warmup_epochs", "warmup_steps"),
         "guard": ("max_skips", "max_lowered", "max_rewinds"),
         "watchdog": ("max_restarts",),
         "log": ("pictures_every_steps",),
@@ -106,10 +103,6 @@ def _check_ranges(recipe: Recipe) -> list[str]:
         problems.append(f"compute.activation_checkpointing: found {found}, allowed: true, false, selective")
     if recipe.zero.stage not in (0, 1, 2, 3):
         problems.append(f"zero.stage: found {recipe.zero.stage}, allowed: 0, 1, 2 or 3")
-    if not 0 <= recipe.optim.momentum < 1:
-        problems.append(f"optim.momentum: found {recipe.optim.momentum}, allowed: a number from 0 to below 1")
-    if not all(0 <= beta < 1 for beta in recipe.optim.betas):
-        problems.append(f"optim.betas: found {list(recipe.optim.betas)}, allowed: two numbers from 0 to below 1")
     if recipe.data.bad_rate > 1:
         problems.append(f"data.bad_rate: found {recipe.data.bad_rate}, allowed: a share from 0 to 1")
     return problems
@@ -128,6 +121,13 @@ def _check_sources(recipe: Recipe) -> list[str]:
             f"data.sources: {', '.join(weighted)} have a weight and {bare} have none; "
             "give every source one, or none (then each counts by its size)"
         )
+    if weighted and recipe.data.compose != "mixed":
+        problems.append(
+            f"data.compose: {recipe.data.compose} shows every source equally often, and {', '.join(weighted)} have a "
+            "weight; leave weights out, or set data.compose=mixed"
+        )
+    if len(sources) == 1 and recipe.data.compose != "mixed":
+        problems.append(f"data.compose: {recipe.data.compose} needs two sources or more, found one")
     for name, source in sources.items():
         if source.weight is not None and source.weight <= 0:
             problems.append(
@@ -158,18 +158,4 @@ def _check_batch(recipe: Recipe, ranks: int | None) -> list[str]:
     epoch = recipe.data.epoch_samples
     if epoch is not None and 0 < epoch < samples:
         problems.append(f"data.epoch_samples: {epoch} videos are less than one step of batch.samples = {samples}")
-    return problems
-
-
-def _check_schedule(recipe: Recipe) -> list[str]:
-    schedule, problems = recipe.schedule, []
-    if 0 < schedule.epochs <= schedule.warmup_epochs:
-        problems.append(
-            f"schedule.warmup_epochs: {schedule.warmup_epochs:g} is not less than schedule.epochs = {schedule.epochs:g}"
-        )
-    if recipe.optim.base_min_lr > recipe.optim.base_lr:
-        problems.append(
-            f"optim.base_min_lr: {recipe.optim.base_min_lr:g} is more than optim.base_lr = {recipe.optim.base_lr:g}, "
-            "and the cosine goes down; lower it"
-        )
     return problems

@@ -56,8 +56,12 @@ class Data:
     """folder (any fsspec URL) that recipes find their sources in, as ${data.root}/<name>; default: $TUBELET_DATA"""
     sources: dict[str, Source] = field(default_factory=dict)
     """data sets by name"""
+    compose: Literal["mixed", "alternate", "together"] = "mixed"
+    """mixed: a batch holds samples of all sources, by weight or size; alternate: a step of each source in turn, equally
+    often; together: a sample of each source side by side (unpaired translation)"""
     epoch_samples: int | None = None
-    """videos in one epoch over all sources; null: as many as the sources hold"""
+    """samples in one epoch over all sources (together: of each source); null: as many as the sources hold, and where
+    sources are not mixed as many of each as the largest holds"""
     lanes: int = 256
     """virtual lanes of the epoch order; part of the order, so never change it in a running job"""
     shuffle_window: int = 1024
@@ -98,22 +102,33 @@ class Batch:
 class Optim:
     """The optimiser and its learning rate."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw, or sgd with momentum (AdaptFormer's recipes)"""
+    name: Literal["adamw", "adam", "sgd", "lars"] = "adamw"
+    """adamw; adam (weight decay added to the gradient); sgd with momentum; lars (SGD whose step is scaled to each
+    tensor's norm, for large batches; zero.stage 0 only)"""
     base_lr: float = 1.5e-4
     """learning rate for base_batch videos; actual peak = base_lr x batch.samples / base_batch"""
     base_batch: int = 256
-    """batch size that base_lr and base_min_lr are stated for"""
+    """batch size that base_lr, base_min_lr and base_warmup_lr are stated for"""
     base_min_lr: float = 1e-5
-    """learning rate at the end of the cosine, for base_batch videos"""
+    """learning rate at the end of a cosine or linear schedule, for base_batch videos"""
+    base_warmup_lr: float = 0.0
+    """learning rate that the warm-up begins from, for base_batch videos"""
+    scaled: Literal["all", "peak", "none"] = "all"
+    """rates that are multiplied by batch.samples / base_batch: all three; only the peak (DeiT); or none"""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments"""
+    """decay rates of the two moments of AdamW and Adam"""
     eps: float = 1e-8
-    """AdamW's epsilon"""
+    """epsilon of AdamW and Adam"""
     momentum: float = 0.9
-    """SGD's momentum, without Nesterov's correction"""
+    """momentum of SGD and LARS"""
+    nesterov: bool = False
+    """Nesterov's correction of SGD's momentum"""
+    trust: float = 0.001
+    """LARS's trust coefficient: length of a tensor's step relative to its norm, at learning rate 1"""
     weight_decay: float = 0.05
-    """weight decay, for tensors of two or more dimensions; decoupled in AdamW, added to the gradient in SGD"""
+    """weight decay, for tensors of two or more dimensions; decoupled in AdamW, else added to the gradient"""
+    weight_decay_end: float | None = None
+    """weight decay at the end, reached along half a cosine over the whole schedule; null: constant"""
     clip_grad: float | None = None
     """largest global gradient norm; null: no clipping"""
 
@@ -124,8 +139,32 @@ class Schedule:
 
     epochs: float = 800
     """passes over the data, counted in samples (effective epochs = epochs x input.views)"""
+    steps: int | None = None
+    """length in optimiser steps; null: by epochs"""
+    shape: Literal["cosine", "linear", "steps", "constant"] = "cosine"
+    """learning rate after the warm-up: half a cosine or a line down to base_min_lr, multiplied by gamma at each
+    milestone, or constant"""
+    decay_from_epoch: float | None = None
+    """epoch at which the cosine or line begins; null: where the warm-up ends (official); 0: as if there were no warm-up
+    (timm, Swin); later: the peak is held until then"""
+    milestones: list[float] | None = None
+    """epochs after which the rate of shape steps drops"""
+    milestone_steps: list[int] | None = None
+    """the same in optimiser steps"""
+    gamma: float = 0.1
+    """factor on the rate at each milestone"""
+    stepping: Literal["step", "epoch"] = "step"
+    """whether the rate changes with each optimiser step, or with each epoch and stays for all of it"""
+    lag: int = 0
+    """steps or epochs (see stepping) by which the whole curve comes late; 1: trainers whose scheduler is told the
+    number of the epoch that has just ended (DeiT)"""
     warmup_epochs: float = 40
-    """epochs of linear warm-up from zero"""
+    """epochs of linear warm-up from base_warmup_lr"""
+    warmup_steps: int | None = None
+    """length of the warm-up in optimiser steps; null: by warmup_epochs"""
+    warmup_ends: Literal["both", "start", "end"] = "both"
+    """which end of its line a warm-up of W steps takes: both: step/(W-1), from the start value to the peak (VideoMAE);
+    start: step/W (timm, MoCo v3, AdaptFormer); end: (step+1)/W"""
     max_steps: int | None = None
     """stop after this many optimiser steps, without changing the schedule; null: run to the end"""
 

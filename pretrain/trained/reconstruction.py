@@ -28,8 +28,8 @@ def held_out_batches(trained: Trained, shards: str, clips: int) -> Iterator[Batc
     """
     if not isinstance(trained.objective, VideoMAEObjective):
         raise WeightsError(
-            f"{trained.source}: objective {trained.recipe.objective.name} reconstructs no pixels; there is something to "
-            "see for videomae and methods that inherit from it"
+            f"{trained.source}: objective {trained.recipe.objective.name} reconstructs no pixels; videomae does, and "
+            "methods that inherit from it"
         )
     recipe, count = trained.recipe, -(-clips // MICRO)
     data = replace(

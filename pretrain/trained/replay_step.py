@@ -21,13 +21,13 @@ from pretrain.checkpoint.save import STATE
 from pretrain.data.samples import Batch
 from pretrain.data.stream_plan import StreamPlan, open_sources
 from pretrain.engine.assemble import open_stream
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.engine.step import to_device
 from pretrain.errors import CheckpointError, TrainingError
 from pretrain.guards.first_nonfinite import ROOT, Activation, Finding, Probe, bad_weights, function_without_gradient
 from pretrain.guards.incidents import plain
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective
+from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.run_folder import RunFolder
 from pretrain.runtime.seeds import seed_everything, seed_forward

@@ -83,7 +83,7 @@ def test_regression_and_multi_label_heads_learn() -> None:
 
 def test_average_is_float32_in_a_bfloat16_model_and_comes_back() -> None:
     model = torch.nn.Linear(3, 2).bfloat16()
-    average = WeightAverage(model, 0.5)
+    average = WeightAverage(model, 0.5, warmup=True)
     average.bfloat16()
     assert average.weight.dtype == torch.float32, "small steps would be lost"
     start = model.weight.detach().float().clone()

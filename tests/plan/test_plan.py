@@ -102,6 +102,8 @@ def test_the_optimiser_is_the_recipes() -> None:
     assert adamw == 12e6 / 4
     assert planned(MILLION, "zero.stage=1", "optim.name=sgd", "optim.momentum=0.9").optimiser == 8e6 / 4
     assert planned(MILLION, "zero.stage=1", "optim.name=sgd", "optim.momentum=0").optimiser == 4e6 / 4
+    assert planned(MILLION, "zero.stage=1", "optim.name=adam").optimiser == adamw
+    assert planned(MILLION, "zero.stage=0", "compute.dtype=fp32", "optim.name=lars").optimiser == 4e6
     # Torch's own optimiser updates float32 weights where nothing is sharded.
     assert planned(MILLION, "zero.stage=0", "compute.dtype=fp32", "optim.name=sgd", "optim.momentum=0").optimiser == 0
 

@@ -1,4 +1,4 @@
-"""Verify a data set: hashes, member tables, sample json, and that every video decodes to the frames it states."""
+"""Verify a data set: hashes, member tables, sample json, and that every member decodes to what its json states."""
 
 import functools
 import json
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from io import BytesIO
 
 from pretrain.data.index import MemberTable, Shard, load_index, load_members
-from pretrain.data.media import LINK_ENDING, VIDEO_ENDINGS
+from pretrain.data.media import KINDS, LINK_ENDING, Kind, extension_of, kind_of_ending
+from pretrain.data.pack.contents import describe
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.data.pack.scan import scan_shard
 from pretrain.data.pack.verify import check_random_reads, sequential_signatures
@@ -41,7 +42,7 @@ def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = 
 
 
 def _crashed(url: str, shard: Shard) -> list[str]:
-    return [f"{storage.join(url, shard.name)}: a video in it kills the process that decodes it"]
+    return [f"{storage.join(url, shard.name)}: a member of it kills the process that decodes it"]
 
 
 def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> list[str]:
@@ -74,7 +75,15 @@ def _check_members(where: str, found: MemberTable, stored: MemberTable) -> list[
 
 def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[str, ...]) -> list[str]:
     try:
-        video, facts = _read_sample(storage.read_bytes(where, offset, offset + size))
+        files, facts = _read_sample(storage.read_bytes(where, offset, offset + size))
+        kinds = {ending: kind_of_ending(ending) for ending in files}
+        main = next((ending for kind in KINDS for ending in files if kinds[ending] == kind), None)
+        for ending, content in files.items():
+            if ending != main or kinds[ending] != "video":
+                _check_member(ending, content, facts if ending == main else {}, kinds)
+        if main is None or kinds[main] != "video":
+            return []
+        video = files[main]
         with tempfile.NamedTemporaryFile(suffix=".video") as file:
             file.write(video)
             file.flush()
@@ -89,20 +98,41 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
     return []
 
 
-def _read_sample(data: bytes) -> tuple[bytes, dict[str, object]]:
-    """The video and the json (empty without) out of the tar members of one sample."""
+def _check_member(ending: str, content: bytes, facts: dict[str, object], kinds: dict[str, Kind | None]) -> None:
+    """Decode a member and compare it with what the sample's json states of its main one.
+
+    Raises:
+        SampleError: it is damaged, or "differs".
+    """
+    if kinds[ending] == "text" and set(kinds.values()) - {"text", None}:
+        return  # captions of others may be empty, or in any encoding: that is their own affair
+    try:
+        found = describe(ending, content)
+    except SampleError as error:
+        raise SampleError(error.reason, f"{ending}: {str(error).removeprefix(f'{error.reason}: ')}") from error
+    for name, value in found.items():
+        if name in facts and facts[name] != value:
+            raise SampleError("differs", f"{ending} has {name} {value}, its json says {facts[name]}")
+
+
+def _read_sample(data: bytes) -> tuple[dict[str, bytes], dict[str, object]]:
+    """Members by ending, and the json (empty without), out of the tar members of one sample."""
     from webdataset.tariterators import base_plus_ext
 
-    video, facts = b"", {}
+    files: dict[str, bytes] = {}
+    facts: dict[str, object] = {}
     with tarfile.open(fileobj=BytesIO(data), mode="r:") as tar:
         for member in tar:
             file = tar.extractfile(member)
             extension = (base_plus_ext(member.name)[1] or "").lower()
-            if file is not None and extension.rsplit(".", 1)[-1] in VIDEO_ENDINGS:
-                video = video or file.read()
-            elif file is not None and extension == LINK_ENDING:
-                video = storage.read_bytes(file.read().decode())
-            elif file is not None and extension == "json":
+            if file is None:
+                continue
+            if extension == LINK_ENDING:
+                where = file.read().decode()
+                files[extension_of(where)] = storage.read_bytes(where)
+            elif extension == "json":
                 content = json.loads(file.read())
                 facts = content if isinstance(content, dict) else {}
-    return video, facts
+            else:
+                files[extension] = file.read()
+    return files, facts

@@ -1,14 +1,17 @@
-"""What to pack: video files and frame folders found in folders, list files and manifests."""
+"""What to pack: files of one kind (and frame folders) found in folders, zip archives, list files and manifests."""
 
 import csv
+import functools
 import json
 import logging
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pretrain.data.media import VIDEO_ENDINGS
+from pretrain.data.media import KINDS, VIDEO_ENDINGS, Kind, extension_of, is_of_kind, kind_of, plural_of
+from pretrain.data.pack import originals, zip_source
+from pretrain.data.pack.companions import Companion, beside, from_row
 from pretrain.data.pack.lists import ListFormat, parse_list
 from pretrain.errors import RecipeError, StorageError
 from pretrain.runtime import storage
@@ -18,14 +21,16 @@ logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = frozenset("jpg jpeg png webp bmp ppm tif tiff".split())
 LIST_EXTENSIONS = frozenset("csv txt lst list tsv jsonl ndjson".split())
 LabelRule = Literal["auto", "folder", "none"]
+#: auto goes by the endings of what the sources hold.
+AskedKind = Literal["auto", "video", "image", "sound", "array", "raster", "text"]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One video to pack.
+    """One sample to pack: a video, or a file of another kind.
 
     Attributes:
-        path: URL or local path of the video file or of the folder that holds its frames.
+        path: URL or local path of the file or of the folder that holds a video's frames.
         name: the path as the user wrote it or as found below its source; keys derive from it.
         label: class number or name, None without.
         frames: (number of the first frame in the file names, how many), for frame folders; None takes all.
@@ -33,6 +38,8 @@ class Item:
         meta: further columns of a manifest; they end up in the sample's json under "meta".
         key: key asked for by a manifest, or assigned by the plan.
         size: bytes of the original, 0 when it can't be found; decides the part that packs it.
+        kind: what the sample mainly is.
+        companions: further members of the sample.
     """
 
     path: str
@@ -43,91 +50,188 @@ class Item:
     meta: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     size: int = 0
+    kind: Kind = "video"
+    companions: tuple[Companion, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What to take of the sources."""
+
+    data_root: str
+    list_format: ListFormat
+    labels: LabelRule
+    kind: Kind | None
+    companions: Sequence[str]
 
 
 def gather(
-    sources: list[str], data_root: str = "", list_format: ListFormat = "auto", labels: LabelRule = "auto"
+    sources: list[str],
+    data_root: str = "",
+    list_format: ListFormat = "auto",
+    labels: LabelRule = "auto",
+    kind: AskedKind = "auto",
+    companions: Sequence[str] = (),
 ) -> list[Item]:
-    """Every video named by `sources`, in the order given; folders are searched at any depth, by name.
+    """Every file of one kind named by `sources`, in the order given; folders are searched at any depth, by name.
 
     Args:
-        sources: folders, video files, list files or manifests; local paths or fsspec URLs.
-        data_root: put in front of relative paths in list files and manifests; "" = the list file's own folder.
+        sources: folders, zip archives, files, list files or manifests; local paths or fsspec URLs.
+        data_root: put in front of relative paths in list files and manifests: a folder, or a zip archive; "" = the list
+            file's own folder.
         list_format: how to read the columns of an official list file.
-        labels: "folder" takes a video's parent folder as its label, "auto" where there is one below the source.
+        labels: "folder" takes a file's parent folder as its label, "auto" where there is one below the source.
+        kind: what to take. auto: of a folder the videos and frame folders, and where there are none its sounds, else
+            its arrays, else its rasters; of a zip archive the first kind in it; of a list what each path ends like.
+            Texts, and images in folders, must be asked for: they are what lies beside others, and frames of videos.
+        companions: what goes along with each, by ending or column (`companions.py`).
 
     Raises:
-        RecipeError: a source does not exist, or lines of a list are wrong: everything found, at once.
+        RecipeError: a source does not exist, lines of a list are wrong, or the kinds differ: everything found, at once.
     """
     items: list[Item] = []
     problems: list[str] = []
+    wanted = _Wanted(data_root, list_format, labels, None if kind == "auto" else kind, companions)
     for source in sources:
         try:
-            items.extend(_one_source(source, data_root, list_format, labels))
+            items.extend(_one_source(source, wanted))
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:
         raise RecipeError(problems)
+    kinds = {item.kind for item in items}
+    if len(kinds) > 1:
+        found = " and ".join(plural_of([one]) for one in KINDS if one in kinds)
+        raise RecipeError(f"{', '.join(sources)}: {found}; a data set has one kind of samples: choose one with --kind")
     return items
 
 
-def extension_of(path: str) -> str:
-    """Lower-case extension of a path without the dot."""
-    return posixpath.splitext(path)[1].lstrip(".").lower()
-
-
-def _one_source(source: str, data_root: str, list_format: ListFormat, labels: LabelRule) -> Iterator[Item]:
+def _one_source(source: str, wanted: _Wanted) -> Iterable[Item]:
     fs, path = storage.filesystem(source)
     if fs.isdir(path):
-        return _from_folder(source, labels)
+        return _from_folder(source, wanted)
     if not fs.exists(path):
         raise RecipeError(f"{source}: does not exist; give a folder, a video, a list file or a csv/jsonl manifest")
-    if extension_of(source) in VIDEO_ENDINGS:
-        return iter([Item(source, posixpath.basename(source), size=storage.size(source))])
     if extension_of(source) in LIST_EXTENSIONS:
-        return iter(_from_list(source, data_root, list_format))
+        return _from_list(source, wanted)
+    if extension_of(source) == "zip":
+        return _from_zip(source, wanted)
+    if kind_of(source) is not None:
+        item = Item(source, posixpath.basename(source), size=storage.size(source))
+        return [_of_kind(replace(item, companions=beside(source, wanted.companions)), wanted.kind)]
     raise RecipeError(
-        f"{source}: neither a video ({', '.join(sorted(VIDEO_ENDINGS))}) nor a list "
-        f"({', '.join(sorted(LIST_EXTENSIONS))}), going by its extension"
+        f"{source}: neither a video ({', '.join(sorted(VIDEO_ENDINGS))}), a file of another kind, a zip archive nor a "
+        f"list ({', '.join(sorted(LIST_EXTENSIONS))}), going by its extension"
     )
 
 
-def _from_folder(source: str, labels: LabelRule) -> Iterator[Item]:
+def _from_folder(source: str, wanted: _Wanted) -> list[Item]:
+    listing = storage.find(source)
+    place = functools.partial(storage.join, source)
+    if wanted.kind in (None, "video"):
+        items = list(_videos(listing, place, wanted))
+        if items or wanted.kind == "video":
+            return items
+    # Never images by themselves: pictures in a folder have always been the frames of a video.
+    return list(_files(listing, place, wanted, ("sound", "array", "raster")))
+
+
+def _from_zip(source: str, wanted: _Wanted) -> list[Item]:
+    """What the map beside an archive says, as Swin Transformer's zip mode has it, else all of the archive."""
+    where = zip_source.map_of(source)
+    if where is not None:
+        return _from_list(where, replace(wanted, data_root=source))
+    place = functools.partial(zip_source.entry_path, source)
+    return list(_files(zip_source.find(source), place, wanted, ("video", "image", "sound", "array", "raster")))
+
+
+def _files(
+    listing: dict[str, int], place: Callable[[str], str], wanted: _Wanted, kinds: Sequence[Kind]
+) -> Iterator[Item]:
+    """Files of the wanted kind, or else of the first of some kinds that is there."""
+    names = [name for name in listing if not posixpath.basename(name).startswith(".")]
+    kind = wanted.kind or next((one for one in kinds if one in map(kind_of, names)), None)
+    if kind is None:
+        return
+    for name in names:
+        if kind_of(name) == kind or (wanted.kind and is_of_kind(name, kind)):
+            path, label = place(name), _folder_label(posixpath.dirname(name), wanted.labels)
+            companions = beside(path, wanted.companions)
+            yield Item(path, name, label, size=listing[name], kind=kind, companions=companions)
+
+
+def _videos(listing: dict[str, int], place: Callable[[str], str], wanted: _Wanted) -> Iterator[Item]:
     """Videos below a folder; a sub-folder that holds images and no video counts as one frame folder."""
     images: dict[str, int] = {}
     with_video: set[str] = set()
-    for name, size in storage.find(source).items():
+    for name, size in listing.items():
         parent, extension = posixpath.dirname(name), extension_of(name)
         if posixpath.basename(name).startswith("."):
             continue
         if extension in VIDEO_ENDINGS:
             with_video.add(parent)
-            yield Item(storage.join(source, name), name, _folder_label(parent, labels), size=size)
+            path = place(name)
+            companions = beside(path, wanted.companions)
+            yield Item(path, name, _folder_label(parent, wanted.labels), size=size, companions=companions)
         elif extension in IMAGE_EXTENSIONS and parent:
             images[parent] = images.get(parent, 0) + size
     for parent, size in images.items():
         if parent not in with_video:
-            label = _folder_label(posixpath.dirname(parent), labels)
-            yield Item(storage.join(source, parent), parent, label, is_folder=True, size=size)
+            label = _folder_label(posixpath.dirname(parent), wanted.labels)
+            path = place(parent)
+            companions = beside(path, wanted.companions)
+            yield Item(path, parent, label, is_folder=True, size=size, companions=companions)
+
+
+def _of_kind(item: Item, asked: Kind | None) -> Item:
+    """The item with its kind: the one asked for, or what its path ends like.
+
+    Raises:
+        RecipeError: it can't be of the kind that is asked for.
+    """
+    own: Kind = "video" if item.is_folder else kind_of(item.path) or "video"
+    if asked is None or asked == own:
+        return replace(item, kind=own)
+    if item.is_folder or not is_of_kind(item.path, asked):
+        raise RecipeError(f"{item.path}: not the ending of {asked} files, which --kind asks for")
+    return replace(item, kind=asked)
 
 
 def _folder_label(parent: str, labels: LabelRule) -> str | None:
     return posixpath.basename(parent) or None if labels != "none" else None
 
 
-def _from_list(source: str, data_root: str, list_format: ListFormat) -> list[Item]:
+def _from_list(source: str, wanted: _Wanted) -> list[Item]:
     try:
         text = storage.read_bytes(source).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{source}: not a text file in UTF-8 ({error})") from error
-    root = data_root or posixpath.dirname(source)
+    root = wanted.data_root or posixpath.dirname(source)
     if extension_of(source) in ("jsonl", "ndjson"):
         rows = _jsonl_rows(source, text)
     elif (header := _csv_header(text)) is not None:
         rows = _csv_rows(source, text, header)
     else:
-        return [_rooted(Item(**vars(line)), root) for line in parse_list(source, text, list_format)]
-    return _manifest_items(source, rows, root)
+        lines = [_rooted(Item(**vars(line)), root) for line in parse_list(source, text, wanted.list_format)]
+        return _completed(source, lines, root, wanted)
+    return _completed(source, _manifest_items(source, rows, root), root, wanted)
+
+
+def _completed(source: str, items: list[Item], root: str, wanted: _Wanted) -> list[Item]:
+    """Items of a list with their kinds, and with their companions, which a manifest's further columns may name."""
+    problems: list[str] = []
+    completed: list[Item] = []
+    rooted = functools.partial(_under, root)
+    for item in items:
+        try:
+            meta = dict(item.meta)
+            companions = from_row(meta, item.path, wanted.companions, rooted)
+            completed.append(_of_kind(replace(item, meta=meta, companions=companions), wanted.kind))
+        except RecipeError as error:
+            problems += [f"{source}: {problem}" for problem in error.problems]
+    if problems:
+        raise RecipeError(problems)
+    return completed
 
 
 def _csv_header(text: str) -> str | None:
@@ -185,13 +289,19 @@ def _manifest_item(row: dict[str, Any] | str) -> Item:
         label = int(label)
     start, total = (None if (value := row.pop(name, None)) is None else int(value) for name in ("start", "frames"))
     frames = None if total is None else (start, total)
-    is_folder = frames is not None or extension_of(path) not in VIDEO_ENDINGS
+    is_folder = frames is not None or kind_of(path) is None
     return Item(path.strip(), path.strip(), label, frames, is_folder, meta=row, key=str(key))
 
 
 def _rooted(item: Item, root: str) -> Item:
-    absolute = "://" in item.path or item.path.startswith("/")
-    return item if absolute or not root else replace(item, path=storage.join(root, item.path))
+    return replace(item, path=_under(root, item.path))
+
+
+def _under(root: str, path: str) -> str:
+    """A path of a list, which starts at `root` where it is relative; `root` may be a zip archive."""
+    if "://" in path or path.startswith("/") or not root:
+        return path
+    return zip_source.entry_path(root, path) if root.endswith(zip_source.ENDING) else storage.join(root, path)
 
 
 def with_sizes(items: list[Item], threads: int = 16) -> list[Item]:
@@ -202,7 +312,7 @@ def with_sizes(items: list[Item], threads: int = 16) -> list[Item]:
         if item.size:
             return item
         try:
-            found = storage.find(item.path).values() if item.is_folder else [storage.size(item.path)]
+            found = storage.find(item.path).values() if item.is_folder else [originals.size(item.path)]
             return replace(item, size=sum(found))
         except StorageError:
             return item

@@ -9,7 +9,7 @@ from typing import Any
 from pretrain.data.pack.media_probe import Facts, codec_name, video_stream
 from pretrain.data.pack.options import ENCODERS, Options
 from pretrain.data.pack.scheduling import leave_real_time
-from pretrain.data.pack.sound import MP4_AUDIO, Sound
+from pretrain.data.pack.sound_track import MP4_AUDIO, Sound
 from pretrain.errors import SampleError
 
 #: Share of coded frames that may be lost or concealed before a video counts as damaged.

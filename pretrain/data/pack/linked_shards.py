@@ -18,8 +18,9 @@ from pretrain.data.index import (
     write_index,
     write_members,
 )
-from pretrain.data.media import LINK_ENDING, VIDEO_ENDINGS
-from pretrain.data.pack.discover import Item, extension_of
+from pretrain.data.media import LINK_ENDING, kind_of
+from pretrain.data.pack import zip_source
+from pretrain.data.pack.discover import Item
 from pretrain.data.pack.scan import scan_shard
 from pretrain.errors import DataError, RecipeError
 from pretrain.runtime import storage
@@ -43,8 +44,9 @@ def write_links(items: list[Item], dest: str) -> ShardIndex:
                 if item.is_folder]  # fmt: skip
     files = [item for item in items if not item.is_folder]
     problems += [f"{item.path}: not found, or empty" for item in files if not item.size]
-    problems += [f"{item.path}: not the ending of a video file" for item in files
-                 if extension_of(item.path) not in VIDEO_ENDINGS]  # fmt: skip
+    problems += [f"{item.path}: not the ending of a video file" for item in files if kind_of(item.path) is None]
+    problems += [f"{item.path}: in a zip archive, which can't be read in place; pack it" for item in files
+                 if zip_source.is_entry(item.path)]  # fmt: skip
     if problems:
         raise RecipeError(problems)
     if storage.exists(storage.join(dest, INDEX_NAME)):

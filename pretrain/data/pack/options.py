@@ -46,6 +46,8 @@ class Options:
         min_frames: shorter videos are rejected.
         decoders: which decoders must read random frames exactly.
         reads: random frames compared with a sequential decode, for each decoder.
+        image_short_side: short side of images, pixels; smaller originals keep theirs; None keeps all.
+        image_quality: of images that were JPEG and are encoded anew, 1 to 95.
         shard_bytes, shard_samples: a shard is closed when it reaches one of them.
     """
 
@@ -63,6 +65,8 @@ class Options:
     min_frames: int = 1
     decoders: tuple[str, ...] = ("decord", "pyav")
     reads: int = 6
+    image_short_side: int | None = None
+    image_quality: int = 95
     shard_bytes: int = 512_000_000
     shard_samples: int | None = None
 

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pretrain.data.index import ShardIndex
+from pretrain.data.media import plural_of
 from pretrain.data.pack import shard_writer as shards
 from pretrain.data.pack.discover import Item
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_plan import WHOLE, Part, Plan
-from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
+from pretrain.data.pack.packed import Packed, Rejected
+from pretrain.data.pack.packers import pack_sample
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.errors import DataError
 
@@ -30,7 +32,7 @@ Progress = Callable[[int, int, int], None]
 
 @dataclass
 class Report:
-    """What a run did; `index` is None while other parts are missing."""
+    """What a run did; `index` is None while other parts are missing, `noun` says what to call the samples."""
 
     index: ShardIndex | None
     rejected: list[Rejected]
@@ -38,6 +40,7 @@ class Report:
     resumed: int
     reencoded: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    noun: str = "videos"
 
 
 def pack(
@@ -80,6 +83,7 @@ def pack(
     if merged is not None:
         report.index, report.rejected = merged
     report.seconds = time.monotonic() - began
+    report.noun = plural_of(item.kind for item in plan.items)
     return report
 
 
@@ -125,7 +129,7 @@ class _Packer:
         self.report = Report(None, [], len(self.seen), self.start)
 
     def run(self, workers: int) -> None:
-        call = functools.partial(pack_item, options=self.options, folder=self.folder)
+        call = functools.partial(pack_sample, options=self.options, folder=self.folder)
         pool: OrderedPool[Item, Packed | Rejected] = OrderedPool(call, _crashed, workers)
         todo = self.items[self.start :]
         for number, (item, result) in enumerate(zip(todo, pool.map(todo), strict=True), self.start + 1):
@@ -145,7 +149,7 @@ class _Packer:
             self.bytes_read += result.bytes_read
             sha256 = result.facts["sha256"]
             if sha256 in self.seen:
-                os.unlink(result.video)
+                result.discard()
                 result = Rejected(item.name, item.path, "duplicate", f"the same bytes as {self.seen[sha256]}")
         if isinstance(result, Rejected):
             logger.info("rejected %s: %s: %s", result.path, result.reason, result.detail)

@@ -9,38 +9,21 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from pretrain.data.pack import zip_source
 from pretrain.data.pack.discover import IMAGE_EXTENSIONS, Item, extension_of
 from pretrain.data.pack.encode import copy_stream, encode_images, encode_video
 from pretrain.data.pack.media_probe import Facts, probe
 from pretrain.data.pack.options import Options
+from pretrain.data.pack.originals import fetch, refusal
+from pretrain.data.pack.packed import Packed, Rejected
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
 from pretrain.data.randomness import generator
-from pretrain.errors import DataError, SampleError, StorageError
+from pretrain.errors import SampleError, StorageError
 from pretrain.runtime import storage
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A video that is ready: the mp4 at the local path `video`, its json, and the bytes that were read for it."""
-
-    video: str
-    facts: dict[str, Any]
-    bytes_read: int
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A video that is left out; `reason` is short and countable, `detail` says what was found."""
-
-    name: str
-    path: str
-    reason: str
-    detail: str
 
 
 def pack_item(item: Item, options: Options, folder: str) -> Packed | Rejected:
@@ -71,7 +54,7 @@ def _from_video(item: Item, options: Options, target: str, folder: str) -> Packe
         "width": original.width, "height": original.height, "rotation": original.rotation,
         "fps": round(float(original.fps), 6), "frames": original.packets, "bytes": size,
     }  # fmt: skip
-    return Packed(target, facts, size)
+    return Packed({"mp4": target}, facts, size)
 
 
 def _produce(source: str, original: Facts, target: str, key: str, options: Options) -> str | None:
@@ -119,7 +102,7 @@ def _from_frames(item: Item, options: Options, target: str) -> Packed:
         from PIL import Image
 
         for name in names:
-            data = _fetch(storage.join(item.path, name))
+            data = fetch(storage.join(item.path, name))
             digest.update(len(data).to_bytes(8, "big") + data)
             sizes.append(len(data))
             try:
@@ -133,7 +116,7 @@ def _from_frames(item: Item, options: Options, target: str) -> Packed:
     _verify(target, item.key, options)
     facts = _describe(item, target, digest.hexdigest(), options, "frame folder")
     facts["original"] = {"container": "images", "frames": len(names), "bytes": sum(sizes)}
-    return Packed(target, facts, sum(sizes))
+    return Packed({"mp4": target}, facts, sum(sizes))
 
 
 def select_frames(item: Item) -> list[str]:
@@ -145,7 +128,7 @@ def select_frames(item: Item) -> list[str]:
     try:
         names = [name for name in storage.find(item.path) if extension_of(name) in IMAGE_EXTENSIONS and "/" not in name]
     except StorageError as error:
-        raise _refusal(error) from error
+        raise refusal(error) from error
     if not names:
         raise SampleError("missing", "no such folder, or no pictures in it; relative paths start at --data-root")
     names.sort(key=lambda name: (_number(name), name))
@@ -200,29 +183,12 @@ def grid_phase(key: str, options: Options) -> int:
 @contextlib.contextmanager
 def _local(path: str, folder: str) -> Iterator[str]:
     """A local file with the content of `path`, which may be a URL."""
-    if "://" not in path:
+    if "://" not in path and not zip_source.is_entry(path):
         if not os.path.isfile(path):
             raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
         yield path
         return
     with tempfile.NamedTemporaryFile(dir=folder, suffix="." + extension_of(path)) as copy:
-        copy.write(_fetch(path))
+        copy.write(fetch(path))
         copy.flush()
         yield copy.name
-
-
-def _fetch(path: str) -> bytes:
-    try:
-        return storage.read_bytes(path)
-    except StorageError as error:
-        raise _refusal(error) from error
-
-
-def _refusal(error: StorageError) -> SampleError | DataError:
-    """What follows for the video: it is missing or denied; or, where the store does not answer, nothing, and the
-    packing stops: the next video would fare no better."""
-    if isinstance(error.__cause__, FileNotFoundError):
-        return SampleError("missing", str(error))
-    if isinstance(error.__cause__, PermissionError):
-        return SampleError("storage", str(error))
-    return DataError(f"{error}; when the store answers again, start the same command: packing goes on where it was")

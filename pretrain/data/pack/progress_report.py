@@ -15,13 +15,13 @@ SHOWN_REASONS = 3
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Progress]:
-    """A function for `pack` to call after every video: a live bar with rate and time left on a terminal."""
+def progress_bar(total: int, noun: str = "videos") -> Iterator[Progress]:
+    """A function for `pack` to call after every sample: a live bar with rate and time left on a terminal."""
     from rich.console import Console
 
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield _log_lines()
+        yield _log_lines(noun)
         return
     from rich.progress import (
         BarColumn,
@@ -35,7 +35,7 @@ def progress_bar(total: int) -> Iterator[Progress]:
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console) as bar:
-        rates = _Rates()
+        rates = _Rates(noun)
         task = bar.add_task("packing", total=total, rate="")
 
         def show(done: int, of: int, read: int) -> None:
@@ -45,8 +45,8 @@ def progress_bar(total: int) -> Iterator[Progress]:
         yield show
 
 
-def _log_lines() -> Progress:
-    rates = _Rates()
+def _log_lines(noun: str) -> Progress:
+    rates = _Rates(noun)
     last = time.monotonic()
 
     def show(done: int, of: int, read: int) -> None:
@@ -55,15 +55,16 @@ def _log_lines() -> Progress:
         now = time.monotonic()
         if now - last >= LOG_EVERY:
             last = now
-            sys.stderr.write(f"pack: {done}/{of} videos, {rates}, {rates.left(of)} left\n")
+            sys.stderr.write(f"pack: {done}/{of} {noun}, {rates}, {rates.left(of)} left\n")
 
     return show
 
 
 class _Rates:
-    """Videos and bytes a second since the start of this run (a restart begins in the middle)."""
+    """Samples and bytes a second since the start of this run (a restart begins in the middle)."""
 
-    def __init__(self) -> None:
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
         self.began = time.monotonic()
         self.first: int | None = None
         self.done = self.read = 0
@@ -77,20 +78,20 @@ class _Rates:
         return max(time.monotonic() - self.began, 1e-6)
 
     @property
-    def videos_per_second(self) -> float:
+    def samples_per_second(self) -> float:
         return (self.done - (self.first or 0)) / self.seconds
 
     def __str__(self) -> str:
-        return f"{self.videos_per_second:.1f} videos/s, {self.read / 1e6 / self.seconds:.1f} MB/s"
+        return f"{self.samples_per_second:.1f} {self.noun}/s, {self.read / 1e6 / self.seconds:.1f} MB/s"
 
     def left(self, of: int) -> str:
-        seconds = int((of - self.done) / max(self.videos_per_second, 1e-6))
+        seconds = int((of - self.done) / max(self.samples_per_second, 1e-6))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def report_text(report: Report, dest: str) -> str:
     """The summary: what was packed, what was left out and why."""
-    lines = [f"pack: {report.packed} videos packed" + _kept(report) + f", {len(report.rejected)} rejected"]
+    lines = [f"pack: {report.packed} {report.noun} packed" + _kept(report) + f", {len(report.rejected)} rejected"]
     if report.resumed:
         lines[0] += f"; {report.resumed} were already done"
     for reason, count in Counter(one.reason for one in report.rejected).most_common():
@@ -113,4 +114,5 @@ def report_text(report: Report, dest: str) -> str:
 
 def _kept(report: Report) -> str:
     kept, encoded = report.reencoded["kept"], report.reencoded["encoded"]
-    return f" ({kept} streams kept, {encoded} encoded)" if kept + encoded else ""
+    what = "streams" if report.noun == "videos" else "files"
+    return f" ({kept} {what} kept, {encoded} encoded)" if kept + encoded else ""

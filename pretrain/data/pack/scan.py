@@ -22,7 +22,7 @@ from pretrain.data.index import (
     write_index,
     write_members,
 )
-from pretrain.data.media import LINK_ENDING, VIDEO_ENDINGS
+from pretrain.data.media import LINK_ENDING, Kind, kind_of_ending
 from pretrain.errors import DataError, TubeletError
 from pretrain.runtime import storage
 
@@ -93,20 +93,19 @@ class _Sample:
     checksum: int = 0
 
     @property
-    def has_video(self) -> bool:
-        return self.is_link or any(
-            extension.rsplit(".", 1)[-1].lower() in VIDEO_ENDINGS for extension in self.extensions
-        )
+    def kinds(self) -> set[Kind | None]:
+        return {kind_of_ending(extension) for extension in self.extensions}
 
     @property
     def is_link(self) -> bool:
         return LINK_ENDING in self.extensions
 
 
-def scan_shard(url: str, name: str, videos_only: bool = True) -> tuple[Shard, MemberTable, int]:
-    """Read the tar `name` in the folder `url` once: its entry, where its samples lie, and how many have no video.
+def scan_shard(url: str, name: str, media_only: bool = True) -> tuple[Shard, MemberTable, int]:
+    """Read the tar `name` in the folder `url` once: its entry, where its samples lie, and how many are left out.
 
-    Samples without a video are left out, unless `videos_only` is false.
+    Left out is, unless `media_only` is false: of a shard that holds videos every sample without one; of one without
+    videos every sample without image, sound, array or raster; of one without any of these what has no text.
 
     Raises:
         DataError: not a readable tar file, compressed, or a sample's members are not adjacent.
@@ -116,7 +115,7 @@ def scan_shard(url: str, name: str, videos_only: bool = True) -> tuple[Shard, Me
     samples = _samples(where, reader)
     _check_unique(where, samples)
     reader.finish()  # what follows the end marker belongs to the hash
-    kept = [sample for sample in samples if sample.has_video or not videos_only]
+    kept = _with_media(samples) if media_only else samples
     members = MemberTable(
         tuple(sample.key for sample in kept),
         np.array([sample.start for sample in kept], dtype=np.int64),
@@ -125,6 +124,16 @@ def scan_shard(url: str, name: str, videos_only: bool = True) -> tuple[Shard, Me
         any(sample.is_link for sample in kept),
     )
     return Shard(name, len(kept), reader.bytes, reader.sha256.hexdigest()), members, len(samples) - len(kept)
+
+
+def _with_media(samples: list[_Sample]) -> list[_Sample]:
+    """Samples that hold what their shard is made of. Videos come first because indexes have always been made so: that
+    of a shard must stay what it was, to the fingerprint."""
+    for wanted in ({"video"}, {"image", "sound", "array", "raster"}, {"text"}):
+        kept = [sample for sample in samples if sample.is_link or sample.kinds & wanted]
+        if kept:
+            return kept
+    return []
 
 
 def _samples(where: str, reader: HashingReader) -> list[_Sample]:
@@ -187,7 +196,7 @@ def index_folder(url: str, threads: int = 8) -> tuple[ShardIndex, list[str]]:
     """Index every `*.tar` below the folder `url` in place; the shards themselves are not touched.
 
     Returns:
-        The index, as written to `index.json`, and one line for each oddity (samples without a video).
+        The index, as written to `index.json`, and one line for each oddity (samples that are left out).
 
     Raises:
         DataError: no shards there, or unusable ones: all of them are listed.
@@ -207,7 +216,11 @@ def index_folder(url: str, threads: int = 8) -> tuple[ShardIndex, list[str]]:
             write_members(url, name, members)
             shards.append(shard)
             if without:
-                notes.append(f"{name}: {without} of {without + shard.samples} samples hold no video and are left out")
+                notes.append(
+                    f"{name}: {without} of {without + shard.samples} samples hold "
+                    + ("none of the others' kind" if shard.samples else "no video, image, sound, array, raster or text")
+                    + " and are left out"
+                )
     if problems:
         raise DataError("\n".join(problems))
     index = ShardIndex(url, ShardTable(shards))

@@ -11,11 +11,13 @@ import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pretrain.data.index import INDEX_NAME, Shard, ShardIndex, ShardTable, members_name, write_index, write_members
+from pretrain.data.media import kind_of, plural_of
 from pretrain.data.pack.pack_plan import Part
-from pretrain.data.pack.pack_video import Packed, Rejected
+from pretrain.data.pack.packed import Packed, Rejected
 from pretrain.data.pack.scan import scan_shard
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
@@ -77,12 +79,11 @@ class ShardFile:
         return int(self._tar.tarstream.offset)
 
     def add(self, packed: Packed) -> None:
-        """Append one sample: `<key>.json` and `<key>.mp4`, next to each other; its local file is deleted."""
-        with open(packed.video, "rb") as file:
-            video = file.read()
+        """Append one sample: `<key>.json` and its other members, next to each other; its local files are deleted."""
+        members = {ending: Path(path).read_bytes() for ending, path in packed.files.items()}
         facts = json.dumps(packed.facts, sort_keys=True).encode()
-        self._tar.write({"__key__": packed.facts["key"], "json": facts, "mp4": video})
-        os.unlink(packed.video)
+        self._tar.write({"__key__": packed.facts["key"], "json": facts, **members})
+        packed.discard()
         self.samples += 1
 
     def publish(self, url: str) -> Shard:
@@ -204,7 +205,9 @@ def _nothing_packed(url: str, rejected: list[Rejected]) -> str:
     reasons = Counter(one.reason for one in rejected)
     hint = "; do relative paths in the list start elsewhere? Say where with --data-root" if "missing" in reasons else ""
     counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    return f"{url}: not one video could be packed ({counted}); {REJECTED_NAME} there says why for each{hint}"
+    # Folders of frames have no ending.
+    noun = plural_of(kind_of(one.path) or "video" for one in rejected)[:-1]
+    return f"{url}: not one {noun} could be packed ({counted}); {REJECTED_NAME} there says why for each{hint}"
 
 
 def refuse_foreign(url: str) -> None:

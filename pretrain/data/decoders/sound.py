@@ -1,0 +1,226 @@
+"""Sound by PyAV: from a sound file, or the sound stream of a video, only the part that a window needs.
+
+Time 0 is the first picture of a file that holds a video, else the first sound in it, so that a clip of frames and a
+window of seconds belong together. A window equals the same part of the whole decode: it is decoded with a margin before
+and behind it, and its samples are cut on a grid that both share. Two things keep it from being equal bit by bit: noise
+bands of AAC, which its decoder draws anew, and containers that count milliseconds (mkv, webm), which move it by one.
+"""
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.errors import DataError, SampleError
+
+#: FFmpeg's names of channel layouts, by number of channels.
+LAYOUTS = {1: "mono", 2: "stereo"}
+#: Seconds decoded before and behind a window: codecs need what came before, the resampler both.
+MARGIN_S = 0.25
+#: Longer holes in the time stamps are silence; shorter ones are the rounding of containers that count milliseconds.
+HOLE_S = 0.05
+
+Samples = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SoundFacts:
+    """A sound stream as it is stored.
+
+    Attributes:
+        codec: FFmpeg's name.
+        rate: samples a second.
+        channels: how many.
+        duration: seconds that its header states; None where it states none.
+    """
+
+    codec: str
+    rate: int
+    channels: int
+    duration: float | None
+
+
+def decode_sound(
+    data: bytes, rate: int, channels: int = 1, start: float = 0.0, duration: float | None = None
+) -> Samples:
+    """Decode a window of the first sound stream.
+
+    Args:
+        data: The whole file, sound or video.
+        rate: Samples a second of the result.
+        channels: Channels of the result, 1 or 2. One is the mean of left and right, two of one are twice the same; more
+            than two are mixed to left and right by FFmpeg's rules first.
+        start: Beginning of the window, seconds.
+        duration: Length of the window, seconds; None: to the end of the sound.
+
+    Returns:
+        float32 [channels, samples], usually in [-1, 1]; with a duration exactly round(duration * rate) samples, of
+        which those before the sound's beginning and behind its end are zero.
+
+    Raises:
+        SampleError: "empty", "open" for a file that FFmpeg does not know, "no_sound" without a sound stream, "decode"
+            for damage, "too_short" where no sound lies in the window.
+        DataError: a rate or a number of channels that makes no sense.
+    """
+    import av
+
+    if channels not in LAYOUTS or rate < 1:
+        raise DataError(f"sound of {channels} channels at {rate} Hz: 1 or 2 channels and a positive rate are allowed")
+    first = round(start * rate)
+    count = None if duration is None else round(duration * rate)
+    with _opened(data) as container:
+        try:
+            heard, begins = _resampled(container, rate, channels, first, count)
+        except av.error.FFmpegError as error:
+            raise SampleError("decode", str(error)) from error
+    return _window(heard, begins, first, count)
+
+
+def probe_sound(data: bytes) -> SoundFacts:
+    """What the header of the first sound stream says; errors as for `decode_sound`."""
+    with _opened(data) as container:
+        stream = container.streams.audio[0]
+        context = stream.codec_context
+        stated = None if stream.duration is None else float(stream.duration * stream.time_base)
+        return SoundFacts(context.codec.canonical_name, context.sample_rate, context.channels, stated)
+
+
+def _opened(data: bytes) -> Any:
+    import av
+
+    if not data:
+        raise SampleError("empty", "no bytes")
+    try:
+        container = av.open(io.BytesIO(data), mode="r", metadata_errors="ignore")
+    except (av.error.FFmpegError, ValueError) as error:
+        raise SampleError("open", str(error)) from error
+    stream = next(iter(container.streams.audio), None)
+    if stream is None or stream.codec_context is None or not stream.codec_context.sample_rate:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        container.close()
+        raise SampleError("no_sound", f"the file holds {kinds} and no sound that FFmpeg can decode")
+    return container
+
+
+def _resampled(container: Any, rate: int, channels: int, first: int, count: int | None) -> tuple[Samples, int]:
+    """Sound around the window at `rate`, and the number of its first sample, counted from time 0."""
+    stream = container.streams.audio[0]
+    stream.thread_type = "NONE"
+    own = stream.codec_context.sample_rate
+    # Every `period`-th stored sample falls on a sample of the result: both grids meet there, for any window.
+    period = own // math.gcd(own, rate)
+    margin = MARGIN_S + period / own
+    begin = first / rate - margin
+    end = math.inf if count is None else (first + count) / rate + MARGIN_S
+    heard, number = _stored(container, stream, channels, begin, end)
+    skip = -number % period
+    number, heard = number + skip, heard[:, skip:]
+    if not heard.shape[1]:
+        raise SampleError("too_short", f"no sound from second {first / rate:g} on")
+    return _at_rate(heard, own, rate, channels), number * rate // own
+
+
+def _stored(container: Any, stream: Any, channels: int, begin: float, end: float) -> tuple[Samples, int]:
+    """Sound at the stored rate around [begin, end) seconds, and the number of its first sample."""
+    zero = _time_zero(container, stream)
+    own = stream.codec_context.sample_rate
+    late = True
+    if begin > 0:
+        container.seek(int((Fraction(begin) + zero) / stream.time_base), stream=stream)
+        pieces, late = _pieces(stream, container, channels, zero, begin, end)
+    if late:  # the file's index led behind the window, or the window is at the beginning
+        container.seek(min(stream.start_time or 0, 0), stream=stream)
+        pieces, _ = _pieces(stream, container, channels, zero, -math.inf, end)
+    if not pieces:
+        raise SampleError("too_short", f"no sound between seconds {begin:g} and {end:g}")
+    return _joined(pieces, own)
+
+
+def _time_zero(container: Any, stream: Any) -> Fraction:
+    import av
+
+    cover = av.stream.Disposition.attached_pic
+    films = [one for one in container.streams.video if not one.disposition & cover]
+    lead = films[0] if films else stream
+    return (lead.start_time or 0) * (lead.time_base or stream.time_base)
+
+
+def _pieces(
+    stream: Any, container: Any, channels: int, zero: Fraction, begin: float, end: float
+) -> tuple[list[tuple[float, Samples]], bool]:
+    """Decoded pieces with their times, seconds, up to `end`; and whether the first one comes after `begin`."""
+    pieces: list[tuple[float, Samples]] = []
+    clock = 0.0
+    late = False
+    for number, frame in enumerate(_frames(container, stream)):
+        if frame.pts is not None:
+            clock = float(frame.pts * frame.time_base - zero)
+        late = late or (number == 0 and (frame.pts is None or clock > begin))
+        if clock >= end:
+            break
+        length = frame.samples / frame.sample_rate
+        if clock + length > begin:
+            pieces.append((clock, _mixed(frame.to_ndarray(), channels)))
+        clock += length
+    return pieces, late
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    """Decoded frames as float planes of one or two channels, at the stored rate."""
+    import av
+
+    context = stream.codec_context
+    mixer = av.AudioResampler(format="fltp", layout=LAYOUTS[min(context.channels, 2)], rate=context.sample_rate)
+    for frame in container.decode(stream):
+        if frame.is_corrupt:
+            raise SampleError("decode", f"damaged sound at time stamp {frame.pts}")
+        yield from mixer.resample(frame)
+
+
+def _mixed(piece: Samples, channels: int) -> Samples:
+    """Not by FFmpeg, whose sum of two channels is louder than both and leaves [-1, 1]."""
+    if piece.shape[0] == channels:
+        return piece
+    return piece.mean(0, keepdims=True) if channels == 1 else np.repeat(piece, 2, 0)
+
+
+def _joined(pieces: list[tuple[float, Samples]], own: int) -> tuple[Samples, int]:
+    """One array of all pieces, holes filled with silence, and the number of its first sample."""
+    number = round(pieces[0][0] * own)
+    parts: list[Samples] = []
+    length = 0
+    for clock, piece in pieces:
+        hole = round(clock * own) - number - length
+        if hole > HOLE_S * own:
+            parts.append(np.zeros((piece.shape[0], hole), dtype=np.float32))
+            length += hole
+        parts.append(piece)
+        length += piece.shape[1]
+    return np.concatenate(parts, axis=1), number
+
+
+def _at_rate(heard: Samples, own: int, rate: int, channels: int) -> Samples:
+    import av
+
+    if own == rate:
+        return heard
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(heard), format="fltp", layout=LAYOUTS[channels])
+    frame.sample_rate, frame.time_base, frame.pts = own, Fraction(1, own), 0
+    converter = av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
+    return np.concatenate([one.to_ndarray() for one in [*converter.resample(frame), *converter.resample(None)]], axis=1)
+
+
+def _window(heard: Samples, begins: int, first: int, count: int | None) -> Samples:
+    """Samples [first, first + count) of those that begin at number `begins`; zeros where there are none."""
+    if count is None:
+        count = max(begins + heard.shape[1] - first, 0)
+    found = heard[:, max(first - begins, 0) : max(first - begins + count, 0)]
+    if not found.shape[1]:
+        raise SampleError("too_short", f"no sound in {count} samples from sample {first} on")
+    before = max(begins - first, 0)
+    return np.pad(found, ((0, 0), (before, count - before - found.shape[1])))

@@ -1,0 +1,91 @@
+"""Files that go along with a sample's main one, as members of the same sample (pack.py --with).
+
+`--with txt,boxes.json,sound`: for a row of a manifest that has a column of that name, the column's value: the path of a
+file if it ends like one of a known kind, else the value itself, text as `<column>.txt` and anything else as
+`<column>.json`. For all other items the file of the same stem with that ending.
+"""
+
+import json
+import posixpath
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.data.media import extension_of, kind_of
+from pretrain.data.pack.contents import describe
+from pretrain.data.pack.originals import fetch_whole
+from pretrain.errors import SampleError
+
+
+@dataclass(frozen=True)
+class Companion:
+    """One further member.
+
+    Attributes:
+        ending: of the member, what follows the first dot of its name: "txt", "boxes.json", "sound.wav".
+        path: of the file; "" where the value was given in the list.
+        value: given in the list.
+    """
+
+    ending: str
+    path: str = ""
+    value: Any = None
+
+
+def beside(path: str, names: Sequence[str]) -> tuple[Companion, ...]:
+    """The files of the same stem as `path`; whether they are there shows when the sample is packed."""
+    stem = posixpath.splitext(path)[0] if kind_of(path) else path  # a folder of frames may have a dot in its name
+    return tuple(Companion(name, f"{stem}.{name}") for name in names)
+
+
+def from_row(
+    row: dict[str, Any], path: str, names: Sequence[str], rooted: Callable[[str], str]
+) -> tuple[Companion, ...]:
+    """Companions of a manifest's row, taken out of it.
+
+    Args:
+        row: the columns; those that become companions are removed.
+        path: of the row's main file.
+        names: asked for.
+        rooted: puts the data root in front of a relative path.
+    """
+    columns = [name for name in names if name in row]
+    found = [_from_column(name, row.pop(name), rooted) for name in columns]
+    return (*found, *beside(path, [name for name in names if name not in columns]))
+
+
+def _from_column(name: str, value: Any, rooted: Callable[[str], str]) -> Companion:
+    if isinstance(value, str) and "\n" not in value and (kind_of(value) or extension_of(value) == "json"):
+        ending = extension_of(value)
+        return Companion(ending if ending == name else f"{name}.{ending}", rooted(value))
+    if isinstance(value, str):
+        if not _is_json(value):
+            return Companion(f"{name}.txt", value=value)
+        value = json.loads(value)
+    return Companion(f"{name}.json", value=value)
+
+
+def _is_json(text: str) -> bool:
+    """Whether a csv's text is a list or an object, boxes for example."""
+    try:
+        return text.lstrip().startswith(("[", "{")) and json.loads(text) is not None
+    except ValueError:
+        return False
+
+
+def read_companion(companion: Companion) -> bytes:
+    """Its content, verified by what its ending says that it is.
+
+    Raises:
+        SampleError: "companion" where it is missing or damaged.
+        DataError: the store does not answer.
+    """
+    if not companion.path:
+        text = companion.value if isinstance(companion.value, str) else json.dumps(companion.value, sort_keys=True)
+        return text.encode()
+    try:
+        data = fetch_whole(companion.path)
+        describe(companion.ending, data)
+        return data
+    except SampleError as error:
+        raise SampleError("companion", f"{companion.path}: {error}") from error

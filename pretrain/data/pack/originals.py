@@ -1,0 +1,55 @@
+"""Reading what is to be packed: files on disks, object stores and inside zip archives."""
+
+import os
+import tempfile
+
+from pretrain.data.pack import zip_source
+from pretrain.errors import DataError, SampleError, StorageError
+from pretrain.runtime import storage
+
+
+def fetch(path: str) -> bytes:
+    """All bytes of an original.
+
+    Raises:
+        SampleError: "missing", "storage" where access is denied, "unreadable" for a damaged entry of a zip archive.
+        DataError: the store does not answer.
+    """
+    try:
+        if zip_source.is_entry(path):
+            return zip_source.read(path)
+        if "://" not in path and not os.path.isfile(path):
+            raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
+        return storage.read_bytes(path)
+    except StorageError as error:
+        raise refusal(error) from error
+
+
+def fetch_whole(path: str) -> bytes:
+    """As `fetch`; SampleError "empty" for a file of 0 bytes."""
+    data = fetch(path)
+    if not data:
+        raise SampleError("empty", "the file has 0 bytes")
+    return data
+
+
+def size(path: str) -> int:
+    """Bytes of an original; StorageError where it is not there."""
+    return zip_source.size(path) if zip_source.is_entry(path) else storage.size(path)
+
+
+def keep(data: bytes, ending: str, folder: str) -> str:
+    """Write a member's content to a new file in the local `folder`; its path."""
+    with tempfile.NamedTemporaryFile(dir=folder, suffix="." + ending, delete=False) as file:
+        file.write(data)
+    return file.name
+
+
+def refusal(error: StorageError) -> SampleError | DataError:
+    """What follows for the item: it is missing or denied; or, where the store does not answer, nothing, and the
+    packing stops: the next item would fare no better."""
+    if isinstance(error.__cause__, FileNotFoundError):
+        return SampleError("missing", str(error))
+    if isinstance(error.__cause__, PermissionError):
+        return SampleError("storage", str(error))
+    return DataError(f"{error}; when the store answers again, start the same command: packing goes on where it was")
