@@ -4,7 +4,9 @@ Teacher and student see the same crop with the same mixing ("patient and consist
 VideoMAE V2 does for its ViT-S and ViT-B; its code was never released (systems/videomae.md section 8).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from finetune.recipe import TuneRecipe
 from pretrain.data.samples import Batch
 from pretrain.models import classifier
 from pretrain.models.base import Classifier
+from pretrain.models.frozen import Frozen
 from pretrain.objectives.base import Output
 from pretrain.runtime.dtypes import DTYPES
 
@@ -110,6 +113,10 @@ class DistillationObjective(ClassificationObjective):
             loss = (1 - options.label_weight) * divergence + options.label_weight * soft_cross_entropy(logits, soft)
         agreement = (logits.argmax(-1) == wanted.argmax(-1)).float().mean() * 100
         return Output(loss, {"divergence": divergence.detach(), "agreement": agreement})
+
+    def frozen_parts(self) -> Mapping[str, Frozen[Any]]:
+        # With a cache of its logits the teacher need not be there; the cache compares the hash itself.
+        return {} if self.recipe.objective.cache else {"teacher": self.teacher}
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
         super().before_step(step, steps_per_epoch)

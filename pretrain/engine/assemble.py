@@ -23,7 +23,8 @@ from pretrain.errors import CheckpointError
 from pretrain.guards.incidents import Incidents
 from pretrain.guards.skipped_steps import state_at_start
 from pretrain.guards.step_guard import StepGuard
-from pretrain.objectives.base import Evaluation, Method
+from pretrain.models.frozen import check_frozen
+from pretrain.objectives.base import Evaluation, Method, Objective
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.metrics import keep_records
 from pretrain.runtime.process_group import Ranks
@@ -122,7 +123,9 @@ def build_run(
         logger.info(line)
     _log_schedule(recipe, schedule, built)
     if found is not None:
-        load(built.engine, found, layout(recipe, ranks), built.groups)
+        objective: Objective = built.engine.module
+        check_frozen(objective.frozen_parts(), found.state.get("frozen", {}), str(found.folder))
+        load(built.engine, found, layout(recipe, ranks), built.groups, objective.rank_state())
     ledger = open_ledger(recipe, folder, sources, ranks, found)
     guard = StepGuard(recipe.guard, state_at_start(folder.guard, ranks, found.state if found else None))
     best = Best(**found.state["best"]) if found else Best()
@@ -136,6 +139,7 @@ def build_run(
         inputs=StepInputs(
             engine=built.engine,
             turns=built.turns,
+            cache=built.cache,
             batches=MicroBatches(stream),
             accumulation=stream.accumulation,
             own_clip=(recipe.optim.clip_grad or math.inf) if unwrapped(recipe) else None,

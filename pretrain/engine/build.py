@@ -14,7 +14,8 @@ from pretrain.engine.optimiser import build_optimizer, forget_steps
 from pretrain.engine.turns import Turn, turns_of
 from pretrain.errors import RecipeError
 from pretrain.models.initial_weights import read_weights
-from pretrain.objectives.base import Method, Objective
+from pretrain.objectives.base import Method, Objective, WholeBatchObjective
+from pretrain.runtime.gradient_cache import GradientCache
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.seeds import seed_everything
 
@@ -34,6 +35,7 @@ class Built:
     parameters: int
     groups: Groups
     turns: list[Turn]
+    cache: GradientCache | None
 
 
 def count_model(method: Method) -> ModelSize:
@@ -67,14 +69,32 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
     if recipe.run.init_weights and not resumes:
         path = recipe.run.init_weights
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
-    turns = turns_of(objective)
+    turns, cache = turns_of(objective), open_cache(objective, accumulation)
     optimizer = build_optimizer(recipe, objective, ranks.device)
     groups = _group_names(objective, optimizer)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
     forget_steps(engine.basic_optimizer)
     if recipe.compute.compile:
         engine.compile()
-    return Built(engine, config, parameters, groups, turns)
+    return Built(engine, config, parameters, groups, turns, cache)
+
+
+def open_cache(objective: Objective, accumulation: int) -> GradientCache | None:
+    """Give a loss over the global batch what makes it exact over several micro-batches, where a step has them.
+
+    Raises:
+        RecipeError: the objective can't be cached: accumulated, its loss would be that of smaller batches.
+    """
+    if not objective.whole_batch or accumulation == 1:
+        return None
+    if not isinstance(objective, WholeBatchObjective) or len(objective.turns) > 1:
+        raise RecipeError(
+            f"batch.micro: the loss of {type(objective).__name__} looks across the whole batch, and a step has "
+            f"{accumulation} micro-batches on each rank: it would be another loss. Raise batch.micro or the number of "
+            f"ranks until batch.samples = batch.micro x ranks, or write the objective as a WholeBatchObjective"
+        )
+    objective.cache = GradientCache(accumulation)
+    return objective.cache
 
 
 def _group_names(objective: Objective, optimizer: torch.optim.Optimizer) -> Groups:

@@ -34,7 +34,8 @@ from pretrain.engine.start_checks import check_hosts
 from pretrain.engine.step import to_device, train_step
 from pretrain.errors import CheckpointError, DataError
 from pretrain.guards.results import StepResult
-from pretrain.objectives.base import Method
+from pretrain.models.frozen import frozen_notes
+from pretrain.objectives.base import Method, Objective
 from pretrain.recipe.show import show_recipe
 from pretrain.runtime.environment import versions
 from pretrain.runtime.logging import set_up_logging
@@ -218,6 +219,7 @@ def _end_with(run: Run, steps_done: int, error: DataError, saved: int) -> NoRetu
 
 
 def _save(run: Run, steps_done: int) -> None:
+    objective: Objective = run.built.engine.module
     state = {
         "step": steps_done,
         "epoch": run.schedule.epoch(steps_done),
@@ -230,10 +232,12 @@ def _save(run: Run, steps_done: int) -> None:
         "bad_samples": gather_objects(run.ranks, run.inputs.ledger.state()),
         "best": asdict(run.best),
         "recipe": asdict(run.recipe),
+        "frozen": frozen_notes(objective.frozen_parts()),
         "versions": versions(),
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    seconds = run.saver.save(run.built.engine, Content(steps_done, state, show_recipe(run.recipe), keep=run.best.steps))
+    content = Content(steps_done, state, show_recipe(run.recipe), run.best.steps, objective.rank_state())
+    seconds = run.saver.save(run.built.engine, content)
     run.stop.saved_in(max(seconds, run.saver.longest_s))
 
 

@@ -86,7 +86,13 @@ def rewind(run: Run, step: int, found: Resumable) -> Run:
     run.inputs.batches.close()
     if run.ranks.first:
         remember(run.folder.guard, run.guard.state)
-    load(run.built.engine, found, layout(run.recipe, run.ranks), run.built.groups)
+    load(
+        run.built.engine,
+        found,
+        layout(run.recipe, run.ranks),
+        run.built.groups,
+        run.built.engine.module.rank_state(),
+    )
     dist.barrier()  # no rank writes to the lists while rank 0 shortens them
     if run.ranks.first:
         forget_after(run.folder, found.step, run.inputs.batches.plan)

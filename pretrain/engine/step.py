@@ -18,6 +18,7 @@ from pretrain.guards.incidents import Incidents
 from pretrain.guards.results import StepResult
 from pretrain.guards.step_guard import StepGuard
 from pretrain.runtime.activity import note
+from pretrain.runtime.gradient_cache import GradientCache
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.seeds import seed_forward
 
@@ -29,6 +30,7 @@ class StepInputs:
     Attributes:
         engine: DeepSpeed engine around the objective.
         turns: Updates of one batch, in their order.
+        cache: Makes a loss over the global batch exact over several micro-batches; None where there is one.
         batches: Endless micro-batches of this rank.
         accumulation: Micro-batches in a step.
         own_clip: Where DeepSpeed has no optimiser of its own (`deepspeed_config.unwrapped`): the largest gradient
@@ -43,6 +45,7 @@ class StepInputs:
 
     engine: Any
     turns: Sequence[Turn]
+    cache: GradientCache | None
     batches: MicroBatches
     accumulation: int
     own_clip: float | None
@@ -75,6 +78,8 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
     for turn in inputs.turns:
         turn.begin(engine)
         sums = _Sums()
+        if inputs.cache is not None:
+            _embed_all(inputs, inputs.cache, step, sums, kept)
         for micro in range(inputs.accumulation - 1):
             loss = _forward(inputs, step, micro, sums, kept)
             note("backward")
@@ -124,14 +129,29 @@ class _Sums:
     waited: float = 0.0
 
 
+def _fetch(inputs: StepInputs, sums: _Sums) -> Batch:
+    note("data")
+    asked = time.perf_counter()
+    batch = next(inputs.batches)
+    sums.waited += time.perf_counter() - asked
+    inputs.ledger.record(batch)
+    return batch
+
+
+def _embed_all(inputs: StepInputs, cache: GradientCache, step: int, sums: _Sums, kept: list[Batch]) -> None:
+    """Embed a step's micro-batches without gradient, so that each can then be compared with all of them."""
+    with cache.collecting(inputs.engine.module):
+        for micro in range(inputs.accumulation):
+            kept.append(to_device(_fetch(inputs, sums), inputs.ranks.device))
+            note("forward")
+            seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
+            inputs.engine.module(kept[micro])
+
+
 def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums, kept: list[Batch]) -> Tensor:
-    """Compute the loss of a micro-batch, which the first turn fetches and later ones find in `kept`."""
+    """Compute the loss of a micro-batch; what is asked for again, by a later turn, is kept."""
     if micro == len(kept):
-        note("data")
-        asked = time.perf_counter()
-        batch = next(inputs.batches)
-        sums.waited += time.perf_counter() - asked
-        inputs.ledger.record(batch)
+        batch = _fetch(inputs, sums)
         # One turn: nothing reads it again, and a whole step's clips would stay in memory.
         kept.append(batch if len(inputs.turns) > 1 else {})
     else:

@@ -109,6 +109,10 @@ class Frozen(Generic[M]):
         logger.info("%s: %s parameters, frozen, in %s: %.2f GB on each rank",
                     self.name, f"{count:,}", self.dtype, count * DTYPES[self.dtype].itemsize / 1e9)  # fmt: skip
 
+    def build_empty(self) -> None:
+        """Build the network without reading weights: plans need its shapes alone, and run where the file is not."""
+        self._model = self._build().requires_grad_(False).to(DTYPES[self.dtype]).eval()
+
     @property
     def digest(self) -> str:
         """Hash of the weights' names and values, as read; loads the network."""

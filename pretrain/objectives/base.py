@@ -13,12 +13,15 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from pretrain.checkpoint.rank_state import RankState
 from pretrain.data.samples import Batch, Samples
 from pretrain.models.base import Cost
+from pretrain.models.frozen import Frozen
 from pretrain.models.weights import load_weights
 from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.components import load_component
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.gradient_cache import Embeddings, GradientCache
 from pretrain.runtime.process_group import Ranks
 
 #: Tensors that never decay although they have two or more dimensions (VideoMAEv2, optim_factory.get_parameter_groups).
@@ -92,8 +95,12 @@ class Objective(nn.Module):
     def keep_evaluated_weights(self) -> None:
         """Make the weights that are evaluated the only ones: averages, where the objective has some."""
 
-    def rank_state(self) -> dict[str, Tensor]:
+    def rank_state(self) -> dict[str, RankState]:
         """Give what is saved beside the weights, queues and banks: restored in place when a run goes on."""
+        return {}
+
+    def frozen_parts(self) -> Mapping[str, Frozen[Any]]:
+        """Give towers that don't train: a checkpoint names them with their hash, and a resume compares it."""
         return {}
 
     def features(self, batch: Batch) -> Tensor:
@@ -109,6 +116,31 @@ class Objective(nn.Module):
         Empty where there is nothing to look at.
         """
         return {}
+
+
+class WholeBatchObjective(Objective):
+    """A loss across the global batch: rows are embedded apart, and compared together.
+
+    Where a step has several micro-batches, the engine hands over a cache, through which loss and gradients are exactly
+    those of one large batch. `compare` runs twice then, so it must change no state.
+    """
+
+    whole_batch = True
+    cache: GradientCache | None = None
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Embed the rows of a micro-batch: tensors [B, ...] by name."""
+        raise NotImplementedError
+
+    def compare(self, embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute loss and detached metrics of all rows that this rank has in a step."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Output:
+        embeddings = self.embed(batch)
+        if self.cache is None:
+            return Output(*self.compare(embeddings))
+        return Output(*self.cache(embeddings, self.compare))
 
 
 class Evaluation(Protocol):

@@ -96,6 +96,8 @@ def trace_step(method: Method, micro: int, on_cpu: bool = False) -> Trace:
     """
     with torch.device("meta"):
         objective = method.build().to(DTYPES[method.recipe.compute.dtype])
+    for part in objective.frozen_parts().values():
+        part.build_empty()
     made_up = method.example(micro)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         module = objective.to_empty(device="cpu")

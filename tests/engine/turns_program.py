@@ -100,7 +100,7 @@ def take_steps(stage: int, dtype: str, accumulation: int, ranks: Any) -> dict[st
     incidents = SimpleNamespace(begin=lambda step: None, note=lambda batch, loss: None)
     batches: Any = Batches(accumulation)
     inputs = StepInputs(
-        engine=engine, turns=turns, batches=batches, accumulation=accumulation,
+        engine=engine, turns=turns, cache=None, batches=batches, accumulation=accumulation,
         own_clip=math.inf if unwrapped(recipe) else None, ledger=ledger, ranks=ranks, seed=0,
         asked_to_stop=lambda: False, guard=StepGuard(recipe.guard), incidents=incidents,
     )  # fmt: skip

@@ -134,7 +134,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_sources(root / "raw")
     pack = [sys.executable, "launch/pack.py", "--workers", "0"]
     execute(root, *pack, "raw/pictures", "shards/pictures", "--kind", "image", "--with", "txt")
-    execute(root, *pack, "raw/films", "shards/films")
+    execute(root, *pack, "raw/films", "shards/films", "--audio", "keep")
     execute(root, *pack, "raw/boxed.jsonl", "shards/boxed", "--kind", "image")
     for name in ("old", "new"):
         execute(root, *pack, f"raw/{name}", f"shards/{name}", "--kind", "array")

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
-from pretrain.models.frozen import Frozen
 from pretrain.samples.captioned_images import CaptionedImages
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.data.samples import Batch
 from pretrain.models.base import Classifier, Cost, architecture_of
+from pretrain.models.frozen import Frozen
 from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.objectives.base import Method, Objective, Output
 
@@ -82,6 +82,9 @@ class Captioned(Objective):
         self.model: Any = model
         self.tower = tower
         self.normalization = PixelNormalization()
+
+    def frozen_parts(self) -> "dict[str, Frozen[Words]]":
+        return {"tower": self.tower}
 
     def forward(self, batch: Batch) -> Output:
         seen = self.model.forward_features(self.normalization(unit_pixels(batch["video"]))).float()

@@ -23,7 +23,7 @@ class Config(image_pairs.Config):
 
 
 class BoxedImages(ImagePairs):
-    """`video` uint8 [B, 1, H, W, 3]; `boxes` float32 [sum of counts, 4] in shares of the picture; `counts` int64 [B]."""
+    """`video` uint8 [B, 1, H, W, 3]; `boxes` float32 [sum of counts, 4], shares of the picture; `counts` int64 [B]."""
 
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
         boxes = np.array(members.facts.get("boxes", []), dtype=np.float32).reshape(-1, 4)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from pretrain.samples.image_pairs import ImagePairs
 from pretrain.samples.text import Tokenizer
 
@@ -29,13 +31,13 @@ class CaptionedImages(ImagePairs):
 
     def __init__(self, options: Config, seed: int) -> None:
         super().__init__(options, seed)
-        self._tokenizer = Tokenizer(options.tokenizer, context=options.context)
+        self._tokenizer = Tokenizer(options.tokenizer, context=options.context, too_long="refuse")
 
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
-        ids = self._tokenizer.encode([members.text()]).ids.numpy()
+        ids = self._tokenizer.encode([members.text()]).ids
         return super().__call__(place, source, members) | {"ids": ids}
 
     def example(self, count: int) -> Batch:
         batch = super().example(count)
         ids = self._tokenizer.encode(["made up"] * len(batch["key"])).ids
-        return batch | {"ids": ids}
+        return batch | {"ids": torch.from_numpy(ids)}
