@@ -18,6 +18,7 @@ import pretrain.samples
 from finetune.commands.finetune import main as finetune_main
 from finetune.recipe import TuneRecipe
 from pretrain.commands.pretrain import main
+from pretrain.errors import RecipeError
 from pretrain.models.base import Classifier, architecture_of
 from pretrain.objectives.base import method_of, problems_of
 from pretrain.plan.dry_run import dry_run
@@ -57,6 +58,13 @@ def test_table_of_recipes_is_what_the_dry_run_says() -> None:
         }
         found = [values["parameters"], values["encoder"], values["forward pass"].removesuffix(" GMAC"), values["steps"]]
         assert found == stated, name
+
+
+@pytest.mark.parametrize("name", ["formats", "huggingface", "clip_weights", "vit"])
+def test_files_beside_components_are_none(name: str) -> None:
+    assert not {name, "base"} & set(component_names("pretrain.models.{}"))
+    with pytest.raises(RecipeError, match=f"no model '{name}' in pretrain/models/"):
+        load_recipe("vit_b_dual", [f"model.name={name}"])
 
 
 def test_own_recipe_of_the_page_is_sound(tmp_path: Path) -> None:
