@@ -29,6 +29,7 @@ from finetune.recipe import TuneRecipe
 from pretrain.data.samples import Batch
 from pretrain.errors import RecipeError
 from pretrain.models.averages import WeightAverage
+from pretrain.models.backbone import Backbone
 from pretrain.models.base import Classifier, Cost, architecture_of
 from pretrain.models.classifier_weights import classifier_state, load_pretrained, read_label_map
 from pretrain.models.pixels import PixelNormalization, unit_pixels
@@ -196,7 +197,7 @@ class ClassificationObjective(Objective):
         self.average = self._new_average()  # of what is trained now, from what was loaded
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
-        if self.model.reorganisation is not None:
+        if isinstance(self.model, Backbone) and self.model.reorganisation is not None:
             self.model.reorganisation.set_step(step, steps_per_epoch)
 
     def after_step(self) -> None:

@@ -1,6 +1,7 @@
 """The command line of launch/pretrain.py."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,3 +39,7 @@ def _run(method: "Method", arguments: argparse.Namespace) -> int:
 
 
 PROGRAM = Program("pretrain.py", "Pre-train a video model as a recipe says.", EXAMPLES, schema=Recipe, run=_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

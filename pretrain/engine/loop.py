@@ -254,4 +254,5 @@ def _make_pictures(run: Run, steps_done: int, shown: Batch) -> None:
     module.eval()
     videos = module.pictures(to_device(shown, run.ranks.device))
     module.train()
-    run.reporter.pictures(steps_done, videos, run.recipe.log.pictures)
+    if videos:
+        run.reporter.pictures(steps_done, videos, run.recipe.log.pictures)

@@ -81,7 +81,7 @@ def checkpoint_bytes(recipe: Recipe, size: ModelSize) -> int:
 
 
 def gradient_width(recipe: Recipe) -> int:
-    """Bytes of an accumulated gradient's value; see `data_types` in ds_config.py."""
+    """Bytes of an accumulated gradient's value; see `data_types` in deepspeed_config.py."""
     return 4 if recipe.compute.dtype == "bf16" and recipe.zero.stage > 0 else DTYPES[recipe.compute.dtype].itemsize
 
 

@@ -33,8 +33,8 @@ class StepInputs:
         cache: Makes a loss over the global batch exact over several micro-batches; None where there is one.
         batches: Endless micro-batches of this rank.
         accumulation: Micro-batches in a step.
-        own_clip: Where DeepSpeed has no optimiser of its own (`ds_config.unwrapped`): the largest gradient norm, inf
-            for no clipping; None where DeepSpeed checks and clips.
+        own_clip: Where DeepSpeed has no optimiser of its own (`deepspeed_config.unwrapped`): the largest gradient
+            norm, inf for no clipping; None where DeepSpeed checks and clips.
         ledger: Counts unusable samples.
         ranks: This process among all.
         seed: The run's seed.

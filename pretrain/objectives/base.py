@@ -111,8 +111,11 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Draw videos to look at, uint8 [B, T, H, W, 3] by name in display order (original, masked, reconstructed)."""
-        raise NotImplementedError
+        """Draw videos to look at, uint8 [B, T, H, W, 3] by name in display order (original, masked, reconstructed).
+
+        Empty where there is nothing to look at.
+        """
+        return {}
 
 
 class WholeBatchObjective(Objective):

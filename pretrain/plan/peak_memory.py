@@ -1,7 +1,7 @@
 """Memory of one rank at the moment when most is held, part by part.
 
-Weights, gradients and optimiser follow from the recipe (engine/memory.py), activations are counted (trace.py). What
-DeepSpeed 0.19 holds beside them, and when, was read in its code and measured: bench/memory.py compares.
+Weights, gradients and optimiser follow from the recipe (engine/model_states.py), activations are counted (trace.py).
+What DeepSpeed 0.19 holds beside them, and when, was read in its code and measured: bench/memory.py compares.
 """
 
 from collections.abc import Iterator

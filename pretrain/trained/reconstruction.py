@@ -9,7 +9,9 @@ from torch import Tensor
 
 from pretrain.data.samples import Batch
 from pretrain.data.stream import TrainStream, open_sources
+from pretrain.errors import WeightsError
 from pretrain.objectives.base import method_of
+from pretrain.objectives.videomae import VideoMAEObjective
 from pretrain.recipe.schema import Batch as BatchSize
 from pretrain.recipe.schema import Source
 from pretrain.trained.load_run import Trained
@@ -24,6 +26,11 @@ def held_out_batches(trained: Trained, shards: str, clips: int) -> Iterator[Batc
     Positions in the videos and masks come from the samples' generators, as in training. Where the shards hold fewer
     videos, each gives several clips.
     """
+    if not isinstance(trained.objective, VideoMAEObjective):
+        raise WeightsError(
+            f"{trained.source}: objective {trained.recipe.objective.name} reconstructs no pixels; videomae does, and "
+            "methods that inherit from it"
+        )
     recipe, count = trained.recipe, -(-clips // MICRO)
     data = replace(
         recipe.data,

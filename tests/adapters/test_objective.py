@@ -2,7 +2,7 @@
 
 import torch
 
-from finetune.classification.task import ClassificationObjective, build
+from finetune.classification.task import ClassificationObjective
 from finetune.recipe import load_tune_recipe
 from pretrain.models.classifier_weights import classifier_state
 from pretrain.models.initial_weights import read_weights
@@ -18,7 +18,9 @@ TINY = [
 
 def objective(*overrides: str) -> ClassificationObjective:
     torch.manual_seed(0)
-    return build(load_tune_recipe("demo_finetune", [*TINY, *overrides]))
+    found = method_of(load_tune_recipe("demo_finetune", [*TINY, *overrides])).build()
+    assert isinstance(found, ClassificationObjective)
+    return found
 
 
 def batch() -> dict[str, torch.Tensor]:

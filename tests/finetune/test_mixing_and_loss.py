@@ -10,6 +10,7 @@ from finetune.recipe import Augment, TuneRecipe, load_tune_recipe
 from pretrain.engine.optimiser import parameter_groups, set_lr
 from pretrain.models.averages import WeightAverage
 from pretrain.models.classifier import VideoClassifier
+from pretrain.objectives.base import method_of
 
 #: A small network.
 SMALL = [
@@ -23,10 +24,10 @@ def objective(*words: str) -> ClassificationObjective:
 
 
 def build(recipe: TuneRecipe) -> ClassificationObjective:
-    from finetune.classification.task import build as build_objective
-
     torch.manual_seed(0)
-    return build_objective(recipe)
+    found = method_of(recipe).build()
+    assert isinstance(found, ClassificationObjective)
+    return found
 
 
 def test_cutmix_cuts_rows_and_columns_of_all_frames() -> None:
