@@ -69,6 +69,8 @@ HUGGING_FACE_PARTS = {
     "self_attn.out_proj.": "attn.proj.",
     "mlp.fc": "mlp.fc",
 }
+#: [embedding, C] here and in Hugging Face, [C, embedding] in open_clip.
+PROJECTIONS = ("visual.head.weight", "text.head.weight")
 BLOCK = re.compile(r"((?:visual|text)\.blocks\.\d+\.)(.*)")
 PROJECTION = re.compile(r"(.*\.)self_attn\.([qkv])_proj\.(weight|bias)")
 #: Keys of a config.json's sections -> ours, the text tower's with `text_` in front.
@@ -196,7 +198,28 @@ def our_names(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         # open_clip's models with a custom text tower hold the text's part below `text.`.
         name = _named(key.removeprefix("text."), OPEN_CLIP_STEMS, OPEN_CLIP_PARTS)
-        found[name] = value.t() if name in ("visual.head.weight", "text.head.weight") else value
+        found[name] = value.t() if name in PROJECTIONS else value
+    return found
+
+
+def open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's names, which are OpenAI's, for weights under ours: what others can read.
+
+    Raises:
+        WeightsError: a weight that CLIP doesn't have, an adapter's for example.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        stem = next((stem for stem, own in OPEN_CLIP_STEMS.items() if key.startswith(own)), None)
+        name = key if stem is None else stem + key.removeprefix(OPEN_CLIP_STEMS[stem])
+        block = BLOCK.fullmatch(key)
+        part = next((part for part, own in OPEN_CLIP_PARTS.items() if block and block[2].startswith(own)), None)
+        if block and part is not None:
+            index = block[1].split(".")[2]
+            name = f"{stem}{index}.{part}{block[2].removeprefix(OPEN_CLIP_PARTS[part])}"
+        elif block or (stem is None and key != "logit_scale"):
+            raise WeightsError(f"{key}: open_clip's CLIP has no such weight")
+        found[name] = value.t().contiguous() if key in PROJECTIONS else value
     return found
 
 

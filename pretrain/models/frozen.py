@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -83,7 +84,7 @@ class Frozen(Generic[M]):
         self.load()
         assert self._model is not None
         device = self._device if device is None else torch.device(device)
-        if device != self._device:
+        if device != self._device:  # the objective's own .to() does not reach it
             self._model, self._device = self._model.to(device), device
         return self._model
 
@@ -131,8 +132,8 @@ class Frozen(Generic[M]):
 def locate(key: str, weights: str) -> str:
     """The file or folder that a recipe's key names.
 
-    Nothing is downloaded unless the name begins with `hub:`; the hub's client keeps what it has fetched, and without a
-    network its copy is used.
+    Nothing is downloaded unless the name begins with `hub:`, and then only what was not fetched before: an earlier copy
+    is used as it is (name a revision for another one).
 
     Args:
         key: of the recipe, for messages.
@@ -161,35 +162,42 @@ def _from_hub(key: str, weights: str) -> str:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = weights.removeprefix(HUB).partition("@")
-    unreachable = False
 
-    def fetch(file: str) -> str | None:
-        nonlocal unreachable
+    def fetch(file: str, local: bool) -> str | None:
         try:
-            return huggingface_hub.hf_hub_download(name, file, revision=revision or None, local_files_only=unreachable)
-        except LocalEntryNotFoundError:
-            unreachable = True  # ask the cache alone for the other files, not a dead network once for each
-        except EntryNotFoundError:
-            pass
-        return None
+            return huggingface_hub.hf_hub_download(name, file, revision=revision or None, local_files_only=local)
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) and not local:
+                raise  # no network: asking for the other files would take as long again for each
+            return None
 
     try:
-        found = next((path for path in map(fetch, FOLDER_FILES) if path), None)
-        if found is not None and found.endswith(".index.json"):
-            for part in sorted(set(json.loads(storage.read_bytes(found))["weight_map"].values())):
-                fetch(part)
-        for file in CONFIGS:
-            fetch(file)
+        # An earlier copy goes first: a run that is resumed years later reads the same, and clusters have no network.
+        for local in (True, False):
+            found = _snapshot(partial(fetch, local=local))
+            if found is not None:
+                return found
+        reason = "it has no weights file"
+    except LocalEntryNotFoundError:
+        reason = "the hub can't be reached, and no earlier copy is here"
     except (HfHubHTTPError, HFValidationError) as error:
         reason = f"the hub refuses ({type(error).__name__})"
-    else:
-        reason = "the hub can't be reached, and no earlier copy is here" if unreachable else "it has no weights file"
-        if found is not None:
-            return storage.parent(found)
     raise WeightsError(
         f"{key}={weights}: {reason}. Names are {HUB}owner/name[@revision]. Where there is a network: "
         f"hf download {name}; then give the folder that it prints"
     )
+
+
+def _snapshot(fetch: Callable[[str], str | None]) -> str | None:
+    """The folder with a model's files, fetched one by one; None where weights are missing or incomplete."""
+    for file in CONFIGS:  # before the weights, so that these never lie there without
+        fetch(file)
+    found = next((path for path in map(fetch, FOLDER_FILES) if path), None)
+    if found is not None and found.endswith(".index.json"):
+        parts = set(json.loads(storage.read_bytes(found))["weight_map"].values())
+        if any(fetch(part) is None for part in sorted(parts)):
+            return None
+    return None if found is None else storage.parent(found)
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import RecipeError, WeightsError
 from pretrain.models.clip import CLIP, Config, TextTower, VisualTower, check, cost, quick_gelu, resolve
-from pretrain.models.clip_weights import load_clip, our_names
+from pretrain.models.clip_weights import load_clip, open_clip_names, our_names
 from pretrain.models.vit import Block
 from pretrain.runtime.vision_ops import ensure_torchvision
 
@@ -145,6 +145,30 @@ def test_equal_to_transformers(activation: str, tmp_path: Path) -> None:
             torch.testing.assert_close(ours_, theirs_, **CLOSE)
         read_tokens = model.text.norm(model.text.forward_features(ids).tokens)
         torch.testing.assert_close(read_tokens, read.last_hidden_state, **CLOSE)
+
+
+@pytest.mark.parametrize(("eos", "other"), [(2, {}), (30, {"end_id": 30})])
+def test_end_of_text_of_old_and_extended_files(eos: int, other: dict[str, int], tmp_path: Path) -> None:
+    """Files of before 2023 say 2 and mean the highest id; a vocabulary may go on behind the end."""
+    reference, model = hugging_face("gelu", eos), ours("gelu", **other)
+    reference.save_pretrained(tmp_path)
+    load_clip(model, str(tmp_path))
+    ids = inputs()[1] if eos == 2 else torch.tensor([[48, 30, 49, 30], [1, 49, 2, 30]])
+    with torch.no_grad():
+        expected = reference.get_text_features(input_ids=ids)
+        expected = getattr(expected, "pooler_output", expected)
+        torch.testing.assert_close(model.text(ids), expected, **CLOSE)
+
+
+def test_open_clip_reads_what_we_write() -> None:
+    reference, model, (images, ids) = theirs("gelu"), as_trained(ours("gelu")), inputs()
+    reference.load_state_dict(open_clip_names(model.state_dict()), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(reference.encode_image(images), model.visual(images), **CLOSE)
+        torch.testing.assert_close(reference.encode_text(ids), model.text(ids), **CLOSE)
+    for strange in ("visual.blocks.0.adaptmlp.down.weight", "visual.time.table"):
+        with pytest.raises(WeightsError, match=strange):
+            open_clip_names({strange: torch.ones(2, 2)})
 
 
 def test_same_gradients_as_open_clip() -> None:

@@ -195,28 +195,44 @@ for name in sys.argv[1:]:
 """
 
 
-def ask_hub(endpoint: str, cache: Path, *names: str) -> list[str]:
-    variables = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+def ask_hub(cache: Path, names: list[str], **more: str) -> list[str]:
+    variables = os.environ | {"HF_HUB_CACHE": str(cache), "PYTHONPATH": str(ROOT)} | more
     variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", HUB_PROGRAM, *names], env=variables, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", HUB_PROGRAM, *names], env=variables, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
 
 def test_hub_is_asked_where_the_recipe_says_so(hub: str, weights: str, tmp_path: Path) -> None:
-    """The real client against a server on loopback, then against none at all: its earlier copy does."""
-    cache = tmp_path / "cache"
-    found, unknown, wrong = ask_hub(hub, cache, "hub:owner/tiny", "hub:owner/other", "hub:a/b/c")
-    assert found.startswith("FOUND") and found.endswith("model.safetensors")
+    """The real client against a server on loopback; afterwards its copy does, without a network."""
+    cache, folder = tmp_path / "cache", Path(weights).parent
+    (folder / "config.json").write_text("{}")
+    names = ["hub:owner/tiny", "hub:owner/other", "hub:a/b/c"]
+    found, unknown, wrong = ask_hub(cache, names, HF_ENDPOINT=hub)
     place = Path(found.split()[1])
-    assert (place / "model.safetensors").read_bytes() == Path(weights).read_bytes() and cache in place.parents
+    assert found.startswith("FOUND") and found.endswith("config.json model.safetensors") and cache in place.parents
+    assert (place / "model.safetensors").read_bytes() == Path(weights).read_bytes()
     assert "hub:owner/other: the hub refuses (RepositoryNotFoundError)" in unknown and "hf download" in unknown
     assert "hub:a/b/c: the hub refuses" in wrong
-    again, never = ask_hub("http://127.0.0.1:1", cache, "hub:owner/tiny", "hub:owner/never")
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "1"}
+    again, never = ask_hub(cache, ["hub:owner/tiny", "hub:owner/never"], **offline)
     assert again == found
     assert "hub:owner/never: the hub can't be reached, and no earlier copy is here" in never
+
+
+def test_weights_in_parts_are_fetched_whole(hub: str, weights: str, tmp_path: Path) -> None:
+    """A copy that was cut short is no copy."""
+    cache, folder = tmp_path / "cache", Path(weights).parent
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
+    found = ask_hub(cache, ["hub:owner/tiny@main"], HF_ENDPOINT=hub)[0]
+    assert found.endswith("a.safetensors config.json model.safetensors.index.json")
+    (Path(found.split()[1]) / "a.safetensors").unlink()
+    again = ask_hub(cache, ["hub:owner/tiny@main"], HF_ENDPOINT="http://127.0.0.1:1", HF_HUB_OFFLINE="1")[0]
+    assert "can't be reached" in again
 
 
 def test_hub_is_not_asked_elsewhere(weights: str) -> None:
