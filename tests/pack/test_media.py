@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -43,7 +44,7 @@ ALONE = ["--workers", "0"]
 FAST = ["--preset", "ultrafast", "--workers", "0", "--check-reads", "1", "--check-decoders", "pyav"]
 
 
-def _stream(folder: Path) -> dict[str, Members]:
+def _stream(folder: Path | str) -> dict[str, Members]:
     """Every sample by key, as training fetches it."""
     index = load_index(str(folder))
     reader, found = SampleReader([index], None, 10), {}
@@ -242,6 +243,24 @@ def test_zip_archive_with_a_map(archive: Path, images: Path, capsys: pytest.Capt
     arguments = [str(archive.parent / "train_map.txt"), str(again), "--data-root", str(archive), *ALONE]
     assert main(arguments) == 0
     assert load_index(str(again)).fingerprint == load_index(str(out)).fingerprint
+
+
+def test_images_and_archives_on_an_object_store(archive: Path, images: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/media/train.zip", archive.read_bytes())
+    fs.pipe_file("/media/train_map.txt", (archive.parent / "train_map.txt").read_bytes())
+    for name, data in {
+        "a.jpg": image_bytes(picture(), "JPEG"),
+        "a.txt": b"one",
+        "b.jpg": b"x",
+        "b.txt": b"two",
+    }.items():
+        fs.pipe_file(f"/media/pairs/{name}", data)
+    assert main(["memory://media/train.zip", "memory://packed/zip", *ALONE]) == 0
+    assert load_index("memory://packed/zip").samples == 20
+    assert main(["memory://media/pairs", "memory://packed/pairs", "--kind", "image", "--with", "txt", *ALONE]) == 0
+    (members,) = _stream("memory://packed/pairs").values()
+    assert members.text() == "one" and members.image() == image_bytes(picture(), "JPEG")
 
 
 def test_zip_archive_without_a_map_in_parts(archive: Path) -> None:
