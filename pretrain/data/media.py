@@ -16,8 +16,6 @@ SOUND_ENDINGS = frozenset("wav flac mp3 m4a aac ogg oga opus wma aif aiff".split
 TEXT_ENDINGS = frozenset("txt caption srt vtt".split())
 ARRAY_ENDINGS = frozenset("npy npz safetensors h5 hdf5".split())
 RASTER_ENDINGS = frozenset("tif tiff".split())
-#: Boxes are a json of their own, beside the sample's json.
-BOXES_ENDING = "boxes.json"
 #: A class number or name of its own member, as foreign WebDataset shards have it.
 LABEL_ENDING = "cls"
 #: Name's last part of a member that holds a video's path or URL in the place of the video (pack.py --in-place).

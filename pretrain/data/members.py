@@ -11,7 +11,6 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from pretrain.data.fetch import RawSample
 from pretrain.data.media import (
     ALSO,
-    BOXES_ENDING,
     ENDINGS,
     LABEL_ENDING,
     SOUND_ENDINGS,
@@ -74,16 +73,20 @@ class Members:
         return self.texts(name)[0]
 
     def texts(self, name: str = "") -> list[str]:
-        """Texts of the sample: of its text file, else what its json (or the `meta` in it) says under `name`.
+        """Texts of the sample: of its text file, else of the member `<name>.json`, else what its json (or the `meta`
+        in it) says under `name`; the last two may hold one text or a list of them.
 
         Args:
-            name: which; without one the first text file, else "caption" or "text" of the json.
+            name: which; without one the first text file, else "caption" or "text" in the other places.
 
         Raises:
             SampleError: "index" where there is none, "text" for one that is empty or no text in UTF-8.
         """
         ending = self._find(TEXT_ENDINGS, name)
-        found = self._decoded(ending) if ending else self._stated_text([name] if name else list(TEXT_FACTS))
+        names = [name] if name else list(TEXT_FACTS)
+        found = self._decoded(ending) if ending else self._stated(names, "text")
+        if found is None:
+            raise self._missing(f"text ({sorted(TEXT_ENDINGS)}, or {' or '.join(names)} in its json)")
         texts = [found] if isinstance(found, str) else found
         if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one.strip() for one in texts):
             raise SampleError("text", f"{ending or 'its json'} holds no text but {str(found)[:60]!r}")
@@ -95,14 +98,9 @@ class Members:
         Raises:
             SampleError: "index" where there are none, "boxes" where their json is damaged.
         """
-        if BOXES_ENDING in self.files:
-            try:
-                return json.loads(self.files[BOXES_ENDING])
-            except ValueError as error:
-                raise SampleError("boxes", f"{BOXES_ENDING} is damaged: {error}") from error
-        stated = self._stated(["boxes"])
+        stated = self._stated(["boxes"], "boxes")
         if stated is None:
-            raise self._missing(f"boxes ({BOXES_ENDING}, or `boxes` in its json)")
+            raise self._missing("boxes (boxes.json, or `boxes` in its json)")
         return stated
 
     def _of_kind(self, endings: frozenset[str], what: str, name: str) -> bytes:
@@ -129,14 +127,15 @@ class Members:
         except UnicodeDecodeError as error:
             raise SampleError("text", f"{ending} is not in UTF-8 ({error})") from error
 
-    def _stated_text(self, names: list[str]) -> Any:
-        stated = self._stated(names)
-        if stated is None:
-            raise self._missing(f"text ({sorted(TEXT_ENDINGS)}, or {' or '.join(names)} in its json)")
-        return stated
-
-    def _stated(self, names: list[str]) -> Any:
-        """What the json, or the `meta` in it, says under the first of some names that it knows; None without."""
+    def _stated(self, names: list[str], reason: str) -> Any:
+        """What a member `<name>.json` holds, else what the json, or the `meta` in it, says under the first of some
+        names that is there; None without."""
+        for name in names:
+            if f"{name}.json" in self.files:
+                try:
+                    return json.loads(self.files[f"{name}.json"])
+                except ValueError as error:
+                    raise SampleError(reason, f"{name}.json is damaged: {error}") from error
         meta = self.facts.get("meta")
         for section in (self.facts, meta if isinstance(meta, dict) else {}):
             for name in names:

@@ -65,7 +65,7 @@ class ImageReader(VideoReader):
 
 def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Any:
     """A Pillow image whose pixels are not decoded yet; errors as for `decode_image`."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise SampleError("empty", "no bytes")
@@ -73,6 +73,8 @@ def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Any:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise SampleError("too_large", str(error)) from error
+    except UnidentifiedImageError as error:  # its own text holds an address in memory, another one each time
+        raise SampleError("open", "no image of a kind that Pillow knows") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise SampleError("open", str(error)) from error
     if image.width * image.height > max_pixels:

@@ -58,6 +58,10 @@ def _image(data: bytes) -> dict[str, Any]:
 def _sound(data: bytes) -> dict[str, Any]:
     from pretrain.data.decoders.sound import decode_sound, probe_sound
 
+    # FFmpeg takes a cut WAV file for a shorter one. Those that were written to a pipe state 0 or the largest number.
+    riff = int.from_bytes(data[4:8], "little") if data[:4] == b"RIFF" else 0
+    if len(data) < riff + 8 and riff != 0xFFFFFFFF:
+        raise SampleError("damaged", f"{len(data)} bytes, its header says {riff + 8}: the file is cut")
     stated = probe_sound(data)
     heard = decode_sound(data, stated.rate, min(stated.channels, 2))
     seconds = heard.shape[1] / stated.rate

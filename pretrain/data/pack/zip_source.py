@@ -1,6 +1,7 @@
 """Originals inside zip archives, named as Swin Transformer's zip mode names them: `train.zip@/n01440764/1.JPEG`.
 
-An archive's directory is read once in every process that reads from it, and kept: about 0.5 kB for each entry.
+An archive's directory is read once in every process that reads from it, and kept: 0.6 kB for each entry, so 0.8 GB for
+the training images of ImageNet.
 """
 
 import functools
