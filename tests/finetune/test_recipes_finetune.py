@@ -113,7 +113,6 @@ def test_mismatch_is_warned_of(words: list[str], expected: str) -> None:
         (["batch.micro=1", "batch.samples=2", "data.views=1", "augment.mixup=1"], "is odd"),
         (["augment.randaugment=strong"], "not timm's notation"),
         (["objective.task=regression", "augment.cutmix=1"], "can't be mixed"),
-        (["ema.decay=0.99", "zero.stage=3"], "ema.decay"),
         (["evaluate.test=best", "data.sources.actions.val=null"], "needs a validation"),
         (["optim.layer_decai=1"], "did you mean 'layer_decay'"),
         (["objective.name=clasification"], "in finetune/"),

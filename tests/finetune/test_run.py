@@ -148,6 +148,28 @@ def test_bf16_masters_are_merged_from_zero_stage_1(toy: Any) -> None:
     assert not torch.equal(merged[weight], computed[weight].float()), "more digits than the model computes with"
 
 
+def test_averages_are_sharded_and_move_between_stages(toy: Any) -> None:
+    """Trained, validated and tested on two ranks in stage 3; tested on one; then trained on without ZeRO."""
+    words = ("ema.decay=0.8", "schedule.max_steps=4", "zero.stage=3")
+    toy.run("sharded", *words, ranks=2)
+    run, folder = toy.folder / "sharded", toy.folder / "sharded" / "predictions" / "step_00000004"
+    shares = [torch.load(run / f"checkpoints/step_00000004/deepspeed/zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
+                         weights_only=False)["module"]["average.head|weight"] for rank in range(2)]  # fmt: skip
+    assert [tuple(share.shape) for share in shares] == [(72,), (72,)]
+    two = read_predictions(folder)
+    toy.run("sharded", *words, "zero.init=always", "--test", "last")
+    one = read_predictions(folder)
+    order = [one.keys.index(key) for key in two.keys]
+    assert np.array_equal(one.logits[order], two.logits), "averages, whichever ranks hold them"
+    state = consolidated_state(run / "checkpoints" / "step_00000004")
+    assert torch.equal(state["average.head|weight"], torch.cat(shares).view(3, 48))
+    assert not torch.equal(state["average.head|weight"], state["model.head.weight"])
+    toy.run("sharded", "ema.decay=0.8", "schedule.max_steps=5", "evaluate.test=none")
+    moved = consolidated_state(run / "checkpoints" / "step_00000005")
+    expected = state["average.head|weight"].lerp(moved["model.head.weight"], 1 - 0.8)
+    assert torch.equal(moved["average.head|weight"], expected) and int(moved["average.updates"]) == 5
+
+
 def test_exit_codes(toy: Any, tmp_path: Path) -> None:
     assert "model.classes=5" in toy.run("wrong", "model.classes=5", expect=1)
     assert "did you mean" in toy.run("wrong", "evaluate.clip=5", expect=2)
