@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import nn
 
+from pretrain.checkpoint.sharded_buffers import ShardedBuffers
 from pretrain.engine.deepspeed_config import unwrapped
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.dtypes import DTYPES
@@ -14,11 +15,15 @@ Kind = Literal["weights", "gradients", "optimiser", "buffers"]
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of parameters, all and trained ones, and bytes of buffers (averages, statistics, tables)."""
+    """Numbers of parameters, all and trained ones, and bytes of buffers (averages, statistics, tables).
+
+    `sharded_bytes` of the buffers are cut like the weights at stage 3.
+    """
 
     parameters: int
     trained: int
     buffer_bytes: int = 0
+    sharded_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,10 @@ def size_of(module: nn.Module) -> ModelSize:
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
-    )
+        buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
+        sharded_bytes=sum(part.get_buffer(name).nbytes for part in module.modules()
+                          if isinstance(part, ShardedBuffers) for name in part.shapes),
+    )  # fmt: skip
 
 
 def model_states(recipe: Recipe, size: ModelSize, ranks: int) -> list[Held]:
@@ -61,7 +68,10 @@ def model_states(recipe: Recipe, size: ModelSize, ranks: int) -> list[Held]:
         _sharded("weights", "frozen weights", size.parameters - trained, width, recipe, 3, dtype, ranks),
         _sharded("gradients", "gradients", trained, summed, recipe, 2, _summed_in(summed, dtype), ranks),
         _sharded("optimiser", "optimiser", trained, moments, recipe, 1, states, ranks),
-        Held("buffers", size.buffer_bytes, "averaged weights, tables, statistics: whole on each rank", kind="buffers"),
+        _sharded("buffers", "averaged weights", size.sharded_bytes // 4, 4, recipe, 3, "float32", ranks),
+        Held(
+            "buffers", size.buffer_bytes - size.sharded_bytes, "tables, statistics: whole on each rank", kind="buffers"
+        ),
     ]
     if offloads(recipe):
         parts.append(_sharded("gradients", "gradients to update with", trained, 4, recipe, 1, "float32", ranks, True))

@@ -34,7 +34,7 @@ def test_averages_teacher_and_resume_on_two_ranks(variant: str, written_by_two: 
     assert [line for line in lines if not line.endswith(": same")] == []
 
 
-@pytest.mark.parametrize(("ranks", "checks"), [(1, 17), (3, 20)])
+@pytest.mark.parametrize(("ranks", "checks"), [(1, 12), (3, 13)])
 def test_all_of_it_on_other_ranks_and_stages(
     ranks: int, checks: int, on_ranks: Callable[..., list[str]], written_by_two: tuple[Path, list[str]]
 ) -> None:

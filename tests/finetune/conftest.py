@@ -50,10 +50,13 @@ class Toy:
     recipe: Path
     folder: Path
 
-    def run(self, name: str, *words: str, expect: int = 0) -> str:
+    def run(self, name: str, *words: str, expect: int = 0, ranks: int = 1) -> str:
         """launch/finetune.py into the run folder `name`, as a user starts it; returns what was printed."""
         command = [sys.executable, str(ROOT / "launch" / "finetune.py"), "--recipe", str(self.recipe)]
         environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            command = launcher + command[1:]
         done = subprocess.run(
             [*command, f"run.dir={self.folder / name}", *words],
             env=environ, cwd=self.folder, capture_output=True, text=True, timeout=240,

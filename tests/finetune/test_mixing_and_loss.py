@@ -8,7 +8,6 @@ from finetune.classification.mixing import Mixing
 from finetune.classification.task import ClassificationObjective
 from finetune.recipe import Augment, TuneRecipe, load_tune_recipe
 from pretrain.engine.optimiser import parameter_groups, set_lr
-from pretrain.models.averages import WeightAverage
 from pretrain.models.classifier import VideoClassifier
 from pretrain.objectives.base import method_of
 
@@ -79,25 +78,6 @@ def test_regression_and_multi_label_heads_learn() -> None:
             optimizer.step()
             losses.append(float(loss))
         assert losses[-1] < 0.6 * losses[0], task
-
-
-def test_average_is_float32_in_a_bfloat16_model_and_comes_back() -> None:
-    model = torch.nn.Linear(3, 2).bfloat16()
-    average = WeightAverage(model, 0.5, warmup=True)
-    average.bfloat16()
-    assert average.weight.dtype == torch.float32, "small steps would be lost"
-    start = model.weight.detach().float().clone()
-    with torch.no_grad():
-        model.weight += 1
-    live = model.weight.detach().clone()
-    average.update(model)  # update 1 keeps min(0.5, 2 / 11)
-    torch.testing.assert_close(average.weight, start + (live.float() - start) * 9 / 11)
-    with average.applied(model):
-        torch.testing.assert_close(model.weight.float(), average.weight, atol=0.01, rtol=0.01)
-    assert torch.equal(model.weight, live)
-    again = WeightAverage(torch.nn.Linear(3, 2), 0.5)
-    again.load_state_dict(average.state_dict())
-    assert int(again.updates) == 1 and torch.equal(again.weight, average.weight)
 
 
 def test_averages_are_evaluated() -> None:
