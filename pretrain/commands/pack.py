@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pretrain.commands.pack_arguments import make_parser
 from pretrain.data.pack.discover import Item, gather, with_sizes
+from pretrain.data.pack.film_index import cut_items
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_plan import Part, Plan, make_plan
 from pretrain.data.pack.pack_run import Report, pack
@@ -76,6 +77,8 @@ def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
     items = [item for item in items if _selected(item, args.where)]
     if not items:
         raise RecipeError(f"{', '.join(sources)}: no video found" + (" that --where selects" if args.where else ""))
+    if args.cut:
+        items = cut_items(items, args.cut, at_keys=args.copy or args.in_place)
     return make_plan(with_sizes(items) if part.count > 1 else items, shuffle=args.order == "shuffled")
 
 
