@@ -1,5 +1,6 @@
 """Films whose frames carry their number, 16 bits of it, in bars that survive coding."""
 
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,13 +14,20 @@ WIDTH, HEIGHT = 128, 48
 
 
 def picture(number: int, seed: int = 0) -> np.ndarray:
-    """Upper half: the number in binary, bright = 1; lower half: a texture that makes bytes."""
-    pixels = np.full((HEIGHT, WIDTH, 3), 40, dtype=np.uint8)
-    pixels[HEIGHT // 2 :] = np.random.default_rng((seed, number % 16)).integers(0, 255, (HEIGHT // 2, WIDTH, 1))
+    """Grey, as planes of yuv420p. Upper half: the number in binary; lower half: a texture that makes bytes."""
+    planes = _background(number % 16, seed).copy()
     for bit in range(BITS):
         if number >> bit & 1:
-            pixels[: HEIGHT // 2, bit * WIDTH // BITS : (bit + 1) * WIDTH // BITS] = 220
-    return pixels
+            planes[: HEIGHT // 2, bit * WIDTH // BITS : (bit + 1) * WIDTH // BITS] = 220
+    return planes
+
+
+@functools.cache
+def _background(kind: int, seed: int) -> np.ndarray:
+    planes = np.full((HEIGHT * 3 // 2, WIDTH), 40, dtype=np.uint8)
+    planes[HEIGHT // 2 : HEIGHT] = np.random.default_rng((seed, kind)).integers(0, 255, (HEIGHT // 2, WIDTH))
+    planes[HEIGHT:] = 128
+    return planes
 
 
 def number_of(frame: np.ndarray) -> int:
@@ -58,12 +66,8 @@ def write_film(
         if times_ms:
             video.codec_context.time_base = video.time_base = Fraction(1, 1000)
         sound = out.add_stream("aac", rate=44100) if audio else None
-        pictures = [av.VideoFrame.from_ndarray(picture(n, seed), format="rgb24") for n in range(min(frames, 512))]
         for number in range(frames):
-            if number >= len(pictures):
-                frame = av.VideoFrame.from_ndarray(picture(number, seed), format="rgb24")
-            else:
-                frame = pictures[number]
+            frame = av.VideoFrame.from_ndarray(picture(number, seed), format="yuv420p")
             frame.pts = times_ms[number] if times_ms else number
             frame.time_base = Fraction(1, 1000) if times_ms else Fraction(1, fps)
             out.mux(video.encode(frame))

@@ -4,13 +4,12 @@ A film of two hours has some hundred megabytes; a clip of it needs the container
 frame and the clip's end. Blocks that were read are kept up to a limit, so that a reader never holds more than that.
 """
 
-import functools
 import io
 import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -34,6 +33,7 @@ LIMIT = 8 << 20
 #: Share of the deadline that may pass in reads while a sample is decoded: after all of it the decoder counts as hung
 #: (crashes.py), which would make an unreachable store a bad sample.
 PATIENCE = 0.75
+_TOLD: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class LinkedVideo(io.RawIOBase):
         fetched: Bytes that the storage handed out so far.
         requests: In how many answers.
         used: Ranges that were read from here, merged where they touch, in the order of reading.
-        error: What the storage said when it failed; FFmpeg may have made another error, or the file's end, of it.
+        error: What the storage said when it failed; from then on there is nothing to read.
     """
 
     def __init__(self, url: str, span: Span, deadline_s: float = 300.0) -> None:
@@ -132,21 +132,21 @@ class LinkedVideo(io.RawIOBase):
         return self._place
 
     def read(self, size: int = -1, /) -> bytes:
-        """Up to `size` bytes, all that is left for -1, fewer only at the file's end.
+        """Up to `size` bytes, all that is left for -1, fewer only at the file's end and where the storage fails.
 
-        Raises:
-            SampleError, DataError: see `_fetch`.
+        FFmpeg is what reads, and no exception passes through C code: whoever lets it read asks `check` afterwards.
         """
         end = self.span.size if size < 0 else min(self._place + size, self.span.size)
-        if end <= self._place:
-            return b""
-        self._note(self._place, end)
-        parts = []
-        while self._place < end:
-            number, begin = divmod(self._place, BLOCK)
-            part = self._block(number)[begin : begin + end - self._place]
-            self._place += len(part)
-            parts.append(part)
+        begin, parts = self._place, []
+        try:
+            while self._place < end and self.error is None:
+                number, skipped = divmod(self._place, BLOCK)
+                parts.append(self._block(number)[skipped : skipped + end - self._place])
+                self._place += len(parts[-1])
+        except (SampleError, DataError):
+            logger.debug("%s: read failed", self.url, exc_info=True)
+        if parts:
+            self._note(begin, self._place)
         return b"".join(parts)
 
     def readinto(self, buffer: Any) -> int:
@@ -234,6 +234,10 @@ class LinkedVideo(io.RawIOBase):
         self.used.append((begin, end))
 
 
+#: A video as a sample holds it: its bytes, or what fetches them.
+VideoFile = bytes | LinkedVideo
+
+
 def linked_error(url: str, error: StorageError) -> SampleError | DataError:
     """What a failed read of a linked file means: one that is gone is a matter of its sample."""
     if isinstance(error.__cause__, FileNotFoundError):
@@ -241,15 +245,14 @@ def linked_error(url: str, error: StorageError) -> SampleError | DataError:
     return store_error(url, error)
 
 
-def open_link(files: Mapping[str, bytes], deadline_s: float) -> bytes | LinkedVideo:
-    """The video that the members `link` and `span` of a sample name: whole where there is no span.
+def open_link(where: str, span: bytes | None, deadline_s: float) -> VideoFile:
+    """The video at a path or URL: ready to be read as its span says, or whole without one.
 
     Raises:
         SampleError, DataError: see `linked_error`.
     """
-    where = files["link"].decode()
-    if "span" in files:
-        video = LinkedVideo(where, Span.from_json(files["span"]), deadline_s)
+    if span is not None:
+        video = LinkedVideo(where, Span.from_json(span), deadline_s)
         video.prefetch()
         return video
     try:
@@ -258,16 +261,11 @@ def open_link(files: Mapping[str, bytes], deadline_s: float) -> bytes | LinkedVi
         raise linked_error(where, error) from error
 
 
-@functools.cache
-def _say_whole() -> None:
-    """Once in a process: the files of a data set are mostly of one kind."""
-
-
 def tell_whole(url: str, why: str) -> None:
-    """Say, for the first such file of this process, that all of it is read."""
-    if not _say_whole.cache_info().currsize:
-        logger.warning("%s: %s: all of it is read for every sample; so are others like it. Pack them instead", url, why)
-    _say_whole()
+    """Say that all of a file is read, once in a process for each reason: the files of a data set are of one kind."""
+    if why not in _TOLD:
+        _TOLD.add(why)
+        logger.warning("%s: %s: all of it is read for every sample, and so are others like it; pack them", url, why)
 
 
 def _block_runs(ranges: Iterable[Range]) -> list[Range]:

@@ -4,6 +4,8 @@
 VIDEO_ENDINGS = frozenset("mp4 m4v mov avi mkv webm mpg mpeg vob ts mts m2ts wmv flv ogv 3gp".split())
 #: Name's last part of a member that holds a video's path or URL in the place of the video (pack.py --in-place).
 LINK_ENDING = "link"
+#: Of one beside it that tells what of that video is meant, and where in the file it lies.
+SPAN_ENDING = "span"
 
 #: ImageNet statistics of pixels in [0, 1], RGB.
 MEAN = (0.485, 0.456, 0.406)

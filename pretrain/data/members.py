@@ -9,6 +9,7 @@ from typing import Any
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.data.fetch import RawSample
+from pretrain.data.linked_video import LinkedVideo, VideoFile
 from pretrain.data.media import VIDEO_ENDINGS
 from pretrain.errors import SampleError
 
@@ -22,21 +23,22 @@ class Members:
         url: of its shard, for messages.
     """
 
-    def __init__(self, files: Mapping[str, bytes], key: str = "", url: str = "") -> None:
+    def __init__(self, files: Mapping[str, Any], key: str = "", url: str = "") -> None:
         self.files, self.key, self.url = files, key, url
 
-    def video(self) -> bytes:
-        """The video among them.
+    def video(self) -> VideoFile:
+        """The video among them, for `open_video`: its bytes, or a linked film or segment, read as far as is needed.
 
         Raises:
             SampleError: "index" where there is none.
         """
-        return self._of_kind(VIDEO_ENDINGS, "video (.mp4 or another of {})")
+        found: VideoFile = self._of_kind(VIDEO_ENDINGS, "video (.mp4 or another of {})")
+        return found
 
-    def _of_kind(self, endings: frozenset[str], name: str) -> bytes:
+    def _of_kind(self, endings: frozenset[str], name: str) -> Any:
         for ending, content in self.files.items():
             if ending.rsplit(".", 1)[-1] in endings:
-                return bytes(content)
+                return content if isinstance(content, LinkedVideo) else bytes(content)
         there = [ending for ending in self.files if not ending.startswith("__")]
         raise SampleError("index", f"no {name.format(sorted(endings))} among its members {there}")
 

@@ -7,15 +7,23 @@ import tempfile
 from collections.abc import Iterator
 from io import BytesIO
 
+import numpy as np
+
+from pretrain.data.decoders import open_video
 from pretrain.data.index import MemberTable, Shard, load_index, load_members
-from pretrain.data.media import LINK_ENDING, VIDEO_ENDINGS
+from pretrain.data.linked_video import LinkedVideo, VideoFile, open_link
+from pretrain.data.media import LINK_ENDING, SPAN_ENDING, VIDEO_ENDINGS
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.data.pack.scan import scan_shard
-from pretrain.data.pack.verify import check_random_reads, sequential_signatures
+from pretrain.data.pack.verify import Signatures, check_random_reads, sequential_signatures, signature
 from pretrain.errors import SampleError, TubeletError
 from pretrain.runtime import storage
 
 READS = 6
+#: Frames of a linked film that are decoded at once.
+FRAMES = 64
+#: Longest time of reading a linked file, seconds.
+DEADLINE_S = 300.0
 
 
 def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = ()) -> Iterator[str]:
@@ -75,10 +83,7 @@ def _check_members(where: str, found: MemberTable, stored: MemberTable) -> list[
 def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[str, ...]) -> list[str]:
     try:
         video, facts = _read_sample(storage.read_bytes(where, offset, offset + size))
-        with tempfile.NamedTemporaryFile(suffix=".video") as file:
-            file.write(video)
-            file.flush()
-            signatures = sequential_signatures(file.name)
+        signatures = _signatures(video)
         stated = facts.get("frames")
         if isinstance(stated, int) and stated != len(signatures):
             raise SampleError("frames", f"{len(signatures)} frames decode, its json says {stated}")
@@ -89,20 +94,36 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
     return []
 
 
-def _read_sample(data: bytes) -> tuple[bytes, dict[str, object]]:
+def _signatures(video: VideoFile) -> Signatures:
+    """Of all frames: of a linked film or segment by PyAV, some frames at a time, since it may be long."""
+    if isinstance(video, LinkedVideo):
+        with open_video(video, "pyav") as reader:
+            parts = np.array_split(np.arange(reader.num_frames), -(-reader.num_frames // FRAMES))
+            return np.stack([signature(frame) for part in parts for frame in reader.frames(part)])
+    with tempfile.NamedTemporaryFile(suffix=".video") as file:
+        file.write(video)
+        file.flush()
+        return sequential_signatures(file.name)
+
+
+def _read_sample(data: bytes) -> tuple[VideoFile, dict[str, object]]:
     """The video and the json (empty without) out of the tar members of one sample."""
     from webdataset.tariterators import base_plus_ext
 
-    video, facts = b"", {}
+    video: VideoFile = b""
+    facts: dict[str, object] = {}
+    linked: dict[str, bytes] = {}
     with tarfile.open(fileobj=BytesIO(data), mode="r:") as tar:
         for member in tar:
             file = tar.extractfile(member)
             extension = (base_plus_ext(member.name)[1] or "").lower()
             if file is not None and extension.rsplit(".", 1)[-1] in VIDEO_ENDINGS:
                 video = video or file.read()
-            elif file is not None and extension == LINK_ENDING:
-                video = storage.read_bytes(file.read().decode())
+            elif file is not None and extension in (LINK_ENDING, SPAN_ENDING):
+                linked[extension] = file.read()
             elif file is not None and extension == "json":
                 content = json.loads(file.read())
                 facts = content if isinstance(content, dict) else {}
+    if LINK_ENDING in linked:
+        video = open_link(linked[LINK_ENDING].decode(), linked.get(SPAN_ENDING), DEADLINE_S)
     return video, facts

@@ -94,6 +94,7 @@ def read_index(path: str) -> FilmIndex:
             if indexed:
                 container.seek(video.start_time or 0, stream=video)  # Matroska's index is read at the first seek
             entries = list(video.index_entries) if indexed else []
+            file.check()
             return FilmIndex(
                 file.span.size,
                 _duration(container, video),

@@ -66,6 +66,8 @@ def cut_out(path: str, segment: Segment, folder: str, audio: bool) -> Iterator[P
                     file.seek(0)
                 errors.append(error)
                 continue
+            if isinstance(file, LinkedVideo):
+                file.check()
             size = file.span.size if isinstance(file, LinkedVideo) else os.path.getsize(path)
             read = file.fetched if isinstance(file, LinkedVideo) else os.path.getsize(target.name)
             yield replace(piece, size=size, bytes_read=read)
