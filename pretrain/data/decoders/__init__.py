@@ -84,6 +84,11 @@ class VideoReader(abc.ABC):
             SampleError: "decode" where frames and time stamps don't agree.
         """
 
+    @property
+    def duration(self) -> float:
+        """Seconds that the video is shown, its last frame for as long as frames are on average."""
+        return float(self.times()[-1]) + 1 / (self.fps or 1.0)
+
     def indices_at(self, seconds: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Numbers of the frames that are shown at some times: int64, of the same shape.
 
