@@ -1,13 +1,18 @@
 """Films and segments in place: the right frames, for the bytes that they need."""
 
+import contextlib
 import functools
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -22,6 +27,8 @@ from pretrain.data.pack.film_index import read_index
 from pretrain.data.time_segment import Segment
 from pretrain.errors import DataError, SampleError
 from pretrain.runtime import storage
+from tests.conftest import S3Server
+from tests.faults.proxy import FaultProxy
 from tests.films import numbers_of, write_film
 
 UNEVEN = [sum((20, 40, 130, 30)[n % 4] for n in range(count)) for count in range(364)]
@@ -229,7 +236,7 @@ def test_a_store_that_fails_in_the_middle_is_no_bad_sample(
 ) -> None:
     """FFmpeg takes a failed read for the file's end, or for damage; neither may become of an outage."""
     path = str(films("end.mp4"))
-    whole = storage.read_bytes
+    whole, spans = storage.read_bytes, (linked(path, None), Span(os.path.getsize(path), Segment(1, 9)))
     total = -(-os.path.getsize(path) // BLOCK)
     outcomes = set()
     for allowed in range(total):
@@ -242,7 +249,7 @@ def test_a_store_that_fails_in_the_middle_is_no_bad_sample(
             return whole(*arguments, **more)
 
         monkeypatch.setattr(storage, "read_bytes", read)
-        for span in (linked(path, None), Span(os.path.getsize(path), Segment(1, 9))):
+        for span in spans:
             left[0] = allowed
             try:
                 with open_video(LinkedVideo(path, span, 0.5), "pyav") as reader:
@@ -253,3 +260,65 @@ def test_a_store_that_fails_in_the_middle_is_no_bad_sample(
                 outcomes.add("error")
                 assert "no answer" in str(error)
     assert outcomes == {"frames", "error"}, "each of them occurs"
+
+
+class CountingProxy(FaultProxy):
+    """Counts the bytes that the server's answers take."""
+
+    served = 0
+
+    def _copy(self, source: socket.socket, target: socket.socket, limit: int | None) -> bool:
+        with contextlib.suppress(OSError):
+            from_server = source.getpeername()[1] == self._server_port
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+                self.served += len(data) if from_server else 0
+            return True
+        return False
+
+
+def test_bytes_that_a_store_serves(long_film: Path, s3_server: S3Server, tmp_path: Path) -> None:
+    size = long_film.stat().st_size
+    shutil.copy(long_film, s3_server.bucket / "film.mp4")
+    proxy = CountingProxy(s3_server.port)
+    fsspec.config.conf["s3"] = s3_server.options() | {"endpoint_url": f"http://127.0.0.1:{proxy.port}"}
+    try:
+        assert main(["--in-place", "s3://bucket/film.mp4", str(tmp_path / "out"), "--cut", "30"]) == 0
+        assert proxy.served < size / 10, "indexing reads the container's index"
+        index = load_index(str(tmp_path / "out"))
+        assert index.samples == 60
+        reader, before, clips = SampleReader([index], None, 30), proxy.served, 5
+        fetched = 0
+        for row in range(0, 60, 60 // clips):
+            members = parse_sample(reader.read(0, 0, row))
+            begin = round(10 * members.facts["segment"]["start"])
+            video = members.video()
+            assert isinstance(video, LinkedVideo)
+            with open_video(video, "pyav") as frames:
+                wanted = np.arange(100, 164, 4)
+                assert numbers_of(frames.frames(wanted)) == (begin + wanted).tolist()
+            fetched += video.fetched
+        assert fetched <= proxy.served - before < fetched + 20_000 * clips, "heads of answers come on top"
+        assert fetched < clips * size / 15
+        storage.remove("s3://bucket/film.mp4")
+        with pytest.raises(SampleError, match="missing"):
+            reader.read(0, 0, 7)
+    finally:
+        proxy.close()
+
+
+def test_a_store_that_is_gone_ends_the_run(films: Callable[[str], Path], s3_server: S3Server, tmp_path: Path) -> None:
+    shutil.copy(films("end.mp4"), s3_server.bucket / "film.mp4")
+    assert main(["--in-place", "s3://bucket/film.mp4", str(tmp_path / "out"), "--cut", "3"]) == 0
+    reader = SampleReader([load_index(str(tmp_path / "out"))], None, 1)
+    video = parse_sample(reader.read(0, 0, 0)).video()
+    assert isinstance(video, LinkedVideo)
+    unread = LinkedVideo(video.url, Span(video.span.size, Segment(1, 2)), 1)
+    s3_server.stop()
+    with open_video(video, "pyav") as frames:
+        assert frames.frames([0, 20]).shape[0] == 2, "read ahead"
+    for call in (lambda: reader.read(0, 0, 1), lambda: open_video(unread, "pyav")):
+        began = time.monotonic()
+        with pytest.raises(DataError, match="check the store"):
+            call()
+        assert time.monotonic() - began < 5, "one deadline for all reads of a file"
