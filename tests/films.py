@@ -55,10 +55,15 @@ def write_film(
     codec: str = "libx264",
     seed: int = 0,
     options: dict[str, str] | None = None,
+    muxing: dict[str, str] | None = None,
+    hidden: int = 0,
 ) -> Path:
-    """A film in the container of the path's ending; an mp4's index lies at its end unless `front`."""
+    """A film in the container of the path's ending; an mp4's index lies at its end unless `front`.
+
+    An edit list hides the first `hidden` frames of an mp4, as tools leave it that cut without encoding.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    muxing = {"movflags": "faststart"} if front else {}
+    muxing = {"movflags": "faststart"} if front else muxing or {}
     with av.open(str(path), "w", format=container, options=muxing) as out:
         video = out.add_stream(codec, rate=fps, options={"preset": "ultrafast", "sc_threshold": "0"} | (options or {}))
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -68,7 +73,7 @@ def write_film(
         sound = out.add_stream("aac", rate=44100) if audio else None
         for number in range(frames):
             frame = av.VideoFrame.from_ndarray(picture(number, seed), format="yuv420p")
-            frame.pts = times_ms[number] if times_ms else number
+            frame.pts = times_ms[number] if times_ms else number - hidden
             frame.time_base = Fraction(1, 1000) if times_ms else Fraction(1, fps)
             out.mux(video.encode(frame))
             if sound is not None:

@@ -24,6 +24,8 @@ Range = tuple[int, int]
 
 #: Containers, by FFmpeg's names, whose index lists the key frames, so that seeking in them is exact and cheap.
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+#: Containers that store no presentation time stamps.
+UNSTAMPED = ("avi", "h264", "hevc", "m4v")
 
 BLOCK = 1 << 16
 #: Most blocks that one request fetches: it doubles while a file is read in sequence.

@@ -37,6 +37,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "uneven.mp4": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
     "uneven.mkv": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
     "open_gop.mp4": {"options": {"x264-params": "open-gop=1:bframes=2:keyint=25:min-keyint=25"}},
+    "fragments.mp4": {"muxing": {"movflags": "frag_keyframe+empty_moov"}},
+    "live.mkv": {"muxing": {"live": "1"}},
+    "edited.mp4": {"hidden": 10, "frames": 260},
 }
 
 
@@ -60,7 +63,8 @@ def cut(path: Path, segment: Segment, options: Options = FAST) -> Packed | Rejec
 
 def shown_in(kind: str, start: float, end: float) -> list[int]:
     times = UNEVEN if "uneven" in kind else range(0, 250 * 40, 40)
-    return [number for number, time in enumerate(times) if 1000 * start <= time < 1000 * end]
+    hidden = KINDS[kind].get("hidden", 0)
+    return [hidden + number for number, time in enumerate(times) if 1000 * start <= time < 1000 * end]
 
 
 @pytest.mark.parametrize("options", [FAST, KEEP], ids=["encoded", "copy"])
@@ -100,6 +104,10 @@ def test_what_is_no_segment(films: Callable[[str], Path], tmp_path: Path) -> Non
     for segment, reason in ((Segment(11, 12), "segment"), (Segment(1.001, 1.002), "segment")):
         found = cut(films("end.mp4"), segment)
         assert isinstance(found, Rejected) and found.reason == reason, found
+    old = write_film(tmp_path / "old.avi", b_frames=0)
+    found = cut(old, Segment(1, 2))
+    assert isinstance(found, Rejected) and found.reason == "unstamped"
+    assert len(cut_items([Item(str(old), "old.avi")], 2.0, at_keys=False)) == 1, "whole, it can be packed"
     manifest = tmp_path / "list.csv"
     manifest.write_text("path,start,end\na.mp4,3,3\na.mp4,4,2\na.mp4,-1,2\na.mp4,x,2\nframes,1,2\n")
     with pytest.raises(RecipeError) as caught:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.decoders.crops import Boxes
-from pretrain.data.decoders.pyav_reader import UNSTAMPED, FFmpegError, PyAVReader
-from pretrain.data.linked_video import INDEXED, LinkedVideo, tell_whole
+from pretrain.data.decoders.pyav_reader import FFmpegError, PyAVReader
+from pretrain.data.linked_video import INDEXED, UNSTAMPED, LinkedVideo, tell_whole
 from pretrain.data.time_segment import ROUNDING_S
 from pretrain.errors import SampleError
 

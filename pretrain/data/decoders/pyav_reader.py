@@ -22,13 +22,10 @@ from pretrain.data.decoders import VideoReader
 from pretrain.data.decoders.crops import Boxes
 from pretrain.data.decoders.nal_units import is_reference, length_bytes
 from pretrain.data.decoders.rgb import RGBConverter
+from pretrain.data.linked_video import UNSTAMPED
 from pretrain.errors import SampleError
 
 FFmpegError = av.error.FFmpegError
-
-#: Containers that store no presentation time stamps.
-UNSTAMPED = ("avi", "h264", "hevc", "m4v")
-
 
 #: FFmpeg opens a file by decoding its first frame, to find what a header may lack: a tenth of a clip's time. The header
 #: of an mp4 lacks nothing that is needed here. Without a codec to try, that step ends at once; later ones don't ask.

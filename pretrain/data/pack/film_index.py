@@ -1,5 +1,6 @@
 """What a container's index says about its video, read by ranges; and where long videos are cut into pieces by it."""
 
+import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -7,12 +8,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from pretrain.data.linked_video import INDEXED, LinkedVideo, Range, Span
+from pretrain.data.linked_video import INDEXED, UNSTAMPED, LinkedVideo, Range, Span
 from pretrain.data.pack.discover import Item
 from pretrain.data.pack.media_probe import video_stream
 from pretrain.data.time_segment import Segment
 from pretrain.errors import DataError, SampleError, StorageError
 from pretrain.runtime import storage
+
+logger = logging.getLogger(__name__)
 
 #: FFmpeg opens a file by decoding its first frames, to learn what an index says as well.
 UNTRIED = {"codec_whitelist": "none"}
@@ -49,6 +52,7 @@ class FilmIndex:
     """What a container's index says about its video.
 
     Attributes:
+        container: FFmpeg's name.
         bytes: of the file.
         duration: seconds.
         first: time stamp of the first frame, in ticks of `time_base`.
@@ -58,6 +62,7 @@ class FilmIndex:
         ranges: byte ranges of the file that tell all this.
     """
 
+    container: str
     bytes: int
     duration: float
     first: int
@@ -96,6 +101,7 @@ def read_index(path: str) -> FilmIndex:
             entries = list(video.index_entries) if indexed else []
             file.check()
             return FilmIndex(
+                container.format.name,
                 file.span.size,
                 _duration(container, video),
                 video.start_time or 0,
@@ -153,6 +159,9 @@ def cut_items(items: Iterable[Item], seconds: float, at_keys: bool, threads: int
         try:
             index = read_index(item.path)
         except SampleError:
+            return [item]
+        if index.container in UNSTAMPED:
+            logger.warning("%s: stays whole: its container stores no time stamps to cut at", item.path)
             return [item]
         found = [replace(item, segment=segment, size=index.bytes) for segment in _pieces(index, seconds, at_keys)]
         return found if len(found) > 1 else [item]

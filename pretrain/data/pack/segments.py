@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from pretrain.data.linked_video import INDEXED, LinkedVideo
+from pretrain.data.linked_video import INDEXED, UNSTAMPED, LinkedVideo
 from pretrain.data.pack.encode import MP4_OPTIONS, with_decoding_times
 from pretrain.data.pack.film_index import open_file
 from pretrain.data.pack.media_probe import video_stream
@@ -135,8 +135,8 @@ class _Window:
         waiting: list[Any] = []  # since the last key frame before the segment; later, what only a later frame may need
         begun = False
         for packet in with_decoding_times(self._container.demux([self._video, *self._sounds])):
-            if packet.pts is None or packet.dts is None:
-                raise SampleError("unstamped", "its container stores no time stamps; put it into mp4 or mkv first")
+            if packet.pts is None or packet.dts is None or self._container.format.name in UNSTAMPED:
+                raise SampleError("unstamped", "its container stores no time stamps to cut at; convert it to mp4 first")
             if packet.stream is not self._video:
                 if begun and self._sounds_in(packet):
                     waiting.append(packet)
