@@ -26,9 +26,9 @@ import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from pretrain.engine.optimiser import build_optimizer, set_lr  # noqa: E402
+from pretrain.objectives.base import method_of
 from pretrain.plan.hardware import find_gpu  # noqa: E402
 from pretrain.plan.trace import made_up_batch, trace_step  # noqa: E402
-from pretrain.recipe.components import objective_file  # noqa: E402
 from pretrain.recipe.load import load_recipe  # noqa: E402
 from pretrain.runtime.speed import synchronize  # noqa: E402
 
@@ -69,7 +69,7 @@ class Bench:
             self._forget()
         if not times:
             return row | {"clips_per_s": None, "error": "out of memory"}
-        seconds, trace = statistics.median(times), trace_step(recipe, micro)
+        seconds, trace = statistics.median(times), trace_step(method_of(recipe), micro)
         return row | {
             "clips_per_s": trace.clips / seconds,
             "mfu": 3 * trace.forward_flops / seconds / self.rate,
@@ -120,7 +120,7 @@ class Bench:
         """A function that takes one step: forward, backward, fused AdamW; all in bf16, without float32 masters."""
         torch.manual_seed(0)
         with torch.device(self.device):
-            module = objective_file(recipe).build(recipe).to(torch.bfloat16)
+            module = method_of(recipe).build().to(torch.bfloat16)
         optimizer = build_optimizer(recipe, module, self.device)
         set_lr(optimizer, 1e-5)
         batch = {name: value.to(self.device) for name, value in made_up_batch(recipe, micro).items()}

@@ -40,8 +40,8 @@ from bench.s3_server import s3_server
 from pretrain.data.stream import TrainStream
 from pretrain.data.stream_plan import open_sources
 from pretrain.models.videomae import Config as Model
+from pretrain.objectives.base import method_of
 from pretrain.objectives.videomae import Config as Objective
-from pretrain.objectives.videomae import view_tensors
 from pretrain.recipe.schema import Batch, Data, Recipe, Run, Source
 
 PACKINGS = {"GOP 250": ["--gop", "250", "--grid", "0", "--tune", "none"], "packed": []}
@@ -102,7 +102,7 @@ def make_ways(sets: dict[str, VideoSet], official: Path | None) -> Iterator[tupl
 def ours(url: str, views: int, lanes: int = 1, epoch_samples: int | None = 10_000) -> TrainStream:
     """Training's stream over the shards at `url`, in this process."""
     recipe = recipe_for(url, views, lanes, epoch_samples)
-    return TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
+    return TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), 0, 1)
 
 
 def recipe_for(url: str, views: int, lanes: int, epoch_samples: int | None) -> Recipe:

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT)]
 #: A model of 63 M parameters, whose states outweigh what Python and torch allocate beside them.
 OVERRIDES = [
     "model.dim=768", "model.depth=8", "model.heads=8", "model.decoder_dim=384", "model.decoder_depth=2",
-    "model.decoder_heads=4", "batch.samples=8", "data.views=2",
+    "model.decoder_heads=4", "batch.samples=8", "input.views=2",
 ]  # fmt: skip
 
 
@@ -48,13 +48,13 @@ def measure(overrides: list[str]) -> None:
 
     recipe = load_recipe("demo", overrides)
     ranks = join()
-    trace = trace_step(recipe, recipe.batch.micro, on_cpu=True)
+    trace = trace_step(method_of(recipe), recipe.batch.micro, on_cpu=True)
     batch = made_up_batch(recipe, recipe.batch.micro)
     batch["video"].random_(0, 255)
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    built = build_engine(recipe, ranks, recipe.batch.samples // recipe.batch.micro // ranks.world_size)
+    built = build_engine(method_of(recipe), ranks, recipe.batch.samples // recipe.batch.micro // ranks.world_size)
     built_by = resident("VmHWM") - before
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
@@ -62,7 +62,7 @@ def measure(overrides: list[str]) -> None:
         built.engine.backward(loss)
         built.engine.step()
     gc.collect()
-    planned = memory_of(recipe, count_model(recipe), ranks.world_size, trace.peak_bytes, on_cpu=True)
+    planned = memory_of(recipe, count_model(method_of(recipe)), ranks.world_size, trace.peak_bytes, on_cpu=True)
     result = {
         "stage": recipe.zero.stage, "dtype": recipe.compute.dtype, "parameters": built.parameters,
         "held": resident("VmRSS") - before, "peak": resident("VmHWM") - before, "building": built_by,

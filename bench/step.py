@@ -26,6 +26,7 @@ from plain_videomae import PlainVideoMAE  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from pretrain.data.randomness import generator  # noqa: E402
+from pretrain.objectives.base import method_of
 from pretrain.objectives.videomae import MEAN, STD, build, view_tensors  # noqa: E402
 from pretrain.plan.trace import trace_step  # noqa: E402
 from pretrain.recipe.load import load_recipe  # noqa: E402
@@ -59,7 +60,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
 def contestants(size: str, clips: int, official: Path | None, compiled: bool) -> list[Contestant]:
     """All ways to take the same step, on the same weights and the same batch."""
-    words = [f"model.size={size}", "data.views=1", "compute.activation_checkpointing=false"]
+    words = [f"model.size={size}", "input.views=1", "compute.activation_checkpointing=false"]
     recipe = load_recipe("vit_s_dual", words)
     v1 = load_recipe("vit_s_dual", [*words, "objective.decoder_mask=none"])
     torch.manual_seed(0)
@@ -68,8 +69,8 @@ def contestants(size: str, clips: int, official: Path | None, compiled: bool) ->
     reduced.load_state_dict(objective.state_dict())
     batch, masks = made_up(recipe, clips)
     _, v1_masks = made_up(v1, clips)
-    needed = trace_step(recipe, clips).flops()
-    needed_v1 = trace_step(v1, clips).flops()
+    needed = trace_step(method_of(recipe), clips).flops()
+    needed_v1 = trace_step(method_of(v1), clips).flops()
     plain = PlainVideoMAE(objective.model)
     video = normalised(batch["video"])
     float32, bfloat16 = torch.float32, torch.bfloat16

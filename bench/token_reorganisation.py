@@ -39,7 +39,7 @@ def main() -> None:
     tested = [load_fine_tuned(run) for run in options.tested]
     if tested:
         recipe = tested[0].recipe
-        config, frames, side = recipe.model, recipe.data.frames, recipe.data.height
+        config, frames, side = recipe.model, recipe.input.frames, recipe.input.height
     model = VideoClassifier(config, frames, side, side).to(device, dtype).eval()
     clips = torch.randn(options.batch, frames, side, side, 3, device=device, dtype=dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

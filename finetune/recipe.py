@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from finetune.adapters.config import Tune
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Data, Optim, Recipe, Schedule, Source
+from pretrain.samples.augment import PixelAugment
 
 
 @dataclass
@@ -25,20 +26,15 @@ class LabelledSource(Source):
     flip: bool = True
     """mirror half of the training clips; false where classes tell left from right"""
     short_side: int | None = None
-    """short side of validation frames before the centre crop, pixels; null: data.height"""
+    """short side of validation frames before the centre crop, pixels; null: input.height"""
 
 
 @dataclass
 class TuneData(Data):
-    """What the model sees: labelled sources, clips, order, decoding."""
+    """Where labelled samples come from, and in which order."""
 
     sources: dict[str, LabelledSource] = field(default_factory=dict)  # type: ignore[assignment]
     """data sets by name; each owns its sampling, flip, short side and label map"""
-    views: int = 2
-    """augmented views of each decoded clip (repeated augmentation, officially num_sample)"""
-    crop: Literal["resized", "multiscale", "center"] = "resized"  # type: ignore[assignment]
-    """resized: random area and aspect; multiscale: as in pre-training (AdaptFormer); center: short side resized, centre
-    cut"""
 
 
 @dataclass
@@ -48,9 +44,9 @@ class TuneOptim(Optim):
     base_lr: float = 1e-3
     """learning rate for base_batch videos; actual peak = base_lr x batch.samples / base_batch"""
     base_min_lr: float = 1e-6
-    """learning rate at the end of the cosine, for base_batch videos"""
+    """learning rate at the end of a cosine or linear schedule, for base_batch videos"""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments"""
+    """decay rates of the two moments of AdamW and Adam"""
     layer_decay: float = 0.75
     """factor on the learning rate from each layer to the one below it; 1: the same for all"""
 
@@ -62,21 +58,13 @@ class TuneSchedule(Schedule):
     epochs: float = 50
     """passes over the data, counted in decoded videos"""
     warmup_epochs: float = 5
-    """epochs of linear warm-up from zero"""
+    """epochs of linear warm-up from base_warmup_lr"""
 
 
 @dataclass
-class Augment:
+class Augment(PixelAugment):
     """Training clips: all pixels uint8, all draws the sample's own."""
 
-    randaugment: str | None = "rand-m7-n4-mstd0.5-inc1"
-    """timm's RandAugment in its own notation, the same parameters for all frames of a clip; null: none"""
-    area: tuple[float, float] = (0.08, 1.0)
-    """share of the frame that the random resized crop takes"""
-    aspect: tuple[float, float] = (0.75, 4 / 3)
-    """width / height of the random resized crop, drawn log-uniformly"""
-    erasing: float = 0.25
-    """probability that one box of a clip is filled with noise"""
     mixup: float = 0.8
     """alpha of Mixup's beta distribution; 0: no Mixup"""
     cutmix: float = 1.0
@@ -93,6 +81,8 @@ class Ema:
 
     decay: float | None = None
     """share that the average keeps at each step; null: no average. Where there is one, it is evaluated and tested"""
+    warmup: bool = False
+    """start with a smaller decay, min(decay, (1 + n) / (10 + n)) at step n, as timm can; the official code does not"""
 
 
 @dataclass
@@ -136,6 +126,9 @@ class TuneRecipe(Recipe):
     FOLDER: ClassVar[str] = "finetune"
     METHODS: ClassVar[str] = "finetune.{}.task"
 
+    program: Literal["finetune"] = "finetune"  # type: ignore[assignment]
+    """what runs this recipe: launch/<program>.py"""
+
     data: TuneData = field(default_factory=TuneData)
     optim: TuneOptim = field(default_factory=TuneOptim)
     schedule: TuneSchedule = field(default_factory=TuneSchedule)
@@ -151,3 +144,7 @@ def load_tune_recipe(name_or_path: str, overrides: list[str] | None = None) -> T
     recipe = load_recipe(name_or_path, overrides, TuneRecipe)
     assert isinstance(recipe, TuneRecipe)
     return recipe
+
+
+#: Kinds of recipe by the `program` that stands in them.
+PROGRAMS: dict[str, type[Recipe]] = {"pretrain": Recipe, "finetune": TuneRecipe}

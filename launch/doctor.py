@@ -9,8 +9,7 @@ if not __package__:  # run as a file
     sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != root / "launch")]
 
 if __name__ == "__main__":
-    from finetune.recipe import TuneRecipe
+    from finetune.recipe import PROGRAMS
     from pretrain.commands.doctor import main
-    from pretrain.recipe.schema import Recipe
 
-    sys.exit(main(kinds={"pretrain": Recipe, "finetune": TuneRecipe}))
+    sys.exit(main(kinds=PROGRAMS))

@@ -9,6 +9,6 @@ if not __package__:  # run as a file
     sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != root / "launch")]
 
 if __name__ == "__main__":  # spawned data workers read this file again and must stay cheap
-    from pretrain.commands.program import main
+    from pretrain.commands.pretrain import main
 
     sys.exit(main())

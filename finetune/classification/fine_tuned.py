@@ -1,4 +1,4 @@
-"""A fine-tuned model with the names of its classes: of a run, one of its checkpoints, or an export with its recipe."""
+"""A fine-tuned classifier with the names of its classes: of a run, one of its checkpoints, or an export."""
 
 import json
 import logging
@@ -6,21 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from finetune.adapters.attach import merge
-from finetune.adapters.config import Tune
 from finetune.classification.label_sources import source_rules
 from finetune.classification.labels import LabelMap, class_names, read_names
 from finetune.classification.predictions import INFO
-from finetune.recipe import TuneRecipe, load_tune_recipe
-from pretrain.checkpoint.consolidate import is_checkpoint
+from finetune.recipe import PROGRAMS, TuneRecipe
+from pretrain.checkpoint.folders import run_of
 from pretrain.errors import TubeletError, WeightsError
-from pretrain.models.classifier_weights import classifier_state
-from pretrain.models.weights import LoadReport, load_state, read_state
-from pretrain.recipe.components import objective_file
-from pretrain.trained.load_run import find_trained, load_checkpoint
-from pretrain.trained.model_card import run_of
+from pretrain.trained.load_run import Trained, load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +22,7 @@ NAMES = "classes.txt"
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A task with the weights that its run evaluates, averages where it has some: float32, CPU, evaluation mode."""
+    """A classifier with the weights that its run evaluates: float32, on the CPU, in evaluation mode."""
 
     recipe: TuneRecipe
     objective: Any
@@ -43,16 +35,6 @@ class FineTuned:
         return self.objective.model
 
 
-def is_fine_tuned(path: str | Path) -> bool:
-    """Whether the recipe beside the weights is one of fine-tuning, which alone has the section `tune`.
-
-    Raises:
-        CheckpointError: no weights with a recipe there.
-    """
-    text = (find_trained(path) / "recipe.yaml").read_text(encoding="utf-8")
-    return "tune" in (yaml.safe_load(text) or {})
-
-
 def load_fine_tuned(path: str | Path) -> FineTuned:
     """Open a fine-tuning run (its newest checkpoint that verifies), a checkpoint, or an exported folder.
 
@@ -60,36 +42,27 @@ def load_fine_tuned(path: str | Path) -> FineTuned:
         CheckpointError: nothing of that kind is there, or it does not verify.
         WeightsError: pre-trained weights, or weights that don't fit the recipe.
     """
-    source = find_trained(path)
-    if not is_fine_tuned(source):
+    trained = load_trained(path, PROGRAMS)
+    return as_fine_tuned(trained, str(path))
+
+
+def as_fine_tuned(trained: Trained, path: str) -> FineTuned:
+    """Add the class names to a trained classifier.
+
+    Raises:
+        WeightsError: pre-trained weights.
+    """
+    recipe = trained.method.recipe
+    if not isinstance(recipe, TuneRecipe):
         raise WeightsError(
             f"{path}: pre-trained weights, which have no classifier; fine-tune them: "
             f"python launch/finetune.py --recipe RECIPE run.init_weights={path}"
         )
-    recipe = load_tune_recipe(str(source / "recipe.yaml"))
-    objective = objective_file(recipe).build(recipe)
-    if is_checkpoint(source):
-        load_checkpoint(objective, source)
-        _take_averages(objective)
-    else:
-        state = classifier_state(read_state(str(source)))
-        load_state(objective.model, state, LoadReport(str(source), "export"))
-        objective.average = None
-    return FineTuned(recipe, objective.eval(), _names(recipe, source), source)
-
-
-def merged(tuned: FineTuned) -> FineTuned:
-    """The same function with low-rank updates added to their weights; its recipe then says method full.
-
-    Raises:
-        RecipeError: there are none, or parts that no weight can take up.
-    """
-    merge(tuned.model)
-    return replace(tuned, recipe=replace(tuned.recipe, tune=Tune()))
+    return FineTuned(recipe, trained.objective, names_of(recipe, trained.source), trained.source)
 
 
 def with_keep_rate(tuned: FineTuned, rate: float) -> FineTuned:
-    """The same weights with another share of tokens kept in the dropping blocks (EViT); 1: all.
+    """Keep another share of tokens in the dropping blocks (EViT), with the same weights; 1: all.
 
     Raises:
         RecipeError: not above 0 and at most 1.
@@ -104,16 +77,8 @@ def label_map(tuned: FineTuned) -> LabelMap:
     return LabelMap(tuned.recipe.model.classes, tuple(tuned.names), tuned.recipe.objective.task)
 
 
-def _take_averages(objective: Any) -> None:
-    """Averages become the weights, as they are what is evaluated and tested."""
-    with objective.evaluated_weights():
-        state = {name: value.clone() for name, value in objective.model.state_dict().items()}
-    objective.model.load_state_dict(state)
-    objective.average = None
-
-
-def _names(recipe: TuneRecipe, source: Path) -> list[str]:
-    """From beside the weights, else from the run's test, else from the shards."""
+def names_of(recipe: TuneRecipe, source: Path) -> list[str]:
+    """Read the class names from beside the weights, else from the run's test, else from the shards."""
     if (source / NAMES).is_file():
         return list(read_names(str(source / NAMES)))
     root = run_of(source)

@@ -26,13 +26,13 @@ def source_rules(recipe: TuneRecipe) -> list[SourceRules]:
 
 
 def _rules(recipe: TuneRecipe, source: LabelledSource) -> SourceRules:
-    data = recipe.data
+    clip = recipe.input
     return SourceRules(
         labels=open_labels(source.labels, source.shards, recipe.model.classes, recipe.objective.task),
         sampling=source.sampling,
-        stride=source.stride or data.stride,
+        stride=source.stride or clip.stride,
         flip=source.flip,
-        short_side=source.short_side or data.height,
+        short_side=source.short_side or clip.height,
     )
 
 

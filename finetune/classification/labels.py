@@ -62,6 +62,12 @@ class LabelMap:
             target[self._number(one)] = 1
         return target
 
+    def example(self) -> np.ndarray:
+        """Make a target as `target` gives them, with made-up content."""
+        if self.task == "single":
+            return np.array(0, dtype=np.int64)
+        return np.zeros(self.classes, dtype=np.float32)
+
     def _number(self, label: Any) -> int:
         if isinstance(label, str) and self.names:
             if label not in self.names:

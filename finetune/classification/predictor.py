@@ -16,9 +16,9 @@ from finetune.classification.labels import LabelMap, Task, read_names
 from finetune.classification.predictions import Predictions
 from finetune.classification.views import EvaluationViews, SourceRules
 from pretrain.errors import DataError, SampleError
-from pretrain.recipe.schema import Data
 from pretrain.runtime import storage
 from pretrain.runtime.pictures import SHEET_FRAMES, contact_sheet
+from pretrain.samples.clip import Config
 from pretrain.samples.transforms import Clip
 
 #: Views in one forward pass.
@@ -43,8 +43,8 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A model that judges clips, whatever it was read from.
+class Predictor:
+    """A classifier of clips, whatever it was read from.
 
     Attributes:
         logits: float32 [V, K] of clips uint8 [V, T, H, W, 3].
@@ -67,29 +67,32 @@ class Judge:
     source: str
 
 
-def judge_of(tuned: FineTuned) -> Judge:
-    """A fine-tuned model as a judge, on the accelerator where there is one; frames by its recipe's first source."""
+def predictor_of(tuned: FineTuned) -> Predictor:
+    """Make a predictor of a fine-tuned model, on the accelerator where there is one.
+
+    Frames are chosen by the rules of its recipe's first source.
+    """
     recipe = tuned.recipe
-    data, source = recipe.data, next(iter(recipe.data.sources.values()))
+    clip, source = recipe.input, next(iter(recipe.data.sources.values()))
     rules = SourceRules(
-        label_map(tuned), source.sampling, source.stride or data.stride, False, source.short_side or data.height
+        label_map(tuned), source.sampling, source.stride or clip.stride, False, source.short_side or clip.height
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = tuned.objective.to(device)
-    return Judge(
+    return Predictor(
         lambda clips: objective.predict(clips.to(device)).cpu(),
         tuned.names,
         rules,
-        (data.frames, data.height, data.width),
+        clip.size,
         recipe.objective.task,
         recipe.evaluate.average,
-        data.decoder,
+        clip.decoder,
         str(tuned.source),
     )
 
 
-def judge_of_graph(path: Path) -> Judge:
-    """A .onnx or .pt2 file of launch/export.py as a judge.
+def predictor_of_graph(path: Path) -> Predictor:
+    """A .onnx or .pt2 file of launch/export.py as a predictor.
 
     Raises:
         WeightsError: not such a file.
@@ -105,28 +108,30 @@ def judge_of_graph(path: Path) -> Judge:
     )
     frames, height, width = facts["clip"]
     size = (frames, height, width)
-    return Judge(
-        graph.logits, facts["classes"], rules, size, facts["task"], facts["average"], Data().decoder, str(path)
+    return Predictor(
+        graph.logits, facts["classes"], rules, size, facts["task"], facts["average"], Config().decoder, str(path)
     )
 
 
-def with_names(judge: Judge, path: str) -> Judge:
+def with_names(predictor: Predictor, path: str) -> Predictor:
     """The same model with the class names of a file.
 
     Raises:
         DataError: not as many names as classes, or no such file.
     """
     names = list(read_names(path))
-    if len(names) != len(judge.names):
-        raise DataError(f"{path}: {len(names)} names, but the model has {len(judge.names)} classes")
-    return replace(judge, names=names)
+    if len(names) != len(predictor.names):
+        raise DataError(f"{path}: {len(names)} names, but the model has {len(predictor.names)} classes")
+    return replace(predictor, names=names)
 
 
-def predict_video(judge: Judge, video: str, clips: int = 1, crops: int = 1, decoder: str | None = None) -> Prediction:
-    """Judge a video as the run's validation does, or with more views as its test does.
+def predict_video(
+    predictor: Predictor, video: str, clips: int = 1, crops: int = 1, decoder: str | None = None
+) -> Prediction:
+    """Classify a video as the run's validation does, or with more views as its test does.
 
     Args:
-        judge: the model.
+        predictor: the model.
         video: file, any fsspec URL.
         clips: clips in time.
         crops: crops along the long side.
@@ -136,14 +141,16 @@ def predict_video(judge: Judge, video: str, clips: int = 1, crops: int = 1, deco
         DataError: the file is no video that can be read, or the decoder is not installed.
         StorageError: there is no such file.
     """
-    make = EvaluationViews(*judge.size, decoder or judge.decoder, clips, crops, validation=clips * crops == 1)
+    make = EvaluationViews(predictor.size, decoder or predictor.decoder, clips, crops, validation=clips * crops == 1)
     content = storage.read_bytes(video)
     try:
-        views = make(content, judge.rules)
+        views = make(content, predictor.rules)
     except SampleError as error:
         raise DataError(f"{video}: can't be read as a video ({error})") from error
-    logits = torch.cat([judge.logits(part) for part in torch.from_numpy(views).split(MICRO)]).numpy()
-    predictions = Predictions(judge.task, judge.names, [video], np.zeros(1), logits[None], average=judge.average)
+    logits = torch.cat([predictor.logits(part) for part in torch.from_numpy(views).split(MICRO)]).numpy()
+    predictions = Predictions(
+        predictor.task, predictor.names, [video], np.zeros(1), logits[None], average=predictor.average
+    )
     return Prediction(predictions.merged[0], views)
 
 

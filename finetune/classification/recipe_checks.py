@@ -18,10 +18,10 @@ def check_classification(recipe: TuneRecipe) -> list[str]:
     augment, objective, data = recipe.augment, recipe.objective, recipe.data
     problems = _check_ranges(recipe)
     mixes = augment.mixup > 0 or augment.cutmix > 0
-    if mixes and recipe.batch.micro * data.views % 2:
+    if mixes and recipe.batch.micro * recipe.input.views % 2:
         problems.append(
-            f"batch.micro: {recipe.batch.micro} x data.views = {data.views} is odd, and Mixup and CutMix pair clips; "
-            "make one of them even, or set augment.mixup=0 augment.cutmix=0"
+            f"batch.micro: {recipe.batch.micro} x input.views = {recipe.input.views} is odd, and Mixup and CutMix pair "
+            "clips; make one of them even, or set augment.mixup=0 augment.cutmix=0"
         )
     if mixes and objective.task == "regression":
         problems.append("augment.mixup: values to regress can't be mixed; set augment.mixup=0 augment.cutmix=0")
@@ -31,13 +31,8 @@ def check_classification(recipe: TuneRecipe) -> list[str]:
         )
     if recipe.model.classes < 1:
         problems.append(f"model.classes: found {recipe.model.classes}, allowed: 1 or more outputs")
-    if recipe.ema.decay is not None and recipe.zero.stage == 3:
-        problems.append(
-            "ema.decay: no averages with zero.stage=3: they are whole float32 copies on each rank, which stage 3 "
-            "avoids; use stage 2, or ema.decay=null"
-        )
-    if recipe.evaluate.crops > 1 and data.height != data.width:
-        problems.append("evaluate.crops: test crops are square; with data.height != data.width set evaluate.crops=1")
+    if recipe.evaluate.crops > 1 and recipe.input.height != recipe.input.width:
+        problems.append("evaluate.crops: test crops are square; with input.height != input.width set evaluate.crops=1")
     if recipe.evaluate.test == "best" and not any(source.val for source in data.sources.values()):
         problems.append("evaluate.test: best needs a validation; give data.sources.<name>.val, or evaluate.test=last")
     if recipe.health.shards is not None:
@@ -97,10 +92,10 @@ def classification_warnings(recipe: TuneRecipe) -> list[str]:
             warnings.append(f"{key}.stride has no effect: sparse sampling spreads frames over the whole video")
         if source.val is None and source.test is None:
             warnings.append(f"{key}: neither val nor test shards; nothing is measured on it")
-    if recipe.data.crop == "center" and recipe.augment != type(recipe.augment)():
-        warnings.append("augment has no effect on pixels: data.crop=center takes the middle as it is (mixing is on)")
-    if recipe.data.crop == "multiscale" and recipe.augment.area != type(recipe.augment)().area:
-        warnings.append("augment.area has no effect: data.crop=multiscale draws its own sizes")
+    if recipe.input.crop == "center" and recipe.augment != type(recipe.augment)():
+        warnings.append("augment has no effect on pixels: input.crop=center takes the middle as it is (mixing is on)")
+    if recipe.input.crop == "multiscale" and recipe.augment.area != type(recipe.augment)().area:
+        warnings.append("augment.area has no effect: input.crop=multiscale draws its own sizes")
     if recipe.start != type(recipe.start)() and recipe.run.init_weights is None:
         warnings.append("start has no effect: run.init_weights is null")
     return warnings

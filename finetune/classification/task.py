@@ -4,10 +4,11 @@ Specification: systems/videomae.md section 8, from run_class_finetuning.py of Op
 """
 
 import contextlib
-import importlib
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,18 +17,24 @@ from torch.nn import functional as F
 
 from finetune.adapters.attach import apply_tuning, detach
 from finetune.adapters.config import check as check_tuning
+from finetune.classification.exports import class_files, export_formats
 from finetune.classification.label_sources import label_report, source_rules
 from finetune.classification.labels import Task
 from finetune.classification.mixing import Mixing
 from finetune.classification.recipe_checks import check_classification, classification_warnings
+from finetune.classification.testing import run_test, wants_test
 from finetune.classification.validation import Validation
 from finetune.classification.views import TrainingViews
 from finetune.recipe import TuneRecipe
+from pretrain.data.samples import Batch
+from pretrain.errors import RecipeError
 from pretrain.models.averages import WeightAverage
-from pretrain.models.classifier_weights import load_pretrained, read_label_map
-from pretrain.models.cubes import Grid, grid_of
-from pretrain.objectives.base import Batch, Objective, Output
-from pretrain.objectives.videomae import PixelNormalization, unit_pixels
+from pretrain.models.backbone import Backbone
+from pretrain.models.base import Classifier, Cost, architecture_of
+from pretrain.models.classifier_weights import classifier_state, load_pretrained, read_label_map
+from pretrain.models.pixels import PixelNormalization, unit_pixels
+from pretrain.models.weights import LoadReport, load_state, read_state
+from pretrain.objectives.base import Export, Method, Objective, Output, Rule, decays
 from pretrain.runtime.process_group import Ranks
 
 logger = logging.getLogger(__name__)
@@ -47,66 +54,75 @@ class Config:
     """loss of regression"""
 
 
-def check(recipe: TuneRecipe) -> list[str]:
-    """What in the recipe this task can't work with."""
-    data = recipe.data
-    problems: list[str] = _model_file(recipe).check(recipe.model, data.frames, data.height, data.width)
-    return problems + check_tuning(recipe.tune) + check_classification(recipe)
+class ClassificationTask(Method):
+    """Training of a classifier."""
+
+    INPUT = "augmented_clip"
+    recipe: TuneRecipe
+
+    @functools.cached_property
+    def architecture(self) -> Classifier:
+        """The recipe's model, which must classify."""
+        found: Classifier = architecture_of(self.recipe, Classifier)
+        return found
+
+    def problems(self) -> list[str]:
+        try:
+            problems = self.architecture.problems()
+        except RecipeError as error:
+            return error.problems
+        return problems + check_tuning(self.recipe.tune) + check_classification(self.recipe)
+
+    def warnings(self) -> list[str]:
+        return classification_warnings(self.recipe)
+
+    def samples(self) -> TrainingViews:
+        rules = source_rules(self.recipe)
+        for line in label_report(self.recipe, rules):
+            logger.info(line)
+        return TrainingViews(self.recipe, rules)
+
+    def example(self, count: int) -> Batch:
+        return TrainingViews(self.recipe, []).example(count)
+
+    def build(self) -> "ClassificationObjective":
+        return ClassificationObjective(self.build_model(), self.recipe, self.architecture)
+
+    def build_model(self) -> Any:
+        """Make the model with the parts that are trained."""
+        recompute: Any = self.recipe.compute.activation_checkpointing  # checked to be one of the three
+        model: Any = self.architecture.build(recompute)
+        apply_tuning(model, self.recipe.tune)
+        return model
+
+    def cost(self) -> Cost:
+        return self.architecture.cost()
+
+    def evaluation(self, ranks: Ranks) -> Validation | None:
+        if not any(source.val for source in self.recipe.data.sources.values()):
+            return None
+        return Validation(self.recipe, ranks)
+
+    def test(self, ranks: Ranks, which: str | None = None) -> dict[str, float] | None:
+        if which is None and not wants_test(self.recipe):
+            return None
+        return run_test(self, ranks, which or self.recipe.evaluate.test)
+
+    def take_export(self, objective: Objective, source: Path) -> None:
+        assert isinstance(objective, ClassificationObjective), "what `build` made"
+        state = classifier_state(read_state(str(source)))
+        load_state(objective.model, state, LoadReport(str(source), "export"))
+        # Exported weights are the evaluated ones; averages that still hold the first weights must not replace them.
+        objective.average = None
+
+    def exports(self, source: Path) -> dict[str, Export]:
+        return export_formats(self.recipe, self.architecture, source)
+
+    def describe(self, source: Path) -> dict[str, bytes]:
+        return class_files(self.recipe, source)
 
 
-def warnings(recipe: TuneRecipe) -> list[str]:
-    """Options that have no effect, or that don't fit the data."""
-    return classification_warnings(recipe)
-
-
-def sample_views(recipe: TuneRecipe) -> TrainingViews:
-    """What data workers make of a sample; tells how even the classes are."""
-    rules = source_rules(recipe)
-    for line in label_report(recipe, rules):
-        logger.info(line)
-    return TrainingViews(recipe, rules)
-
-
-def evaluation(recipe: TuneRecipe, ranks: Ranks) -> Validation | None:
-    """Validation while training; None where no source has validation shards."""
-    if not any(source.val for source in recipe.data.sources.values()):
-        return None
-    return Validation(recipe, ranks)
-
-
-def build(recipe: TuneRecipe) -> "ClassificationObjective":
-    """The model of the recipe with the parts that are trained, and its loss."""
-    return ClassificationObjective(build_model(recipe), recipe)
-
-
-def build_model(recipe: TuneRecipe) -> Any:
-    """The model of the recipe with the parts that are trained."""
-    data = recipe.data
-    model = _model_file(recipe).build(
-        recipe.model, data.frames, data.height, data.width, recipe.compute.activation_checkpointing
-    )
-    apply_tuning(model, recipe.tune)
-    return model
-
-
-def cost(recipe: TuneRecipe) -> dict[str, float]:
-    """Multiply-accumulates of one view's forward pass, by part."""
-    parts: dict[str, float] = _model_file(recipe).cost(recipe.model, _grid(recipe))
-    return parts
-
-
-def tokens_per_clip(recipe: TuneRecipe) -> dict[str, int]:
-    """Tokens of a clip."""
-    return {"all": _grid(recipe).tokens}
-
-
-def _model_file(recipe: TuneRecipe) -> Any:
-    return importlib.import_module(f"pretrain.models.{recipe.model.name}")
-
-
-def _grid(recipe: TuneRecipe) -> Grid:
-    model, data = _model_file(recipe).resolve(recipe.model), recipe.data
-    return grid_of(data.frames, data.height, data.width, model.tubelet, model.patch_size)
+METHOD = ClassificationTask
 
 
 class ClassificationObjective(Objective):
@@ -118,12 +134,13 @@ class ClassificationObjective(Objective):
     Args:
         model: VideoClassifier or the like: forward(normalised video [B, T, H, W, 3]) -> logits [B, classes].
         recipe: the run.
+        architecture: of the model; it knows the layers.
     """
 
-    def __init__(self, model: Any, recipe: TuneRecipe) -> None:
+    def __init__(self, model: Any, recipe: TuneRecipe, architecture: Classifier) -> None:
         super().__init__()
         self.model = model
-        self.recipe = recipe
+        self.recipe, self.architecture = recipe, architecture
         self.normalization = PixelNormalization()
         options, augment = recipe.objective, recipe.augment
         self.task: Task = options.task
@@ -131,7 +148,7 @@ class ClassificationObjective(Objective):
         mixes = augment.mixup > 0 or augment.cutmix > 0
         classes = recipe.model.classes
         self.mixing = Mixing(augment, classes, self.smoothing, self.task == "multi") if mixes else None
-        self.average = WeightAverage(model, recipe.ema.decay) if recipe.ema.decay is not None else None
+        self.average = self._new_average()
 
     def forward(self, batch: Batch) -> Output:
         video, target = self._normalized(batch["video"]), batch["target"]
@@ -150,20 +167,25 @@ class ClassificationObjective(Objective):
         return logits
 
     @torch.no_grad()
-    def features(self, video: Tensor, pooled: bool = True) -> Tensor:
-        """Features float32 of clips uint8 [B, T, H, W, 3]: [B, C], or [B, N, C] of all tokens."""
-        features: Tensor = self.model.forward_features(self._normalized(video), pooled=pooled).float()
+    def features(self, batch: Batch, pooled: bool = True) -> Tensor:
+        """Give features float32 of `video` uint8 [B, T, H, W, 3]: [B, C], or [B, N, C] of all tokens."""
+        features: Tensor = self.model.forward_features(self._normalized(batch["video"]), pooled=pooled).float()
         return features
 
     def evaluated_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside of it the model has the weights that are evaluated: the averages where there are any."""
         return contextlib.nullcontext() if self.average is None else self.average.applied(self.model)
 
-    def lr_scale(self, name: str) -> float:
-        """layer_decay ^ (depth + 1 - layer)."""
-        depth = len(self.model.blocks)
-        layer = _model_file(self.recipe).layer_id(name.removeprefix("model."), depth)
-        return float(self.recipe.optim.layer_decay ** (depth + 1 - layer))
+    def keep_evaluated_weights(self) -> None:
+        with self.evaluated_weights():
+            state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(state)
+        self.average = None
+
+    def rule(self, name: str, shape: Iterable[int]) -> Rule:
+        """Scale the learning rate by layer_decay ^ (last layer - layer)."""
+        layer, last = self.architecture.layer_of(name.removeprefix("model."))
+        return Rule(float(self.recipe.optim.layer_decay ** (last - layer)), decays(name, shape))
 
     def load_pretrained(self, path: str, raw: Mapping[str, Tensor]) -> None:
         """Take over an encoder or a classifier, ours, official or Hugging Face's, with a report."""
@@ -172,11 +194,10 @@ class ClassificationObjective(Objective):
         detach(self.model)  # adapters are no part of a backbone's file
         load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, raw)
         apply_tuning(self.model, self.recipe.tune)
-        if self.average is not None:
-            self.average = WeightAverage(self.model, self.average.decay)
+        self.average = self._new_average()  # of what is trained now, from what was loaded
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
-        if self.model.reorganisation is not None:
+        if isinstance(self.model, Backbone) and self.model.reorganisation is not None:
             self.model.reorganisation.set_step(step, steps_per_epoch)
 
     def after_step(self) -> None:
@@ -186,6 +207,10 @@ class ClassificationObjective(Objective):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """The clips as the model is given them, before mixing."""
         return {"augmented": batch["video"]}
+
+    def _new_average(self) -> WeightAverage | None:
+        ema = self.recipe.ema
+        return None if ema.decay is None else WeightAverage(self.model, ema.decay, ema.warmup)
 
     def _normalized(self, video: Tensor) -> Tensor:
         normalized: Tensor = self.normalization(unit_pixels(video))

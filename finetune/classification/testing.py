@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from finetune.classification.videos import VideoSet
 from finetune.recipe import TuneRecipe
 from pretrain.checkpoint.consolidate import consolidated_state, newest_checkpoint
 from pretrain.checkpoint.folders import folder_of
-from pretrain.checkpoint.save import TAG
+from pretrain.checkpoint.reshape import Layout
+from pretrain.checkpoint.resume import load_weights, open_verified
 from pretrain.engine.build import build_engine
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.errors import CheckpointError, DataError
-from pretrain.recipe.components import objective_file
+from pretrain.objectives.base import Method
+from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 from pretrain.runtime.run_folder import RunFolder
 
@@ -28,11 +30,18 @@ logger = logging.getLogger(__name__)
 SHOWN_CLASSES = 5
 
 
-def run_test(recipe: TuneRecipe, ranks: Ranks, which: str) -> dict[str, float]:
+def wants_test(recipe: TuneRecipe) -> bool:
+    """Say whether there is something to test at the end, and the run went to its end."""
+    stopped_early = recipe.schedule.max_steps is not None
+    held_out = any(source.test or source.val for source in recipe.data.sources.values())
+    return recipe.evaluate.test != "none" and held_out and not stopped_early
+
+
+def run_test(method: Method, ranks: Ranks, which: str) -> dict[str, float]:
     """Test a run's checkpoint on all ranks.
 
     Args:
-        recipe: the run.
+        method: the run.
         ranks: this process among all.
         which: "last", "best", or the folder of a checkpoint.
 
@@ -40,12 +49,13 @@ def run_test(recipe: TuneRecipe, ranks: Ranks, which: str) -> dict[str, float]:
         DataError: the recipe names no test shards.
         CheckpointError: no such checkpoint, or it does not verify.
     """
+    recipe = method.recipe
     sets = video_sets(recipe, test=True)
     if not sets:
         raise DataError("test: no source has test or val shards; give data.sources.<name>.test=FOLDER")
     root = Path(recipe.run.dir).absolute()
     checkpoint = Path(from_first(ranks, str(find(root, which)) if ranks.first else ""))
-    objective = load_objective(recipe, ranks, checkpoint)
+    objective = load_objective(method, ranks, checkpoint)
     folder = root / "predictions" / checkpoint.name
     if ranks.first:
         for old in folder.glob("part_*.npz"):
@@ -85,13 +95,16 @@ def find(root: Path, which: str) -> Path:
     return folder_of(RunFolder(root).checkpoints, json.loads(note.read_text(encoding="utf-8"))["step"])
 
 
-def load_objective(recipe: TuneRecipe, ranks: Ranks, checkpoint: Path) -> Any:
+def load_objective(method: Method, ranks: Ranks, checkpoint: Path) -> Any:
     """The trained module on this rank's device, in evaluation mode; sharded where training sharded it."""
+    recipe = method.recipe
     if recipe.zero.stage == 3:
-        engine = build_engine(recipe, ranks, recipe.batch.samples // (recipe.batch.micro * ranks.world_size)).engine
-        engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_only=True)
-        return engine.module.eval()
-    objective = objective_file(recipe).build(recipe)
+        accumulation = recipe.batch.samples // (recipe.batch.micro * ranks.world_size)
+        built = build_engine(method, ranks, accumulation, resumes=True)
+        here = Layout.of(ranks.world_size, asdict(recipe.zero))
+        load_weights(built.engine, open_verified(checkpoint, ranks), here, built.groups)
+        return built.engine.module.eval()
+    objective = method.build()
     objective.load_state_dict(consolidated_state(checkpoint))
     return objective.to(device=ranks.device, dtype=DTYPES[recipe.compute.dtype]).eval()
 

@@ -56,16 +56,13 @@ def video_sets(recipe: TuneRecipe, test: bool) -> list[VideoSet]:
 
 def centre_view(recipe: TuneRecipe) -> EvaluationViews:
     """The one view of validation."""
-    data = recipe.data
-    return EvaluationViews(data.frames, data.height, data.width, data.decoder)
+    return EvaluationViews(recipe.input.size, recipe.input.decoder)
 
 
 def test_views(recipe: TuneRecipe) -> EvaluationViews:
     """The clips x crops of the test."""
-    data, evaluate = recipe.data, recipe.evaluate
-    return EvaluationViews(
-        data.frames, data.height, data.width, data.decoder, evaluate.clips, evaluate.crops, validation=False
-    )
+    evaluate = recipe.evaluate
+    return EvaluationViews(recipe.input.size, recipe.input.decoder, evaluate.clips, evaluate.crops, validation=False)
 
 
 def predict(
@@ -97,7 +94,7 @@ def predict(
         for batch in _batches(readable(), recipe.evaluate.micro):
             logits.append(objective.predict(batch.to(ranks.device, non_blocking=True)).cpu())
         for _ in range(passes - len(logits)):
-            objective.predict(torch.zeros(1, views.frames, views.height, views.width, 3, dtype=torch.uint8,
+            objective.predict(torch.zeros(1, *views.size, 3, dtype=torch.uint8,
                                           device=ranks.device))  # fmt: skip
     _report_unreadable(unreadable, len(videos), recipe)
     classes = recipe.model.classes

@@ -10,9 +10,10 @@ from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import VideoReader, open_video
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
-from pretrain.data.samples import Place, SampleViews, SourceInfo
+from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo, made_up_samples
 from pretrain.samples import sampling, transforms
 from pretrain.samples.augment import augment
+from pretrain.samples.clip import made_up_videos
 from pretrain.samples.transforms import Clip
 
 
@@ -27,8 +28,8 @@ class SourceRules:
     short_side: int
 
 
-class TrainingViews(SampleViews):
-    """One clip, decoded once, and `data.views` augmented views of it with its label.
+class TrainingViews(Samples):
+    """One clip, decoded once, and `input.views` augmented views of it with its label.
 
     Args:
         recipe: the run.
@@ -36,26 +37,33 @@ class TrainingViews(SampleViews):
     """
 
     def __init__(self, recipe: TuneRecipe, rules: list[SourceRules]) -> None:
-        self._data, self._augment, self._seed, self._rules = recipe.data, recipe.augment, recipe.run.seed, rules
+        self._input, self._augment, self._seed, self._rules = recipe.input, recipe.augment, recipe.run.seed, rules
+        self._target = LabelMap(recipe.model.classes, (), recipe.objective.task)
 
-    def __call__(self, place: Place, source: SourceInfo, members: Members) -> dict[str, np.ndarray]:
+    def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
         rules = self._rules[place.source]
         target = rules.labels.target(members.label)
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
-        with open_video(members.video(), self._data.decoder, members.stamps) as reader:
-            clip = reader.frames(training_frames(reader.num_frames, self._data.frames, rules, rng))
-        views = range(self._data.views)
+        with open_video(members.video(), self._input.decoder, members.stamps) as reader:
+            clip = reader.frames(training_frames(reader.num_frames, self._input.frames, rules, rng))
+        views = range(self._input.views)
         return {
             "video": np.stack([self._view(place, view, clip, rules.flip) for view in views]),
             "target": np.stack([target for _ in views]),
         }
 
+    def example(self, count: int) -> Batch:
+        views = self._input.views
+        target = self._target.example()
+        arrays = {"video": made_up_videos(self._input, views), "target": np.stack([target] * views)}
+        return self.collate(made_up_samples(count, lambda place: arrays))
+
     def _view(self, place: Place, view: int, clip: Clip, flip: bool) -> Clip:
-        size = (self._data.width, self._data.height)
-        if self._data.crop == "center":
+        size = (self._input.width, self._input.height)
+        if self._input.crop == "center":
             return transforms.centre_crop(clip, *size)
         draw = functools.partial(generator, self._seed, place.epoch, place.position, view)
-        return augment(clip, self._augment, flip, size, draw, self._data.crop)
+        return augment(clip, self._augment, flip, size, draw, self._input.crop)
 
 
 def training_frames(num_frames: int, frames: int, rules: SourceRules, rng: np.random.Generator) -> sampling.Indices:
@@ -90,16 +98,14 @@ class EvaluationViews:
     """The views that a video is judged by; `clips` = `crops` = 1 with `validation` is the centre view.
 
     Attributes:
-        frames, height, width: size of a clip.
+        size: frames, height and width of a clip.
         decoder: library that decodes.
         clips: clips in time.
         crops: crops along the long side.
         validation: middle clip by the training rule, centre crop; else the official test views.
     """
 
-    frames: int
-    height: int
-    width: int
+    size: tuple[int, int, int]
     decoder: str
     clips: int = 1
     crops: int = 1
@@ -109,6 +115,21 @@ class EvaluationViews:
     def count(self) -> int:
         """Views of a video."""
         return self.clips * self.crops
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip."""
+        return self.size[0]
+
+    @property
+    def height(self) -> int:
+        """Height of a clip, pixels."""
+        return self.size[1]
+
+    @property
+    def width(self) -> int:
+        """Width of a clip, pixels."""
+        return self.size[2]
 
     def __call__(self, video: bytes, rules: SourceRules) -> Clip:
         """uint8 [clips * crops, T, H, W, 3], the crops of a clip next to each other."""

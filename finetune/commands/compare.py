@@ -3,12 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetune.classification.predictions import INFO
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.errors import DataError
-from pretrain.recipe.components import objective_file
+from pretrain.objectives.base import method_of
 from pretrain.runtime.run_folder import RunFolder
 
 SCORES = "scores.json"
@@ -63,8 +62,7 @@ def read_tested(run: Path) -> Tested:
 
 def trained_parameters(recipe: TuneRecipe) -> int:
     """Parameters that the recipe's method trains."""
-    objective: Any = objective_file(recipe).build(recipe)
-    return sum(value.numel() for value in objective.parameters() if value.requires_grad)
+    return sum(value.numel() for value in method_of(recipe).build().parameters() if value.requires_grad)
 
 
 def compare(runs: list[Path]) -> list[str]:

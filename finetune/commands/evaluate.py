@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from finetune.recipe import TuneRecipe
-from pretrain.commands import program as cli
+from pretrain.commands.program import Program, run_program
+from pretrain.objectives.base import Method
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ guide: docs/finetuning.md
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return cli.main(argv, PROGRAM)
+    return run_program(PROGRAM, argv)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -61,20 +61,19 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:
-    from pretrain.engine.deepspeed_config import DTYPES
-    from pretrain.recipe.components import objective_file
+def _run(method: Method, arguments: argparse.Namespace) -> int:
+    from pretrain.models.initial_weights import read_weights
+    from pretrain.runtime.dtypes import DTYPES
     from pretrain.runtime.logging import set_up_logging
     from pretrain.runtime.process_group import join, leave
     from pretrain.runtime.seeds import seed_everything
-    from pretrain.trained.load_run import read_weights
 
-    ranks = join()
+    ranks, recipe = join(), method.recipe
     try:
         folder = Path(recipe.run.dir).absolute()
         set_up_logging(ranks.rank, folder / "logs")
         seed_everything(recipe.run.seed)
-        objective = objective_file(recipe).build(recipe)
+        objective: Any = method.build()
         if recipe.run.init_weights:
             weights = recipe.run.init_weights
             objective.load_pretrained(weights, read_weights(weights, recipe.run.init_averaged))
@@ -171,7 +170,7 @@ def _windows(
     return {"videos": written, "step": arguments.step}
 
 
-PROGRAM = cli.Program(
+PROGRAM = Program(
     name="evaluate.py",
     description="Measure the features of a frozen network on labelled videos, or write them.",
     epilog=EXAMPLES,
@@ -179,7 +178,3 @@ PROGRAM = cli.Program(
     run=_run,
     add_options=_add_options,
 )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,9 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pretrain.errors import TubeletError, WeightsError
+
+if TYPE_CHECKING:
+    from pretrain.trained.load_run import Trained
 
 DESCRIPTION = """\
 Write the weights of a run, pre-training or fine-tuning, for use elsewhere.
@@ -27,8 +31,6 @@ examples:
   python launch/export.py runs/vit_b_k400 weights/vit_b_k400.onnx --format onnx
   python launch/export.py runs/mine_lora weights/mine.pth --format official --merge
 """
-#: What DEST must end in, where it is a file of one kind.
-SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "adapter": ".safetensors"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,43 +45,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from finetune.classification.fine_tuned import is_fine_tuned
+    from finetune.recipe import PROGRAMS
+    from pretrain.trained.export_run import export_run
+    from pretrain.trained.load_run import load_trained
 
-    suffix = SUFFIXES.get(arguments.format, "")
-    if not arguments.dest.endswith(suffix):
-        raise WeightsError(f"{arguments.dest}: --format {arguments.format} writes a file, give one ending in {suffix}")
-    write = _fine_tuned if is_fine_tuned(arguments.run) else _pretrained
-    source, parameters, remark = write(arguments)
-    print(f"{source} -> {arguments.dest} ({arguments.format}, {parameters:,} parameters)")
+    trained = load_trained(arguments.run, PROGRAMS)
+    if arguments.merge:
+        trained = _merged(trained)
+    remark = export_run(trained, arguments.dest, arguments.format)
+    parameters = sum(parameter.numel() for parameter in trained.objective.model.parameters())
+    print(f"{trained.source} -> {arguments.dest} ({arguments.format}, {parameters:,} parameters)")
     if remark:
         print(remark)
 
 
-def _fine_tuned(arguments: argparse.Namespace) -> tuple[Path, int, str]:
-    """Source, parameters, remark."""
-    from finetune.classification.exports import write_fine_tuned
-    from finetune.classification.fine_tuned import load_fine_tuned, merged
+def _merged(trained: "Trained") -> "Trained":
+    """Add low-rank updates to their weights: the same function, whose recipe then says method full."""
+    from finetune.adapters.attach import merge
+    from finetune.adapters.config import Tune
+    from finetune.recipe import TuneRecipe
+    from pretrain.objectives.base import method_of
 
-    tuned = load_fine_tuned(arguments.run)
-    tuned = merged(tuned) if arguments.merge else tuned
-    remark = write_fine_tuned(tuned, arguments.dest, arguments.format)
-    return tuned.source, sum(parameter.numel() for parameter in tuned.model.parameters()), remark
-
-
-def _pretrained(arguments: argparse.Namespace) -> tuple[Path, int, str]:
-    """Source, parameters, remark."""
-    from pretrain.trained.export_run import FORMATS, write_pretrained
-    from pretrain.trained.load_run import load_trained
-
-    if arguments.merge or arguments.format not in FORMATS:
-        asked = "--merge" if arguments.merge else f"--format {arguments.format}"
+    if not isinstance(trained.recipe, TuneRecipe):
         raise WeightsError(
-            f"{arguments.run}: pre-trained weights, and {asked} is for fine-tuned ones; here --format is one of "
-            f"{', '.join(FORMATS)}"
+            f"{trained.source}: --merge is for fine-tuned weights with low-rank updates (tune.method=lora)"
         )
-    trained = load_trained(arguments.run)
-    write_pretrained(trained, arguments.dest, arguments.format)
-    return trained.source, sum(parameter.numel() for parameter in trained.objective.parameters()), ""
+    merge(trained.objective.model)
+    return replace(trained, method=method_of(replace(trained.recipe, tune=Tune())))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.recipe import TuneRecipe
-from pretrain.commands import program as cli
+from pretrain.commands.program import Program, run_program
+from pretrain.objectives.base import Method
 
 EXAMPLES = """\
 examples:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if "--rescore" in words or "--compare" in words:
         return _read_only(words)
-    return cli.main(words, PROGRAM)
+    return run_program(PROGRAM, words)
 
 
 def _read_only(words: list[str]) -> int:
@@ -69,9 +70,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", metavar="RUN", nargs="+", help="tested runs side by side; needs no recipe")
 
 
-def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:
+def _run(method: Method, arguments: argparse.Namespace) -> int:
     """Train, then test; or test only. One process group serves both."""
-    from finetune.classification.testing import run_test
     from pretrain.engine.loop import train
     from pretrain.runtime.logging import set_up_logging
     from pretrain.runtime.process_group import join, leave
@@ -79,26 +79,18 @@ def _run(recipe: TuneRecipe, arguments: argparse.Namespace) -> int:
     ranks = join()
     try:
         if arguments.test is not None:
-            set_up_logging(ranks.rank, Path(recipe.run.dir).absolute() / "logs")
-            run_test(recipe, ranks, arguments.test)
+            set_up_logging(ranks.rank, Path(method.recipe.run.dir).absolute() / "logs")
+            method.test(ranks, arguments.test)
             return 0
-        code = train(recipe, resume=arguments.resume)
-        if code != 0 or not _tests(recipe):
-            return code
-        run_test(recipe, ranks, recipe.evaluate.test)
-        return 0
+        code = train(method, resume=arguments.resume)
+        if code == 0:
+            method.test(ranks)
+        return code
     finally:
         leave(ranks)
 
 
-def _tests(recipe: TuneRecipe) -> bool:
-    """Whether there is something to test, and the run went to its end."""
-    stopped_early = recipe.schedule.max_steps is not None
-    held_out = any(source.test or source.val for source in recipe.data.sources.values())
-    return recipe.evaluate.test != "none" and held_out and not stopped_early
-
-
-PROGRAM = cli.Program(
+PROGRAM = Program(
     name="finetune.py",
     description="Fine-tune a pre-trained video model as a recipe says, and test it.",
     epilog=EXAMPLES,
@@ -106,7 +98,3 @@ PROGRAM = cli.Program(
     run=_run,
     add_options=_add_options,
 )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pretrain.errors import TubeletError, WeightsError
 
 if TYPE_CHECKING:
-    from finetune.classification.predictor import Judge
+    from finetune.classification.predictor import Predictor
 
 #: Files that hold a graph with its facts, without recipe and checkpoint.
 GRAPHS = (".onnx", ".pt2")
@@ -40,38 +40,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _predict(arguments: argparse.Namespace) -> None:
     from finetune.classification.predictor import predict_video, save_frames, with_names
 
-    judge = _judge(arguments)
-    judge = with_names(judge, arguments.labels) if arguments.labels else judge
-    found = predict_video(judge, arguments.video, arguments.clips, arguments.crops, arguments.decoder)
+    predictor = _predictor(arguments)
+    predictor = with_names(predictor, arguments.labels) if arguments.labels else predictor
+    found = predict_video(predictor, arguments.video, arguments.clips, arguments.crops, arguments.decoder)
     views, frames, height, width = found.views.shape[:4]
-    print(f"{arguments.video}: {views} x {frames} frames of {height} x {width} pixels, {judge.source}")
-    regression = judge.task == "regression"
+    print(f"{arguments.video}: {views} x {frames} frames of {height} x {width} pixels, {predictor.source}")
+    regression = predictor.task == "regression"
     for number in range(len(found.values)) if regression else found.top(arguments.top):
         value = float(found.values[number])
         print(
-            f"  {value:10.4g}  {judge.names[number]}"
+            f"  {value:10.4g}  {predictor.names[number]}"
             if regression
-            else f"  {100 * value:5.1f} %  {judge.names[number]}"
+            else f"  {100 * value:5.1f} %  {predictor.names[number]}"
         )
     best = found.top(1)[0]
-    caption = "" if regression else f"{judge.names[best]} {100 * float(found.values[best]):.1f} %"
+    caption = "" if regression else f"{predictor.names[best]} {100 * float(found.values[best]):.1f} %"
     out = arguments.out or Path(f"{PurePosixPath(arguments.video).stem}_prediction.png")
     save_frames(found, caption, out)
     print(f"picture: {out}")
 
 
-def _judge(arguments: argparse.Namespace) -> "Judge":
+def _predictor(arguments: argparse.Namespace) -> "Predictor":
     from finetune.classification.fine_tuned import load_fine_tuned, with_keep_rate
-    from finetune.classification.predictor import judge_of, judge_of_graph
+    from finetune.classification.predictor import predictor_of, predictor_of_graph
 
     if Path(arguments.weights).suffix in GRAPHS:
         if arguments.keep_rate is not None:
             raise WeightsError(
                 f"--keep-rate: {arguments.weights} is a graph of one rate; give the run or an export folder"
             )
-        return judge_of_graph(Path(arguments.weights))
+        return predictor_of_graph(Path(arguments.weights))
     tuned = load_fine_tuned(arguments.weights)
-    return judge_of(tuned if arguments.keep_rate is None else with_keep_rate(tuned, arguments.keep_rate))
+    return predictor_of(tuned if arguments.keep_rate is None else with_keep_rate(tuned, arguments.keep_rate))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from pretrain.errors import TubeletError
 
 if TYPE_CHECKING:
-    from pretrain.recipe.schema import Recipe
     from pretrain.trained.replay_step import MicroBatch, Place
 
 DESCRIPTION = """\
@@ -40,13 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    from finetune.recipe import PROGRAMS
+    from pretrain.objectives.base import method_of
     from pretrain.runtime.pictures import save_pictures
+    from pretrain.trained.load_run import load_stored_recipe
     from pretrain.trained.replay_step import find_place, most_suspicious, replay, write_report
 
     place = find_place(arguments.run, arguments.step)
+    method = method_of(load_stored_recipe(place.recipe_file, PROGRAMS))
     print("\n".join(_head(place)))
     replayed = []
-    for one in replay(place, _recipe(place), arguments.rank):
+    for one in replay(place, method, arguments.rank):
         print(_line(one))
         replayed.append(one)
         shown = most_suspicious(replayed)
@@ -60,17 +63,6 @@ def _replay(arguments: argparse.Namespace) -> int:
     for path in [report, *save_pictures({"clip": shown.video}, stem, arguments.clips)]:
         print(f"written: {path}")
     return 0
-
-
-def _recipe(place: "Place") -> "Recipe":
-    import yaml
-
-    from finetune.recipe import TuneRecipe
-    from pretrain.recipe.load import load_recipe
-    from pretrain.recipe.schema import Recipe
-
-    tuned = "tune" in (yaml.safe_load(place.recipe_file.read_text(encoding="utf-8")) or {})
-    return load_recipe(str(place.recipe_file), schema=TuneRecipe if tuned else Recipe)
 
 
 def _head(place: "Place") -> Iterator[str]:

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from pretrain.checkpoint.same_run import differences
 from pretrain.errors import DataError, TrainingError
+from pretrain.models.frozen import weights_digest
+
+__all__ = ["HEADER", "LogitCache", "views_digest", "weights_digest"]
 
 #: Optimiser steps in one file.
 SHARD_STEPS = 1000
@@ -116,15 +119,6 @@ def views_digest(batch: Mapping[str, Any]) -> bytes:
     """
     content = [torch.initial_seed(), *(batch[name].tolist() for name in ("epoch", "position", "view")), batch["key"]]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).digest()
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Names the values of some weights, whatever file they were read from."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(state):
-        digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode())
-        digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _claim(folder: Path, identity: dict[str, Any], rank: int) -> None:

@@ -4,39 +4,24 @@ Teacher and student see the same crop with the same mixing ("patient and consist
 VideoMAE V2 does for its ViT-S and ViT-B; its code was never released (systems/videomae.md section 8).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.classification import task as classification
-from finetune.classification.task import (
-    ClassificationObjective,
-    build_model,
-    cost,
-    evaluation,
-    sample_views,
-    soft_cross_entropy,
-    tokens_per_clip,
-)
+from finetune.classification.task import ClassificationObjective, ClassificationTask, soft_cross_entropy
 from finetune.distillation.teacher import FrozenTeacher, Teacher
 from finetune.recipe import TuneRecipe
-from pretrain.engine.deepspeed_config import DTYPES
+from pretrain.data.samples import Batch
 from pretrain.models import classifier
-from pretrain.objectives.base import Batch, Output
-
-__all__ = [
-    "Config",
-    "build",
-    "check",
-    "cost",
-    "evaluation",
-    "held_beside",
-    "sample_views",
-    "tokens_per_clip",
-    "warnings",
-]
+from pretrain.models.base import Classifier
+from pretrain.models.frozen import Frozen
+from pretrain.objectives.base import Output
+from pretrain.runtime.dtypes import DTYPES
 
 
 @dataclass
@@ -55,49 +40,49 @@ class Config(classification.Config):
     """whose answers are learnt"""
 
 
-def check(recipe: TuneRecipe) -> list[str]:
-    """What in the recipe this task can't work with."""
-    options, data = recipe.objective, recipe.data
-    problems = classification.check(recipe)
-    if options.task != "single":
-        problems.append(f"objective.task: found {options.task}, allowed: single (a teacher gives class probabilities)")
-    if options.temperature <= 0:
-        problems.append(f"objective.temperature: found {options.temperature}, allowed: more than 0")
-    if not 0 <= options.label_weight <= 1:
-        problems.append(f"objective.label_weight: found {options.label_weight}, allowed: a share from 0 to 1")
-    if options.cache is not None and "://" in options.cache:
-        problems.append(f"objective.cache: found {options.cache}, allowed: a folder (records are written in place)")
-    if options.teacher.model.classes != recipe.model.classes:
-        problems.append(
-            f"objective.teacher.model.classes: {options.teacher.model.classes}, but model.classes is "
-            f"{recipe.model.classes}; teacher and student must have the same classes"
-        )
-    theirs = classifier.check(options.teacher.model, data.frames, data.height, data.width)
-    return problems + [f"objective.teacher: {problem}" for problem in theirs]
+class DistillationTask(ClassificationTask):
+    """Training of a classifier by what a teacher says."""
+
+    def problems(self) -> list[str]:
+        recipe, options = self.recipe, self.recipe.objective
+        problems = super().problems()
+        if options.task != "single":
+            problems.append(
+                f"objective.task: found {options.task}, allowed: single (a teacher gives class probabilities)"
+            )
+        if options.temperature <= 0:
+            problems.append(f"objective.temperature: found {options.temperature}, allowed: more than 0")
+        if not 0 <= options.label_weight <= 1:
+            problems.append(f"objective.label_weight: found {options.label_weight}, allowed: a share from 0 to 1")
+        if options.cache is not None and "://" in options.cache:
+            problems.append(f"objective.cache: found {options.cache}, allowed: a folder (records are written in place)")
+        if options.teacher.model.classes != recipe.model.classes:
+            problems.append(
+                f"objective.teacher.model.classes: {options.teacher.model.classes}, but model.classes is "
+                f"{recipe.model.classes}; teacher and student must have the same classes"
+            )
+        theirs = classifier.check(options.teacher.model, *recipe.input.size)
+        return problems + [f"objective.teacher: {problem}" for problem in theirs]
+
+    def warnings(self) -> list[str]:
+        found, options = super().warnings(), self.recipe.objective
+        if options.label_weight == 0 and options.smoothing != classification.Config().smoothing:
+            found.append("objective.smoothing has no effect: objective.label_weight is 0, the loss has no labels")
+        return found
+
+    def held(self) -> dict[str, tuple[float, str]]:
+        options = self.recipe.objective.teacher
+        with torch.device("meta"):
+            model = classifier.build(options.model, *self.recipe.input.size)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        size = float(count * DTYPES[options.dtype].itemsize)
+        return {"teacher": (size, f"{count:,} parameters in {options.dtype}: frozen, whole on each rank")}
+
+    def build(self) -> "DistillationObjective":
+        return DistillationObjective(self.build_model(), self.recipe, self.architecture)
 
 
-def warnings(recipe: TuneRecipe) -> list[str]:
-    """Options that have no effect, or that don't fit the data."""
-    found = classification.warnings(recipe)
-    default = classification.Config().smoothing
-    if recipe.objective.label_weight == 0 and recipe.objective.smoothing != default:
-        found.append("objective.smoothing has no effect: objective.label_weight is 0, the loss has no labels")
-    return found
-
-
-def held_beside(recipe: TuneRecipe) -> dict[str, tuple[float, str]]:
-    """Bytes of the teacher on each rank, for the dry run."""
-    options, data = recipe.objective.teacher, recipe.data
-    with torch.device("meta"):
-        model = classifier.build(options.model, data.frames, data.height, data.width)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    size = float(count * DTYPES[options.dtype].itemsize)
-    return {"teacher": (size, f"{count:,} parameters in {options.dtype}: frozen, whole on each rank")}
-
-
-def build(recipe: TuneRecipe) -> "DistillationObjective":
-    """The student with the parts that are trained; the teacher comes with the first step."""
-    return DistillationObjective(build_model(recipe), recipe)
+METHOD = DistillationTask
 
 
 class DistillationObjective(ClassificationObjective):
@@ -106,8 +91,8 @@ class DistillationObjective(ClassificationObjective):
     A batch holds, besides the views and labels of classification, what names them: `epoch`, `position`, `view`, `key`.
     """
 
-    def __init__(self, model: classifier.VideoClassifier, recipe: TuneRecipe) -> None:
-        super().__init__(model, recipe)
+    def __init__(self, model: classifier.VideoClassifier, recipe: TuneRecipe, architecture: Classifier) -> None:
+        super().__init__(model, recipe, architecture)
         self.teacher = FrozenTeacher(recipe)
         # Files, counters and a network that is built on the way are nothing for the compiler.
         compiles = recipe.compute.compile
@@ -128,6 +113,10 @@ class DistillationObjective(ClassificationObjective):
             loss = (1 - options.label_weight) * divergence + options.label_weight * soft_cross_entropy(logits, soft)
         agreement = (logits.argmax(-1) == wanted.argmax(-1)).float().mean() * 100
         return Output(loss, {"divergence": divergence.detach(), "agreement": agreement})
+
+    def frozen_parts(self) -> Mapping[str, Frozen[Any]]:
+        # With a cache of its logits the teacher need not be there; the cache compares the hash itself.
+        return {} if self.recipe.objective.cache else {"teacher": self.teacher}
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
         super().before_step(step, steps_per_epoch)

@@ -1,6 +1,5 @@
 """The teacher: a fine-tuned classifier, frozen, in evaluation mode, outside of everything that is trained or saved."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,17 +10,15 @@ import torch.distributed as dist
 from omegaconf import MISSING
 from torch import Tensor
 
-from finetune.distillation.logit_cache import LogitCache, views_digest, weights_digest
+from finetune.distillation.logit_cache import LogitCache, views_digest
 from finetune.recipe import TuneRecipe
 from pretrain.checkpoint.same_run import flat, is_harmless
 from pretrain.data.index import load_index
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.errors import WeightsError
 from pretrain.models import classifier
 from pretrain.models.classifier_weights import load_pretrained
-from pretrain.trained.load_run import read_weights
-
-logger = logging.getLogger(__name__)
+from pretrain.models.frozen import Frozen, weights_digest
+from pretrain.models.initial_weights import read_weights
 
 
 @dataclass
@@ -36,11 +33,10 @@ class Teacher:
     """its architecture"""
 
 
-class FrozenTeacher:
+class FrozenTeacher(Frozen[classifier.VideoClassifier]):
     """Logits of a micro-batch, from the network or from the cache.
 
-    No module of the student's: so DeepSpeed neither shards nor saves it, and no optimiser knows it. It is loaded when
-    it is first asked, so tests, exports and dry runs of a distilled model don't need it.
+    It is loaded when it is first asked, so tests, exports and dry runs of a distilled model don't need it.
 
     Args:
         recipe: the run; its objective is that of finetune/distillation/task.py.
@@ -49,7 +45,9 @@ class FrozenTeacher:
     def __init__(self, recipe: TuneRecipe) -> None:
         self._recipe = recipe
         self._options: Teacher = recipe.objective.teacher
-        self._model: classifier.VideoClassifier | None = None
+        super().__init__(
+            "objective.teacher.weights", self._options.weights, self._make, self._load, self._options.dtype
+        )
         self._cache: LogitCache | None = None
         self._step = self._micro = 0
 
@@ -77,27 +75,19 @@ class FrozenTeacher:
         return found.to(video.device)
 
     def _ask(self, video: Tensor) -> Tensor:
-        if self._model is None:
-            # The student's draws must be the same whether or not a teacher is built between them.
-            with torch.random.fork_rng(devices=[]):
-                self._model = self._load().to(video.device)
-        logits: Tensor = self._model(video).float()
+        logits: Tensor = self(video).float()
         return logits
 
-    def _load(self) -> classifier.VideoClassifier:
-        options, data = self._options, self._recipe.data
-        model = classifier.build(options.model, data.frames, data.height, data.width)
-        report = load_pretrained(model, options.weights, raw=read_weights(options.weights))
+    def _make(self) -> classifier.VideoClassifier:
+        return classifier.build(self._options.model, *self._recipe.input.size)
+
+    def _load(self, model: classifier.VideoClassifier, place: str) -> None:
+        report = load_pretrained(model, place, raw=read_weights(place))
         if report.missing:
             raise WeightsError(
-                f"objective.teacher.weights={options.weights}: no fine-tuned classifier of {options.model.classes} "
-                f"classes; missing: {', '.join(report.missing)}"
+                f"no fine-tuned classifier of {self._options.model.classes} classes; "
+                f"missing: {', '.join(report.missing)}"
             )
-        dtype = DTYPES[options.dtype]
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        logger.info("teacher: %s parameters, frozen, in %s: %.2f GB on each rank",
-                    f"{parameters:,}", options.dtype, parameters * dtype.itemsize / 1e9)  # fmt: skip
-        return model.requires_grad_(False).to(dtype).eval()
 
     def _open_cache(self, clips: int) -> LogitCache:
         recipe = self._recipe
@@ -110,7 +100,7 @@ class FrozenTeacher:
     def _identity(self) -> dict[str, Any]:
         """All that the logits depend on."""
         recipe, options = self._recipe, self._options
-        sections = {"data": asdict(recipe.data), "augment": asdict(recipe.augment)}
+        sections = {"data": asdict(recipe.data), "input": asdict(recipe.input), "augment": asdict(recipe.augment)}
         return {
             "views": {key: value for key, value in flat(sections).items() if not is_harmless(key)},
             "data": {name: load_index(source.shards).fingerprint for name, source in recipe.data.sources.items()},

@@ -106,7 +106,7 @@ def batches(
     videos = Videos(sets, centre_view(recipe), ranks.rank, ranks.world_size, recipe.data.deadline_s)
     for batch in _batches(videos, recipe):
         video = torch.cat([one["views"] for one in batch]).to(ranks.device)
-        found = objective.features(video, pooled=kind == "pooled").cpu()
+        found = objective.features({"video": video}, pooled=kind == "pooled").cpu()
         values = found if kind == "pooled" else found.half()
         yield [one["key"] for one in batch], values, [one["target"] for one in batch]
 

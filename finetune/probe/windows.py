@@ -43,7 +43,7 @@ def window_rows(model: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSe
         key = f"{entry.name}/{name}/{reader.key(source, shard, row).replace('/', '_')}"
         try:
             video = parse_sample(reader.read(source, shard, row)).video()
-            features = window_features(model, video, recipe.data.decoder, step, ranks.device)
+            features = window_features(model, video, recipe.input.decoder, step, ranks.device)
         except SampleError as error:
             logger.warning("%s left out: %s", key, error)
             continue

@@ -1,11 +1,16 @@
 """Taking from DeepSpeed what it would write, without letting it write: no file is touched while training waits."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.rank_state import RankState
+from pretrain.checkpoint.sharded_buffers import noted_shapes, split_buffers
 from pretrain.checkpoint.snapshot import HostCopies
+
+#: An engine whose objective keeps nothing on each rank beside its weights.
+NO_RANK_STATE: Mapping[str, RankState] = {}
 
 
 @dataclass
@@ -15,10 +20,12 @@ class Collected:
     Attributes:
         states: Path and content of each file.
         afterwards: Further writes, such as DeepSpeed's scripts that merge shards.
+        rank_state: Queues and banks of this rank by name.
     """
 
     states: list[tuple[Path, Any]] = field(default_factory=list)
     afterwards: list[Callable[[], None]] = field(default_factory=list)
+    rank_state: Mapping[str, RankState] = field(default_factory=dict)
 
 
 class _Collector:
@@ -51,7 +58,13 @@ class _Collector:
         return True
 
 
-def collect(engine: Any, folder: Path, tag: str, copies: HostCopies | None) -> Collected:
+def collect(
+    engine: Any,
+    folder: Path,
+    tag: str,
+    copies: HostCopies | None,
+    rank_state: Mapping[str, RankState] = NO_RANK_STATE,
+) -> Collected:
     """What this rank writes for a checkpoint of a DeepSpeed engine in `folder`; all ranks call it together.
 
     Args:
@@ -59,7 +72,9 @@ def collect(engine: Any, folder: Path, tag: str, copies: HostCopies | None) -> C
         folder: The checkpoint's folder; need not exist.
         tag: DeepSpeed's folder in it.
         copies: Where states are copied to; None: the states themselves, which the next step changes.
+        rank_state: What the objective keeps on this rank beside its weights.
     """
+    split_buffers(engine)
     collector = _Collector(copies)
     own_engine, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script
     if copies is not None:
@@ -67,10 +82,13 @@ def collect(engine: Any, folder: Path, tag: str, copies: HostCopies | None) -> C
     engine.checkpoint_engine = collector
     engine._copy_recovery_script = lambda path: collector.collected.afterwards.append(lambda: copy_scripts(path))
     try:
-        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        engine.save_checkpoint(str(folder), tag=tag, client_state=noted_shapes(engine.module), save_latest=False)
     finally:
         engine.checkpoint_engine = own_engine
         del engine._copy_recovery_script  # the class's own is found again
+    collector.collected.rank_state = rank_state
     if copies is not None:
+        taken = {name: replace(state, tensor=copies.take(state.tensor)) for name, state in rank_state.items()}
+        collector.collected.rank_state = taken
         copies.end()
     return collector.collected

@@ -66,10 +66,8 @@ def merged(folder: Path, world_size: int, stage: int) -> dict[str, Tensor]:
     shards = open_shards(folder, world_size, stage, stored.groups, stored.trained)
     # Trained parameters replace their copies in the computing format.
     state = {name: _copy(value) for name, value in shards.whole.items()}
-    for name, shape in stored.frozen.items():
-        if name in shards.frozen:
-            what = f"{folder}: frozen {name}"
-            state[name] = _copy(gather(shards.frozen[name], 0, shape.numel(), what)).reshape(shape)
+    for name, part in shards.sharded.items():
+        state[name] = _copy(gather(part.pieces, 0, part.shape.numel(), f"{folder}: {name}")).reshape(part.shape)
     for name, shape in stored.trained.items():
         state[name] = shards.read(WEIGHT, name, 0, shape.numel()).reshape(shape)
     return state | {alias: state[name] for alias, name in stored.aliases.items() if name in state}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pretrain.checkpoint.sharded_buffers import NOTE
 from pretrain.errors import CheckpointError
 
 #: Names of the parameters of each group, in the order in which the optimiser has them.
@@ -15,11 +16,10 @@ Groups = list[list[str]]
 
 @dataclass(frozen=True)
 class Stored:
-    """What DeepSpeed noted of the parameters: groups and shapes of trained ones, shapes of frozen ones, other names."""
+    """What DeepSpeed noted of the parameters: groups and shapes of trained ones, other names of any."""
 
     groups: Groups
     trained: Mapping[str, torch.Size]
-    frozen: Mapping[str, torch.Size]
     aliases: Mapping[str, str]
 
 
@@ -34,7 +34,6 @@ def stored_parameters(folder: Path, world_size: int, stage: int) -> Stored:
     return Stored(
         groups=[list(group) for group in groups],
         trained={name: shape for group in groups for name, shape in group.items()},
-        frozen=model["frozen_param_shapes"] or {},
         aliases=model.get("shared_params") or {},
     )
 
@@ -43,6 +42,11 @@ def load_file(path: Path) -> dict[str, Any]:
     """Unpickle a file, whose hash was verified; tensors stay in it until they are read."""
     content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     return content
+
+
+def sharded_shapes(model: dict[str, Any]) -> dict[str, torch.Size]:
+    """Whole shapes of frozen parameters and of buffers of which each rank's file of a stage-3 model has a share."""
+    return {**(model["frozen_param_shapes"] or {}), **model.get(NOTE, {})}
 
 
 def model_files(folder: Path, world_size: int, stage: int) -> list[Path]:

@@ -15,6 +15,7 @@ from collections.abc import Set
 from pathlib import Path
 
 from pretrain.checkpoint.manifest import sync_folder
+from pretrain.runtime.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -126,3 +127,10 @@ def apply_retention(
     for step in removed:
         remove(folders[step])
     return removed
+
+
+def run_of(source: Path) -> Path | None:
+    """The run folder that a checkpoint lies in; None for one that was copied elsewhere, and for an export."""
+    folder = source.resolve()
+    inside = folder in published(folder.parent) and folder.parent.name == RunFolder(Path()).checkpoints.name
+    return folder.parent.parent if inside else None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.deepspeed_files import Groups, load_file, model_files, optimizer_files
+from pretrain.checkpoint.deepspeed_files import Groups, load_file, model_files, optimizer_files, sharded_shapes
 from pretrain.errors import CheckpointError
 
 #: Name of the float32 weights among what is kept for a parameter; the others are the optimiser's own names.
@@ -36,6 +36,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Sharded:
+    """Shape and pieces of what is not trained: a frozen parameter, or a buffer such as an average of weights."""
+
+    shape: torch.Size
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
 class Shards:
     """A checkpoint's content by name.
 
@@ -45,7 +53,7 @@ class Shards:
         pieces: For WEIGHT and for each state of the optimiser: pieces of each trained parameter, in order.
         scalars: States of the optimiser that are one number a parameter (`step`), by state and parameter.
         whole: Buffers, and where they are stored whole, all parameters in the precision of the forward pass.
-        frozen: Pieces of frozen parameters that are sharded.
+        sharded: Frozen parameters and buffers that are not whole, but cut as stage 3 cuts weights.
         options: Names of the optimiser's options (betas, eps, …), which tell one kind from another.
         counters: DeepSpeed's counts of steps.
         loss_scale: fp16's loss scale and its counters, empty in other formats.
@@ -56,7 +64,7 @@ class Shards:
     pieces: Mapping[str, Mapping[str, list[Piece]]]
     scalars: Mapping[str, Mapping[str, Tensor]]
     whole: Mapping[str, Tensor]
-    frozen: Mapping[str, list[Piece]]
+    sharded: Mapping[str, Sharded]
     options: frozenset[str]
     counters: Mapping[str, int]
     loss_scale: Mapping[str, float]
@@ -68,6 +76,21 @@ class Shards:
             CheckpointError: the checkpoint has no such values.
         """
         return gather(self.pieces[kind].get(name, []), begin, count, f"{self.folder}: {kind} of {name}")
+
+    def read_untrained(self, name: str, begin: int, count: int) -> Tensor | None:
+        """Values of a flattened frozen parameter or buffer; None: the checkpoint has none of that name.
+
+        Raises:
+            CheckpointError: the checkpoint has not all of the values.
+        """
+        if name in self.sharded:
+            return gather(self.sharded[name].pieces, begin, count, f"{self.folder}: {name}")
+        return self.whole[name].flatten()[begin : begin + count] if name in self.whole else None
+
+    def untrained_shape(self, name: str) -> torch.Size | None:
+        """Shape of a frozen parameter or buffer; None: the checkpoint has none of that name."""
+        found = self.sharded.get(name) or self.whole.get(name)
+        return None if found is None else found.shape
 
 
 def gather(pieces: Iterable[Piece], begin: int, count: int, what: str) -> Tensor:
@@ -102,6 +125,7 @@ def open_shards(folder: Path, world_size: int, stage: int, groups: Groups, shape
     if stage == 0:
         optimizers = [models[0]["optimizer"]]
     base = _base_state(optimizers[0])
+    sharded = _sharded(models) if stage == 3 else {}
     return Shards(
         folder=folder,
         shapes=shapes,
@@ -110,8 +134,12 @@ def open_shards(folder: Path, world_size: int, stage: int, groups: Groups, shape
             for kind, parts in _lines(optimizers, models[0], stage, groups).items()
         },
         scalars=_scalars(base["state"], stage, groups),
-        whole={name: value for name, value in models[0]["module"].items() if value.numel() or stage < 3},
-        frozen=_frozen_pieces(models) if stage == 3 else {},
+        whole={
+            name: value
+            for name, value in models[0]["module"].items()
+            if name not in sharded and (value.numel() or stage < 3)
+        },
+        sharded=sharded,
         options=frozenset(key for group in base["param_groups"] for key in group) - {"params", "lr_scale"},
         counters={name: models[0][name] for name in ("global_steps", "global_samples", "skipped_steps")},
         loss_scale=_loss_scale(optimizers[0]),
@@ -241,12 +269,14 @@ def _cut_each(parts: Parts, sizes: list[tuple[str, int]]) -> dict[str, list[Piec
     return found
 
 
-def _frozen_pieces(models: list[dict[str, Any]]) -> dict[str, list[Piece]]:
-    shapes = models[0]["frozen_param_shapes"] or {}
-    return {
-        name: _cut_each([{0: model["frozen_param_fragments"][name]} for model in models], [(name, shape.numel())])[name]
-        for name, shape in shapes.items()
-    }
+def _sharded(models: list[dict[str, Any]]) -> dict[str, Sharded]:
+    found = {}
+    for name, shape in sharded_shapes(models[0]).items():
+        frozen = models[0]["frozen_param_fragments"] or {}
+        key = "frozen_param_fragments" if name in frozen else "module"
+        parts: Parts = [{0: model[key][name].flatten()} for model in models]
+        found[name] = Sharded(shape, _cut_each(parts, [(name, shape.numel())])[name])
+    return found
 
 
 #: What fp16's dynamic loss scale consists of. It is an object's attributes under ZeRO, and entries of a table without.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.deepspeed_files import Groups
-from pretrain.checkpoint.partitions import WEIGHT, Shards, gather, open_shards
+from pretrain.checkpoint.partitions import WEIGHT, Shards, open_shards
+from pretrain.checkpoint.sharded_buffers import share_of, split_buffers, stored_buffers
 from pretrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,10 @@ class Held:
     offset: int
 
 
-def load_reshaped(engine: Any, folder: Path, before: Layout, now: Layout, groups: Groups) -> None:
-    """Load a checkpoint into an engine of another layout. All ranks call it.
+def load_reshaped(
+    engine: Any, folder: Path, before: Layout, now: Layout, groups: Groups, weights_only: bool = False
+) -> None:
+    """Load a checkpoint into an engine of any layout. All ranks call it.
 
     Args:
         engine: DeepSpeed engine around the objective, trained or not.
@@ -67,6 +70,7 @@ def load_reshaped(engine: Any, folder: Path, before: Layout, now: Layout, groups
         before: The layout that the checkpoint was written with.
         now: The engine's.
         groups: Names of the optimiser's parameters by group, in its order.
+        weights_only: Fill what a forward pass uses, for an engine that is not going to train.
 
     Raises:
         CheckpointError: the checkpoint is of another optimiser or other parameters.
@@ -76,11 +80,13 @@ def load_reshaped(engine: Any, folder: Path, before: Layout, now: Layout, groups
     shapes = {name: _shape(parameter) for name, parameter in module.named_parameters()}
     trained = {name: shapes[name] for group in groups for name in group}
     shards = open_shards(folder, before.world_size, before.stage, groups, trained)
-    check_optimizer(shards, engine.basic_optimizer)
+    split_buffers(engine)
     if hasattr(engine.optimizer, "checkpoint_event_prologue"):  # stage 3: give gathered weights back to their shards
         engine.optimizer.checkpoint_event_prologue()
     with torch.no_grad():
-        _fill_optimizer(shards, engine.basic_optimizer, list(_held(engine, now.stage, groups)))
+        if not weights_only:
+            check_optimizer(shards, engine.basic_optimizer)
+            _fill_optimizer(shards, engine.basic_optimizer, list(_held(engine, now.stage, groups)))
         _fill_module(shards, module, now.stage)
     if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
         engine.optimizer.checkpoint_event_epilogue()
@@ -167,35 +173,30 @@ def _fill_module(shards: Shards, module: nn.Module, stage: int) -> None:
             target.view(-1)[:count].copy_(_forward_values(shards, name, begin, count))
         else:
             parameter.data.copy_(_forward_values(shards, name, 0, shape.numel()).view(shape))
-    for name, buffer in _stored_buffers(module):
-        if name not in shards.whole or shards.whole[name].shape != buffer.shape:
-            raise CheckpointError(
-                f"{shards.folder}: no {name} of shape {list(buffer.shape)}. Continue with the recipe that wrote the "
-                "checkpoint, or start a new run.dir with run.init_weights"
-            )
-        buffer.copy_(shards.whole[name])
+    for name, buffer, shape in stored_buffers(module):
+        if shards.untrained_shape(name) != shape:
+            raise _absent(shards, f"{name} of shape {list(shape)}")
+        begin, count = 0, shape.numel()
+        if buffer.shape != shape:
+            begin, count = share_of(count, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        buffer.copy_(_forward_values(shards, name, begin, count).view(buffer.shape))
 
 
 def _forward_values(shards: Shards, name: str, begin: int, count: int) -> Tensor:
-    """A stretch of any parameter: float32 where it is trained, as the forward pass had it where it is frozen."""
+    """A stretch of a parameter or buffer: float32 where it is trained, as the forward pass had it where it is not."""
     if name in shards.shapes:
         return shards.read(WEIGHT, name, begin, count)
-    if name in shards.frozen:
-        return gather(shards.frozen[name], begin, count, f"{shards.folder}: {name}")
-    if name in shards.whole:
-        return shards.whole[name].flatten()[begin : begin + count]
-    raise CheckpointError(
-        f"{shards.folder}: no parameter {name}. Continue with the recipe that wrote the checkpoint, or start a new "
-        "run.dir with run.init_weights"
+    values = shards.read_untrained(name, begin, count)
+    if values is None:
+        raise _absent(shards, f"parameter {name}")
+    return values
+
+
+def _absent(shards: Shards, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{shards.folder}: no {what}. Continue with the recipe that wrote the checkpoint, or start a new run.dir with "
+        "run.init_weights"
     )
-
-
-def _stored_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that belong to a checkpoint (averages of weights, statistics), not those that are computed anew."""
-    for prefix, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def carry_counters(shards: Shards, engine: Any) -> None:

@@ -2,15 +2,21 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from pretrain.checkpoint import folders
+from pretrain.checkpoint.collect import NO_RANK_STATE
 from pretrain.checkpoint.deepspeed_files import Groups
 from pretrain.checkpoint.manifest import problems
+from pretrain.checkpoint.rank_state import RankState, load_rank_state
 from pretrain.checkpoint.reshape import Layout, load_reshaped
 from pretrain.checkpoint.save import STATE, TAG
+from pretrain.checkpoint.sharded_buffers import split_buffers
 from pretrain.errors import CheckpointError
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 
@@ -67,13 +73,27 @@ def find_checkpoint(root: Path, ranks: Ranks, resume: str = "auto") -> Resumable
 
 
 def _asked_for(root: Path, ranks: Ranks, folder: Path) -> Resumable:
-    found = _problems_on_all(ranks, folder)
-    if found:
-        raise CheckpointError(f"--resume {folder}: does not verify: {'; '.join(found)}")
-    chosen = _open(folder)
+    chosen = open_verified(folder, ranks, f"--resume {folder}")
     if ranks.first:
         folders.supersede_after(root, chosen.step)
     return chosen
+
+
+def open_verified(folder: Path, ranks: Ranks, asked: str = "") -> Resumable:
+    """The checkpoint in `folder`; all ranks call it together and share the reading.
+
+    Args:
+        folder: The checkpoint.
+        ranks: This process among all.
+        asked: What the user said, for the message; default: the folder.
+
+    Raises:
+        CheckpointError: it does not verify.
+    """
+    found = _problems_on_all(ranks, folder)
+    if found:
+        raise CheckpointError(f"{asked or folder}: does not verify: {'; '.join(found)}")
+    return _open(folder)
 
 
 def _problems_on_all(ranks: Ranks, folder: Path) -> list[str]:
@@ -93,8 +113,10 @@ def layout_of(found: Resumable) -> Layout:
     return Layout.of(found.state["world_size"], found.state["recipe"]["zero"])
 
 
-def load(engine: Any, found: Resumable, now: Layout, groups: Groups) -> None:
-    """Load weights, optimiser states and loss scale into a DeepSpeed engine, whichever layout wrote them.
+def load(
+    engine: Any, found: Resumable, now: Layout, groups: Groups, rank_state: Mapping[str, RankState] = NO_RANK_STATE
+) -> None:
+    """Load weights, optimiser states, loss scale and rank state, whichever layout wrote them.
 
     The same layout is DeepSpeed's to load, each rank its own files; others are converted (`reshape`). The files were
     written by this program and their hashes verified, so they may be unpickled; checkpoints from elsewhere never come
@@ -105,14 +127,26 @@ def load(engine: Any, found: Resumable, now: Layout, groups: Groups) -> None:
         found: The checkpoint.
         now: The engine's layout.
         groups: Names of the optimiser's parameters by group, in its order.
+        rank_state: What the objective keeps on this rank beside its weights; filled in place.
 
     Raises:
-        CheckpointError: it is incomplete, or of another optimiser or other parameters.
+        CheckpointError: it is incomplete, or of another optimiser, other parameters or other rank state.
     """
     before = layout_of(found)
-    if not before.fits(now):
+    if before.fits(now):
+        split_buffers(engine)
+        path, _ = engine.load_checkpoint(str(found.folder), tag=TAG, load_lr_scheduler_states=False)
+        if path is None:
+            raise CheckpointError(f"{found.folder / TAG}: DeepSpeed found nothing to load")
+    else:
         load_reshaped(engine, found.folder / TAG, before, now, groups)
-        return
-    path, _ = engine.load_checkpoint(str(found.folder), tag=TAG, load_lr_scheduler_states=False)
-    if path is None:
-        raise CheckpointError(f"{found.folder / TAG}: DeepSpeed found nothing to load")
+    load_rank_state(found.folder, rank_state, before.world_size, dist.get_rank(), now.world_size)
+
+
+def load_weights(engine: Any, found: Resumable, now: Layout, groups: Groups) -> None:
+    """Load what a forward pass uses into an engine that does not train, whichever layout wrote it; arguments of `load`.
+
+    Raises:
+        CheckpointError: it is incomplete, or of other parameters.
+    """
+    load_reshaped(engine, found.folder / TAG, layout_of(found), now, groups, weights_only=True)

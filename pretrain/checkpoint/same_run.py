@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pretrain.errors import CheckpointError
+from pretrain.recipe.load import COMPONENTS
 from pretrain.recipe.schema import Recipe
 
 #: Keys, or sections, that change speed, place or what is written, but not what is learnt.
@@ -69,7 +70,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 
 def _new_keys(before: dict[str, Any], recipe: Recipe) -> set[str]:
     """Keys that the program has learnt since, at their defaults, which are what it did before."""
-    blank = replace(type(recipe)(), model=type(recipe.model)(), objective=type(recipe.objective)())
+    components = {name: type(getattr(recipe, name))() for name in COMPONENTS}
+    blank = replace(type(recipe)(), **components)
     old, now = flat(before), flat(asdict(recipe))
     return {key for key, value in flat(asdict(blank)).items() if key not in old and now.get(key) == value}
 

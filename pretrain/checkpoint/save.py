@@ -1,7 +1,8 @@
 """Writing a checkpoint: under a temporary name, manifest last, published by a rename.
 
     .saving_step_00000100/
-        deepspeed/…          weights, optimiser states, loss scale: one or two files a rank, by DeepSpeed
+        deepspeed/…          weights, averages, optimiser states, loss scale: one or two files a rank, by DeepSpeed
+        rank_state/…         queues and banks: a file a rank, where the objective has any
         latest, zero_to_fp32.py   DeepSpeed's own tool that merges the shards, usable in place
         state.json           step, data position, recipe, versions, data fingerprints
         recipe.yaml          the recipe, for people
@@ -17,7 +18,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pretrain.checkpoint import folders
 from pretrain.checkpoint.collect import Collected, collect
 from pretrain.checkpoint.manifest import FileEntry, Manifest, describe_file, write_manifest
 from pretrain.checkpoint.rank_messages import Board
+from pretrain.checkpoint.rank_state import RankState, digests, unequal, write_rank_state
 from pretrain.checkpoint.remote import RECORDS
 from pretrain.checkpoint.restore import open_remote
 from pretrain.checkpoint.snapshot import HostCopies
@@ -54,13 +56,15 @@ AGAIN_S = 10.0
 class Content:
     """What a checkpoint holds beside DeepSpeed's files: `state` is JSON, `recipe_text` YAML for people.
 
-    `keep` are the steps whose checkpoints must not be removed when this one is published.
+    `keep` are the steps whose checkpoints must not be removed when this one is published; `rank_state` is what the
+    objective keeps on this rank beside its weights, with the same names and rules on all ranks.
     """
 
     step: int
     state: dict[str, Any]
     recipe_text: str
     keep: set[int] = field(default_factory=set)
+    rank_state: Mapping[str, RankState] = field(default_factory=dict)
 
 
 class Saver:
@@ -117,7 +121,7 @@ class Saver:
         folder = folders.working_folder_of(self.root, content.step)
         if self.ranks.first:
             shutil.rmtree(folder, ignore_errors=True)
-        collected = collect(engine, folder, TAG, self._copies)
+        collected = collect(engine, folder, TAG, self._copies, content.rank_state)
         self._saves += 1
         self._again = lambda: self.save(engine, content)
         arguments = (self._saves, folder, content, collected, started)
@@ -188,8 +192,9 @@ class Saver:
     def _write_part(self, folder: Path, content: Content, collected: Collected) -> str:
         """Write this rank's files; a JSON message for rank 0: sizes and hashes, or what went wrong."""
         try:
-            written = write_files(folder, content if self.ranks.first else None, collected)
-            return json.dumps({"entries": [asdict(describe_file(folder, path)) for path in written]})
+            same = digests(collected.rank_state)
+            written = write_files(folder, content if self.ranks.first else None, collected, self.ranks.rank)
+            return json.dumps({"entries": [asdict(describe_file(folder, path)) for path in written], "same": same})
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = _reason(folder) if isinstance(error, RuntimeError) else None
             return json.dumps({"problem": f"rank {self.ranks.rank}: {folder}: {advice(reason or error)}"})
@@ -199,7 +204,7 @@ class Saver:
         parts = [
             json.loads(self._board.take(f"{key}/{rank}", PARTS_TIMEOUT_S)) for rank in range(self.ranks.world_size)
         ]
-        problems = [part["problem"] for part in parts if "problem" in part]
+        problems = [part["problem"] for part in parts if "problem" in part] or unequal([part["same"] for part in parts])
         if not problems:
             try:
                 self._publish(folder, content, [FileEntry(**entry) for part in parts for entry in part["entries"]])
@@ -222,7 +227,7 @@ class Saver:
         logger.info("checkpoint %s published, %.1f MB; removed %s", published, size / 1e6, removed or "none")
 
 
-def write_files(folder: Path, content: Content | None, collected: Collected) -> list[str]:
+def write_files(folder: Path, content: Content | None, collected: Collected, rank: int) -> list[str]:
     """Write what was collected, and (rank 0) `content`; returns the paths of all files relative to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for path, state in collected.states:
@@ -230,6 +235,7 @@ def write_files(folder: Path, content: Content | None, collected: Collected) -> 
         torch.save(state, path)
     written = [str(path.relative_to(folder)) for path, _ in collected.states]
     collected.states.clear()
+    written += write_rank_state(folder, collected.rank_state, rank)
     if content is None:
         return written
     for write in collected.afterwards:

@@ -53,13 +53,14 @@ def _examine(arguments: argparse.Namespace, kind: type[Recipe]) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides, kind)
 
     from pretrain.doctor.examine import examine
+    from pretrain.objectives.base import method_of
     from pretrain.runtime.process_group import join, leave
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     ranks = join(timeout_s=recipe.watchdog.join_s)
     try:
-        lines = examine(recipe, ranks)
+        lines = examine(method_of(recipe), ranks)
         if ranks.first:
             print(as_json(lines) if arguments.json else as_table(lines, ranks.world_size))
         return 1 if any(line.status == "fail" for line in lines) else 0

@@ -99,7 +99,7 @@ def _options(args: argparse.Namespace) -> Options:
     if args.copy and args.fps:
         problems.append("--copy keeps the time stamps, --fps changes them: choose one")
     if args.codec == "av1" and "decord" in args.check_decoders:
-        problems.append("decord can't decode AV1: add --check-decoders pyav, and train with data.decoder=pyav")
+        problems.append("decord can't decode AV1: add --check-decoders pyav, and train with input.decoder=pyav")
     if args.codec == "h264" and args.grid > 1 and (args.grid > 17 or args.gop % args.grid):
         problems.append(
             f"--grid {args.grid} with --gop {args.gop}: the grid may be 2 to 17 frames and must divide the key-frame "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.errors import RecipeError, TubeletError
-from pretrain.plan.feeding import DECODE_MS, VIEW_MS, Supply
+from pretrain.plan.feeding import DECODE_MS, VIEW_MS, Resources
 
 DESCRIPTION = """\
 What a run will need and take, before it is paid for: FLOPs, bytes and memory by part, the largest micro-batch that
@@ -37,22 +37,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from pretrain.commands.program import print_sections
+    from pretrain.objectives.base import method_of, problems_of
     from pretrain.plan.estimate import Planner
     from pretrain.plan.hardware import find_gpu
-    from pretrain.plan.indices import epoch_videos, find_indices
+    from pretrain.plan.indices import epoch_of, find_indices
     from pretrain.plan.tables import as_json, draw, sections, sweep_section
-    from pretrain.recipe.check import check_recipe
     from pretrain.recipe.load import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    problems = check_recipe(recipe)
+    method = method_of(load_recipe(arguments.recipe, arguments.overrides))
+    recipe, problems = method.recipe, problems_of(method)
     if problems:
         raise RecipeError(problems)
     counts = _sweep(arguments.sweep) if arguments.sweep else [arguments.gpus or recipe.batch.ranks or 8]
-    supply = Supply(arguments.decode_ms, arguments.view_ms, arguments.cores, arguments.store_gbs)
+    supply = Resources(arguments.decode_ms, arguments.view_ms, arguments.cores, arguments.store_gbs)
     found, _ = find_indices(recipe)
+    epoch = epoch_of(recipe, found)
     indices = [index for index in found.values() if index is not None]
-    planner = Planner(recipe, find_gpu(arguments.gpu, arguments.rates), supply, indices, epoch_videos(recipe, found))
+    planner = Planner(method, find_gpu(arguments.gpu, arguments.rates), supply, indices, epoch[1] if epoch else None)
     plans = [planner.estimate(count) for count in counts]
     if arguments.json:
         content = [as_json(plan) for plan in plans]

@@ -1,4 +1,4 @@
-"""Command line of launch/pretrain.py: a recipe, `key=value` overrides, and what to do with them."""
+"""What commands with a recipe share: `--recipe`, `key=value` overrides, looking at a recipe without running it."""
 
 import argparse
 import difflib
@@ -7,10 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.errors import RecipeError, TubeletError
-from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.files import recipe_names
 from pretrain.recipe.load import read_recipe
 from pretrain.recipe.schema import Recipe
@@ -18,30 +17,10 @@ from pretrain.runtime.disk import advice, of_a_disk
 from pretrain.runtime.orphans import die_with_launcher
 
 if TYPE_CHECKING:
+    from pretrain.objectives.base import Method
     from pretrain.plan.dry_run import Section
 
-EXAMPLES = """\
-examples:
-  deepspeed launch/pretrain.py --recipe vit_b_dual
-      train on every accelerator of this machine; the same command again continues where the run stopped
-  deepspeed launch/pretrain.py --recipe vit_b_dual data.root=s3://bucket/video batch.micro=16 run.name=first
-      read shards from elsewhere, smaller forward passes, another run folder (runs/first)
-  python launch/pretrain.py --recipe vit_g_dual --dry-run
-      parameters, cost, batch, learning rate, schedule, data and memory; no accelerator needed
-  python launch/pretrain.py --recipe ./mine.yaml --print
-      the resolved recipe, each key with its meaning and unit; itself a recipe
-
-exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 75 stopped on purpose: start the same command again
-recipes and keys: docs/recipes.md
-"""
-
 OPTIONS = ("--recipe", "--print", "--check", "--dry-run", "--resume", "--help")
-
-
-def _train(recipe: Recipe, arguments: argparse.Namespace) -> int:
-    from pretrain.engine.loop import train
-
-    return train(recipe, resume=arguments.resume)
 
 
 @dataclass(frozen=True)
@@ -55,25 +34,18 @@ class Program:
         schema: kind of recipe.
         run: does the work; returns the exit code.
         add_options: puts the command's own options beside the common ones.
-        check: what can't work in a recipe of this kind, beyond `check_recipe`.
-        warnings: what has no effect in it or is likely not meant, beyond `recipe_warnings`.
     """
 
     name: str
     description: str
     epilog: str
-    schema: type[Recipe] = Recipe
-    run: Callable[[Any, argparse.Namespace], int] = _train
+    schema: type[Recipe]
+    run: Callable[["Method", argparse.Namespace], int]
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    check: Callable[[Any], list[str]] = lambda recipe: []
-    warnings: Callable[[Any], list[str]] = lambda recipe: []
 
 
-PRETRAIN = Program("pretrain.py", "Pre-train a video model as a recipe says.", EXAMPLES)
-
-
-def main(argv: Sequence[str] | None = None, program: Program = PRETRAIN) -> int:
-    """Run a command line; returns the exit code."""
+def run_program(program: Program, argv: Sequence[str] | None = None) -> int:
+    """Run a command line, sys.argv by default; returns the exit code."""
     die_with_launcher()
     first_rank = os.environ.get("RANK", "0") == "0"
     try:
@@ -99,38 +71,40 @@ def main(argv: Sequence[str] | None = None, program: Program = PRETRAIN) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace, program: Program, first_rank: bool) -> int:
+    from pretrain.objectives.base import method_of, problems_of, warnings_of
+
     reading = read_recipe(arguments.recipe, arguments.overrides, program.schema)
-    recipe, problems = reading.recipe, reading.problems
-    if recipe is not None:
-        # A bad value was replaced by its default, so what a check says about its key would mislead.
-        problems = problems + [
-            problem
-            for problem in check_recipe(recipe) + program.check(recipe)
-            if not any(key in problem for key in reading.bad_keys)
-        ]
-    if problems or recipe is None:
+    problems = reading.problems
+    if reading.recipe is None:
+        raise RecipeError(problems)
+    method = method_of(reading.recipe)
+    # A bad value was replaced by its default, so what a check says about its key would mislead.
+    problems = problems + [
+        problem for problem in problems_of(method) if not any(key in problem for key in reading.bad_keys)
+    ]
+    if problems:
         raise RecipeError(problems)
     if first_rank:
-        for warning in recipe_warnings(recipe) + program.warnings(recipe):
+        for warning in warnings_of(method):
             print(f"warning: {warning}", file=sys.stderr)
     if arguments.print or arguments.check or arguments.dry_run:
-        return _inspect(arguments, recipe) if first_rank else 0
-    return program.run(recipe, arguments)
+        return _inspect(arguments, method) if first_rank else 0
+    return program.run(method, arguments)
 
 
-def _inspect(arguments: argparse.Namespace, recipe: Recipe) -> int:
+def _inspect(arguments: argparse.Namespace, method: "Method") -> int:
     """What looks at a recipe without running it; the launcher starts many ranks, one of them answers."""
     if arguments.print:
         from pretrain.recipe.show import show_recipe
 
-        print(show_recipe(recipe), end="")
+        print(show_recipe(method.recipe), end="")
     elif arguments.check:
         print(f"{arguments.recipe}: no problems found")
     else:
         from pretrain.plan.dry_run import dry_run
 
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-        print_sections(dry_run(recipe))
+        print_sections(dry_run(method))
     return 0
 
 
@@ -204,7 +178,3 @@ def _problem_list(problems: list[str]) -> str:
     if len(problems) == 1:
         return f"recipe: {problems[0]}"
     return "\n".join([f"recipe: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,30 +1,32 @@
-"""One sample from bytes to the views of a batch: tar parsing, decoding once, then a crop and masks for each view."""
+"""What data workers make of a sample: the contract of every kind, and the maker that replaces unusable samples."""
 
+import abc
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 
 from pretrain.data.bad_samples import BadSample
 from pretrain.data.crashes import Decoding
-from pretrain.data.decoders import open_video
-from pretrain.data.decoders.crops import Box
 from pretrain.data.fetch import RawSample, SampleReader
 from pretrain.data.index import Shard
 from pretrain.data.members import Members, parse_sample
 from pretrain.data.order import EpochOrder
 from pretrain.data.randomness import generator
 from pretrain.errors import DataError, SampleError
-from pretrain.recipe.schema import Data
+from pretrain.recipe.schema import Data, Source
 from pretrain.runtime.activity import note
-from pretrain.samples import sampling, transforms
 
+#: A micro-batch: tensors [B, ...] by name, index columns and lists such as `key`; see `Samples.collate`.
+Batch = dict[str, Any]
+#: Arrays [views, ...] of one sample by name.
+Arrays = dict[str, np.ndarray]
 #: The generator of a sample and view for a purpose ("crop", say).
 Draw = Callable[[str], np.random.Generator]
-#: An objective's draws for one view: (purpose -> generator of this sample and view) -> named arrays.
-ViewTensors = Callable[[Draw], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -44,37 +46,98 @@ class Sample:
 
     place: Place
     key: str
-    arrays: dict[str, np.ndarray]
-    bad: list[BadSample]
+    arrays: Arrays
+    bad: list[BadSample] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What making a sample needs to know of its source: name, shards, stride in frames."""
+    """A data set as a sample sees it: its name, its shards, and its section of the recipe."""
 
     name: str
     shards: Sequence[Shard]
-    stride: int
+    options: Source
 
 
-class SampleViews:
-    """Makes all views of one sample by a rule of its own, where cropping and an objective's draws are not all it takes.
+class Samples(abc.ABC):
+    """A kind of sample: from the members of one to the rows of a batch.
 
-    Fine-tuning's labels and augmentations, for example. Picklable, because data workers are spawned.
+    Picklable, because data workers are spawned. What is random comes from generators keyed by (seed, epoch, position,
+    view, purpose), never from a worker's own state: else another number of ranks or a resume would change the batch.
     """
 
-    def __call__(self, place: Place, source: SourceInfo, members: Members) -> dict[str, np.ndarray]:
-        """Arrays [views, ...] by name, `video` uint8 [views, T, H, W, 3] among them.
+    @abc.abstractmethod
+    def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
+        """Make arrays [views, ...] by name.
 
         Args:
-            place: the sample's place in the order; what is random is keyed by its epoch and position.
-            source: the sample's data set.
-            members: the sample's files.
+            place: of the sample in the order; what is random is keyed by its epoch and position.
+            source: data set of the sample.
+            members: files of the sample.
+
+        Raises:
+            SampleError: the sample can't be used.
+        """
+
+    @abc.abstractmethod
+    def example(self, count: int) -> Batch:
+        """Make a micro-batch of `count` samples with made-up content, for plans, checks and profiles."""
+
+    def without_chance(self, source: SourceInfo, members: Members) -> Arrays:
+        """Make the one row [1, ...] by which the sample is judged: no random crop, mask or mirror.
 
         Raises:
             SampleError: the sample can't be used.
         """
         raise NotImplementedError
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Join samples to a micro-batch: the views of each lie next to each other, B = samples x views.
+
+        Returns:
+            the tensors [B, ...]; `position`, `view`, `source`, `epoch` int64 [B]; `key` list of B; `bad` the records of
+            unusable samples. A kind with ragged parts pads or lists them here.
+        """
+        arrays = samples[0].arrays
+        batch: Batch = {name: torch.from_numpy(_joined([sample.arrays[name] for sample in samples])) for name in arrays}
+        return batch | index_columns(samples, views=len(next(iter(arrays.values()))))
+
+
+def index_columns(samples: list[Sample], views: int) -> Batch:
+    """Say where the rows of a micro-batch come from; see `Samples.collate`."""
+
+    def each(values: Iterable[int]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.fromiter(values, dtype=np.int64), views))
+
+    return {
+        "position": each(sample.place.position for sample in samples),
+        "epoch": each(sample.place.epoch for sample in samples),
+        "source": each(sample.place.source for sample in samples),
+        "view": torch.from_numpy(np.tile(np.arange(views, dtype=np.int64), len(samples))),
+        "key": [sample.key for sample in samples for _ in range(views)],
+        "bad": [bad for sample in samples for bad in sample.bad],
+    }
+
+
+def made_up_samples(count: int, arrays: Callable[[Place], Arrays]) -> list[Sample]:
+    """Samples at the first positions of the first epoch, for `Samples.example`."""
+    places = [Place(0, position, 0, 0, position) for position in range(count)]
+    return [Sample(place, f"made_up_{place.position}", arrays(place)) for place in places]
+
+
+def draws(seed: int, place: Place, views: int) -> list[Draw]:
+    """Generator factories of a sample's views."""
+    return [functools.partial(generator, seed, place.epoch, place.position, view) for view in range(views)]
+
+
+def stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays of all views, [views, ...]; a single one, which is most of a sample's bytes, is not copied."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays one after the other; a single one is not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 class SampleMaker:
@@ -82,27 +145,17 @@ class SampleMaker:
 
     Args:
         data: The recipe's data section.
-        seed: The recipe's run.seed.
         sources: The sources, in the recipe's order.
         reader: Fetches substitutes.
-        view_tensors: The objective's draws for one view, or what makes the views altogether.
+        samples: What to make of a sample.
         decoding: Notes what is decoded, and knows what kills its decoder.
     """
 
     def __init__(
-        self,
-        data: Data,
-        seed: int,
-        sources: list[SourceInfo],
-        reader: SampleReader,
-        view_tensors: ViewTensors | SampleViews,
-        decoding: Decoding,
+        self, data: Data, sources: list[SourceInfo], reader: SampleReader, samples: Samples, decoding: Decoding
     ) -> None:
-        self._decoding = decoding
         self._data, self._sources, self._reader = data, sources, reader
-        self._views: SampleViews = (
-            view_tensors if isinstance(view_tensors, SampleViews) else CroppedViews(data, seed, view_tensors)
-        )
+        self._samples, self._decoding = samples, decoding
 
     def make(self, place: Place, order: EpochOrder, fetched: Callable[[], RawSample]) -> Sample:
         """The sample of a place, or its first usable substitute.
@@ -126,7 +179,7 @@ class SampleMaker:
                 raw = read()
                 note(f"data: decoding {raw.key} of {raw.url}")
                 with self._decoding.of((place.source, shard, row)):
-                    arrays = self._views(place, self._sources[place.source], parse_sample(raw))
+                    arrays = self._samples(place, self._sources[place.source], parse_sample(raw))
                 return Sample(place, raw.key, arrays, bad)
             except SampleError as error:
                 bad.append(self._record(place, shard, row, attempt, error))
@@ -144,50 +197,3 @@ class SampleMaker:
         return BadSample(
             source.name, source.shards[shard].name, key, place.epoch, place.position, attempt, error.reason, detail
         )
-
-
-class CroppedViews(SampleViews):
-    """Pre-training: one clip, decoded once; a crop and the objective's draws for each view.
-
-    Args:
-        data: The recipe's data section.
-        seed: The recipe's run.seed.
-        view_tensors: The objective's draws for one view.
-    """
-
-    def __init__(self, data: Data, seed: int, view_tensors: ViewTensors) -> None:
-        self._data, self._seed, self._view_tensors = data, seed, view_tensors
-
-    def __call__(self, place: Place, source: SourceInfo, members: Members) -> dict[str, np.ndarray]:
-        draws = [
-            functools.partial(generator, self._seed, place.epoch, place.position, view)
-            for view in range(self._data.views)
-        ]
-        drawn = [self._view_tensors(draw) for draw in draws]
-        arrays = {"video": _stacked(self._videos(place, source.stride, members, draws))}
-        return arrays | {name: _stacked([view[name] for view in drawn]) for name in drawn[0]}
-
-    def _videos(self, place: Place, stride: int, members: Members, draws: Sequence[Draw]) -> list[transforms.Clip]:
-        """One clip as each view shows it, [T, H, W, 3]; decoded once, its start drawn once (repeated augmentation)."""
-        data = self._data
-        rng = generator(self._seed, place.epoch, place.position, 0, "clip")
-        step, phase = members.grid if data.grid == "auto" else (1, 0)
-        with open_video(members.video(), data.decoder, members.stamps) as reader:
-            every = sampling.clip_starts(reader.num_frames, data.frames, stride)
-            starts = sampling.grid_starts(every, stride, step, phase)
-            start = starts[int(rng.integers(len(starts)))]
-            frames = sampling.clip_frames(reader.num_frames, data.frames, stride, start)
-            if data.crop == "center":
-                clip = transforms.centre_crop(reader.frames(frames), data.width, data.height)
-                return [clip] * len(draws)
-            clips = reader.crops(frames, functools.partial(self._boxes, draws))
-        return [transforms.resize(clip, data.width, data.height) for clip in clips]
-
-    def _boxes(self, draws: Sequence[Draw], width: int, height: int) -> list[Box]:
-        data = self._data
-        return [transforms.multiscale_box(width, height, data.width, data.height, draw("crop")) for draw in draws]
-
-
-def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
-    """Arrays of all views, [views, ...]; a single one, which is most of a sample's bytes, is not copied."""
-    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)

@@ -20,9 +20,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
-from typing import Any
 
-import numpy as np
 import torch
 import webdataset
 from torch.utils.data import DataLoader, get_worker_info
@@ -30,7 +28,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from pretrain.data.cache import ShardCache
 from pretrain.data.crashes import CRASHES, CrashNotes
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
-from pretrain.data.samples import Place, Sample, SampleMaker, SampleViews, SourceInfo, ViewTensors
+from pretrain.data.samples import Batch, Place, Sample, SampleMaker, Samples, SourceInfo
 from pretrain.data.stream_plan import OpenSource, StreamPlan, open_sources
 from pretrain.errors import DataError, TubeletError
 from pretrain.recipe.schema import Recipe
@@ -51,13 +49,13 @@ class WorkerPipeline:
         self,
         recipe: Recipe,
         sources: list[OpenSource],
-        view_tensors: ViewTensors | SampleViews,
+        samples: Samples,
         rank: int,
         world_size: int,
         first: int,
         crashes: CrashNotes,
     ) -> None:
-        self._recipe, self._sources, self._view_tensors = recipe, sources, view_tensors
+        self._recipe, self._sources, self._samples = recipe, sources, samples
         self._rank, self._world_size, self._first, self._crashes = rank, world_size, first, crashes
 
     def dataset(self) -> webdataset.DataPipeline:
@@ -74,19 +72,15 @@ class WorkerPipeline:
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         plan = self._plan
         for number in itertools.count(self._first + worker, workers):
-            epoch, positions = plan.positions(number, self._rank, self._world_size)
-            location = plan.order(epoch).locate(positions)
-            columns = (positions.tolist(), location.source.tolist(), location.shard.tolist(), location.row.tolist())
-            for position, source, shard, row in zip(*columns, strict=True):
-                yield Place(epoch, position, source, shard, row)
+            yield from plan.places(number, self._rank, self._world_size)
 
     def samples(self, places: Iterable[Place]) -> Iterator[Sample | TubeletError]:
         """Read ahead, decode, cut; an error that ends the run travels as an item, free of this process's traceback."""
         reader = self._reader()
-        infos = [SourceInfo(source.name, source.index.shards, source.stride) for source in self._sources]
+        infos = [SourceInfo(source.name, source.index.shards, source.options) for source in self._sources]
         worker = get_worker_info()
         decoding = self._crashes.decoder(worker.id if worker else None)
-        maker = SampleMaker(self._recipe.data, self._recipe.run.seed, infos, reader, self._view_tensors, decoding)
+        maker = SampleMaker(self._recipe.data, infos, reader, self._samples, decoding)
 
         def read(place: Place) -> RawSample:
             return reader.read(place.source, place.shard, place.row)
@@ -95,12 +89,12 @@ class WorkerPipeline:
         future: Future[RawSample]
         for place, future in read_ahead(places, read, self._recipe.data.readahead):
             try:
-                yield maker.make(place, self._plan.order(place.epoch), future.result)
+                yield maker.make(place, self._plan.composition.order_of(place), future.result)
             except TubeletError as error:
                 yield error
                 return
 
-    def batches(self, samples: Iterable[Sample | TubeletError]) -> Iterator[dict[str, Any]]:
+    def batches(self, samples: Iterable[Sample | TubeletError]) -> Iterator[Batch]:
         """Collate samples to micro-batches."""
         waiting: list[Sample] = []
         for sample in samples:
@@ -108,8 +102,8 @@ class WorkerPipeline:
                 yield {"error": str(sample)}
                 return
             waiting.append(sample)
-            if len(waiting) == self._recipe.batch.micro:
-                yield collate(waiting)
+            if len(waiting) == self._plan.samples_per_micro:
+                yield self._samples.collate(waiting)
                 waiting = []
 
     def _reader(self) -> SampleReader:
@@ -120,57 +114,27 @@ class WorkerPipeline:
         return SampleReader([source.index for source in self._sources], cache, data.deadline_s, tables)
 
 
-def collate(samples: list[Sample]) -> dict[str, Any]:
-    """A micro-batch: the views of each sample lie next to each other, B = samples x views.
-
-    Returns:
-        `video` uint8 [B, T, H, W, 3] and the objective's tensors [B, ...]; `position`, `view`, `source`, `epoch` int64
-        [B]; `key` list of B; `bad` the records of unusable samples.
-    """
-    views = len(samples[0].arrays["video"])
-
-    def each(values: Iterable[int]) -> torch.Tensor:
-        return torch.from_numpy(np.repeat(np.fromiter(values, dtype=np.int64), views))
-
-    batch: dict[str, Any] = {
-        name: torch.from_numpy(_joined([sample.arrays[name] for sample in samples])) for name in samples[0].arrays
-    }
-    batch["position"] = each(sample.place.position for sample in samples)
-    batch["epoch"] = each(sample.place.epoch for sample in samples)
-    batch["source"] = each(sample.place.source for sample in samples)
-    batch["view"] = torch.from_numpy(np.tile(np.arange(views, dtype=np.int64), len(samples)))
-    batch["key"] = [sample.key for sample in samples for _ in range(views)]
-    batch["bad"] = [bad for sample in samples for bad in sample.bad]
-    return batch
-
-
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    """Arrays one after the other; a single one is not copied."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
 class TrainStream:
     """Micro-batches of one rank, in the exact order of the plan, for ever.
 
     Args:
         recipe: The resolved recipe.
         sources: `open_sources(recipe)`.
-        view_tensors: The objective's draws for one view, or what makes the views altogether; picklable, because workers
-            are spawned.
+        samples: What to make of a sample; picklable, because workers are spawned.
         rank: This rank.
         world_size: Number of ranks.
         start_step: Optimiser step (over all epochs) that the stream starts at.
 
     Raises:
         RecipeError: batch.samples does not divide into micro-batches of the ranks.
-        DataError: not enough data for the order, or `view_tensors` can't travel to a worker.
+        DataError: not enough data for the order, or `samples` can't travel to a worker.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         sources: list[OpenSource],
-        view_tensors: ViewTensors | SampleViews,
+        samples: Samples,
         rank: int,
         world_size: int,
         start_step: int = 0,
@@ -180,19 +144,19 @@ class TrainStream:
         self.accumulation = self.plan.accumulation(world_size)
         self._workers = recipe.data.workers
         if self._workers:
-            _check_picklable(view_tensors)
+            _check_picklable(samples)
         _warn_of_small_cache(recipe, sources)
         self._recipe, self._sources = recipe, sources
         self._crashes = CrashNotes(self._workers, recipe.data.deadline_s)
-        self._pipeline = functools.partial(WorkerPipeline, recipe, sources, view_tensors, rank, world_size)
+        self._pipeline = functools.partial(WorkerPipeline, recipe, sources, samples, rank, world_size)
         self._next = start_step * self.accumulation
         self._processes: list[BaseProcess] = []
-        self._batches: Iterator[dict[str, Any]] | None = None
+        self._batches: Iterator[Batch] | None = None
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Batch:
         """The next micro-batch.
 
         Raises:
@@ -214,13 +178,18 @@ class TrainStream:
         self._next += 1
         return batch
 
+    def source_of(self, step: int) -> str:
+        """Name the one source that optimiser step `step` is made of; empty where it has all."""
+        source = self.plan.composition.source_of(step)
+        return "" if source is None else self._sources[source].name
+
     def close(self) -> None:
         """End the workers."""
         self._batches = None
 
     def _start(self) -> None:
         """Start the workers at the next micro-batch."""
-        loader: DataLoader[dict[str, Any]] = DataLoader(
+        loader: DataLoader[Batch] = DataLoader(
             self._pipeline(self._next, self._crashes).dataset(),
             batch_size=None,
             num_workers=self._workers,
@@ -315,13 +284,13 @@ def _watch(rank: int, worker: int) -> None:
             os._exit(0)
 
 
-def _check_picklable(view_tensors: ViewTensors | SampleViews) -> None:
+def _check_picklable(samples: Samples) -> None:
     try:
-        pickle.dumps(view_tensors)
+        pickle.dumps(samples)
     except Exception as error:
         raise DataError(
-            f"the objective's view_tensors can't be sent to a data worker ({error}): return a functools.partial of a "
-            "function of the module, or set data.workers=0"
+            f"the method's samples can't be sent to a data worker ({error}): build them of a module's classes and "
+            "functions, or set data.workers=0"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pretrain.checkpoint.reshape import Layout
@@ -11,19 +11,20 @@ from pretrain.checkpoint.same_run import check_same_run
 from pretrain.checkpoint.save import Saver, open_saver
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.stream import OpenSource, StreamPlan, TrainStream
-from pretrain.engine.batches import Supply
+from pretrain.engine.batches import MicroBatches
 from pretrain.engine.build import Built, build_engine
 from pretrain.engine.deepspeed_config import describe, unwrapped
-from pretrain.engine.evaluation import Best, Evaluation, open_evaluation
+from pretrain.engine.evaluation import Best
 from pretrain.engine.health import HealthSignal, open_health
 from pretrain.engine.report import Reporter
-from pretrain.engine.schedules import Schedule
+from pretrain.engine.schedules import Schedule, describe_schedule
 from pretrain.engine.step import StepInputs
 from pretrain.errors import CheckpointError
 from pretrain.guards.incidents import Incidents
 from pretrain.guards.skipped_steps import state_at_start
 from pretrain.guards.step_guard import StepGuard
-from pretrain.recipe.components import objective_file
+from pretrain.models.frozen import check_frozen
+from pretrain.objectives.base import Evaluation, Method, Objective
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.metrics import keep_records
 from pretrain.runtime.process_group import Ranks
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 class Run:
     """All that a run is made of, built once."""
 
-    recipe: Recipe
+    method: Method
     ranks: Ranks
     folder: RunFolder
     sources: list[OpenSource]
@@ -53,6 +54,12 @@ class Run:
     evaluation: Evaluation | None
     health: HealthSignal | None
     best: Best
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe."""
+        recipe: Recipe = self.method.recipe
+        return recipe
 
 
 def check_continues(found: Resumable, recipe: Recipe, ranks: Ranks, sources: list[OpenSource]) -> None:
@@ -92,14 +99,14 @@ def forget_after(folder: RunFolder, step: int, plan: StreamPlan) -> None:
     keep_records(folder.metrics, lambda record: record["step"] <= step)
 
     def served_before(record: dict[str, Any]) -> bool:
-        return bool(record["epoch"] * plan.steps_per_epoch + record["position"] // plan.samples < step)
+        return plan.composition.step_of(record["epoch"], record["position"]) < step
 
     for records in folder.bad_samples.glob("rank_*.jsonl"):  # also of ranks that this start does not have
         keep_records(records, served_before)
 
 
 def build_run(
-    recipe: Recipe,
+    method: Method,
     ranks: Ranks,
     folder: RunFolder,
     sources: list[OpenSource],
@@ -108,19 +115,22 @@ def build_run(
     stop: StopWatch,
     watchdog: Watchdog,
 ) -> Run:
-    first_step = found.step if found else 0
-    stream = open_stream(recipe, sources, ranks, first_step)
-    built = build_engine(recipe, ranks, stream.accumulation, resumes=found is not None)
+    """Build everything, and load the checkpoint that was found."""
+    recipe, first_step = method.recipe, found.step if found else 0
+    stream = open_stream(method, sources, ranks, first_step)
+    built = build_engine(method, ranks, stream.accumulation, resumes=found is not None)
     for line in describe(recipe, built.config, ranks.world_size):
         logger.info(line)
     _log_schedule(recipe, schedule, built)
     if found is not None:
-        load(built.engine, found, layout(recipe, ranks), built.groups)
+        objective: Objective = built.engine.module
+        check_frozen(objective.frozen_parts(), found.state.get("frozen", {}), str(found.folder))
+        load(built.engine, found, layout(recipe, ranks), built.groups, objective.rank_state())
     ledger = open_ledger(recipe, folder, sources, ranks, found)
     guard = StepGuard(recipe.guard, state_at_start(folder.guard, ranks, found.state if found else None))
     best = Best(**found.state["best"]) if found else Best()
     return Run(
-        recipe=recipe,
+        method=method,
         ranks=ranks,
         folder=folder,
         sources=sources,
@@ -128,7 +138,9 @@ def build_run(
         built=built,
         inputs=StepInputs(
             engine=built.engine,
-            batches=Supply(stream),
+            turns=built.turns,
+            cache=built.cache,
+            batches=MicroBatches(stream),
             accumulation=stream.accumulation,
             own_clip=(recipe.optim.clip_grad or math.inf) if unwrapped(recipe) else None,
             ledger=ledger,
@@ -146,11 +158,11 @@ def build_run(
             keep_every(recipe, schedule),
             best.steps,
         ),
-        reporter=Reporter(recipe, folder, schedule, ranks, first_step),
+        reporter=Reporter(method, folder, schedule, ranks, first_step),
         stop=stop,
         watchdog=watchdog,
-        evaluation=open_evaluation(recipe, ranks),
-        health=open_health(recipe, ranks, built.engine.module),
+        evaluation=method.evaluation(ranks),
+        health=open_health(method, ranks, built.engine.module),
         best=best,
     )
 
@@ -168,22 +180,16 @@ def open_ledger(
     return ledger
 
 
-def open_stream(recipe: Recipe, sources: list[OpenSource], ranks: Ranks, first_step: int) -> TrainStream:
-    method = objective_file(recipe)
-    views = method.sample_views(recipe) if hasattr(method, "sample_views") else method.view_tensors(recipe)
-    return TrainStream(recipe, sources, views, ranks.rank, ranks.world_size, first_step)
+def open_stream(
+    method: Method, sources: list[OpenSource], ranks: Ranks, first_step: int, in_process: bool = False
+) -> TrainStream:
+    """Open the rank's micro-batches from a step on, in data workers or, where one batch is all, in this process."""
+    recipe = method.recipe
+    if in_process:
+        recipe = replace(recipe, data=replace(recipe.data, workers=0))
+    return TrainStream(recipe, sources, method.samples(), ranks.rank, ranks.world_size, first_step)
 
 
 def _log_schedule(recipe: Recipe, schedule: Schedule, built: Built) -> None:
     logger.info("model: %s parameters", f"{built.parameters:,}")
-    logger.info(
-        "schedule: %d steps an epoch, %d steps, warm-up %d; lr = %g x %d / %d = %.4g, down to %.4g",
-        schedule.steps_per_epoch,
-        schedule.total,
-        schedule.warmup,
-        recipe.optim.base_lr,
-        recipe.batch.samples,
-        recipe.optim.base_batch,
-        schedule.peak,
-        schedule.floor,
-    )
+    logger.info("schedule: %s", describe_schedule(recipe, schedule))

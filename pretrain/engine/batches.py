@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import torch
 
+from pretrain.data.samples import Batch
 from pretrain.data.stream import StreamPlan, TrainStream
 from pretrain.errors import DataError
-from pretrain.objectives.base import Batch
 from pretrain.runtime.process_group import Ranks, gather_objects
 
 logger = logging.getLogger(__name__)
 
 
-class Supply:
+class MicroBatches:
     """Endless micro-batches.
 
     Args:
@@ -57,6 +57,10 @@ class Supply:
     def plan(self) -> StreamPlan:
         """The stream's order."""
         return self._stream.plan
+
+    def source_of(self, step: int) -> str:
+        """Name the one source that a step is made of; empty where it has all."""
+        return self._stream.source_of(step)
 
     def close(self) -> None:
         """End the stream's workers."""

@@ -11,13 +11,13 @@ from pretrain.checkpoint.deepspeed_files import Groups
 from pretrain.engine.deepspeed_config import Config, builds_sharded, deepspeed_config
 from pretrain.engine.model_states import ModelSize, size_of
 from pretrain.engine.optimiser import build_optimizer, forget_steps
+from pretrain.engine.turns import Turn, turns_of
 from pretrain.errors import RecipeError
-from pretrain.objectives.base import Objective
-from pretrain.recipe.components import objective_file
-from pretrain.recipe.schema import Recipe
+from pretrain.models.initial_weights import read_weights
+from pretrain.objectives.base import Method, Objective, WholeBatchObjective
+from pretrain.runtime.gradient_cache import GradientCache
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.seeds import seed_everything
-from pretrain.trained.load_run import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -26,34 +26,37 @@ logger = logging.getLogger(__name__)
 class Built:
     """A DeepSpeed engine, its configuration, the number of parameters of the model, and what the optimiser updates.
 
-    `groups` are the names of the parameters in each of the optimiser's groups, which DeepSpeed forgets.
+    `groups` are the names of the parameters in each of the optimiser's groups, which DeepSpeed forgets; `turns` the
+    updates of one batch.
     """
 
     engine: Any
     config: Config
     parameters: int
     groups: Groups
+    turns: list[Turn]
+    cache: GradientCache | None
 
 
-def count_model(recipe: Recipe) -> ModelSize:
-    """Parameters and buffers of the recipe's objective, counted on the meta device without memory."""
+def count_model(method: Method) -> ModelSize:
+    """Count parameters and buffers of a method's objective on the meta device, without memory."""
     with torch.device("meta"):
-        objective: Objective = objective_file(recipe).build(recipe)
+        objective = method.build()
     return size_of(objective)
 
 
-def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int, resumes: bool = False) -> Built:
+def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool = False) -> Built:
     """Objective, optimiser and DeepSpeed engine, with the recipe's first weights.
 
     Args:
-        recipe: The run.
+        method: The run.
         ranks: This process among all.
         accumulation: Micro-batches of a step.
         resumes: A checkpoint will be loaded, so run.init_weights need not be.
     """
     import deepspeed
 
-    parameters = count_model(recipe).parameters
+    recipe, parameters = method.recipe, count_model(method).parameters
     on_cpu = ranks.device.type == "cpu"
     if on_cpu and recipe.compute.dtype == "fp16":
         raise RecipeError("compute.dtype: found fp16, allowed on a CPU: bf16, fp32 (DeepSpeed has no fp16 there)")
@@ -62,17 +65,36 @@ def build_engine(recipe: Recipe, ranks: Ranks, accumulation: int, resumes: bool 
     if on_cpu:
         torch.use_deterministic_algorithms(True)
     seed_everything(recipe.run.seed)
-    objective = _build_objective(recipe, config, parameters)
+    objective = _build_objective(method, config, parameters)
     if recipe.run.init_weights and not resumes:
         path = recipe.run.init_weights
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
+    turns, cache = turns_of(objective), open_cache(objective, accumulation)
     optimizer = build_optimizer(recipe, objective, ranks.device)
     groups = _group_names(objective, optimizer)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
     forget_steps(engine.basic_optimizer)
     if recipe.compute.compile:
         engine.compile()
-    return Built(engine, config, parameters, groups)
+    return Built(engine, config, parameters, groups, turns, cache)
+
+
+def open_cache(objective: Objective, accumulation: int) -> GradientCache | None:
+    """Give a loss over the global batch what makes it exact over several micro-batches, where a step has them.
+
+    Raises:
+        RecipeError: the objective can't be cached: accumulated, its loss would be that of smaller batches.
+    """
+    if not objective.whole_batch or accumulation == 1:
+        return None
+    if not isinstance(objective, WholeBatchObjective) or len(objective.turns) > 1:
+        raise RecipeError(
+            f"batch.micro: the loss of {type(objective).__name__} looks across the whole batch, and a step has "
+            f"{accumulation} micro-batches on each rank: it would be another loss. Raise batch.micro or the number of "
+            f"ranks until batch.samples = batch.micro x ranks, or write the objective as a WholeBatchObjective"
+        )
+    objective.cache = GradientCache(accumulation)
+    return objective.cache
 
 
 def _group_names(objective: Objective, optimizer: torch.optim.Optimizer) -> Groups:
@@ -80,13 +102,12 @@ def _group_names(objective: Objective, optimizer: torch.optim.Optimizer) -> Grou
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def _build_objective(recipe: Recipe, config: Config, parameters: int) -> Objective:
+def _build_objective(method: Method, config: Config, parameters: int) -> Objective:
     import deepspeed
 
-    sharded = builds_sharded(recipe, parameters)
+    sharded = builds_sharded(method.recipe, parameters)
     context = deepspeed.zero.Init(config_dict_or_path=dict(config)) if sharded else contextlib.nullcontext()
     if sharded:
         logger.info("building %d parameters in shards (deepspeed.zero.Init)", parameters)
     with context:
-        objective: Objective = objective_file(recipe).build(recipe)
-    return objective
+        return method.build()

@@ -1,10 +1,7 @@
 """DeepSpeed's configuration, derived from the recipe."""
 
-import torch
-
 from pretrain.recipe.schema import Recipe
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from pretrain.runtime.dtypes import DTYPES
 
 #: Parameters above which `zero.init: auto` builds a stage-3 model in shards.
 ZERO_INIT_PARAMETERS = 500_000_000
@@ -29,8 +26,8 @@ def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu:
         "zero_optimization": _zero(recipe, parameters, on_cpu),
         # Optimisers are torch's own, also with offload: DeepSpeedCPUAdam would have to be compiled on the machine.
         "zero_force_ds_cpu_optimizer": False,
-        # DeepSpeed calls every optimiser but Adam untested; tests/engine/test_sgd.py tests SGD with all stages.
-        "zero_allow_untested_optimizer": recipe.optim.name != "adamw",
+        # DeepSpeed calls every optimiser but Adam untested; tests/engine/test_optimisers.py tests ours with all stages.
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
     if recipe.compute.dtype == "bf16":
@@ -87,10 +84,17 @@ def describe(recipe: Recipe, config: Config, world_size: int) -> list[str]:
     accumulated = " in bf16" if recipe.compute.dtype == "bf16" and zero.stage == 0 else " in float32"
     if recipe.compute.dtype == "fp16":
         accumulated = " in fp16"
-    optimiser = {"adamw": "AdamW", "sgd": f"SGD (momentum {recipe.optim.momentum:g})"}[recipe.optim.name]
+    optim = recipe.optim
+    kind = "Nesterov momentum" if optim.nesterov else "momentum"
+    optimiser = {
+        "adamw": "AdamW",
+        "adam": "Adam",
+        "sgd": f"SGD ({kind} {optim.momentum:g})",
+        "lars": f"LARS (momentum {optim.momentum:g}, trust {optim.trust:g})",
+    }[optim.name]
     return [
         f"batch: {batch.samples} videos a step = {batch.micro} x {world_size} ranks x "
-        f"{config['gradient_accumulation_steps']} accumulated; {batch.samples * recipe.data.views} clips",
+        f"{config['gradient_accumulation_steps']} accumulated; {batch.samples * recipe.input.views} clips",
         f"precision: {recipe.compute.dtype}, gradients accumulated{accumulated}, {optimiser} in float32",
         f"ZeRO stage {zero.stage}: shards {sharded} over {world_size} ranks; offload {zero.offload}; "
         f"DeepSpeed: {config['zero_optimization']}",

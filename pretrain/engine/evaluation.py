@@ -4,27 +4,11 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pretrain.engine.schedules import Schedule
-from pretrain.recipe.components import objective_file
-from pretrain.recipe.schema import Recipe
-from pretrain.runtime.process_group import Ranks
 
 logger = logging.getLogger(__name__)
-
-
-class Evaluation(Protocol):
-    """What a method's `evaluation(recipe, ranks)` returns."""
-
-    #: Epochs between two evaluations; fractions find a best step within an epoch.
-    every_epochs: float
-    #: Metric whose largest value makes a step the best one.
-    best_by: str
-
-    def __call__(self, objective: Any) -> dict[str, float]:
-        """Metrics by name, equal on all ranks. All ranks call it at the same step."""
-        ...
 
 
 @dataclass
@@ -50,13 +34,6 @@ class Best:
     def write(self, path: Path) -> None:
         """Say in a file which step it is."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-
-def open_evaluation(recipe: Recipe, ranks: Ranks) -> Evaluation | None:
-    """The evaluation of the recipe's method, if it has one and the recipe asks for it."""
-    method = objective_file(recipe)
-    evaluation: Evaluation | None = method.evaluation(recipe, ranks) if hasattr(method, "evaluation") else None
-    return evaluation
 
 
 class Periodic(Protocol):

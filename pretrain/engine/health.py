@@ -13,53 +13,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.decoders import open_video
 from pretrain.data.fetch import SampleReader, read_ahead
 from pretrain.data.index import load_index
 from pretrain.data.members import parse_sample
+from pretrain.data.samples import Arrays, Batch, SourceInfo
 from pretrain.errors import DataError, RecipeError, SampleError
 from pretrain.metrics.neighbours import accuracy, leave_one_out_scores
-from pretrain.objectives.base import Objective
-from pretrain.recipe.schema import Recipe
+from pretrain.objectives.base import Method, Objective
+from pretrain.recipe.schema import Source
 from pretrain.runtime.process_group import Ranks, gather_objects
-from pretrain.samples import sampling, transforms
 
 logger = logging.getLogger(__name__)
 
 #: Videos decoded at a time, ahead of the network.
 DECODERS = 4
 
-#: Number of the video in the set, label, clip uint8 [T, H, W, 3].
-Labelled = tuple[int, str, np.ndarray]
+#: Number of the sample in the set, label, arrays [1, ...].
+Labelled = tuple[int, str, Arrays]
 
 
-def open_health(recipe: Recipe, ranks: Ranks, objective: Objective) -> "HealthSignal | None":
+def open_health(method: Method, ranks: Ranks, objective: Objective) -> "HealthSignal | None":
     """The signal that the recipe asks for, if any.
 
     Raises:
         RecipeError: the method gives no features.
         DataError: health.shards can't be read.
     """
+    recipe = method.recipe
     if recipe.health.shards is None:
         return None
     if type(objective).features is Objective.features:
         raise RecipeError(f"health.shards: objective {recipe.objective.name} has no `features`; set health.shards=null")
-    return HealthSignal(recipe, ranks)
+    return HealthSignal(method, ranks)
 
 
 class HealthSignal:
     """Measures; ranks share the videos.
 
     Args:
-        recipe: the run, with health.shards.
+        method: the run, with health.shards.
         ranks: this process among all.
     """
 
-    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+    def __init__(self, method: Method, ranks: Ranks) -> None:
+        recipe = method.recipe
         assert recipe.health.shards is not None
         self.every_epochs = recipe.health.every_epochs
-        self._recipe, self._ranks = recipe, ranks
+        self._recipe, self._ranks, self._samples = recipe, ranks, method.samples()
         self._index = load_index(recipe.health.shards)
+        self._source = SourceInfo("health", self._index.shards, Source(shards=recipe.health.shards))
+        self._blank = method.example(1)
         self._reader = SampleReader([self._index], None, recipe.data.deadline_s)
 
     def __call__(self, objective: Any) -> dict[str, float]:
@@ -74,8 +77,7 @@ class HealthSignal:
         labels: list[str] = []
         features: list[Tensor] = []
         for batch in self._batches():
-            clips = torch.from_numpy(np.stack([clip for _, _, clip in batch])).to(self._ranks.device)
-            features.append(objective.features(clips).cpu())
+            features.append(objective.features(self._rows([arrays for _, _, arrays in batch])).cpu())
             numbers += [number for number, _, _ in batch]
             labels += [label for _, label, _ in batch]
         self._keep_up(objective, len(features))
@@ -102,8 +104,9 @@ class HealthSignal:
         """With sharded weights every rank takes part in every forward pass, also one that has fewer videos."""
         if self._recipe.zero.stage < 3:
             return
-        data, videos = self._recipe.data, -(-self._index.samples // self._ranks.world_size)
-        blank = torch.zeros(1, data.frames, data.height, data.width, 3, dtype=torch.uint8, device=self._ranks.device)
+        videos = -(-self._index.samples // self._ranks.world_size)
+        blank = {name: value[:1].to(self._ranks.device) for name, value in self._blank.items()
+                 if isinstance(value, Tensor)}  # fmt: skip
         for _ in range(-(-videos // self._recipe.batch.micro) - done):
             objective.features(blank)
 
@@ -129,12 +132,16 @@ class HealthSignal:
             yield (number, *rows[number])
 
     def _read(self, place: tuple[int, int, int]) -> Labelled:
-        data, (number, shard, row) = self._recipe.data, place
+        number, shard, row = place
         members = parse_sample(self._reader.read(0, shard, row))
         label = members.label
         if isinstance(label, bool) or not isinstance(label, str | int):
             raise SampleError("label", f"{label!r} is no class name or number")
-        with open_video(members.video(), data.decoder, members.stamps) as reader:
-            start = (sampling.clip_starts(reader.num_frames, data.frames, data.stride) - 1) // 2
-            clip = reader.frames(sampling.clip_frames(reader.num_frames, data.frames, data.stride, start))
-        return number, str(label), transforms.centre_crop(clip, data.width, data.height)
+        return number, str(label), self._samples.without_chance(self._source, members)
+
+    def _rows(self, samples: list[Arrays]) -> Batch:
+        """Join samples to a batch on the rank's device."""
+        return {
+            name: torch.from_numpy(np.concatenate([arrays[name] for arrays in samples])).to(self._ranks.device)
+            for name in samples[0]
+        }

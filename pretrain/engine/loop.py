@@ -6,7 +6,7 @@ The same command starts and continues a run: what is done next follows from what
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -14,8 +14,8 @@ import torch.distributed as dist
 from pretrain.checkpoint.restore import open_remote, prepare_resume
 from pretrain.checkpoint.resume import find_checkpoint
 from pretrain.checkpoint.save import Content, upload_rest
+from pretrain.data.samples import Batch
 from pretrain.data.stream import StreamPlan, open_sources
-from pretrain.doctor.examine import check_hosts
 from pretrain.engine.assemble import (
     Run,
     build_run,
@@ -27,12 +27,15 @@ from pretrain.engine.assemble import (
 )
 from pretrain.engine.evaluation import Best
 from pretrain.engine.evaluation import every_steps as evaluate_every_steps
+from pretrain.engine.optimiser import set_weight_decay
 from pretrain.engine.recovery import intervene, pass_over
 from pretrain.engine.schedules import build_schedule, every_steps, pictures_every_steps
-from pretrain.engine.step import StepResult, to_device, train_step
+from pretrain.engine.start_checks import check_hosts
+from pretrain.engine.step import to_device, train_step
 from pretrain.errors import CheckpointError, DataError
-from pretrain.objectives.base import Batch
-from pretrain.recipe.schema import Recipe
+from pretrain.guards.results import StepResult
+from pretrain.models.frozen import frozen_notes
+from pretrain.objectives.base import Method, Objective
 from pretrain.recipe.show import show_recipe
 from pretrain.runtime.environment import versions
 from pretrain.runtime.logging import set_up_logging
@@ -45,11 +48,11 @@ from pretrain.runtime.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, resume: str = "auto") -> int:
+def train(method: Method, resume: str = "auto") -> int:
     """Run a recipe on the ranks that were launched.
 
     Args:
-        recipe: The resolved recipe.
+        method: of the recipe.
         resume: auto: continue from the run folder's newest checkpoint that verifies, or start; never: start, and refuse
             a folder that holds checkpoints; otherwise the path of the checkpoint to continue from.
 
@@ -60,13 +63,14 @@ def train(recipe: Recipe, resume: str = "auto") -> int:
         TubeletError: the run can't start or go on; exit code 1.
     """
     die_with_launcher()
+    recipe = method.recipe
     ranks = join(timeout_s=recipe.watchdog.join_s)
     folder, lock = open_folder(recipe, ranks)
     set_up_logging(ranks.rank, folder.logs)
     stop = StopWatch(folder.root, ranks.first, recipe.run.time_limit_minutes)
     watchdog = Watchdog(recipe.watchdog, recipe.data.deadline_s, folder.root, ranks)
     try:
-        return _train(recipe, resume, ranks, folder, stop, watchdog)
+        return _train(method, resume, ranks, folder, stop, watchdog)
     except Exception:
         watchdog.leave_soon()
         raise
@@ -77,8 +81,9 @@ def train(recipe: Recipe, resume: str = "auto") -> int:
         watchdog.close()
 
 
-def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: StopWatch, watchdog: Watchdog) -> int:
-    check_hosts(recipe, ranks)
+def _train(method: Method, resume: str, ranks: Ranks, folder: RunFolder, stop: StopWatch, watchdog: Watchdog) -> int:
+    recipe = method.recipe
+    check_hosts(method, ranks)
     sources = open_sources(recipe)
     plan = StreamPlan(recipe, sources)
     schedule = build_schedule(recipe, plan.steps_per_epoch)
@@ -98,7 +103,7 @@ def _train(recipe: Recipe, resume: str, ranks: Ranks, folder: RunFolder, stop: S
         forget_after(folder, found.step if found else 0, plan)
     first_step = found.step if found else 0
     watchdog.begin(first_step)
-    run = build_run(recipe, ranks, folder, sources, schedule, found, stop, watchdog)
+    run = build_run(method, ranks, folder, sources, schedule, found, stop, watchdog)
     exit_code = 1
     try:
         exit_code = _loop(run, first_step)
@@ -127,6 +132,8 @@ def _loop(run: Run, steps_done: int) -> int:
             result, steps_done = StepResult(applied=False), pass_over(run, steps_done, lr)
         else:
             run.built.engine.module.before_step(steps_done, run.schedule.steps_per_epoch)
+            if (weight_decay := run.schedule.weight_decay(steps_done)) is not None:
+                set_weight_decay(run.built.engine.optimizer, weight_decay)
             result = train_step(run.inputs, steps_done, lr)
             if result.out_of_data:
                 _end_with(run, steps_done, run.inputs.batches.agreed_error(run.ranks), saved)
@@ -212,6 +219,7 @@ def _end_with(run: Run, steps_done: int, error: DataError, saved: int) -> NoRetu
 
 
 def _save(run: Run, steps_done: int) -> None:
+    objective: Objective = run.built.engine.module
     state = {
         "step": steps_done,
         "epoch": run.schedule.epoch(steps_done),
@@ -224,17 +232,18 @@ def _save(run: Run, steps_done: int) -> None:
         "bad_samples": gather_objects(run.ranks, run.inputs.ledger.state()),
         "best": asdict(run.best),
         "recipe": asdict(run.recipe),
+        "frozen": frozen_notes(objective.frozen_parts()),
         "versions": versions(),
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    seconds = run.saver.save(run.built.engine, Content(steps_done, state, show_recipe(run.recipe), keep=run.best.steps))
+    content = Content(steps_done, state, show_recipe(run.recipe), run.best.steps, objective.rank_state())
+    seconds = run.saver.save(run.built.engine, content)
     run.stop.saved_in(max(seconds, run.saver.longest_s))
 
 
 def _shown_clips(run: Run) -> Batch:
-    """The clips of every picture: the first ones of the run, so that pictures of different steps compare."""
-    recipe = replace(run.recipe, data=replace(run.recipe.data, workers=0))
-    batches: Iterator[Batch] = iter(open_stream(recipe, run.sources, run.ranks, first_step=0))
+    """Fetch the rows of every picture: the first ones of the run, so that pictures of different steps compare."""
+    batches: Iterator[Batch] = iter(open_stream(run.method, run.sources, run.ranks, first_step=0, in_process=True))
     count = run.recipe.log.pictures
     return {name: value[:count] for name, value in next(batches).items()}
 
@@ -245,4 +254,5 @@ def _make_pictures(run: Run, steps_done: int, shown: Batch) -> None:
     module.eval()
     videos = module.pictures(to_device(shown, run.ranks.device))
     module.train()
-    run.reporter.pictures(steps_done, videos, run.recipe.log.pictures)
+    if videos:
+        run.reporter.pictures(steps_done, videos, run.recipe.log.pictures)

@@ -5,19 +5,25 @@ from typing import Literal
 
 from torch import nn
 
-from pretrain.engine.deepspeed_config import DTYPES, unwrapped
+from pretrain.checkpoint.sharded_buffers import ShardedBuffers
+from pretrain.engine.deepspeed_config import unwrapped
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.dtypes import DTYPES
 
 Kind = Literal["weights", "gradients", "optimiser", "buffers"]
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of parameters, all and trained ones, and bytes of buffers (averages, statistics, tables)."""
+    """Numbers of parameters, all and trained ones, and bytes of buffers (averages, statistics, tables).
+
+    `sharded_bytes` of the buffers are cut like the weights at stage 3.
+    """
 
     parameters: int
     trained: int
     buffer_bytes: int = 0
+    sharded_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,10 @@ def size_of(module: nn.Module) -> ModelSize:
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
-    )
+        buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
+        sharded_bytes=sum(part.get_buffer(name).nbytes for part in module.modules()
+                          if isinstance(part, ShardedBuffers) for name in part.shapes),
+    )  # fmt: skip
 
 
 def model_states(recipe: Recipe, size: ModelSize, ranks: int) -> list[Held]:
@@ -60,7 +68,10 @@ def model_states(recipe: Recipe, size: ModelSize, ranks: int) -> list[Held]:
         _sharded("weights", "frozen weights", size.parameters - trained, width, recipe, 3, dtype, ranks),
         _sharded("gradients", "gradients", trained, summed, recipe, 2, _summed_in(summed, dtype), ranks),
         _sharded("optimiser", "optimiser", trained, moments, recipe, 1, states, ranks),
-        Held("buffers", size.buffer_bytes, "averaged weights, tables, statistics: whole on each rank", kind="buffers"),
+        _sharded("buffers", "averaged weights", size.sharded_bytes // 4, 4, recipe, 3, "float32", ranks),
+        Held(
+            "buffers", size.buffer_bytes - size.sharded_bytes, "tables, statistics: whole on each rank", kind="buffers"
+        ),
     ]
     if offloads(recipe):
         parts.append(_sharded("gradients", "gradients to update with", trained, 4, recipe, 1, "float32", ranks, True))
@@ -80,7 +91,7 @@ def checkpoint_bytes(recipe: Recipe, size: ModelSize) -> int:
 
 
 def gradient_width(recipe: Recipe) -> int:
-    """Bytes of an accumulated gradient's value; see `data_types` in ds_config.py."""
+    """Bytes of an accumulated gradient's value; see `data_types` in deepspeed_config.py."""
     return 4 if recipe.compute.dtype == "bf16" and recipe.zero.stage > 0 else DTYPES[recipe.compute.dtype].itemsize
 
 
@@ -95,7 +106,8 @@ def _summed_in(width: int, dtype: str) -> str:
 
 def _optimiser_states(recipe: Recipe) -> tuple[int, str]:
     """Bytes a parameter, and what they are."""
-    moments = {"adamw": 2, "sgd": int(recipe.optim.momentum > 0)}[recipe.optim.name]
+    with_momentum = int(recipe.optim.momentum > 0)
+    moments = {"adamw": 2, "adam": 2, "sgd": with_momentum, "lars": with_momentum}[recipe.optim.name]
     words = {0: "no moments", 1: "one moment", 2: "two moments"}[moments]
     # DeepSpeed's sharded and low-precision optimisers keep a float32 copy of the weights beside the moments, also where
     # the weights are float32 themselves (stage3.py means to do without and compares a device with its name).

@@ -16,12 +16,11 @@ import torch.distributed as dist
 
 from pretrain.checkpoint.resume import Resumable, find_checkpoint, load
 from pretrain.engine.assemble import Run, check_continues, forget_after, layout, open_ledger, open_stream
-from pretrain.engine.batches import Supply
+from pretrain.engine.batches import MicroBatches
 from pretrain.engine.evaluation import Best
-from pretrain.engine.step import StepResult
 from pretrain.errors import TrainingError
+from pretrain.guards.results import Decision, StepResult
 from pretrain.guards.skipped_steps import guard_state, remember
-from pretrain.guards.step_guard import Decision
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def _record(
         "loss_scale": result.loss_scale,
         "update": "applied" if result.applied else "left out",
         "rewound_to": found.step if found else None,
-        "guard": {name: value for name, value in run.guard.saved().items() if name != "window"},
+        "guard": {name: value for name, value in run.guard.saved().items() if name not in ("window", "windows")},
         "window": run.guard.state.window[-20:],
     }
     path = run.inputs.incidents.write(decision, numbers, run.built.engine.module)
@@ -87,16 +86,22 @@ def rewind(run: Run, step: int, found: Resumable) -> Run:
     run.inputs.batches.close()
     if run.ranks.first:
         remember(run.folder.guard, run.guard.state)
-    load(run.built.engine, found, layout(run.recipe, run.ranks), run.built.groups)
+    load(
+        run.built.engine,
+        found,
+        layout(run.recipe, run.ranks),
+        run.built.groups,
+        run.built.engine.module.rank_state(),
+    )
     dist.barrier()  # no rank writes to the lists while rank 0 shortens them
     if run.ranks.first:
         forget_after(run.folder, found.step, run.inputs.batches.plan)
     run.reporter.rewound(found.step)
     dist.barrier()
-    stream = open_stream(run.recipe, run.sources, run.ranks, found.step)
+    stream = open_stream(run.method, run.sources, run.ranks, found.step)
     ledger = open_ledger(run.recipe, run.folder, run.sources, run.ranks, found)
     logger.warning("going on from step %d; left out: %s", found.step, run.guard.state.left_out)
-    inputs = replace(run.inputs, batches=Supply(stream), ledger=ledger)
+    inputs = replace(run.inputs, batches=MicroBatches(stream), ledger=ledger)
     return replace(run, inputs=inputs, best=Best(**found.state["best"]))
 
 

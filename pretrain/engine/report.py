@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.engine.schedules import Schedule
-from pretrain.engine.step import StepResult
-from pretrain.recipe.components import objective_file
-from pretrain.recipe.schema import Recipe
+from pretrain.guards.results import StepResult
+from pretrain.objectives.base import Method
 from pretrain.runtime.disk import Tolerance
+from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.metrics import JsonLines, Record
 from pretrain.runtime.pictures import save_pictures
 from pretrain.runtime.process_group import Ranks
@@ -37,13 +36,11 @@ class Meter:
     not count.
     """
 
-    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
-        method = objective_file(recipe)
-        parts: dict[str, float] = method.cost(recipe)
-        executed = sum(macs for name, macs in parts.items() if not name.startswith("skipped"))
-        self.clips = recipe.batch.samples * recipe.data.views
-        self._flops = 2 * 3 * executed * self.clips
-        self._tokens = method.tokens_per_clip(recipe)["all"] if hasattr(method, "tokens_per_clip") else None
+    def __init__(self, method: Method, ranks: Ranks) -> None:
+        recipe, cost = method.recipe, method.cost()
+        self.clips = recipe.batch.samples * recipe.input.views
+        self._flops = 2 * 3 * cost.executed * self.clips
+        self._tokens = cost.tokens.get("all")
         self._device, self._world_size = ranks.device, ranks.world_size
         self.peak_tflops = recipe.log.peak_tflops or matmul_tflops(ranks.device, DTYPES[recipe.compute.dtype])
 
@@ -64,9 +61,10 @@ class Meter:
 class Reporter:
     """Writes what rank 0 reports; on other ranks nothing is built and nothing is written."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, schedule: Schedule, ranks: Ranks, first_step: int) -> None:
+    def __init__(self, method: Method, folder: RunFolder, schedule: Schedule, ranks: Ranks, first_step: int) -> None:
+        recipe = method.recipe
         self._schedule, self._folder, self._every = schedule, folder, recipe.log.every_steps
-        self._meter = Meter(recipe, ranks)  # every rank measures, so that they load a shared CPU alike
+        self._meter = Meter(method, ranks)  # every rank measures, so that they load a shared CPU alike
         self._first_step, self._started = first_step, time.monotonic()
         self._speeds: list[float] = []
         self._last: Record = {}

@@ -1,7 +1,7 @@
 """One optimiser step, from top to bottom."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.data.bad_samples import BadSampleLedger
-from pretrain.engine.batches import Supply
+from pretrain.data.samples import Batch
+from pretrain.engine.batches import MicroBatches
 from pretrain.engine.optimiser import set_lr
-from pretrain.errors import DataError
+from pretrain.engine.turns import Turn
 from pretrain.guards.incidents import Incidents
-from pretrain.guards.step_guard import Spike, StepGuard
-from pretrain.objectives.base import Batch
+from pretrain.guards.results import StepResult
+from pretrain.guards.step_guard import StepGuard
 from pretrain.runtime.activity import note
+from pretrain.runtime.gradient_cache import GradientCache
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.seeds import seed_forward
 
@@ -27,10 +29,12 @@ class StepInputs:
 
     Attributes:
         engine: DeepSpeed engine around the objective.
+        turns: Updates of one batch, in their order.
+        cache: Makes a loss over the global batch exact over several micro-batches; None where there is one.
         batches: Endless micro-batches of this rank.
         accumulation: Micro-batches in a step.
-        own_clip: Where DeepSpeed has no optimiser of its own (`ds_config.unwrapped`): the largest gradient norm, inf
-            for no clipping; None where DeepSpeed checks and clips.
+        own_clip: Where DeepSpeed has no optimiser of its own (`deepspeed_config.unwrapped`): the largest gradient
+            norm, inf for no clipping; None where DeepSpeed checks and clips.
         ledger: Counts unusable samples.
         ranks: This process among all.
         seed: The run's seed.
@@ -40,7 +44,9 @@ class StepInputs:
     """
 
     engine: Any
-    batches: Supply
+    turns: Sequence[Turn]
+    cache: GradientCache | None
+    batches: MicroBatches
     accumulation: int
     own_clip: float | None
     ledger: BadSampleLedger
@@ -51,41 +57,8 @@ class StepInputs:
     incidents: Incidents
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """A step as all ranks agree on it.
-
-    Attributes:
-        metrics: `loss` and the objective's own, mean over micro-batches and ranks.
-        finite_loss: Whether every rank's loss was finite.
-        applied: Whether the weights were updated.
-        grad_norm: Norm of the whole gradient before clipping; inf where it is not finite.
-        loss_scale: fp16's, after the step; None in other formats.
-        spike: Where the loss is a spike, how large.
-        stop: Whether any rank was asked to stop.
-        bad_samples: Unusable samples so far, all ranks.
-        too_many_bad: Why the run must not go on after this step, where too many samples are unusable.
-        out_of_data: Whether some rank got no data: the step does not count, and the weights are as before it.
-        data_s: Seconds spent waiting for data, mean over ranks.
-        step_s: Seconds of the whole step.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    finite_loss: bool = True
-    applied: bool = True
-    grad_norm: float = 0.0
-    loss_scale: float | None = None
-    spike: Spike | None = None
-    stop: bool = False
-    bad_samples: int = 0
-    too_many_bad: DataError | None = None
-    out_of_data: bool = False
-    data_s: float = 0.0
-    step_s: float = 0.0
-
-
 def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
-    """Fetch, forward, backward, check, clip, update.
+    """Fetch, forward, backward, check, clip, update; once for each of the objective's turns, on the same batch.
 
     The update is left out on all ranks where any rank's loss or the gradient is not finite. Two things make sure: a
     loss that is not finite poisons its own gradient, and the norm of the whole gradient, which all ranks have in
@@ -98,36 +71,45 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
         step: Steps done before, over all epochs.
         lr: Learning rate of this step.
     """
-    engine, started, sums = inputs.engine, time.perf_counter(), _Sums()
-    counted = inputs.ledger.state()
+    engine, started, metrics = inputs.engine, time.perf_counter(), dict[str, float]()
+    counted, kept = inputs.ledger.state(), list[Batch]()
+    source = inputs.batches.source_of(step)
     inputs.incidents.begin(step)
-    for micro in range(inputs.accumulation - 1):
-        loss = _forward(inputs, step, micro, sums)
+    for turn in inputs.turns:
+        turn.begin(engine)
+        sums = _Sums()
+        if inputs.cache is not None:
+            _embed_all(inputs, inputs.cache, step, sums, kept)
+        for micro in range(inputs.accumulation - 1):
+            loss = _forward(inputs, step, micro, sums, kept)
+            note("backward")
+            engine.backward(poisoned(loss))
+            engine.step()  # only counts the micro-batch; DeepSpeed updates at the last one
+        loss = _forward(inputs, step, inputs.accumulation - 1, sums, kept)
+        note("all-reduce")
+        agreed = agree(sums.metrics, sums.waited, inputs)
+        if agreed.out_of_data:
+            inputs.ledger.reset(counted)  # the samples of this step are served again when the run goes on
+            return StepResult(applied=False, out_of_data=True)
+        metrics |= agreed.metrics | ({f"loss_{turn.name}": agreed.metrics["loss"]} if len(inputs.turns) > 1 else {})
+        spike = inputs.guard.spike(agreed.metrics["loss"], source) if turn is inputs.turns[-1] else None
         note("backward")
-        engine.backward(poisoned(loss))
-        engine.step()  # only counts the micro-batch; DeepSpeed updates at the last one
-    loss = _forward(inputs, step, inputs.accumulation - 1, sums)
-    note("all-reduce")
-    agreed = agree(sums.metrics, sums.waited, inputs)
-    if agreed.out_of_data:
-        inputs.ledger.reset(counted)  # the samples of this step are served again when the run goes on
-        return StepResult(applied=False, out_of_data=True)
-    spike = inputs.guard.spike(agreed.metrics["loss"])
-    note("backward")
-    engine.backward(poisoned(loss, always=spike is not None and inputs.guard.drops_spikes))
-    if spike is not None or agreed.nonfinite:
-        inputs.incidents.look_at_gradients(engine.module)
-    own_norm = None if inputs.own_clip is None else clip_or_drop(engine.module, inputs.own_clip, inputs.incidents)
-    note("optimiser")
-    set_lr(engine.optimizer, lr)
-    engine.step()  # DeepSpeed clips, checks the norm, updates, and clears the gradients
-    norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
-    finite_norm = norm < float("inf")
+        engine.backward(poisoned(loss, always=spike is not None and inputs.guard.drops_spikes))
+        if spike is not None or agreed.nonfinite:
+            inputs.incidents.look_at_gradients(engine.module)
+        own_norm = None if inputs.own_clip is None else clip_or_drop(engine.module, inputs.own_clip, inputs.incidents)
+        note("optimiser")
+        set_lr(engine.optimizer, lr)
+        engine.step()  # DeepSpeed clips, checks the norm, updates, and clears the gradients
+        norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
+        applied = engine.was_step_applied() and norm < float("inf")
+        if not applied:
+            break  # what follows would train on the result of an update that was left out
     return StepResult(
-        metrics=agreed.metrics,
+        metrics=metrics,
         finite_loss=agreed.nonfinite == 0,
-        applied=engine.was_step_applied() and finite_norm,
-        grad_norm=norm if finite_norm else float("inf"),
+        applied=applied,
+        grad_norm=norm if norm < float("inf") else float("inf"),
         loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
         spike=spike,
         stop=agreed.stop > 0,
@@ -135,6 +117,7 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
         too_many_bad=inputs.ledger.judge(agreed.samples),
         data_s=agreed.data_s,
         step_s=time.perf_counter() - started,
+        source=source,
     )
 
 
@@ -146,14 +129,35 @@ class _Sums:
     waited: float = 0.0
 
 
-def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums) -> Tensor:
-    """Fetch a micro-batch and compute its loss."""
+def _fetch(inputs: StepInputs, sums: _Sums) -> Batch:
     note("data")
     asked = time.perf_counter()
     batch = next(inputs.batches)
     sums.waited += time.perf_counter() - asked
     inputs.ledger.record(batch)
+    return batch
+
+
+def _embed_all(inputs: StepInputs, cache: GradientCache, step: int, sums: _Sums, kept: list[Batch]) -> None:
+    """Embed a step's micro-batches without gradient, so that each can then be compared with all of them."""
+    with cache.collecting(inputs.engine.module):
+        for micro in range(inputs.accumulation):
+            kept.append(to_device(_fetch(inputs, sums), inputs.ranks.device))
+            note("forward")
+            seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
+            inputs.engine.module(kept[micro])
+
+
+def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums, kept: list[Batch]) -> Tensor:
+    """Compute the loss of a micro-batch; what is asked for again, by a later turn, is kept."""
+    if micro == len(kept):
+        batch = _fetch(inputs, sums)
+        # One turn: nothing reads it again, and a whole step's clips would stay in memory.
+        kept.append(batch if len(inputs.turns) > 1 else {})
+    else:
+        batch = kept[micro]
     note("forward")
+    # The same seed in every turn: what is drawn for the first is drawn for the second.
     seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
     output = inputs.engine(to_device(batch, inputs.ranks.device))
     inputs.incidents.note(batch, output.loss)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.manifest import write_durably
-from pretrain.guards.step_guard import Decision
-from pretrain.objectives.base import Batch
+from pretrain.data.samples import Batch
+from pretrain.guards.results import Decision
 from pretrain.runtime.disk import advice
 from pretrain.runtime.process_group import Ranks, gather_objects
 

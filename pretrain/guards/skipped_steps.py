@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.checkpoint.manifest import write_durably
 from pretrain.errors import CheckpointError
-from pretrain.guards.step_guard import GuardState
+from pretrain.guards.results import GuardState
 from pretrain.runtime.disk import advice
 from pretrain.runtime.process_group import Ranks, from_first
 

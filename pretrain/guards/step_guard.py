@@ -8,75 +8,18 @@ uninterrupted one.
 import logging
 import math
 import statistics
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict
+from typing import Any
 
+from pretrain.guards.results import Action, Decision, GuardState, Kind, Spike, StepResult
 from pretrain.recipe.schema import Guard as Options
 
-if TYPE_CHECKING:
-    from pretrain.engine.step import StepResult
-
 logger = logging.getLogger(__name__)
-
-Kind = Literal["loss", "gradient", "spike"]
-Action = Literal["record", "skip", "lower_lr", "rewind", "stop"]
 
 #: Standard deviation of a normal distribution, in median absolute deviations.
 MAD_TO_DEVIATION = 1.4826
 #: Least deviation that a spike is measured in, as a share of the median: a loss that hardly moves has none of its own.
 LEAST_DEVIATION = 1e-3
-
-
-@dataclass(frozen=True)
-class Spike:
-    """A loss far above the recent ones: median and robust deviation of the window, and how many deviations above."""
-
-    median: float
-    deviation: float
-    z: float
-
-
-@dataclass
-class GuardState:
-    """What the guard remembers from step to step.
-
-    Attributes:
-        window: Losses of the latest updates, oldest first.
-        in_a_row: Steps without an update up to now.
-        skipped: Steps without an update in the whole run.
-        lowered: How often the learning rate was lowered.
-        lowered_left: Coming steps that still have the lowered rate.
-        rewinds: How often the run went back to a checkpoint.
-        left_out: Steps, counted from 0, that pass without being trained on.
-    """
-
-    window: list[float] = field(default_factory=list)
-    in_a_row: int = 0
-    skipped: int = 0
-    lowered: int = 0
-    lowered_left: int = 0
-    rewinds: int = 0
-    left_out: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What is done about a bad step.
-
-    Attributes:
-        kind: What was bad.
-        what: The same in words.
-        asked: The recipe's policy.
-        action: What is done: the policy, or stop where its budget is spent.
-        reason: What a person should know; of a stop, the error.
-    """
-
-    kind: Kind
-    what: str
-    asked: Action
-    action: Action
-    reason: str
-    spike: Spike | None = None
 
 
 class StepGuard:
@@ -101,12 +44,13 @@ class StepGuard:
         """Whether step `step`, counted from 0, passes without being trained on."""
         return step in self.state.left_out
 
-    def spike(self, loss: float) -> Spike | None:
-        """How far a step's loss lies above the recent ones, where that is a spike.
+    def spike(self, loss: float, source: str = "") -> Spike | None:
+        """Tell how far a step's loss lies above the recent ones of its source, where that is a spike.
 
-        Nothing is one before half of the window is filled, or below the window's median.
+        Nothing is one before half of the window is filled, or below the window's median. Sources that take turns have
+        losses of their own: judged by a common history, every step of the harder one would be a spike.
         """
-        window, options = self.state.window, self._options
+        window, options = self.state.windows.get(source, []) if source else self.state.window, self._options
         if options.spike == "ignore" or not math.isfinite(loss) or 2 * len(window) < options.window:
             return None
         median = statistics.median(window)
@@ -120,13 +64,13 @@ class StepGuard:
         """Whether the update of a step whose loss is a spike is left out."""
         return self._options.spike not in ("ignore", "record")
 
-    def decide(self, step: int, result: "StepResult") -> Decision | None:
+    def decide(self, step: int, result: StepResult) -> Decision | None:
         """Take note of step `step` (counted from 1); what to do where it was bad."""
         state = self.state
         state.lowered_left = max(0, state.lowered_left - 1)
         if result.applied:
             state.in_a_row = 0
-            state.window = [*state.window, result.metrics["loss"]][-self._options.window :]
+            self._remember(result.metrics["loss"], result.source)
         if result.applied and result.spike is None:
             return None
         if result.spike is None and result.finite_loss and result.loss_scale is not None and result.loss_scale > 1:
@@ -137,7 +81,7 @@ class StepGuard:
             state.skipped += 1
         return self._decision(step, result)
 
-    def _decision(self, step: int, result: "StepResult") -> Decision:
+    def _decision(self, step: int, result: StepResult) -> Decision:
         kind, what = describe(result)
         key = "spike" if kind == "spike" else "nonfinite"
         asked: Action = getattr(self._options, key)
@@ -161,6 +105,13 @@ class StepGuard:
         if asked == "rewind" and state.rewinds >= options.max_rewinds:
             return f"the run went back {state.rewinds} times already (guard.max_rewinds = {options.max_rewinds})"
         return ""
+
+    def _remember(self, loss: float, source: str) -> None:
+        state, most = self.state, self._options.window
+        if source:
+            state.windows[source] = [*state.windows.get(source, []), loss][-most:]
+        else:
+            state.window = [*state.window, loss][-most:]
 
     def lower(self) -> None:
         """The coming steps get the lowered rate."""
@@ -189,7 +140,7 @@ _WORDS = {
 }
 
 
-def describe(result: "StepResult") -> tuple[Kind, str]:
+def describe(result: StepResult) -> tuple[Kind, str]:
     """What is bad about a step."""
     if not result.finite_loss:
         return "loss", "the loss is not finite"

@@ -1,40 +1,58 @@
-"""Moving average of the trained weights, kept in float32 beside a model in any format.
+"""Moving averages of a model's weights, in float32 beside a model in any format, and teachers that compute with them.
 
 timm's ModelEmaV3 copies the model in the model's own format: in bfloat16, whose steps are 1/256 of a value, an average
 with a decay of 0.9999 would never move. Here the averages are float32 buffers, so that DeepSpeed's checkpoints hold
-them like any other part of the module. The warm-up of the decay is timm's (and TensorFlow's).
+them like any other part of the module. Where ZeRO stage 3 shards the weights, each rank keeps and updates the averages
+of its own shards, and nothing is gathered for an update.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.checkpoint.sharded_buffers import ShardedBuffers, share_of
+from pretrain.models.base import MODEL
 
-class WeightAverage(nn.Module):
+#: Attribute under which an objective holds the averages of its model, and so their first name in a checkpoint.
+AVERAGE = "average"
+
+#: Values that are converted to float32 at a time, so that an update needs no second copy of the model. On CPUs more
+#: than the allocator uses again would cost new pages at each update (measured: 2.5 times the seconds with 2**22).
+CHUNK, CPU_CHUNK = 2**26, 2**20
+
+
+class WeightAverage(ShardedBuffers):
     """Averages of a model's trainable parameters.
 
     Args:
-        model: its parameters' present values are the first averages.
-        decay: share that an average keeps at each update, once warm: min(decay, (1 + n) / (10 + n)) at update n.
+        model: Its parameters' present values are the first averages.
+        decay: Share that an average keeps at each update; None: each update says.
+        warmup: Start with a smaller decay: min(decay, (1 + n) / (10 + n)) at update n, as timm's ModelEmaV3 and
+            TensorFlow do. The official recipes don't.
     """
 
     updates: Tensor
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float | None = None, warmup: bool = False) -> None:
         super().__init__()
-        self.decay = decay
-        self._names = {name.replace(".", "|"): name for name, p in model.named_parameters() if p.requires_grad}
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        parameters = dict(model.named_parameters())
+        self.decay, self.warmup = decay, warmup
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._names = {name.replace(".", "|"): name for name in trained}
+        # On the host, where the decay is computed: no update waits for an accelerator.
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
         for key, name in self._names.items():
-            self.register_buffer(key, parameters[name].detach().float().clone())
+            parameter = trained[name]
+            self.shapes[key] = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+            self.register_buffer(key, _held(parameter).float().clone())
+        self.is_split = any(hasattr(parameter, "ds_tensor") for parameter in trained.values())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move, but never round to the model's format."""
-        for key, buffer in self.named_buffers():
+        """Move, but never round to the model's format; the count stays on the host."""
+        for key in self._names:
+            buffer = getattr(self, key)
             moved = fn(buffer)
             setattr(self, key, moved if moved.dtype == buffer.dtype else buffer.to(moved.device))
         return self
@@ -43,33 +61,157 @@ class WeightAverage(nn.Module):
     def reset(self, model: nn.Module) -> None:
         """Start again from the model's present weights."""
         self.updates.zero_()
-        for average, parameter in self._pairs(model):
-            average.copy_(parameter)
+        torch._foreach_copy_(*self.matched(model))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take in the model's present weights."""
+    def update(self, model: nn.Module, decay: float | None = None) -> None:
+        """Take in the model's present weights.
+
+        Args:
+            model: Of which these are averages.
+            decay: Share that the averages keep, where a schedule says (momentum teachers); default: the own one.
+        """
         self.updates += 1
-        # On the device, without waiting for it.
-        keep = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay).float()
-        for average, parameter in self._pairs(model):
-            average.lerp_(parameter.float(), 1 - keep)
+        share = self._share_taken(self.decay if decay is None else decay)
+        for averages, weights in _chunks(*self.matched(model)):
+            torch._foreach_lerp_(averages, _as_float32(weights), share)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model computes with the averages inside of this context."""
-        with torch.no_grad():
-            live = [parameter.detach().clone() for _, parameter in self._pairs(model)]
-            for average, parameter in self._pairs(model):
-                parameter.copy_(average)
+        """The model computes with the averages inside of this context; afterwards it is what it was, bit for bit.
+
+        All ranks enter it together. Around a forward pass whose gradient is needed it is of no use: leaving it changes
+        the weights that the backward pass reads.
+        """
+        averages, weights = self.matched(model)
+        live = [weight.clone() for weight in weights]
+        overwrite(model, weights, averages)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for value, (_, parameter) in zip(live, self._pairs(model), strict=True):
-                    parameter.copy_(value)
+            overwrite(model, self.matched(model)[1], live)
 
-    def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, nn.Parameter]]:
+    def matched(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages and what this rank holds of the weights, in the same order; all are views of the originals."""
         parameters = dict(model.named_parameters())
-        for key, name in self._names.items():
-            yield getattr(self, key), parameters[name]
+        weights = [parameters[name] for name in self._names.values()]
+        if any(hasattr(weight, "ds_tensor") for weight in weights):
+            self.split(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return [getattr(self, key) for key in self._names], [_held(weight) for weight in weights]
+
+    def _share_taken(self, decay: float | None) -> float:
+        """Share of the present weights in an update."""
+        if decay is None:
+            raise ValueError("an average without a decay of its own needs one at each update")
+        if not self.warmup:
+            return 1.0 - decay
+        keep = ((1 + self.updates) / (10 + self.updates)).clamp(max=decay)
+        return float(1 - keep)
+
+
+class MomentumTeacher(nn.Module):
+    """A second model whose weights are averages of the first one's, for targets without gradient (MoCo, BYOL, SNCLR).
+
+    The averages are float32; the second model, in the format of the first, is rewritten from them after each update.
+    Its frozen parameters, and its buffers, such as statistics of norms, are its own after the start. Stage 3 shards
+    and gathers it like the first one.
+
+    Args:
+        model: The first one.
+        twin: The second one, built like the first; it takes over the first one's parameters and buffers.
+    """
+
+    def __init__(self, model: nn.Module, twin: nn.Module) -> None:
+        super().__init__()
+        self.average = WeightAverage(model)
+        self.twin = twin.requires_grad_(False)
+        self.reset(model)
+
+    @torch.no_grad()
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """What the second model makes of its arguments."""
+        return self.twin(*arguments, **options)
+
+    @torch.no_grad()
+    def reset(self, model: nn.Module) -> None:
+        """Start again from the first model as it is: after pre-trained weights were loaded, for example."""
+        ours, theirs = dict(self.twin.named_parameters()), dict(model.named_parameters())
+        overwrite(self.twin, [_held(ours[name]) for name in theirs], [_held(weight) for weight in theirs.values()])
+        for name, buffer in self.twin.named_buffers():
+            buffer.copy_(model.get_buffer(name))
+        self.average.reset(model)
+
+    def update(self, model: nn.Module, decay: float) -> None:
+        """Follow the first model: keep the share `decay` of what is there."""
+        self.average.update(model, decay)
+        averages, weights = self.average.matched(self.twin)
+        overwrite(self.twin, weights, averages)
+
+
+@torch.no_grad()
+def overwrite(model: nn.Module, held: list[Tensor], values: list[Tensor]) -> None:
+    """Copy `values` into what this rank holds of a model's weights, for forward passes to see; all ranks call it.
+
+    Stage 3 keeps small parameters gathered between forward passes: they are gathered again, as at each of its steps.
+    """
+    torch._foreach_copy_(held, values)
+    gathered: list[Any] = [
+        parameter
+        for parameter in model.parameters()
+        if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE"
+    ]
+    if gathered:
+        gathered[0].partition(gathered, has_been_updated=False)
+        gathered[0].all_gather(gathered)
+
+
+def split_averages(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of the model, and averages of them, out of the whole state of an objective.
+
+    Args:
+        state: By the names that a checkpoint has for them.
+
+    Returns:
+        Both by the model's own names. The first has its parameters and buffers; the second those parameters of which
+        there are averages, none where the objective keeps none. What the objective holds beside them is in neither.
+    """
+    weights = _below(state, f"{MODEL}.")
+    averages = {name.replace("|", "."): value for name, value in _below(state, f"{AVERAGE}.").items()}
+    return weights, {name: value for name, value in averages.items() if name in weights}
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: all of it, or under stage 3 its shard without padding, which is flat."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter.detach()
+    _, count = share_of(
+        parameter.ds_numel,  # type: ignore[attr-defined]
+        torch.distributed.get_rank(),
+        torch.distributed.get_world_size(),
+    )
+    values: Tensor = shard.detach().view(-1)[:count]
+    return values
+
+
+def _chunks(averages: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Stretches of both lists of about CHUNK values, but whole tensors."""
+    limit = CPU_CHUNK if averages and averages[0].device.type == "cpu" else CHUNK
+    first = size = 0
+    for number, average in enumerate(averages):
+        size += average.numel()
+        if size >= limit or number == len(averages) - 1:
+            yield averages[first : number + 1], weights[first : number + 1]
+            first, size = number + 1, 0
+
+
+def _as_float32(weights: list[Tensor]) -> list[Tensor]:
+    if all(weight.dtype == torch.float32 for weight in weights):
+        return weights
+    converted = [torch.empty_like(weight, dtype=torch.float32) for weight in weights]
+    torch._foreach_copy_(converted, weights)
+    return converted

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
 from pretrain.models.keep_rates import Reorganisation, keep_rates
-from pretrain.models.recompute import run_blocks
+from pretrain.models.recompute import Recompute, run_blocks
 from pretrain.models.token_reorganisation import Kind, TokenReorganisation, Tokens
 from pretrain.models.vit import Linear, truncated_normal
 
@@ -35,7 +35,7 @@ class Backbone(nn.Module):
     embeddings: "Prompts | None"
     reorganisation: TokenReorganisation | None
 
-    def __init__(self, dim: int, class_tokens: int, activation_checkpointing: bool) -> None:
+    def __init__(self, dim: int, class_tokens: int, activation_checkpointing: Recompute) -> None:
         super().__init__()
         self.dim = dim
         self.class_tokens = class_tokens
@@ -157,3 +157,17 @@ def _scaled_weight(weight: Tensor, scale: float) -> Tensor:
 
 def _probe_weight(weight: Tensor) -> Tensor:
     return nn.init.trunc_normal_(weight, std=0.01)
+
+
+def layer_id(name: str, depth: int) -> int:
+    """Which layer a parameter belongs to, for layer-wise learning rates; lr scale = decay^(depth + 1 - id).
+
+    0 for the embedding and whatever stands before the blocks, 1 to `depth` for blocks, `depth + 1` for norms and head
+    (VideoMAEv2, optim_factory.get_num_layer_for_vit).
+    """
+    in_front = ("patch_embed.", "embeddings.", "added_class.")
+    if name.startswith(in_front) or name in ("pos_embed", "cls_token", "mask_token"):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1

@@ -11,16 +11,15 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
-from pretrain.models.backbone import AddedClass, Backbone, build_head
+from pretrain.models.backbone import AddedClass, Backbone, build_head, layer_id
+from pretrain.models.base import Classifier, Cost
 from pretrain.models.cubes import Grid, cut_cubes, grid_of, grid_problems
+from pretrain.models.encoder import ENCODER_FIELDS, EncoderShape, build_blocks, fill, missing
 from pretrain.models.keep_rates import Reorganisation, keep_rates, rate_problems, token_counts
 from pretrain.models.positions import InterpolatedPositions, SinCosPositions
+from pretrain.models.recompute import Recompute
 from pretrain.models.token_reorganisation import Tokens
-from pretrain.models.videomae import PRESET_FIELDS, PRESETS
-from pretrain.models.vit import Block, CubeEmbedding, drop_path_rates, dropout_layer, truncated_normal
-
-#: What a size fixes here: PRESETS without the decoder.
-FIELDS = PRESET_FIELDS[:5]
+from pretrain.models.vit import CubeEmbedding, dropout_layer, truncated_normal
 
 
 @dataclass
@@ -80,44 +79,25 @@ class Config:
     """token reorganisation (EViT): fewer tokens on the way"""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a resolved configuration."""
-
-    patch_size: int
-    dim: int
-    depth: int
-    heads: int
-    mlp_ratio: float
-    tubelet: int
-
-    @property
-    def hidden(self) -> int:
-        """Channels inside an MLP."""
-        return int(self.dim * self.mlp_ratio)
-
-
 def resolve(config: Config) -> Config:
-    """The configuration with every null filled in from its size."""
-    defaults = dict(zip(FIELDS, PRESETS.get(config.size, ()), strict=False))
-    filled: dict[str, Any] = {key: value for key, value in defaults.items() if getattr(config, key) is None}
+    """Fill every null in from the size."""
     eps = config.norm_eps if config.fc_norm_eps is None else config.fc_norm_eps
-    return replace(config, fc_norm_eps=eps, **filled)
+    full: Config = replace(fill(config, ENCODER_FIELDS), fc_norm_eps=eps)
+    return full
 
 
-def shape_of(config: Config) -> Shape:
+def shape_of(config: Config) -> EncoderShape:
     """Sizes of a configuration."""
     full = resolve(config)
-    return Shape(tubelet=full.tubelet, **{key: getattr(full, key) for key in FIELDS})
+    return EncoderShape(tubelet=full.tubelet, **{key: getattr(full, key) for key in ENCODER_FIELDS})
 
 
 def check(config: Config, frames: int, height: int, width: int) -> list[str]:
     """What keeps this model from being built for clips of frames x height x width."""
     full = resolve(config)
-    missing = [f"model.{key}: null, but model.size=custom has no default for it" for key in FIELDS
-               if getattr(full, key) is None]  # fmt: skip
-    if missing:
-        return missing
+    open_fields = missing(full, ENCODER_FIELDS)
+    if open_fields:
+        return open_fields
     shape = shape_of(full)
     problems = [
         f"model.{key}={getattr(config, key)}: a probability from 0 to below 1 is needed"
@@ -157,7 +137,7 @@ class VideoClassifier(Backbone):
     added_class: AddedClass | None
 
     def __init__(
-        self, config: Config, frames: int, height: int, width: int, activation_checkpointing: bool = False
+        self, config: Config, frames: int, height: int, width: int, activation_checkpointing: Recompute = False
     ) -> None:
         problems = check(config, frames, height, width)
         if problems:
@@ -171,7 +151,10 @@ class VideoClassifier(Backbone):
         self.positions = _positions(full, shape, self.grid)
         self.register_module("added_class", AddedClass(shape.dim) if added else None)
         self.dropout = dropout_layer(full.dropout)
-        self.blocks = nn.ModuleList(_block(full, shape, rate) for rate in drop_path_rates(full.drop_path, shape.depth))
+        self.blocks = build_blocks(
+            full, shape.dim, shape.depth, shape.heads, shape.hidden, init=truncated_normal,
+            dropout=full.dropout, attention_dropout=full.attention_dropout,
+        )  # fmt: skip
         official = full.pooling == "token0"
         self.norm = nn.LayerNorm(shape.dim, eps=full.norm_eps) if official else None
         self.fc_norm = None if official else nn.LayerNorm(shape.dim, eps=full.fc_norm_eps or full.norm_eps)
@@ -235,45 +218,51 @@ class VideoClassifier(Backbone):
         return grid.time * self.shape.tubelet, grid.height * patch, grid.width * patch
 
 
-def _positions(config: Config, shape: Shape, grid: Grid) -> SinCosPositions:
+def _positions(config: Config, shape: EncoderShape, grid: Grid) -> SinCosPositions:
     if config.positions == "rebuild":
         return SinCosPositions(grid.tokens, shape.dim)
     pretrain = (config.pretrain_frames, config.pretrain_height, config.pretrain_width)
     return InterpolatedPositions(grid, grid_of(*pretrain, shape.tubelet, shape.patch_size), shape.dim)
 
 
-def _block(config: Config, shape: Shape, drop_path: float) -> Block:
-    return Block(
-        shape.dim,
-        shape.heads,
-        shape.hidden,
-        config.norm_eps,
-        config.cosine_attention,
-        config.layer_scale,
-        drop_path,
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        init=truncated_normal,
-    )
-
-
-def build(config: Any, frames: int, height: int, width: int, activation_checkpointing: bool = False) -> VideoClassifier:
+def build(
+    config: Any, frames: int, height: int, width: int, activation_checkpointing: Recompute = False
+) -> VideoClassifier:
     """The module; see `VideoClassifier`."""
     return VideoClassifier(config, frames, height, width, activation_checkpointing)
 
 
-def layer_id(name: str, depth: int) -> int:
-    """Which layer a parameter belongs to, for layer-wise learning rates; lr scale = decay^(depth + 1 - id).
+class VideoClassifierArchitecture(Classifier):
+    """The space-time ViT with a head as a recipe describes it."""
 
-    0 for the embedding and whatever stands before the blocks, 1 to `depth` for blocks, `depth + 1` for norms and head
-    (VideoMAEv2, optim_factory.get_num_layer_for_vit).
-    """
-    in_front = ("patch_embed.", "embeddings.", "added_class.")
-    if name.startswith(in_front) or name in ("pos_embed", "cls_token", "mask_token"):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
+    videomae_layouts = True
+
+    @staticmethod
+    def resolve(config: Config) -> Config:
+        return resolve(config)
+
+    def problems(self) -> list[str]:
+        return check(self.config, *self.input.size)
+
+    def build(self, activation_checkpointing: Recompute = False) -> VideoClassifier:
+        frames, height, width = self.input.size
+        return VideoClassifier(self.config, frames, height, width, activation_checkpointing)
+
+    @property
+    def grid(self) -> Grid:
+        """The token grid of the input."""
+        shape, (frames, height, width) = shape_of(self.config), self.input.size
+        return grid_of(frames, height, width, shape.tubelet, shape.patch_size)
+
+    def cost(self) -> Cost:
+        return Cost(cost(self.config, self.grid), {"all": self.grid.tokens})
+
+    def layer_of(self, name: str) -> tuple[int, int]:
+        depth = shape_of(self.config).depth
+        return layer_id(name, depth), depth + 1
+
+
+ARCHITECTURE = VideoClassifierArchitecture
 
 
 def cost(config: Config, grid: Grid) -> dict[str, float]:

@@ -56,14 +56,15 @@ def load_pretrained(
     raw = weights.read_raw(path) if raw is None else raw
     report = LoadReport(str(path), weights.layout_of(raw))
     state = classifier_state(weights.official_state(raw))
-    if encoder_norm == "fc_norm" and model.fc_norm is not None and "norm.weight" in state:
+    own = model.state_dict(keep_vars=True)  # by name, since a classifier of another kind need not have such norms
+    if encoder_norm == "fc_norm" and "fc_norm.weight" in own and "norm.weight" in state:
         state |= {f"fc_norm.{part}": state.pop(f"norm.{part}") for part in ("weight", "bias")}
     pretrained = not any(key.startswith("head.") for key in state)
     if label_map is not None:
         state = map_head(state, label_map)
     state = _fit_head(model, state, head)
     allowed = ["head.*", "added_class.*"] + (["fc_norm.*"] if pretrained else [])
-    dropped = ("norm.*",) if model.norm is None else ()
+    dropped = () if "norm.weight" in own else ("norm.*",)
     problems = _config_problems(model, path)
     return weights.load_state(model, state, report, allowed, (*IGNORED[:3], *dropped), problems)
 

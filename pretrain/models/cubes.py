@@ -34,9 +34,9 @@ class Grid:
 def grid_problems(frames: int, height: int, width: int, tubelet: int, patch: int) -> list[str]:
     """What keeps a clip of this size from being cut into whole cubes."""
     sizes = (
-        ("data.frames", frames, "model.tubelet", tubelet),
-        ("data.height", height, "model.patch_size", patch),
-        ("data.width", width, "model.patch_size", patch),
+        ("input.frames", frames, "model.tubelet", tubelet),
+        ("input.height", height, "model.patch_size", patch),
+        ("input.width", width, "model.patch_size", patch),
     )
     return [
         f"{key}={size}: not a multiple of {unit_key}={unit}; use {max(round(size / unit), 1) * unit}"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pretrain.errors import WeightsError
 from pretrain.models import huggingface
-from pretrain.models.videomae import PRESET_FIELDS, PRESETS, Config, VideoMAE
+from pretrain.models.encoder import PRESET_FIELDS, PRESETS
+from pretrain.models.videomae import Config, VideoMAE
 from pretrain.runtime import storage
 
 

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
-from pretrain.models.backbone import Backbone, build_head
-from pretrain.models.cubes import Grid
+from pretrain.models.backbone import Backbone, build_head, layer_id
+from pretrain.models.base import Classifier, Cost
+from pretrain.models.cubes import Grid, grid_problems
 from pretrain.models.positions import stretch_table
+from pretrain.models.recompute import Recompute
 from pretrain.models.token_reorganisation import Tokens
 from pretrain.models.vit import Block, drop_path_rates, truncated_normal
 
 
 @dataclass
-class ImageOptions:
+class Config:
     """An image ViT."""
 
+    name: str = "image_vit"
+    """architecture: pretrain/models/<name>.py"""
     image_size: int = 224
     """side of the images that the position table is for, pixels"""
     patch_size: int = 16
@@ -72,7 +76,7 @@ class ImageViT(Backbone):
     norm: nn.LayerNorm | None
     fc_norm: nn.LayerNorm | None
 
-    def __init__(self, options: ImageOptions, activation_checkpointing: bool = False) -> None:
+    def __init__(self, options: Config, activation_checkpointing: Recompute = False) -> None:
         if options.dim % options.heads or options.image_size % options.patch_size:
             raise RecipeError(
                 f"image ViT: {options.heads} heads must divide {options.dim} channels, and patches of "
@@ -121,7 +125,12 @@ class ImageViT(Backbone):
         return self.run(self.embed(images), 1, keep_rate, counts)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Tokens [B, 1+N, C] with positions, as they enter the first block."""
+        """Tokens [B, 1+N, C] with positions, as they enter the first block.
+
+        Images are [B, 3, H, W], or clips of one frame [B, 1, H, W, 3] as samples have them.
+        """
+        if images.dim() == 5:
+            images = images[:, 0].permute(0, 3, 1, 2)
         patch = self.options.patch_size
         height, width = images.shape[2:]
         if height % patch or width % patch:
@@ -146,7 +155,7 @@ class ImageViT(Backbone):
         return x if self.norm is None else self.norm(x)
 
 
-def _block(options: ImageOptions, drop_path: float) -> Block:
+def _block(options: Config, drop_path: float) -> Block:
     hidden = int(options.dim * options.mlp_ratio)
     return Block(
         options.dim,
@@ -157,3 +166,45 @@ def _block(options: ImageOptions, drop_path: float) -> Block:
         bias="all",
         init=truncated_normal,
     )
+
+
+class ImageViTArchitecture(Classifier):
+    """An image ViT as a recipe describes it; its input is clips of one frame."""
+
+    def problems(self) -> list[str]:
+        options, (frames, height, width) = self.config, self.input.size
+        found = grid_problems(frames, height, width, 1, options.patch_size)
+        if frames != 1:
+            found.append(f"input.frames={frames}: image_vit takes single pictures; set input.frames=1")
+        if options.heads < 1 or options.dim % options.heads:
+            found.append(f"model.heads={options.heads}: does not divide model.dim={options.dim}")
+        if options.image_size % options.patch_size:
+            found.append(f"model.image_size={options.image_size}: no multiple of model.patch_size={options.patch_size}")
+        return found
+
+    def build(self, activation_checkpointing: Recompute = False) -> ImageViT:
+        return ImageViT(self.config, activation_checkpointing)
+
+    def cost(self) -> Cost:
+        options, tokens = self.config, 1 + self._tokens
+        dim, hidden = options.dim, int(options.dim * options.mlp_ratio)
+        return Cost(
+            {
+                "patch embedding": float(self._tokens * 3 * options.patch_size**2 * dim),
+                "attention": float(options.depth * (4 * tokens * dim * dim + 2 * tokens * tokens * dim)),
+                "MLP": float(options.depth * 2 * tokens * dim * hidden),
+                "head": float(dim * options.classes),
+            },
+            {"all": tokens},
+        )
+
+    def layer_of(self, name: str) -> tuple[int, int]:
+        return layer_id(name, self.config.depth), self.config.depth + 1
+
+    @property
+    def _tokens(self) -> int:
+        _, height, width = self.input.size
+        return (height // self.config.patch_size) * (width // self.config.patch_size)
+
+
+ARCHITECTURE = ImageViTArchitecture

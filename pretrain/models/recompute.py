@@ -43,7 +43,7 @@ def _keep_products() -> Any:
     return create_selective_checkpoint_contexts(list(KEPT))
 
 
-def maybe_recompute(recompute: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+def maybe_recompute(recompute: Recompute, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call, keeping only the inputs for the backward pass where asked."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(function, *arguments, use_reentrant=False)

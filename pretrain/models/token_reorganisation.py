@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import complement, take_tokens
 from pretrain.models.keep_rates import Reorganisation, scheduled_rate, tokens_kept
-from pretrain.models.recompute import maybe_recompute
+from pretrain.models.recompute import Recompute, maybe_recompute
 from pretrain.models.token_scores import class_attention, received_attention
 
 Kind = Literal["class", "received", "keyframe"]
@@ -80,7 +80,7 @@ class TokenReorganisation:
         slices: int = 1,
         keep_rate: float | Sequence[float] | None = None,
         counts: int | Sequence[int | None] | None = None,
-        recompute: bool = False,
+        recompute: Recompute = False,
     ) -> Tokens:
         """Tokens [B, c+n, C] through all blocks.
 

@@ -1,20 +1,21 @@
 """VideoMAE's space-time ViT encoder and its decoder (Tong et al. 2022; Wang et al. 2023), official parameter names.
 
-A model file offers `Config`, `resolve`, `check`, `build`, `cost`; an objective finds it by its name in the recipe.
-Sizes and details: systems/videomae.md sections 2 and 3, from MCG-NJU/VideoMAE and OpenGVLab/VideoMAEv2.
+Details: systems/videomae.md sections 2 and 3, from MCG-NJU/VideoMAE and OpenGVLab/VideoMAEv2.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
+from pretrain.models.base import MaskedAutoencoder
 from pretrain.models.cubes import Grid, grid_of, grid_problems
+from pretrain.models.encoder import PRESET_FIELDS, EncoderShape, build_blocks, fill, missing
 from pretrain.models.positions import SinCosPositions
 from pretrain.models.recompute import Recompute, run_blocks
-from pretrain.models.vit import Block, CubeEmbedding, Linear, drop_path_rates
+from pretrain.models.vit import CubeEmbedding, Linear
 
 
 @dataclass
@@ -55,51 +56,28 @@ class Config:
     """epsilon of the decoder's last layer norm; null: norm_eps (Hugging Face models: 1e-5)"""
 
 
-#: What a size fixes, in the order of the fields above. Decoders as in V2; V1's L has depth 12, its H 640 channels too.
-PRESET_FIELDS = ("patch_size", "dim", "depth", "heads", "mlp_ratio", "decoder_dim", "decoder_depth", "decoder_heads")
-PRESETS: dict[str, tuple[int | float, ...]] = {
-    "small": (16, 384, 12, 6, 4.0, 192, 4, 3),
-    "base": (16, 768, 12, 12, 4.0, 384, 4, 6),
-    "large": (16, 1024, 24, 16, 4.0, 512, 4, 8),
-    "huge": (16, 1280, 32, 16, 4.0, 512, 4, 8),
-    "giant": (14, 1408, 40, 16, 48 / 11, 512, 4, 8),
-}
-
-
 @dataclass(frozen=True)
-class Shape:
+class Shape(EncoderShape):
     """A resolved configuration, nothing left open."""
 
-    patch_size: int
-    tubelet: int
-    dim: int
-    depth: int
-    heads: int
-    mlp_ratio: float
     decoder_dim: int
     decoder_depth: int
     decoder_heads: int
 
-    @property
-    def cube(self) -> int:
-        """Elements of one cube, 3 x tubelet x patch^2."""
-        return 3 * self.tubelet * self.patch_size**2
-
 
 def resolve(config: Config) -> Config:
-    """The configuration with every null filled in from its size."""
-    defaults = dict(zip(PRESET_FIELDS, PRESETS.get(config.size, ()), strict=False))
-    filled: dict[str, Any] = {key: value for key, value in defaults.items() if getattr(config, key) is None}
+    """Fill every null in from the size."""
     eps = config.norm_eps if config.decoder_norm_eps is None else config.decoder_norm_eps
-    return replace(config, decoder_norm_eps=eps, **filled)
+    full: Config = replace(fill(config, PRESET_FIELDS), decoder_norm_eps=eps)
+    return full
 
 
 def check(config: Config, frames: int, height: int, width: int) -> list[str]:
     """What keeps this model from being built for clips of frames x height x width."""
     full = resolve(config)
-    missing = [f"model.{key}: null, but model.size=custom has no default for it" for key in _unset(full)]
-    if missing:
-        return missing
+    open_fields = missing(full, PRESET_FIELDS)
+    if open_fields:
+        return open_fields
     shape = shape_of(full)
     problems = [
         f"model.{heads_key}={heads}: does not divide model.{dim_key}={dim}"
@@ -112,10 +90,6 @@ def check(config: Config, frames: int, height: int, width: int) -> list[str]:
     if not 0 <= config.drop_path < 1:
         problems.append(f"model.drop_path={config.drop_path}: a probability from 0 to below 1 is needed")
     return problems + grid_problems(frames, height, width, shape.tubelet, shape.patch_size)
-
-
-def _unset(config: Config) -> list[str]:
-    return [key for key in PRESET_FIELDS if getattr(config, key) is None]
 
 
 def shape_of(config: Config) -> Shape:
@@ -132,7 +106,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.patch_embed = CubeEmbedding(shape.dim, shape.tubelet, shape.patch_size)
         self.positions = SinCosPositions(grid.tokens, shape.dim)
-        self.blocks = _blocks(config, shape, shape.dim, shape.depth, shape.heads)
+        self.blocks = build_blocks(config, shape.dim, shape.depth, shape.heads, shape.hidden)
         self.norm = nn.LayerNorm(shape.dim, eps=config.norm_eps)
 
     def forward(self, cubes: Tensor, index: Tensor, recompute: Recompute = False) -> Tensor:
@@ -149,7 +123,8 @@ class Decoder(nn.Module):
         super().__init__()
         eps = config.norm_eps if config.decoder_norm_eps is None else config.decoder_norm_eps
         self.positions = SinCosPositions(grid.tokens, shape.decoder_dim)
-        self.blocks = _blocks(config, shape, shape.decoder_dim, shape.decoder_depth, shape.decoder_heads)
+        hidden = int(shape.decoder_dim * shape.mlp_ratio)
+        self.blocks = build_blocks(config, shape.decoder_dim, shape.decoder_depth, shape.decoder_heads, hidden)
         self.norm = nn.LayerNorm(shape.decoder_dim, eps=eps)
         self.head = Linear(shape.decoder_dim, shape.cube)
 
@@ -157,14 +132,6 @@ class Decoder(nn.Module):
         """Tokens [B, n, D] with positions to pixels [B, predicted, cube] of the last `predicted` of them."""
         tokens = run_blocks(self.blocks, tokens, recompute)
         return self.head(self.norm(tokens[:, -predicted:]))
-
-
-def _blocks(config: Config, shape: Shape, dim: int, depth: int, heads: int) -> nn.ModuleList:
-    hidden = int(dim * shape.mlp_ratio)
-    rates = drop_path_rates(config.drop_path, depth)
-    return nn.ModuleList(
-        Block(dim, heads, hidden, config.norm_eps, config.cosine_attention, config.layer_scale, rate) for rate in rates
-    )
 
 
 class VideoMAE(nn.Module):
@@ -215,9 +182,32 @@ class VideoMAE(nn.Module):
         return self.decoder(torch.cat((seen, asked), dim=1), targets.shape[1], recompute)
 
 
-def build(config: Any, frames: int, height: int, width: int, activation_checkpointing: Recompute = False) -> VideoMAE:
-    """The module; see `VideoMAE`."""
-    return VideoMAE(config, frames, height, width, activation_checkpointing)
+class VideoMAEArchitecture(MaskedAutoencoder):
+    """VideoMAE as a recipe describes it."""
+
+    videomae_layouts = True
+
+    @staticmethod
+    def resolve(config: Config) -> Config:
+        return resolve(config)
+
+    def problems(self) -> list[str]:
+        return check(self.config, *self.input.size)
+
+    def build(self, activation_checkpointing: Recompute = False) -> VideoMAE:
+        frames, height, width = self.input.size
+        return VideoMAE(self.config, frames, height, width, activation_checkpointing)
+
+    @property
+    def grid(self) -> Grid:
+        shape, (frames, height, width) = shape_of(self.config), self.input.size
+        return grid_of(frames, height, width, shape.tubelet, shape.patch_size)
+
+    def cost(self, visible: int, targets: int) -> dict[str, float]:
+        return cost(self.config, self.grid, visible, targets)
+
+
+ARCHITECTURE = VideoMAEArchitecture
 
 
 def cost(config: Config, grid: Grid, visible: int, targets: int) -> dict[str, float]:

@@ -26,6 +26,9 @@ Score = Callable[[Tensor, Tensor, float], Tensor]
 #: Fills a weight in place.
 Initializer = Callable[[Tensor], Tensor]
 
+#: Between the two linear layers of an MLP.
+Activation = Callable[[Tensor], Tensor]
+
 
 def xavier(weight: Tensor) -> Tensor:
     """Xavier-uniform: the official pre-training models."""
@@ -117,6 +120,7 @@ class Attention(nn.Module):
         dropout: rate behind the output projection.
         attention_dropout: rate on attention weights.
         init: of the weights.
+        causal: a token attends to itself and those before it (text).
 
     `written_out` allows `written_out_attention` where it is faster; plans for accelerators turn it off for all.
     """
@@ -132,9 +136,11 @@ class Attention(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         init: Initializer = xavier,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.attention_dropout = attention_dropout
         self.qkv = JointProjection(dim, bias == "all", init)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "query_value" else None
@@ -170,10 +176,13 @@ class Attention(nn.Module):
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention output [B, N, C] of what `project` gave."""
         rate = self.attention_dropout if self.training else 0.0
-        if self.written_out and query.device.type == "cpu" and query.dtype == torch.bfloat16 and rate == 0:
+        plain = rate == 0 and not self.causal
+        if self.written_out and plain and query.device.type == "cpu" and query.dtype == torch.bfloat16:
             mixed = written_out_attention(query, key, value, self.score_scale or query.shape[-1] ** -0.5)
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, scale=self.score_scale)
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, dropout_p=rate, is_causal=self.causal, scale=self.score_scale
+            )
         return self.dropout(self.proj(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -187,16 +196,19 @@ def written_out_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, Linear, dropout."""
+    """Linear, activation (exact GELU), Linear, dropout."""
 
-    def __init__(self, dim: int, hidden: int, dropout: float = 0.0, init: Initializer = xavier) -> None:
+    def __init__(
+        self, dim: int, hidden: int, dropout: float = 0.0, init: Initializer = xavier, activation: Activation = F.gelu
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.fc1 = Linear(dim, hidden, init=init)
         self.fc2 = Linear(hidden, dim, init=init)
         self.dropout = dropout_layer(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(F.gelu(self.fc1(x))))
+        return self.dropout(self.fc2(self.activation(self.fc1(x))))
 
 
 class Block(nn.Module):
@@ -214,6 +226,8 @@ class Block(nn.Module):
         dropout: rate behind both branches' last linear layer.
         attention_dropout: rate on attention weights.
         init: of the weights.
+        activation: inside the MLP.
+        causal: a token attends to itself and those before it.
 
     The slot `adaptmlp` takes a module called with the residual stream after attention and the MLP's branch, whose
     output replaces that branch.
@@ -235,12 +249,14 @@ class Block(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         init: Initializer = xavier,
+        activation: Activation = F.gelu,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, heads, cosine, bias, dropout, attention_dropout, init)
+        self.attn = Attention(dim, heads, cosine, bias, dropout, attention_dropout, init, causal)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, hidden, dropout, init)
+        self.mlp = Mlp(dim, hidden, dropout, init, activation)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.drop_path = stochastic_depth(drop_path)

@@ -1,7 +1,8 @@
 """Reads weights of other people and other runs into our models, strictly and with a report.
 
 Layouts: official VideoMAE V1 and V2 pre-training checkpoints, also compiled (`_orig_mod.`), from DDP or DeepSpeed
-(`module.`, containers `model`, `module`, `state_dict`), with or without optimiser; Hugging Face VideoMAE; our own.
+(`module.`, containers `model`, `module`, `state_dict`), with or without optimiser; TorchScript archives; Hugging Face
+VideoMAE; our own.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import WeightsError
 from pretrain.models import huggingface
+from pretrain.models.torchscript import is_torchscript, read_torchscript
 from pretrain.runtime import storage
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ FOLDER_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
 SHOWN_KEYS = 12
 
@@ -181,13 +185,16 @@ def _read_file(url: str) -> dict[str, Tensor]:
 
 
 def _unpickle_tensors(url: str) -> Any:
-    """Read a .pth file without running code from it.
+    """Read a .pth file, or a TorchScript archive, without running code from it.
 
     Official files hold their arguments as an `argparse.Namespace`; that class, which only stores attributes, is the one
     exception to torch's list of allowed types.
     """
     try:
         with fsspec.open(url, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            if is_torchscript(file):
+                return read_torchscript(file, url)
+            file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -1,35 +1,33 @@
-"""What the engine and the data workers ask of a self-supervised method.
+"""What a self-supervised method, or a fine-tuning task, is to the engine.
 
-A method is one file pretrain/objectives/<name>.py with
-
-- `Config`: a dataclass of its options (the recipe's `objective:` section), its first field `name`;
-- `check(recipe) -> list[str]`: what in the recipe it can't work with;
-- `view_tensors(recipe) -> ViewTensors`: what a data worker draws for one view, mask indices for example; picklable
-  (a functools.partial of a module's function, say), because workers are spawned. Or, in its place,
-  `sample_views(recipe) -> pretrain.data.samples.SampleViews`, which makes the views altogether;
-- `build(recipe) -> Objective`: the module;
-- `cost(recipe) -> dict[str, float]`: multiply-accumulates of one clip's forward pass as publications count them, by
-  part; a part named `skipped: ...` belongs to that count but is not executed here;
-
-and, where it has any to give, `warnings(recipe) -> list[str]`: options that have no effect; and
-`evaluation(recipe, ranks) -> pretrain.engine.evaluation.Evaluation | None`: what is measured every few epochs.
-
-Nothing in it knows of ranks, DeepSpeed or files.
+A method is one file pretrain/objectives/<name>.py, a task one finetune/<name>/task.py, with `Config`, a dataclass of
+the recipe's `objective:` section, its first field `name`, and `METHOD`, its subclass of `Method`. It is looked up once,
+when a recipe has been loaded (`method_of`), and handed on. Nothing in it knows of DeepSpeed or of how ranks talk.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import abc
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-import numpy as np
 from torch import Tensor, nn
 
+from pretrain.checkpoint.rank_state import RankState
+from pretrain.data.samples import Batch, Samples
+from pretrain.models.base import Cost
+from pretrain.models.frozen import Frozen
 from pretrain.models.weights import load_weights
+from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.recipe.components import load_component
+from pretrain.recipe.schema import Recipe
+from pretrain.runtime.gradient_cache import Embeddings, GradientCache
+from pretrain.runtime.process_group import Ranks
 
-#: A micro-batch: `video` uint8 [B, T, H, W, 3], the objective's index tensors [B, ...], and lists such as `key`.
-Batch = dict[str, Any]
-
-#: Maps a generator factory (purpose -> generator of this sample and view) to named arrays for one view.
-ViewTensors = Callable[[Callable[[str], np.random.Generator]], dict[str, np.ndarray]]
+#: Tensors that never decay although they have two or more dimensions (VideoMAEv2, optim_factory.get_parameter_groups).
+NO_DECAY_NAMES = frozenset({"pos_embed", "cls_token", "mask_token"})
+#: The turn of an objective whose parameters are all updated at once.
+ALL = "all"
 
 
 class Output(NamedTuple):
@@ -43,37 +41,248 @@ class Output(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How a parameter is trained.
+
+    Attributes:
+        lr_scale: factor on the learning rate.
+        decays: whether weight decay applies.
+        turn: in which of the objective's turns it is updated.
+    """
+
+    lr_scale: float = 1.0
+    decays: bool = True
+    turn: str = ALL
+
+
 class Objective(nn.Module):
-    """A self-supervised method around a model, its attribute `model`."""
+    """A loss around a model, its attribute `model`: given a batch, a scalar and named metrics.
+
+    Attributes:
+        turns: updates of one batch, in this order, each of parameters of its own; adversarial training has two.
+        whole_batch: the loss looks across the global batch (contrast), so accumulating it over micro-batches would
+            silently make it another loss.
+    """
+
+    turns: ClassVar[tuple[str, ...]] = (ALL,)
+    whole_batch: ClassVar[bool] = False
+    model: Any
+    #: The turn that the coming forward pass is for; the engine sets it where there are several.
+    turn: str = ALL
 
     def forward(self, batch: Batch) -> Output:
-        """Loss of a micro-batch that lies on the model's device."""
+        """Compute the loss of a micro-batch that lies on the model's device."""
         raise NotImplementedError
 
-    def lr_scale(self, name: str) -> float:
-        """Factor on the learning rate of the parameter `name` (as in `named_parameters`)."""
-        return 1.0
+    def rule(self, name: str, shape: Iterable[int]) -> Rule:
+        """Say how the parameter `name` (as in `named_parameters`) of this shape is trained."""
+        return Rule(decays=decays(name, shape))
 
     def load_pretrained(self, path: str, raw: Mapping[str, Tensor]) -> None:
         """Start from the weights `raw`, read from `path` (the recipe's run.init_weights), names as they are there."""
-        load_weights(self.model, path, raw=raw)  # type: ignore[arg-type]
+        load_weights(self.model, path, raw=raw)
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
-        """Called before optimiser step `step`, counted from 0 over the whole run, for what follows a schedule.
+        """Prepare optimiser step `step`, counted from 0 over the whole run, for what follows a schedule.
 
         It must depend on these numbers alone: a resumed run is told no others.
         """
 
     def after_step(self) -> None:
-        """Called after every step whose update was applied."""
+        """Follow a step whose update was applied."""
 
-    def features(self, video: Tensor) -> Tensor:
-        """One feature a clip, float32 [B, C], of clips uint8 [B, T, H, W, 3]; what the recipe's health block judges.
+    def keep_evaluated_weights(self) -> None:
+        """Make the weights that are evaluated the only ones: averages, where the objective has some."""
 
-        A method that overrides it computes it without drawing random numbers.
+    def rank_state(self) -> dict[str, RankState]:
+        """Give what is saved beside the weights, queues and banks: restored in place when a run goes on."""
+        return {}
+
+    def frozen_parts(self) -> Mapping[str, Frozen[Any]]:
+        """Give towers that don't train: a checkpoint names them with their hash, and a resume compares it."""
+        return {}
+
+    def features(self, batch: Batch) -> Tensor:
+        """Give one feature a row, float32 [B, C]; what the recipe's health block judges.
+
+        A method that overrides it computes it without drawing random numbers, from what `Samples.without_chance` makes.
         """
         raise NotImplementedError
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Videos to look at, uint8 [B, T, H, W, 3] by name in display order (original, masked, reconstructed)."""
+        """Draw videos to look at, uint8 [B, T, H, W, 3] by name in display order (original, masked, reconstructed).
+
+        Empty where there is nothing to look at.
+        """
+        return {}
+
+
+class WholeBatchObjective(Objective):
+    """A loss across the global batch: rows are embedded apart, and compared together.
+
+    Where a step has several micro-batches, the engine hands over a cache, through which loss and gradients are exactly
+    those of one large batch. `compare` runs twice then, so it must change no state.
+    """
+
+    whole_batch = True
+    cache: GradientCache | None = None
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Embed the rows of a micro-batch: tensors [B, ...] by name."""
         raise NotImplementedError
+
+    def compare(self, embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute loss and detached metrics of all rows that this rank has in a step."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Output:
+        embeddings = self.embed(batch)
+        if self.cache is None:
+            return Output(*self.compare(embeddings))
+        return Output(*self.cache(embeddings, self.compare))
+
+
+class Evaluation(Protocol):
+    """A measure on held-out data, taken every few epochs while training."""
+
+    #: Epochs between two evaluations; fractions find a best step within an epoch.
+    every_epochs: float
+    #: Metric whose largest value makes a step the best one.
+    best_by: str
+
+    def __call__(self, objective: Any) -> dict[str, float]:
+        """Give metrics by name, equal on all ranks. All ranks call it at the same step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Export:
+    """A format that weights can be written in.
+
+    Attributes:
+        write: writes a trained objective to a place, any fsspec URL; returns a remark for the user, or nothing.
+        usage: how to use what was written, Markdown for the model card; empty: a single file without a card.
+        suffix: what the place must end in, where it is a file of one kind.
+        library: that loads it, as hubs call it.
+        hub_task: what it is for, as hubs call it.
+    """
+
+    write: Callable[[Any, str], str]
+    usage: str = ""
+    suffix: str = ""
+    library: str = "tubelet"
+    hub_task: str = "feature-extraction"
+
+
+class Method(abc.ABC):
+    """A way of training, built from a recipe: its data, its objective, and what it adds to the commands.
+
+    Attributes:
+        INPUT: kind of sample that it takes where the recipe names none: pretrain/samples/<name>.py.
+        recipe: the resolved recipe.
+    """
+
+    INPUT: ClassVar[str] = "clip"
+
+    def __init__(self, recipe: Any) -> None:
+        self.recipe = recipe
+
+    def problems(self) -> list[str]:
+        """Say what in the recipe it can't work with."""
+        return []
+
+    def warnings(self) -> list[str]:
+        """Name options that have no effect in the recipe, or that are likely not meant."""
+        return []
+
+    @abc.abstractmethod
+    def samples(self) -> Samples:
+        """Give what data workers make of a sample."""
+
+    @abc.abstractmethod
+    def build(self) -> Objective:
+        """Make the objective with its first weights."""
+
+    @abc.abstractmethod
+    def cost(self) -> Cost:
+        """Count the work of one row's forward pass."""
+
+    def example(self, count: int) -> Batch:
+        """Make a micro-batch of `count` samples with made-up content; no data are needed."""
+        return self.samples().example(count)
+
+    def held(self) -> dict[str, tuple[float, str]]:
+        """Name what each rank holds beside the model (frozen towers): bytes and a remark, for the dry run."""
+        return {}
+
+    def evaluation(self, ranks: Ranks) -> Evaluation | None:
+        """Open what is measured while training; None where nothing is."""
+        return None
+
+    def test(self, ranks: Ranks, which: str | None = None) -> dict[str, float] | None:
+        """Test a checkpoint of the run, on all ranks; None where there is nothing to test.
+
+        Args:
+            ranks: this process among all.
+            which: last, best, or a checkpoint's folder; None: what the recipe says for the end of the training.
+        """
+        return None
+
+    def take_export(self, objective: Objective, source: Path) -> None:
+        """Load weights that `exports()` has written as safetensors."""
+        load_weights(objective.model, str(source))
+
+    def exports(self, source: Path) -> dict[str, Export]:
+        """Name the formats that weights of this method can be written in; `source` is where they come from."""
+        return {}
+
+    def describe(self, source: Path) -> dict[str, bytes]:
+        """Give files that go beside exported weights, class names for example, by name."""
+        return {}
+
+
+def method_of(recipe: Recipe) -> Method:
+    """Look up the method that a recipe names; once, then it is handed on.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    method: Method = load_component("objective", recipe.objective.name, type(recipe).METHODS).METHOD(recipe)
+    return method
+
+
+def problems_of(method: Method, ranks: int | None = None) -> list[str]:
+    """Say everything in a well-typed recipe that can't work.
+
+    Args:
+        method: of the recipe.
+        ranks: processes of the run; None: as many as were launched, if any.
+    """
+    recipe = method.recipe
+    wrong_input = recipe.input.problems()
+    problems = check_recipe(recipe, ranks) + wrong_input
+    # Zero frames can't be cut into cubes: what a model would say of a size that is wrong in itself misleads.
+    return problems if wrong_input else problems + method.problems()
+
+
+def warnings_of(method: Method) -> list[str]:
+    """Say everything in a recipe that has no effect or is likely not meant."""
+    return recipe_warnings(method.recipe) + method.warnings()
+
+
+def plain_name(name: str) -> str:
+    """Strip from a parameter's name the pieces that torch.compile puts into it.
+
+    The official code compares compiled names, so its mask_token silently decays
+    (VideoMAEv2, optim_factory.get_parameter_groups).
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def decays(name: str, shape: Iterable[int]) -> bool:
+    """Say whether weight decay applies: tensors of two or more dimensions, but not biases, scales and tokens."""
+    plain = plain_name(name)
+    if plain.rpartition(".")[2] in NO_DECAY_NAMES or plain.endswith((".bias", ".scale")):
+        return False
+    return len(tuple(shape)) > 1

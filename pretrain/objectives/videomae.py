@@ -7,10 +7,9 @@ whole batch where T' is a multiple of 4 or `decoder_mask` is none or frame; else
 """
 
 import functools
-import importlib
-import inspect
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,18 +17,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pretrain.models.cubes import complement, cut_cubes, grid_of, join_cubes, take_tokens
-from pretrain.objectives.base import Batch, Objective, Output, ViewTensors
+from pretrain.data.media import MEAN, STD
+from pretrain.data.randomness import generator
+from pretrain.data.samples import Batch, Draw
+from pretrain.errors import RecipeError
+from pretrain.models.base import Cost, MaskedAutoencoder, architecture_of
+from pretrain.models.cubes import complement, cut_cubes, join_cubes, take_tokens
+from pretrain.models.formats import export_huggingface, export_official, export_safetensors
+from pretrain.models.huggingface import processor_configs
+from pretrain.models.pixels import PixelNormalization, unit_pixels
+from pretrain.objectives.base import Export, Method, Objective, Output
+from pretrain.runtime import storage
+from pretrain.samples.clip import ClipSamples
 from pretrain.samples.masks import MaskPlan, draw
 
-#: ImageNet statistics of pixels in [0, 1], RGB.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 #: Added to the standard deviation of a cube, not to its variance.
 TARGET_EPS = 1e-6
 #: Brightest value of a reconstruction picture, as in the official visualisation.
 PICTURE_MAX = 0.996
 GREY = 0.5
+USAGE = """\
+Fine-tune: `python launch/finetune.py --recipe RECIPE run.init_weights=FOLDER`; look at reconstructions:
+`python launch/reconstruct.py FOLDER SHARDS`."""
+USAGE_HUGGINGFACE = "`transformers.VideoMAEForPreTraining.from_pretrained(FOLDER)`"
 
 
 @dataclass
@@ -50,101 +60,90 @@ class Config:
     """leave out mask tokens that lie where the encoder sees; less work, but not the published method"""
 
 
-def check(recipe: Any) -> list[str]:
-    """What in the recipe this method can't work with."""
-    data = recipe.data
-    if "targets" not in inspect.signature(_model_file(recipe).cost).parameters:
-        return [
-            f"model.name={recipe.model.name}: does not reconstruct cubes; use videomae, or another masked autoencoder"
-        ]
-    problems: list[str] = _model_file(recipe).check(recipe.model, data.frames, data.height, data.width)
-    return problems or mask_plan(recipe).problems()
+class VideoMAEMethod(Method):
+    """Masked autoencoding of pixels."""
+
+    @functools.cached_property
+    def architecture(self) -> MaskedAutoencoder:
+        """The recipe's model, which must reconstruct cubes."""
+        found: MaskedAutoencoder = architecture_of(self.recipe, MaskedAutoencoder)
+        return found
+
+    def problems(self) -> list[str]:
+        try:
+            problems = self.architecture.problems()
+        except RecipeError as error:
+            return error.problems
+        return problems or self.mask_plan().problems()
+
+    def warnings(self) -> list[str]:
+        options = self.recipe.objective
+        if options.decoder_mask == "none" and options.decoder_mask_ratio != Config.decoder_mask_ratio:
+            return [f"objective.decoder_mask_ratio={options.decoder_mask_ratio:g} has no effect: decoder_mask is none"]
+        return []
+
+    def samples(self) -> ClipSamples:
+        draws = functools.partial(_draw_view, self.mask_plan())
+        return ClipSamples(self.recipe.input, self.recipe.run.seed, draws)
+
+    def build(self) -> "VideoMAEObjective":
+        model = self.architecture.build(self.recipe.compute.activation_checkpointing)
+        return VideoMAEObjective(model, self.recipe.objective.normalize_targets)
+
+    def cost(self) -> Cost:
+        plan = self.mask_plan()
+        drawn = _draw_view(plan, functools.partial(generator, self.recipe.run.seed, 0, 0, 0))
+        tokens = {
+            "all": plan.tokens,
+            "visible": plan.visible,
+            "reconstructed": plan.targets,
+            "counted": int(np.count_nonzero(drawn["weight"])),
+        }
+        return Cost(self.architecture.cost(plan.visible, plan.targets), tokens)
+
+    def exports(self, source: Path) -> dict[str, Export]:
+        formats = {"safetensors": Export(self._write_safetensors, USAGE)}
+        if self.architecture.videomae_layouts:
+            formats["official"] = Export(_write_official)
+            formats["huggingface"] = Export(self._write_huggingface, USAGE_HUGGINGFACE, library="transformers")
+        return formats
+
+    def mask_plan(self) -> MaskPlan:
+        """How a clip is masked."""
+        grid, options = self.architecture.grid, self.recipe.objective
+        return MaskPlan(
+            grid.time,
+            grid.height,
+            grid.width,
+            ratio=options.mask_ratio,
+            decoder=options.decoder_mask,
+            decoder_ratio=options.decoder_mask_ratio,
+            skip_visible=options.skip_visible_mask_tokens,
+        )
+
+    def _write_safetensors(self, objective: Any, dest: str) -> str:
+        export_safetensors(objective.model, self.recipe, dest)
+        return ""
+
+    def _write_huggingface(self, objective: Any, dest: str) -> str:
+        export_huggingface(objective.model, dest, objective.normalize_targets)
+        size = self.recipe.input.height
+        for name, content in processor_configs(size, size, MEAN, STD).items():
+            storage.write_bytes(storage.join(dest, name), json.dumps(content, indent=2).encode())
+        return ""
 
 
-def warnings(recipe: Any) -> list[str]:
-    """Options of this method that have no effect in the recipe."""
-    options = recipe.objective
-    if options.decoder_mask == "none" and options.decoder_mask_ratio != Config.decoder_mask_ratio:
-        return [f"objective.decoder_mask_ratio={options.decoder_mask_ratio:g} has no effect: decoder_mask is none"]
-    return []
+METHOD = VideoMAEMethod
 
 
-def view_tensors(recipe: Any) -> ViewTensors:
-    """Draws `visible`, `targets` and `weight` of one view; picklable, because data workers are spawned."""
-    return functools.partial(_draw_view, mask_plan(recipe))
+def _write_official(objective: Any, dest: str) -> str:
+    export_official(objective.model, dest)
+    return ""
 
 
-def _draw_view(plan: MaskPlan, generator: Callable[[str], np.random.Generator]) -> dict[str, np.ndarray]:
-    return dict(draw(plan, generator("encoder_mask"), generator("decoder_mask")))
-
-
-def build(recipe: Any) -> "VideoMAEObjective":
-    """The model of the recipe with this loss around it."""
-    data = recipe.data
-    model = _model_file(recipe).build(
-        recipe.model, data.frames, data.height, data.width, recipe.compute.activation_checkpointing
-    )
-    return VideoMAEObjective(model, recipe.objective.normalize_targets)
-
-
-def cost(recipe: Any) -> dict[str, float]:
-    """Multiply-accumulates of one clip's forward pass, by part; parts named `skipped: ...` are not executed."""
-    plan = mask_plan(recipe)
-    parts: dict[str, float] = _model_file(recipe).cost(recipe.model, _grid(recipe), plan.visible, plan.targets)
-    return parts
-
-
-def tokens_per_clip(recipe: Any) -> dict[str, int]:
-    """Tokens of a clip: all, seen by the encoder, reconstructed by the decoder."""
-    plan = mask_plan(recipe)
-    return {"all": plan.tokens, "visible": plan.visible, "reconstructed": plan.targets}
-
-
-def mask_plan(recipe: Any) -> MaskPlan:
-    """How this recipe masks a clip."""
-    grid, options = _grid(recipe), recipe.objective
-    return MaskPlan(
-        grid.time,
-        grid.height,
-        grid.width,
-        ratio=options.mask_ratio,
-        decoder=options.decoder_mask,
-        decoder_ratio=options.decoder_mask_ratio,
-        skip_visible=options.skip_visible_mask_tokens,
-    )
-
-
-def _model_file(recipe: Any) -> Any:
-    return importlib.import_module(f"pretrain.models.{recipe.model.name}")
-
-
-def _grid(recipe: Any) -> Any:
-    model = _model_file(recipe).resolve(recipe.model)
-    data = recipe.data
-    return grid_of(data.frames, data.height, data.width, model.tubelet, model.patch_size)
-
-
-class PixelNormalization(nn.Module):
-    """ImageNet normalisation of pixels in [0, 1] with channels last; stays float32 when the model is cast."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        # From NumPy: deepspeed.zero.Init rounds what torch's constructors make to the weights' type.
-        self.register_buffer("mean", torch.from_numpy(np.array(MEAN, np.float32)), persistent=False)
-        self.register_buffer("std", torch.from_numpy(np.array(STD, np.float32)), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self.mean = torch.from_numpy(np.array(MEAN, np.float32)).to(self.mean.device)
-        self.std = torch.from_numpy(np.array(STD, np.float32)).to(self.std.device)
-        return self
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Flattened cubes [..., n*3], channel fastest, to the same shape."""
-        return ((pixels.unflatten(-1, (-1, 3)) - self.mean) / self.std).flatten(-2)
+def _draw_view(plan: MaskPlan, drawn_for: Draw) -> dict[str, np.ndarray]:
+    """`visible`, `targets` and `weight` of one view; a module's function, because data workers are spawned."""
+    return dict(draw(plan, drawn_for("encoder_mask"), drawn_for("decoder_mask")))
 
 
 class VideoMAEObjective(Objective):
@@ -231,9 +230,9 @@ class VideoMAEObjective(Objective):
         return {name: self._to_video(value) for name, value in filled.items()}
 
     @torch.no_grad()
-    def features(self, video: Tensor) -> Tensor:
-        """Mean over all tokens of the encoder's output, none hidden: float32 [B, C] of clips uint8 [B, T, H, W, 3]."""
-        cubes = self._cubes({"video": video})
+    def features(self, batch: Batch) -> Tensor:
+        """Average the encoder's output over all tokens, none hidden: float32 [B, C] of `video` [B, T, H, W, 3]."""
+        cubes = self._cubes(batch)
         every = torch.arange(cubes.shape[1], device=cubes.device).expand(len(cubes), -1)
         seen = self.normalization(unit_pixels(cubes)).to(self.model.mask_token.dtype)
         encoded: Tensor = self.model.encoder(seen, every)
@@ -259,11 +258,6 @@ class VideoMAEObjective(Objective):
         shape = self.model.shape
         video = join_cubes(cubes, self.model.grid, shape.tubelet, shape.patch_size)
         return (video * 255).round().to(torch.uint8)
-
-
-def unit_pixels(cubes: Tensor) -> Tensor:
-    """Pixels as float32 in [0, 1]: uint8 divided by 255, floating types taken as they are."""
-    return cubes.float().div_(255) if cubes.dtype == torch.uint8 else cubes.float()
 
 
 class CenteredCubes(NamedTuple):

@@ -10,17 +10,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from pretrain.data.compose import shares
 from pretrain.data.index import ShardIndex
-from pretrain.data.order import SourceShape, epoch_quotas
-from pretrain.data.randomness import generator
-from pretrain.engine.deepspeed_config import DTYPES, builds_sharded, deepspeed_config
+from pretrain.data.order import SourceShape
+from pretrain.engine.deepspeed_config import builds_sharded, deepspeed_config
 from pretrain.engine.model_states import Held, ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
 from pretrain.engine.schedules import Schedule, build_schedule, every_steps
 from pretrain.errors import StorageError
-from pretrain.objectives.base import Objective
-from pretrain.plan.indices import epoch_videos, find_indices, source_size
-from pretrain.recipe.components import objective_file
+from pretrain.objectives.base import Method, Objective
+from pretrain.plan.indices import epoch_of, find_indices, source_size
+from pretrain.recipe.rates import actual_rates, rate_scales
 from pretrain.recipe.schema import Recipe, Source
+from pretrain.runtime.dtypes import DTYPES
 
 #: A forward pass costs one, a backward pass two of it; recomputing activations adds another.
 BACKWARD_COST = 2
@@ -50,31 +51,27 @@ class Plan:
     schedule: Schedule | None
 
 
-def dry_run(recipe: Recipe) -> list[Section]:
+def dry_run(method: Method) -> list[Section]:
     """The report, section by section.
 
     Missing data is reported, not raised: a published recipe is looked at before its data is there.
     """
-    objective = _meta_objective(recipe)
+    recipe = method.recipe
+    with torch.device("meta"):
+        objective = method.build()
     data, indices = _data_section(recipe)
     plan = _plan(recipe, objective, indices)
     return [
         _model_section(objective, plan),
-        _cost_section(recipe),
+        _cost_section(method),
         data,
-        _batch_section(recipe, plan),
+        _batch_section(method, plan),
         _learning_rate_section(recipe),
         _schedule_section(recipe, plan),
-        _memory_section(recipe, plan),
+        _memory_section(method, plan),
         _deepspeed_section(recipe, plan),
         _checkpoint_section(recipe, plan),
     ]
-
-
-def _meta_objective(recipe: Recipe) -> Objective:
-    with torch.device("meta"):
-        module: Objective = objective_file(recipe).build(recipe)
-    return module
 
 
 def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | None]) -> Plan:
@@ -84,10 +81,10 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
         ranks, origin = recipe.batch.ranks, "batch.ranks, the published run"
     else:
         ranks, origin = 1, "nothing launched, batch.ranks is null"
-    videos = epoch_videos(recipe, indices)
-    schedule = build_schedule(recipe, videos // recipe.batch.samples) if videos is not None else None
+    epoch = epoch_of(recipe, indices)
+    schedule = build_schedule(recipe, epoch[1]) if epoch is not None else None
     accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
-    return Plan(ranks, origin, accumulation, size_of(objective), videos, schedule)
+    return Plan(ranks, origin, accumulation, size_of(objective), epoch[0] if epoch else None, schedule)
 
 
 def _model_section(objective: Objective, plan: Plan) -> Section:
@@ -106,32 +103,15 @@ def _model_section(objective: Objective, plan: Plan) -> Section:
     return section
 
 
-def _cost_section(recipe: Recipe) -> Section:
-    method = objective_file(recipe)
-    section, data = Section("one clip"), recipe.data
-    section.add("pixels", f"{data.frames} x {data.height} x {data.width}", f"every {data.stride} frames of the video")
-    for name, value in _tokens(recipe).items():
+def _cost_section(method: Method) -> Section:
+    section, cost = Section(f"one {method.recipe.input.name}"), method.cost()
+    section.rows += method.recipe.input.describe()
+    for name, value in cost.tokens.items():
         section.add(f"{name} tokens", f"{value:,}")
-    parts = method.cost(recipe)
-    total = sum(parts.values())
-    section.add("forward pass", _macs(total), "as publications count; parts `skipped` are not executed")
-    for name, macs in parts.items():
+    section.add("forward pass", _macs(cost.published), "as publications count; parts `skipped` are not executed")
+    for name, macs in cost.macs.items():
         section.add(f"  {name}", _macs(macs))
     return section
-
-
-def _tokens(recipe: Recipe) -> dict[str, int]:
-    """Sizes of what a data worker draws for one view; of weights, how many count."""
-    method = objective_file(recipe)
-    if not hasattr(method, "view_tensors"):
-        counts: dict[str, int] = method.tokens_per_clip(recipe)
-        return counts
-    arrays = method.view_tensors(recipe)(lambda purpose: generator(recipe.run.seed, 0, 0, 0, purpose))
-    names = {"targets": "reconstructed", "weight": "counted"}
-    return {
-        names.get(name, name): int(np.count_nonzero(array)) if name == "weight" else len(array)
-        for name, array in arrays.items()
-    }
 
 
 def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]]:
@@ -170,22 +150,23 @@ def _shares(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> dict[str, 
     """What each source gives to an epoch, in words."""
     sources = recipe.data.sources
     sizes = {name: source_size(source, indices[name]) for name, source in sources.items()}
-    strides = {name: source.stride or recipe.data.stride for name, source in sources.items()}
+    remarks = {name: recipe.input.describe_source(source) for name, source in sources.items()}
     if not all(sizes.values()):
-        return {name: f"stride {strides[name]}" for name in sources}
+        return remarks
     shapes = [
         SourceShape(name, np.array([sizes[name]], dtype=np.int64), source.weight) for name, source in sources.items()
     ]
-    quotas = epoch_quotas(shapes, recipe.data.epoch_samples)
-    return {
-        shape.name: f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes), "
-        f"stride {strides[shape.name]}"
+    quotas = shares(recipe, shapes)
+    parts = {
+        shape.name: f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes)"
         for shape, quota in zip(shapes, quotas, strict=True)
     }
+    return {name: ", ".join(filter(None, (part, remarks[name]))) for name, part in parts.items()}
 
 
-def _batch_section(recipe: Recipe, plan: Plan) -> Section:
-    section, batch, views = Section("one optimiser step"), recipe.batch, recipe.data.views
+def _batch_section(method: Method, plan: Plan) -> Section:
+    recipe = method.recipe
+    section, batch, views = Section("one optimiser step"), recipe.batch, recipe.input.views
     section.add("videos", f"{batch.samples:,}", "batch.samples, over all ranks")
     section.add("clips", f"{batch.samples * views:,}", f"{batch.samples:,} videos x {views} views")
     section.add("ranks", f"{plan.ranks}", plan.ranks_from)
@@ -194,8 +175,7 @@ def _batch_section(recipe: Recipe, plan: Plan) -> Section:
         f"{plan.accumulation}",
         f"{batch.samples:,} / ({batch.micro} micro x {plan.ranks} ranks); {batch.micro * views} clips a forward pass",
     )
-    parts = objective_file(recipe).cost(recipe)
-    macs = sum(count for name, count in parts.items() if not name.startswith("skipped"))
+    macs = method.cost().executed
     passes = 1 + BACKWARD_COST + int(recipe.compute.activation_checkpointing is True)
     section.add(
         "work",
@@ -207,42 +187,78 @@ def _batch_section(recipe: Recipe, plan: Plan) -> Section:
 
 def _learning_rate_section(recipe: Recipe) -> Section:
     section, optim, samples = Section("learning rate"), recipe.optim, recipe.batch.samples
-    for name, base in (("peak", optim.base_lr), ("end", optim.base_min_lr)):
-        value = base * samples / optim.base_batch
-        section.add(name, f"{value:.4g}", f"{base:g} x {samples:,} videos / {optim.base_batch}")
-    if recipe.data.views > 1:
+    rates = actual_rates(recipe)
+    rows = [("peak", "base_lr", rates.peak)]
+    if rates.warmup_start:
+        rows.append(("warm-up from", "base_warmup_lr", rates.warmup_start))
+    if recipe.schedule.shape in ("cosine", "linear"):
+        rows.append(("end", "base_min_lr", rates.floor))
+    for name, key, value in rows:
+        base = getattr(optim, key)
+        formula = f"{base:g} x {samples:,} videos / {optim.base_batch}"
+        section.add(name, f"{value:.4g}", formula if rate_scales(optim, key) else "not scaled with the batch")
+    if recipe.input.views > 1:
         section.add("views", "not counted", "the official scaling counts videos, not clips")
     return section
 
 
 def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
-    section, views = Section("schedule"), recipe.data.views
-    effective = f"{recipe.schedule.epochs * views:g} effective, with {views} views" if views > 1 else ""
-    section.add("epochs", f"{recipe.schedule.epochs:g}", effective)
+    section, views, asked = Section("schedule"), recipe.input.views, recipe.schedule
+    effective = f"{asked.epochs * views:g} effective, with {views} views" if views > 1 else ""
+    if asked.steps is None:
+        section.add("epochs", f"{asked.epochs:g}", effective)
     if plan.schedule is None:
         section.add("steps", "unknown", "a source is missing and has no expected_samples")
         return section
     schedule = plan.schedule
     section.add("videos an epoch", f"{plan.epoch_videos:,}", f"a multiple of data.lanes = {recipe.data.lanes}")
     section.add("steps an epoch", f"{schedule.steps_per_epoch:,}")
-    section.add("steps", f"{schedule.total:,}")
-    section.add("warm-up steps", f"{schedule.warmup:,}", "linear from 0")
+    section.add(
+        "steps", f"{schedule.total:,}", "" if asked.steps is None else f"{schedule.epoch(asked.steps):g} epochs"
+    )
+    section.add("warm-up steps", f"{schedule.warmup:,}", f"linear from {schedule.warmup_start:.4g}")
+    section.add("shape", schedule.shape, _shape_remark(schedule))
     if schedule.last < schedule.total:
         section.add("stops after", f"{schedule.last:,} steps", "schedule.max_steps")
-    marks = [schedule.warmup + (schedule.total - schedule.warmup) * part // 4 for part in range(5)]
-    for step in sorted({0, schedule.warmup // 2, *marks[:-1], schedule.total - 1}):
+    for step in _marks(schedule):
         section.add(f"  learning rate at step {step:,}", f"{schedule.lr(step):.4g}")
+    if schedule.weight_decay_ends is not None:
+        for step in sorted({*(schedule.total * part // 4 for part in range(4)), schedule.total - 1}):
+            section.add(f"  weight decay at step {step:,}", f"{schedule.weight_decay(step):.4g}")
     section.add("hours", "unknown", "needs a measured rate: the console of a short run shows it")
     return section
 
 
-def _memory_section(recipe: Recipe, plan: Plan) -> Section:
-    """What a rank holds of the model, and of what the objective keeps beside it."""
+def _shape_remark(schedule: Schedule) -> str:
+    """How the learning rate goes on after the warm-up, in words and numbers."""
+    words = []
+    if schedule.milestones:
+        at = ", ".join(f"{step:,}" for step in schedule.milestones)
+        words.append(f"x {schedule.gamma:g} at steps {at}")
+    if schedule.decay_from is not None and schedule.shape in ("cosine", "linear"):
+        words.append(f"begins at step {schedule.decay_from:,}")
+    if schedule.hold > 1:
+        words.append("changes with each epoch")
+    if schedule.lag:
+        words.append(f"{schedule.lag // schedule.hold} {'epoch' if schedule.hold > 1 else 'step'}(s) late")
+    return "; ".join(words)
+
+
+def _marks(schedule: Schedule) -> list[int]:
+    """Steps that show the shape: first, middle and end of the warm-up, quarters of the decay, milestones, last."""
+    begin = max(schedule.warmup, schedule.decay_from or 0)
+    quarters = [begin + (schedule.total - begin) * part // 4 for part in range(4)]
+    drops = [step for milestone in schedule.milestones for step in (milestone - 1, milestone)]
+    marks = {0, schedule.warmup // 2, schedule.warmup, *(drops or quarters), schedule.total - 1}
+    return sorted(step for step in marks if step < schedule.total)
+
+
+def _memory_section(method: Method, plan: Plan) -> Section:
+    """List what a rank holds of the model, and of what the objective keeps beside it."""
+    recipe = method.recipe
     section = Section(f"memory of one rank (ZeRO {recipe.zero.stage}, {recipe.compute.dtype})")
     parts = model_states(recipe, plan.size, plan.ranks)
-    method = objective_file(recipe)
-    if hasattr(method, "held_beside"):
-        parts += [Held(name, size, remark) for name, (size, remark) in method.held_beside(recipe).items()]
+    parts += [Held(name, size, remark) for name, (size, remark) in method.held().items()]
     for part in parts:
         section.add(part.name, _gigabytes(part.size), part.remark)
     together = sum(part.size for part in parts if not part.host)

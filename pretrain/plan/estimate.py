@@ -7,13 +7,12 @@ from pretrain.engine.build import count_model
 from pretrain.engine.model_states import checkpoint_bytes
 from pretrain.engine.schedules import build_schedule
 from pretrain.errors import RecipeError
-from pretrain.plan.feeding import Feeding, Supply, feeding_of, shortages
+from pretrain.objectives.base import Method
+from pretrain.plan.feeding import Feeding, Resources, feeding_of, shortages
 from pretrain.plan.hardware import Gpu
 from pretrain.plan.peak_memory import OVERHEAD, USABLE, Memory, memory_of
 from pretrain.plan.trace import BACKWARD, Trace, trace_step
 from pretrain.plan.traffic import Traffic, seconds_of, traffic_of
-from pretrain.recipe.components import objective_file
-from pretrain.recipe.schema import Recipe
 
 #: Bytes that the optimiser reads and writes for each parameter it updates: gradient, weights, two moments.
 UPDATE_BYTES = 32
@@ -88,26 +87,27 @@ class Planner:
     """Plans one recipe on any number of one kind of accelerator.
 
     Args:
-        recipe: the run.
+        method: the run.
         gpu: the accelerator.
         supply: cores and storage that feed it.
         indices: of the sources whose shards are there.
-        epoch_videos: videos of an epoch; None: not known.
+        epoch_steps: optimiser steps of an epoch; None: not known.
     """
 
     def __init__(
-        self, recipe: Recipe, gpu: Gpu, supply: Supply, indices: list[ShardIndex], epoch_videos: int | None
+        self, method: Method, gpu: Gpu, supply: Resources, indices: list[ShardIndex], epoch_steps: int | None
     ) -> None:
-        self.recipe, self.gpu, self.supply, self.indices = recipe, gpu, supply, indices
-        self.epoch_videos = epoch_videos
-        self.size = count_model(recipe)
+        self.method, self.recipe = method, method.recipe
+        self.gpu, self.supply, self.indices = gpu, supply, indices
+        self.epoch_steps = epoch_steps
+        self.size = count_model(method)
         self.parameters = self.size.parameters
         self._traces: dict[int, Trace] = {}
 
     def trace(self, micro: int) -> Trace:
         """The work of a micro-batch; traced once, since it does not depend on the number of accelerators."""
         if micro not in self._traces:
-            self._traces[micro] = trace_step(self.recipe, micro)
+            self._traces[micro] = trace_step(self.method, micro)
         return self._traces[micro]
 
     def estimate(self, gpus: int) -> Estimate:
@@ -129,7 +129,7 @@ class Planner:
         traffic = traffic_of(recipe, self.parameters, gpus, accumulation)
         times = self._times(trace, accumulation, gpus, traffic)
         videos_per_s = recipe.batch.samples / times.total
-        clips_per_s = videos_per_s * recipe.data.views
+        clips_per_s = videos_per_s * recipe.input.views
         feeding = feeding_of(recipe, videos_per_s, gpus, self.supply, self.indices)
         model_flops = 3 * trace.forward_flops / trace.clips
         return Estimate(
@@ -140,7 +140,7 @@ class Planner:
             largest_micro=largest,
             accumulation=accumulation,
             trace=trace,
-            published_macs=objective_file(recipe).cost(recipe),
+            published_macs=self.method.cost().macs,
             memory=self._memory(gpus, trace.peak_bytes),
             traffic=traffic,
             communication_s=seconds_of(traffic.total, gpu, gpus),
@@ -157,9 +157,9 @@ class Planner:
         return memory_of(self.recipe, self.size, gpus, activations)
 
     def _steps(self) -> int | None:
-        if self.epoch_videos is None:
+        if self.epoch_steps is None:
             return None
-        return build_schedule(self.recipe, self.epoch_videos // self.recipe.batch.samples).total
+        return build_schedule(self.recipe, self.epoch_steps).total
 
     def _times(self, trace: Trace, accumulation: int, gpus: int, traffic: Traffic) -> Times:
         """Roofline: each kernel takes as long as its arithmetic or its memory traffic, whichever is longer."""

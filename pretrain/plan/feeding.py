@@ -12,7 +12,7 @@ VIDEO_BYTES = 1.4e6
 
 
 @dataclass(frozen=True)
-class Supply:
+class Resources:
     """What a user has, per accelerator and in all.
 
     Attributes:
@@ -47,22 +47,24 @@ class Feeding:
     measured_bytes: bool
 
 
-def feeding_of(recipe: Recipe, videos_per_s: float, ranks: int, supply: Supply, indices: list[ShardIndex]) -> Feeding:
+def feeding_of(
+    recipe: Recipe, videos_per_s: float, ranks: int, supply: Resources, indices: list[ShardIndex]
+) -> Feeding:
     """Needs of a job that trains on `videos_per_s` decoded videos a second."""
     samples = sum(index.samples for index in indices)
     size = sum(shard.bytes for index in indices for shard in index.shards) / samples if samples else VIDEO_BYTES
-    seconds = (supply.decode_ms + supply.view_ms * (recipe.data.views - 1)) / 1e3
+    seconds = (supply.decode_ms + supply.view_ms * (recipe.input.views - 1)) / 1e3
     return Feeding(videos_per_s, videos_per_s * seconds / ranks, videos_per_s * size / 1e9, size, bool(samples))
 
 
-def shortages(recipe: Recipe, feeding: Feeding, supply: Supply) -> list[str]:
+def shortages(recipe: Recipe, feeding: Feeding, supply: Resources) -> list[str]:
     """What can't keep up, and what to change."""
     found = []
     if feeding.cores > supply.cores:
         found.append(
             f"decoding needs {feeding.cores:.1f} cores for each accelerator, {supply.cores:g} are there: accelerators "
-            f"would wait {1 - supply.cores / feeding.cores:.0%} of the time. Raise data.views (now "
-            f"{recipe.data.views}; further views of a decoded clip are nearly free), pack with the default stream "
+            f"would wait {1 - supply.cores / feeding.cores:.0%} of the time. Raise input.views (now "
+            f"{recipe.input.views}; further views of a decoded clip are nearly free), pack with the default stream "
             "(docs/data.md), or take nodes with more cores"
         )
     elif feeding.cores > recipe.data.workers:
@@ -73,7 +75,7 @@ def shortages(recipe: Recipe, feeding: Feeding, supply: Supply) -> list[str]:
     if supply.store_gbs is not None and feeding.store_gbs > supply.store_gbs:
         found.append(
             f"the store must deliver {feeding.store_gbs:.2f} GB/s, {supply.store_gbs:g} are there: set data.cache_dir "
-            "to local disks (after the first epoch nothing is read twice), raise data.views, or pack with a smaller "
+            "to local disks (after the first epoch nothing is read twice), raise input.views, or pack with a smaller "
             "--short-side"
         )
     return found

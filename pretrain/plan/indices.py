@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+from pretrain.data.compose import epoch_size
 from pretrain.data.index import ShardIndex, load_index
 from pretrain.errors import DataError
 from pretrain.recipe.schema import Recipe, Source
@@ -30,16 +31,12 @@ def _index_or_error(url: str) -> ShardIndex | DataError:
         return error
 
 
-def epoch_videos(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> int | None:
-    """Videos of one epoch that are served: lanes have equal length. None while a source's size is unknown."""
-    if recipe.data.epoch_samples is not None:
-        total = recipe.data.epoch_samples
-    else:
-        sizes = [source_size(source, indices[name]) for name, source in recipe.data.sources.items()]
-        if not all(sizes):
-            return None
-        total = sum(size for size in sizes if size)
-    return total // recipe.data.lanes * recipe.data.lanes
+def epoch_of(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> tuple[int, int] | None:
+    """Count the samples that an epoch serves, and its optimiser steps. None while a source's size is unknown."""
+    sizes = [source_size(source, indices[name]) for name, source in recipe.data.sources.items()]
+    if not all(sizes) and (recipe.data.epoch_samples is None or recipe.data.compose != "mixed"):
+        return None
+    return epoch_size(recipe, [size or 0 for size in sizes])
 
 
 def source_size(source: Source, index: ShardIndex | None) -> int | None:

@@ -1,15 +1,16 @@
 """Memory of one rank at the moment when most is held, part by part.
 
-Weights, gradients and optimiser follow from the recipe (engine/memory.py), activations are counted (trace.py). What
-DeepSpeed 0.19 holds beside them, and when, was read in its code and measured: bench/memory.py compares.
+Weights, gradients and optimiser follow from the recipe (engine/model_states.py), activations are counted (trace.py).
+What DeepSpeed 0.19 holds beside them, and when, was read in its code and measured: bench/memory.py compares.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pretrain.engine.deepspeed_config import DTYPES, deepspeed_config
+from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.model_states import Kind, ModelSize, gradient_width, model_states, offloads
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.dtypes import DTYPES
 
 #: Context, libraries' workspaces and the allocator's unused pieces on an accelerator, bytes.
 OVERHEAD = 2.5e9
@@ -112,7 +113,8 @@ class _Flow:
         self.kept = gradients if recipe.batch.samples > recipe.batch.micro * ranks else 0.0
         shards = ranks if recipe.zero.stage > 0 else 1
         self.share = self.trained / shards
-        self.update = 0.0 if offloads(recipe) or not on_cpu else self.share * _update_width(recipe)
+        fused = not on_cpu and recipe.optim.name != "lars"
+        self.update = 0.0 if offloads(recipe) or fused else self.share * _update_width(recipe)
 
     def moments(self) -> Iterator[Moment]:
         """Of the recipe's ZeRO stage."""
@@ -195,7 +197,8 @@ class _Flow:
 def _update_width(recipe: Recipe) -> int:
     """Bytes a parameter of temporaries, where torch updates a flat tensor operation by operation (a CPU).
 
-    Adam's are the root of the second moment and what bias correction makes of it (adam.py, _single_tensor_adam), SGD's
-    is the gradient with the decay (sgd.py, _single_tensor_sgd).
+    Adam's are the root of the second moment and what bias correction makes of it (adam.py, _single_tensor_adam). SGD's
+    is the gradient with the decay (sgd.py, _single_tensor_sgd), which Adam holds as well; LARS has it on all devices.
     """
-    return 8 if recipe.optim.name == "adamw" else 4 * (recipe.optim.weight_decay > 0)
+    decayed = 4 * (recipe.optim.weight_decay > 0)
+    return {"adamw": 8, "adam": 8 + decayed, "sgd": decayed, "lars": 4}[recipe.optim.name]

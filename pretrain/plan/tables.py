@@ -7,7 +7,7 @@ from typing import Any
 from pretrain.errors import RecipeError
 from pretrain.plan.dry_run import Section
 from pretrain.plan.estimate import Estimate
-from pretrain.plan.feeding import Supply
+from pretrain.plan.feeding import Resources
 from pretrain.plan.peak_memory import OVERHEAD
 from pretrain.plan.trace import BACKWARD
 from pretrain.recipe.schema import Recipe
@@ -19,7 +19,7 @@ MEMORY_PARTS = ("weights", "gradients", "optimiser", "buffers", "activations")
 TIME_PARTS = ("forward", "backward", "optimiser", "communication")
 
 
-def sections(recipe: Recipe, plan: Estimate, supply: Supply) -> list[Section]:
+def sections(recipe: Recipe, plan: Estimate, supply: Resources) -> list[Section]:
     """The tables of one plan."""
     return [
         _work(plan),
@@ -84,7 +84,7 @@ def _step(recipe: Recipe, plan: Estimate) -> Section:
     return section
 
 
-def _feeding(plan: Estimate, supply: Supply) -> Section:
+def _feeding(plan: Estimate, supply: Resources) -> Section:
     section, need = Section("feeding it"), plan.feeding
     section.add("videos", f"{need.videos_per_s:,.0f} a second", "decoded once, for all their views")
     remark = f"{supply.decode_ms:g} ms a video; {supply.cores:g} there"

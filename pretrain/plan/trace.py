@@ -17,13 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from pretrain.data.randomness import generator
-from pretrain.engine.deepspeed_config import DTYPES
-from pretrain.errors import RecipeError
+from pretrain.data.samples import Batch
 from pretrain.models.vit import Attention
-from pretrain.objectives.base import Batch, Objective
-from pretrain.recipe.components import objective_file
-from pretrain.recipe.schema import Recipe
+from pretrain.objectives.base import Method
+from pretrain.runtime.dtypes import DTYPES
 
 #: Parts by a piece of a module's path, the first that matches; what no module does is the objective's own arithmetic.
 PARTS = (("decoder", "decoder"), ("patch_embed", "embedding"), ("attn", "attention"), ("mlp", "MLP"))
@@ -89,25 +86,24 @@ class Trace:
         return list(dict.fromkeys(operation.part for operation in self.operations))
 
 
-def trace_step(recipe: Recipe, micro: int, on_cpu: bool = False) -> Trace:
+def trace_step(method: Method, micro: int, on_cpu: bool = False) -> Trace:
     """Run one forward and backward pass of `micro` videos on fake tensors.
 
     Args:
-        recipe: the run.
-        micro: videos of the micro-batch.
+        method: the run.
+        micro: samples of the micro-batch.
         on_cpu: choose kernels as a CPU does; else as an accelerator.
-
-    Raises:
-        RecipeError: the recipe's objective does not draw its batch by shape (fine-tuning).
     """
-    method = objective_file(recipe)
-    if not hasattr(method, "view_tensors"):
-        raise RecipeError(f"objective.name={recipe.objective.name}: plans are made for pre-training recipes")
     with torch.device("meta"):
-        objective: Objective = method.build(recipe).to(DTYPES[recipe.compute.dtype])
-    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective = method.build().to(DTYPES[method.recipe.compute.dtype])
+    for part in objective.frozen_parts().values():
+        part.build_empty()
+    made_up = method.example(micro)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         module = objective.to_empty(device="cpu")
-        batch = made_up_batch(recipe, micro)
+        batch: Batch = {
+            name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in made_up.items()
+        }
         for parameter in module.parameters():
             # Accumulated gradients are ZeRO's to place: counted with the model's states, not here.
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -116,7 +112,7 @@ def trace_step(recipe: Recipe, micro: int, on_cpu: bool = False) -> Trace:
             loss = module(batch).loss
             counter.part = BACKWARD
             loss.backward()
-    return Trace(micro * recipe.data.views, counter.operations, counter.peak, counter.largest)
+    return Trace(micro * method.recipe.input.views, counter.operations, counter.peak, counter.largest)
 
 
 @contextmanager
@@ -133,14 +129,6 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def made_up_batch(recipe: Recipe, micro: int) -> Batch:
-    """A micro-batch of `micro` videos, with the shapes and masks that data workers make, and no content."""
-    data, clips = recipe.data, micro * recipe.data.views
-    drawn = objective_file(recipe).view_tensors(recipe)(lambda purpose: generator(0, 0, 0, 0, purpose))
-    batch = {name: torch.from_numpy(value).expand(clips, *value.shape).clone() for name, value in drawn.items()}
-    return batch | {"video": torch.zeros(clips, data.frames, data.height, data.width, 3, dtype=torch.uint8)}
-
-
 class _Counter(TorchDispatchMode):
     """Sees every kernel: counts its work, and the memory that is alive."""
 
@@ -152,8 +140,9 @@ class _Counter(TorchDispatchMode):
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         for tensor in (*module.parameters(), *module.buffers()):
             self._known[tensor.untyped_storage()] = 0
-        for tensor in batch.values():
-            self._hold(tensor)
+        for value in batch.values():
+            if isinstance(value, Tensor):
+                self._hold(value)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.plan.hardware import Gpu
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.dtypes import DTYPES
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Components of a recipe, found by their file's name: a new one is a new file, nothing is registered.
 
+A component is a file with `Config`, a dataclass of its section's keys, and, but for inputs, `METHOD` or `ARCHITECTURE`.
 A pattern such as `pretrain.models.{}` or `finetune.{}.task` says where the files of a section lie.
 """
 
@@ -9,7 +10,7 @@ from types import ModuleType
 
 from pretrain.errors import RecipeError
 from pretrain.recipe.describe import suggestion
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import Input
 
 
 def load_component(section: str, name: str, pattern: str) -> ModuleType:
@@ -21,20 +22,31 @@ def load_component(section: str, name: str, pattern: str) -> ModuleType:
         pattern: module, with {} for the name.
 
     Raises:
-        RecipeError: there is no such file, or it has no `Config`.
+        RecipeError: there is no such file, or it is no component.
     """
     module = _import(name, pattern)
-    if module is None or not hasattr(module, "Config"):
+    if module is None or not _is_component(module):
         folder = pattern.partition(".{}")[0].replace(".", "/")
         raise RecipeError(f"no {section} {name!r} in {folder}/{suggestion(name, component_names(pattern))}")
     return module
 
 
 def component_names(pattern: str) -> list[str]:
-    """Names that a recipe can give: files with a `Config`. Imports them all, so it is for errors and documents."""
+    """Names that a recipe can give: components only. Imports them all, so it is for errors and documents."""
     package = importlib.import_module(pattern.partition(".{}")[0])
     found = {info.name: _import_any(info.name, pattern) for info in pkgutil.iter_modules(package.__path__)}
-    return sorted(name for name, module in found.items() if hasattr(module, "Config"))
+    return sorted(name for name, module in found.items() if module is not None and _is_component(module))
+
+
+def _is_component(module: ModuleType) -> bool:
+    """Tell a component from a file beside it: it has a `Config`, and a class to be built from it, or is an input.
+
+    A `Config` alone says nothing: files that read or write a model's weights import one.
+    """
+    config = getattr(module, "Config", None)
+    if hasattr(module, "ARCHITECTURE") or hasattr(module, "METHOD"):
+        return config is not None
+    return isinstance(config, type) and issubclass(config, Input) and config.__module__ == module.__name__
 
 
 def _import(name: str, pattern: str) -> ModuleType | None:
@@ -55,8 +67,3 @@ def _import_any(name: str, pattern: str) -> ModuleType | None:
         return _import(name, pattern)
     except Exception:  # a broken sibling must not hide the names of the others
         return None
-
-
-def objective_file(recipe: Recipe) -> ModuleType:
-    """The file that the recipe's `objective.name` names."""
-    return load_component("objective", recipe.objective.name, type(recipe).METHODS)

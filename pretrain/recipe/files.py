@@ -107,6 +107,12 @@ def override_layer(overrides: list[str]) -> tuple[Layer, list[str]]:
     return Layer("command line", _plain(OmegaConf.from_dotlist(good)), whole=whole), problems
 
 
+def program_of(path: Path) -> str | None:
+    """Read which program a stored recipe is for; None where it does not say."""
+    found = _read(path).content.get("program")
+    return None if found is None else str(found)
+
+
 def _read(path: Path) -> Layer:
     origin = _display(path)
     try:

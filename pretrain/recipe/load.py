@@ -10,11 +10,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pretrain.errors import RecipeError
 from pretrain.recipe.components import component_names, load_component
 from pretrain.recipe.describe import all_keys, allowed_values, field_types, key_suggestion
-from pretrain.recipe.files import Layer, override_layer, read_layers, recipe_path
+from pretrain.recipe.files import RECIPES, Layer, override_layer, read_layers, recipe_path
 from pretrain.recipe.schema import Recipe
 
-#: Sections whose schema is the `Config` of the file that they name.
-COMPONENTS = ("model", "objective")
+#: Sections whose schema is the `Config` of the file that they name; the objective says which input it takes.
+COMPONENTS = ("model", "objective", "input")
+#: Keys of earlier releases, and where they are now.
+MOVED = {f"data.{key}": f"input.{key}" for key in ("frames", "stride", "height", "width", "views", "crop", "decoder",
+                                                   "grid")}  # fmt: skip
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Reading:
 def load_recipe(name_or_path: str, overrides: list[str] | None = None, schema: type[Recipe] = Recipe) -> Recipe:
     """The recipe `recipes/<name>.yaml` or the file at a path, with overrides, types checked and presets filled in.
 
-    `recipe.model` and `recipe.objective` are instances of the `Config` dataclass of the files that they name.
+    `recipe.model`, `recipe.objective` and `recipe.input` are instances of the `Config` of the files that they name.
 
     Args:
         name_or_path: a name in recipes/, or a path (anything with a slash or ending in .yaml).
@@ -62,6 +65,9 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None, schema: t
     from_command_line, wrong_words = override_layer(overrides or [])
     layers.append(from_command_line)
     reading.problems += wrong_words
+    elsewhere = _other_program(layers, schema)
+    if elsewhere:  # nearly every other line would be wrong too, and none of them is the reason
+        return Reading(problems=[elsewhere])
     config = OmegaConf.structured(schema)
     modules = _open_components(config, schema, layers, reading)
     for layer in layers:
@@ -73,26 +79,50 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None, schema: t
     return reading
 
 
+def _other_program(layers: list[Layer], schema: type[Recipe]) -> str | None:
+    """Say that a recipe is for another command than those that take this schema; None where it is for them."""
+    for layer in layers:
+        found = layer.content.get("program", schema.program)
+        if found == schema.program:
+            continue
+        where, ours = layer.where("program"), f"recipes of launch/{schema.program}.py are taken here"
+        if (RECIPES.parent / "launch" / f"{found}.py").is_file():
+            return f"{where}: found {found!r}: a recipe of launch/{found}.py, which runs it; {ours}"
+        return f"{where}: found {found!r}, allowed: {schema.program} ({ours})"
+    return None
+
+
 def _open_components(
     config: DictConfig, schema: type[Recipe], layers: list[Layer], reading: Reading
 ) -> dict[str, ModuleType]:
-    """Put the schema of the named model and objective into the configuration."""
-    modules = {}
+    """Put the schema of the named model, objective and input into the configuration."""
+    modules: dict[str, ModuleType] = {}
+    patterns = {"model": "pretrain.models.{}", "objective": schema.METHODS, "input": "pretrain.samples.{}"}
     for section in COMPONENTS:
-        pattern = schema.METHODS if section == "objective" else "pretrain.models.{}"
-        naming = [layer for layer in layers if "name" in (layer.content.get(section) or {})]
-        if not naming:
-            there = ", ".join(component_names(pattern))
-            folder = pattern.partition(".{}")[0].replace(".", "/")
-            reading.add(section, f"{section}.name: missing; name one of {folder}/: {there}")
+        naming = [layer for layer in layers if "name" in _mapping(layer.content.get(section))]
+        by_default = section == "input" and "objective" in modules and not naming
+        if not naming and not by_default:
+            if section != "input":  # where the objective is unknown, so is its input
+                there = ", ".join(component_names(patterns[section]))
+                folder = patterns[section].partition(".{}")[0].replace(".", "/")
+                reading.add(section, f"{section}.name: missing; name one of {folder}/: {there}")
+            else:
+                reading.bad_keys.add(section)
             continue
+        name = modules["objective"].METHOD.INPUT if by_default else str(naming[-1].content[section]["name"])
         try:
-            modules[section] = load_component(section, str(naming[-1].content[section]["name"]), pattern)
+            modules[section] = load_component(section, name, patterns[section])
         except RecipeError as error:
-            reading.add(section, f"{naming[-1].where(f'{section}.name')}: {error}")
+            where = naming[-1].where(f"{section}.name") if naming else f"{section}.name"
+            reading.add(section, f"{where}: {error}")
             continue
         config[section] = OmegaConf.structured(modules[section].Config)
     return modules
+
+
+def _mapping(content: Any) -> dict[str, Any]:
+    """A section's entries; none where something else stands in its place, which `_Merge` then reports."""
+    return content if isinstance(content, dict) else {}
 
 
 class _Merge:
@@ -125,6 +155,8 @@ class _Merge:
             self.source(key, value)
         elif isinstance(node, DictConfig) and isinstance(value, dict):
             self.mapping(key, value)
+        elif key in COMPONENTS:  # their type is Any until a file completes it: OmegaConf would take a number
+            self.reading.add(key, f"{self.layer.where(key)}: found {value!r}, allowed: a section with its keys")
         else:
             self.leaf(key, value)
 
@@ -145,6 +177,10 @@ class _Merge:
 
     def leaf(self, key: str, value: Any) -> None:
         before = OmegaConf.select(self.config, key, throw_on_missing=False)
+        if isinstance(value, bool):
+            # YAML 1.1 reads `off` as false, also where the word is one of the allowed values.
+            words = {"on", "yes"} if value else {"off", "no"}
+            value = next((word for word in get_args(_annotation(self.config, key)) if word in words), value)
         try:
             OmegaConf.update(self.config, key, value)
         except (OmegaConfBaseException, TypeError, ValueError):
@@ -154,6 +190,9 @@ class _Merge:
             self.reading.add(key, f"{self.layer.where(key)}: found {value!r}, allowed: {allowed}")
 
     def unknown(self, key: str, siblings: list[str]) -> None:
+        if key in MOVED:
+            self.reading.add(key, f"{self.layer.where(key)}: no such key any more; it is {MOVED[key]} now")
+            return
         components = {
             section: type(OmegaConf.to_object(self.config[section]))
             for section in COMPONENTS
@@ -202,7 +241,7 @@ def _to_object(config: DictConfig, modules: dict[str, ModuleType], reading: Read
     try:
         recipe = OmegaConf.to_object(config)
         assert isinstance(recipe, Recipe)
-        recipe.model = modules["model"].resolve(recipe.model)
+        recipe.model = modules["model"].ARCHITECTURE.resolve(recipe.model)
     except RecipeError as error:
         for problem in error.problems:
             reading.add("model", problem)

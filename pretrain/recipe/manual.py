@@ -26,6 +26,8 @@ def key_tables() -> str:
         if dataclasses.is_dataclass(schema):
             tables.append(_table(f"`{section}`", schema, f"{section}."))
             continue
+        if section == "program":
+            continue  # one value, which the command gives
         used = {getattr(recipe, section).name: type(getattr(recipe, section)) for recipe in recipes}
         tables += [_table(f"`{section}` with `name: {name}`", used[name], f"{section}.") for name in sorted(used)]
     return "\n\n".join(tables)

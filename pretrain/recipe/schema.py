@@ -1,8 +1,9 @@
 """The recipe: one typed dataclass a component.
 
 The string under each field is its documentation: meaning and unit, one line. `--print` shows it beside the value, so
-it is written for someone who reads a recipe, not this file. `model` and `objective` are completed by the `Config`
-dataclass of the file they name (pretrain/models/<name>.py, pretrain/objectives/<name>.py).
+it is written for someone who reads a recipe, not this file. `model`, `objective` and `input` are completed by the
+`Config` dataclass of the file they name (pretrain/models/<name>.py, pretrain/objectives/<name>.py,
+pretrain/samples/<name>.py).
 """
 
 from dataclasses import dataclass, field
@@ -20,42 +21,51 @@ class Source:
     weight: float | None = None
     """share of the epoch's samples, relative to the other sources; null: in proportion to its size"""
     stride: int | None = None
-    """frames between two sampled frames; null: data.stride"""
+    """clips: frames between two sampled frames; null: input.stride"""
     expected_samples: int | None = None
-    """videos of the published data set; the dry run counts with it until the shards are there, then compares"""
+    """samples of the published data set; the dry run counts with it until the shards are there, then compares"""
+
+
+@dataclass
+class Input:
+    """What a sample becomes for the model; each kind of sample adds its own keys."""
+
+    name: str = "clip"
+    """kind of sample: pretrain/samples/<name>.py"""
+    views: int = 1
+    """rows of a batch that each sample becomes"""
+
+    def problems(self) -> list[str]:
+        """Say what in this section can't work."""
+        return [] if self.views > 0 else [f"input.views: found {self.views}, allowed: more than 0"]
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """Say in rows of name, value and remark what a row of the batch is, for the dry run and the model card."""
+        return []
+
+    def describe_source(self, source: Source) -> str:
+        """Say what a source changes of this section, in a few words."""
+        return ""
 
 
 @dataclass
 class Data:
-    """What the model sees: sources, clips, order, decoding."""
+    """Where samples come from, and in which order."""
 
     root: str = "${oc.env:TUBELET_DATA,shards}"
     """folder (any fsspec URL) that recipes find their sources in, as ${data.root}/<name>; default: $TUBELET_DATA"""
     sources: dict[str, Source] = field(default_factory=dict)
     """data sets by name"""
-    frames: int = 16
-    """frames of a clip, T"""
-    stride: int = 4
-    """frames of the video between two frames of the clip"""
-    height: int = 224
-    """height of a clip after crop and resize, pixels"""
-    width: int = 224
-    """width of a clip after crop and resize, pixels"""
-    views: int = 1
-    """crops and masks drawn from each decoded clip (repeated augmentation)"""
-    crop: Literal["multiscale", "center"] = "multiscale"
-    """multiscale: the official MultiScaleCrop; center: short side resized, centre cut"""
+    compose: Literal["mixed", "alternate", "together"] = "mixed"
+    """mixed: a batch holds samples of all sources, by weight or size; alternate: a step of each source in turn, equally
+    often; together: a sample of each source side by side (unpaired translation)"""
     epoch_samples: int | None = None
-    """videos in one epoch over all sources; null: as many as the sources hold"""
+    """samples in one epoch over all sources (together: of each source); null: as many as the sources hold, and where
+    sources are not mixed as many of each as the largest holds"""
     lanes: int = 256
     """virtual lanes of the epoch order; part of the order, so never change it in a running job"""
     shuffle_window: int = 1024
     """neighbouring samples of a lane that are shuffled among each other"""
-    decoder: Literal["decord", "pyav", "torchcodec"] = "pyav"
-    """library that decodes video"""
-    grid: Literal["auto", "off"] = "auto"
-    """auto: clips of a video that pack.py encoded begin on its grid of reference frames (random phase for each video),
-    which decodes faster; off: at any frame, as published"""
     workers: int = 8
     """data worker processes of each rank; 0 decodes in the training process"""
     prefetch: int = 2
@@ -81,9 +91,9 @@ class Batch:
     """How many videos make one optimiser step."""
 
     samples: int = 2048
-    """decoded videos of one optimiser step over all ranks; clips = samples x data.views"""
+    """samples of one optimiser step over all ranks; rows of the batch = samples x input.views"""
     micro: int = 32
-    """decoded videos of one forward pass of one rank; accumulation = samples / (micro x ranks)"""
+    """samples of one forward pass of one rank; accumulation = samples / (micro x ranks)"""
     ranks: int | None = None
     """ranks of the published run, for the dry run's arithmetic only; training takes the ranks that were launched"""
 
@@ -92,22 +102,33 @@ class Batch:
 class Optim:
     """The optimiser and its learning rate."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw, or sgd with momentum (AdaptFormer's recipes)"""
+    name: Literal["adamw", "adam", "sgd", "lars"] = "adamw"
+    """adamw; adam (weight decay added to the gradient); sgd with momentum; lars (SGD whose step is scaled to each
+    tensor's norm, for large batches; zero.stage 0 only)"""
     base_lr: float = 1.5e-4
     """learning rate for base_batch videos; actual peak = base_lr x batch.samples / base_batch"""
     base_batch: int = 256
-    """batch size that base_lr and base_min_lr are stated for"""
+    """batch size that base_lr, base_min_lr and base_warmup_lr are stated for"""
     base_min_lr: float = 1e-5
-    """learning rate at the end of the cosine, for base_batch videos"""
+    """learning rate at the end of a cosine or linear schedule, for base_batch videos"""
+    base_warmup_lr: float = 0.0
+    """learning rate that the warm-up begins from, for base_batch videos"""
+    scaled: Literal["all", "peak", "none"] = "all"
+    """rates that are multiplied by batch.samples / base_batch: all three; only the peak (DeiT); or none"""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments"""
+    """decay rates of the two moments of AdamW and Adam"""
     eps: float = 1e-8
-    """AdamW's epsilon"""
+    """epsilon of AdamW and Adam"""
     momentum: float = 0.9
-    """SGD's momentum, without Nesterov's correction"""
+    """momentum of SGD and LARS"""
+    nesterov: bool = False
+    """Nesterov's correction of SGD's momentum"""
+    trust: float = 0.001
+    """LARS's trust coefficient: length of a tensor's step relative to its norm, at learning rate 1"""
     weight_decay: float = 0.05
-    """weight decay, for tensors of two or more dimensions; decoupled in AdamW, added to the gradient in SGD"""
+    """weight decay, for tensors of two or more dimensions; decoupled in AdamW, else added to the gradient"""
+    weight_decay_end: float | None = None
+    """weight decay at the end, reached along half a cosine over the whole schedule; null: constant"""
     clip_grad: float | None = None
     """largest global gradient norm; null: no clipping"""
 
@@ -117,9 +138,33 @@ class Schedule:
     """How long, and the shape of the learning rate."""
 
     epochs: float = 800
-    """passes over the data, counted in decoded videos (effective epochs = epochs x data.views)"""
+    """passes over the data, counted in samples (effective epochs = epochs x input.views)"""
+    steps: int | None = None
+    """length in optimiser steps; null: by epochs"""
+    shape: Literal["cosine", "linear", "steps", "constant"] = "cosine"
+    """learning rate after the warm-up: half a cosine or a line down to base_min_lr, multiplied by gamma at each
+    milestone, or constant"""
+    decay_from_epoch: float | None = None
+    """epoch at which the cosine or line begins; null: where the warm-up ends (official); 0: as if there were no warm-up
+    (timm, Swin); later: the peak is held until then"""
+    milestones: list[float] | None = None
+    """epochs after which the rate of shape steps drops"""
+    milestone_steps: list[int] | None = None
+    """the same in optimiser steps"""
+    gamma: float = 0.1
+    """factor on the rate at each milestone"""
+    stepping: Literal["step", "epoch"] = "step"
+    """whether the rate changes with each optimiser step, or with each epoch and stays for all of it"""
+    lag: int = 0
+    """steps or epochs (see stepping) by which the whole curve comes late; 1: trainers whose scheduler is told the
+    number of the epoch that has just ended (DeiT)"""
     warmup_epochs: float = 40
-    """epochs of linear warm-up from zero"""
+    """epochs of linear warm-up from base_warmup_lr"""
+    warmup_steps: int | None = None
+    """length of the warm-up in optimiser steps; null: by warmup_epochs"""
+    warmup_ends: Literal["both", "start", "end"] = "both"
+    """which end of its line a warm-up of W steps takes: both: step/(W-1), from the start value to the peak (VideoMAE);
+    start: step/W (timm, MoCo v3, AdaptFormer); end: (step+1)/W"""
     max_steps: int | None = None
     """stop after this many optimiser steps, without changing the schedule; null: run to the end"""
 
@@ -286,10 +331,14 @@ class Recipe:
     #: Modules that `objective.name` names.
     METHODS: ClassVar[str] = "pretrain.objectives.{}"
 
+    program: Literal["pretrain"] = "pretrain"
+    """what runs this recipe: launch/<program>.py"""
     model: Any = MISSING
     """architecture: pretrain/models/<name>.py"""
     objective: Any = MISSING
     """self-supervised method: pretrain/objectives/<name>.py"""
+    input: Any = MISSING
+    """kind of sample: pretrain/samples/<name>.py; by default what the method takes"""
     data: Data = field(default_factory=Data)
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)

@@ -19,6 +19,9 @@ def show_recipe(recipe: Recipe) -> str:
     for field in dataclasses.fields(recipe):
         section = getattr(recipe, field.name)
         about = field_docs(schema).get(field.name) or _class_line(section)
+        if not dataclasses.is_dataclass(section):
+            lines.append(_with_comment(f"{field.name}: {_scalar(section)}", about))
+            continue
         lines += ["", f"# {about}", f"{field.name}:", *_section_lines(section, "  ")]
     return "\n".join(lines) + "\n"
 

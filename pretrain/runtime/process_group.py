@@ -176,6 +176,17 @@ def _device(kind: str, local_rank: int, count: int) -> torch.device:
     return torch.device(kind, local_rank)
 
 
+def present_ranks(device: torch.device) -> Ranks:
+    """Describe this process among the ranks that have met, for code that is handed no `Ranks`; alone where none have.
+
+    Args:
+        device: that the caller's tensors lie on.
+    """
+    if not dist.is_initialized():
+        return Ranks(0, 1, 0, device, joined=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), device, joined=False)
+
+
 def leave(ranks: Ranks) -> None:
     """Close the process group that `join` made, so that nothing hangs in its destructor."""
     if ranks.joined and dist.is_initialized():

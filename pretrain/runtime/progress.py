@@ -97,8 +97,8 @@ class Progress:
             self._hinted = True
             logger.warning(
                 "the device waits for data %.0f %% of the time: raise data.workers, read what launch/pack.py encoded "
-                "(its reference frames at every fourth frame decode fastest) with data.decoder=pyav, draw more "
-                "data.views from each clip, or read from nearer (data.cache_dir)",
+                "(its reference frames at every fourth frame decode fastest) with input.decoder=pyav, draw more "
+                "input.views from each clip, or read from nearer (data.cache_dir)",
                 100 * record["speed/data_wait_share"],
             )
 

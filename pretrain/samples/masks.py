@@ -128,7 +128,7 @@ def _running_cell_problems(height: int, width: int, ratio: float) -> list[str]:
     if height % 2 or width % 2:
         found.append(
             f"token grid {height}x{width}: decoder_mask running_cell needs an even number of cubes along height and "
-            "width; change data.height and data.width, or objective.decoder_mask"
+            "width; change input.height and input.width, or objective.decoder_mask"
         )
     if ratio not in (0.25, 0.5, 0.75):
         found.append(

@@ -1,45 +1,55 @@
-"""Writes the weights of a pre-training run, in each format that it has."""
+"""Writes the weights of a run for use elsewhere, in a format that its method has."""
 
 import json
-from typing import Any
+from pathlib import Path
 
-from pretrain.models.formats import export_huggingface, export_official, export_safetensors
-from pretrain.models.huggingface import processor_configs
-from pretrain.objectives.videomae import MEAN, STD
+from pretrain.checkpoint.folders import run_of, step_of
+from pretrain.errors import WeightsError
 from pretrain.runtime import storage
 from pretrain.trained.load_run import Trained
 from pretrain.trained.model_card import write_card
 
-FORMATS = ("safetensors", "official", "huggingface")
 
-USAGE = """\
-Fine-tune: `python launch/finetune.py --recipe RECIPE run.init_weights=FOLDER`; look at reconstructions:
-`python launch/reconstruct.py FOLDER SHARDS`."""
-USAGE_HUGGINGFACE = "`transformers.VideoMAEForPreTraining.from_pretrained(FOLDER)`"
-
-
-def write_pretrained(trained: Trained, dest: str, layout: str) -> None:
-    """Write the model of a pre-training run.
+def export_run(trained: Trained, dest: str, layout: str) -> str:
+    """Write a run's model.
 
     Args:
         trained: the run.
-        dest: folder, or a .pth file for the official layout; any fsspec URL.
-        layout: one of FORMATS.
+        dest: folder, or a file where the format is one; any fsspec URL.
+        layout: one of the method's formats.
+
+    Returns:
+        A remark for the user, or nothing.
 
     Raises:
-        WeightsError: the layout can't express this model.
+        WeightsError: there is no such format here, or it can't express this model.
+        RecipeError: layout adapter, where everything was trained.
     """
-    model: Any = trained.objective.model
-    if layout == "official":
-        export_official(model, dest)
-        return
-    if layout == "huggingface":
-        export_huggingface(model, dest, trained.recipe.objective.normalize_targets)
-        size = trained.recipe.data.height
-        for name, content in processor_configs(size, size, MEAN, STD).items():
-            storage.write_bytes(storage.join(dest, name), json.dumps(content, indent=2).encode())
-    else:
-        export_safetensors(model, trained.recipe, dest)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    usage, library = (USAGE_HUGGINGFACE, "transformers") if layout == "huggingface" else (USAGE, "tubelet")
-    write_card(dest, trained.recipe, trained.source, parameters, usage, library, "feature-extraction")
+    method, recipe = trained.method, trained.recipe
+    formats = method.exports(trained.source)
+    if layout not in formats:
+        raise WeightsError(
+            f"--format {layout}: found objective {recipe.objective.name} with model {recipe.model.name}, whose weights "
+            f"can be written as: {', '.join(formats) or 'nothing'}"
+        )
+    chosen = formats[layout]
+    if not dest.endswith(chosen.suffix):
+        raise WeightsError(f"{dest}: --format {layout} writes a file, give one ending in {chosen.suffix}")
+    remark = chosen.write(trained.objective, dest)
+    if chosen.usage:
+        for name, content in method.describe(trained.source).items():
+            storage.write_bytes(storage.join(dest, name), content)
+        parameters = sum(parameter.numel() for parameter in trained.objective.model.parameters())
+        tests = _test_scores(trained.source)
+        write_card(dest, recipe, trained.source, parameters, chosen.usage, chosen.library, chosen.hub_task, tests)
+    return remark
+
+
+def _test_scores(source: Path) -> dict[str, float]:
+    """Scores of the test of this checkpoint, where its run was tested."""
+    root = run_of(source)
+    path = root / "predictions" / f"step_{step_of(source):08d}" / "scores.json" if root else None
+    if path is None or not path.is_file():
+        return {}
+    scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return scores

@@ -1,55 +1,76 @@
 """A trained model, from whatever a user points at: a run, one of its checkpoints, or an export with its recipe."""
 
-import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from pretrain.checkpoint.consolidate import consolidated_state, is_checkpoint, newest_checkpoint
-from pretrain.checkpoint.restore import local_copy
-from pretrain.errors import CheckpointError, WeightsError
-from pretrain.models.weights import load_weights, read_raw
-from pretrain.objectives.base import Objective
-from pretrain.recipe.components import objective_file
+from pretrain.checkpoint.consolidate import consolidated_state, is_checkpoint
+from pretrain.errors import CheckpointError, RecipeError, WeightsError
+from pretrain.models.initial_weights import weights_source
+from pretrain.objectives.base import Method, Objective, method_of
+from pretrain.recipe.files import program_of
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Recipe
-from pretrain.runtime.run_folder import RunFolder
 
-logger = logging.getLogger(__name__)
-
-#: Name under which an objective holds its model.
-MODEL = "model."
-#: ... and averages of the model's weights, with | for the dots in their names (pretrain/models/averages.py).
-AVERAGE = "average."
+#: Kinds of recipe that pre-training knows, by the `program` that stands in them.
+PRETRAINING: Mapping[str, type[Recipe]] = {"pretrain": Recipe}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """An objective with trained weights (float32, on the CPU, in evaluation mode), its recipe, and its origin."""
+    """An objective with trained weights (float32, on the CPU, in evaluation mode), its method, and its origin.
 
-    recipe: Recipe
+    The weights are those that its run evaluates: averages where it has some.
+    """
+
+    method: Method
     objective: Objective
     source: Path
 
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe."""
+        recipe: Recipe = self.method.recipe
+        return recipe
 
-def load_trained(path: str | Path) -> Trained:
+
+def load_trained(path: str | Path, programs: Mapping[str, type[Recipe]] = PRETRAINING) -> Trained:
     """Open a run folder (its newest checkpoint that verifies), a checkpoint, or an exported folder with recipe.yaml.
 
     A run that was uploaded, or a checkpoint of it, may be named by its URL.
+
+    Args:
+        path: of the run.
+        programs: kinds of recipe that are known, by program.
 
     Raises:
         CheckpointError: nothing of that kind is there, or it does not verify.
         WeightsError: the weights don't fit the recipe.
     """
     source = find_trained(path)
-    recipe = load_recipe(str(source / "recipe.yaml"))
-    objective: Objective = objective_file(recipe).build(recipe)
+    method = method_of(load_stored_recipe(source / "recipe.yaml", programs))
+    objective = method.build()
     if is_checkpoint(source):
         load_checkpoint(objective, source)
+        objective.keep_evaluated_weights()
     else:
-        load_weights(objective.model, str(source))  # type: ignore[arg-type]
-    return Trained(recipe, objective.eval(), source)
+        method.take_export(objective, source)
+    return Trained(method, objective.eval(), source)
+
+
+def load_stored_recipe(path: Path, programs: Mapping[str, type[Recipe]] = PRETRAINING) -> Recipe:
+    """Load the recipe that a run or an export keeps, of the kind that it says itself.
+
+    Raises:
+        RecipeError: of another program than the known ones.
+    """
+    program = program_of(path)
+    if program is None or program not in programs:
+        raise RecipeError(
+            f"{path}: program: found {program!r}, allowed here: {', '.join(programs)}. A recipe stored before programs "
+            "stood in them needs the line `program: pretrain` or `program: finetune`"
+        )
+    return load_recipe(str(path), schema=programs[program])
 
 
 def find_trained(path: str | Path) -> Path:
@@ -58,39 +79,12 @@ def find_trained(path: str | Path) -> Path:
     Raises:
         CheckpointError: nothing of that kind is there.
     """
-    source = _source(path)
+    source = weights_source(path)
     if not (source / "recipe.yaml").is_file():
         raise CheckpointError(
             f"{path}: neither a run (with checkpoints/), nor a checkpoint, nor an export with its recipe.yaml"
         )
     return source
-
-
-def read_weights(path: str, averaged: bool = True) -> dict[str, Tensor]:
-    """The weights at `path`: a run of ours, one of its checkpoints, or a file or folder in any layout, any fsspec URL.
-
-    Of a checkpoint only the model is taken, not what its objective holds beside it; its averages, where `averaged` and
-    there are some, in place of what they are averages of.
-    """
-    source = _source(path)
-    if not is_checkpoint(source):
-        return read_raw(path)
-    state = consolidated_state(source)
-    weights = {name.removeprefix(MODEL): value for name, value in state.items() if name.startswith(MODEL)}
-    averages = {name.removeprefix(AVERAGE).replace("|", "."): value for name, value in state.items()
-                if name.startswith(AVERAGE)}  # fmt: skip
-    known = {name: value for name, value in averages.items() if name in weights}
-    if known:
-        logger.info("%s has averaged weights; run.init_averaged=%s takes %s ones", path, str(averaged).lower(),
-                    "the averaged" if averaged else "the live")  # fmt: skip
-    return weights | known if averaged else weights
-
-
-def _source(path: str | Path) -> Path:
-    """A run's newest checkpoint that verifies, fetched where it was uploaded; anything else is what it is."""
-    place = local_copy(path)
-    checkpoints = RunFolder(place).checkpoints
-    return newest_checkpoint(checkpoints) if checkpoints.is_dir() else place
 
 
 def load_checkpoint(objective: Objective, source: Path) -> None:

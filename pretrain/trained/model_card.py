@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.folders import published, step_of
+from pretrain.checkpoint.folders import run_of, step_of
 from pretrain.models.formats import recipe_text
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime import storage
@@ -55,23 +55,15 @@ def run_metrics(source: Path) -> Metrics:
     return latest
 
 
-def run_of(source: Path) -> Path | None:
-    """The run folder that a checkpoint lies in; None for one that was copied elsewhere, and for an export."""
-    folder = source.resolve()
-    inside = folder in published(folder.parent) and folder.parent.name == RunFolder(Path()).checkpoints.name
-    return folder.parent.parent if inside else None
-
-
 def model_card(
     recipe: Recipe, source: str, parameters: int, usage: str, metrics: Metrics, library: str, task: str
 ) -> str:
     """The card as Markdown, with the fields that model hubs read in front."""
-    data, model = recipe.data, recipe.model
     rows = {
-        "model": f"{model.name}, size {model.size}, {parameters:,} parameters",
+        "model": f"{recipe.model.name}, {parameters:,} parameters",
         "weights": source,
-        "clips": f"{data.frames} frames, {data.height} x {data.width} pixels, RGB",
-        "data": ", ".join(f"{name} (stride {one.stride or data.stride})" for name, one in data.sources.items()),
+        "input": f"{recipe.input.name}, {_input(recipe)}",
+        "data": ", ".join(_source(name, recipe) for name in recipe.data.sources),
         "started from": recipe.run.init_weights or "random weights",
     }
     return "\n".join(
@@ -84,6 +76,15 @@ def model_card(
             *("", "## Recipe", "", "```yaml", recipe_text(recipe).rstrip(), "```", ""),
         ]
     )
+
+
+def _input(recipe: Recipe) -> str:
+    return ", ".join(f"{name} {value}" for name, value, _ in recipe.input.describe())
+
+
+def _source(name: str, recipe: Recipe) -> str:
+    remark = recipe.input.describe_source(recipe.data.sources[name])
+    return f"{name} ({remark})" if remark else name
 
 
 def _metric_lines(metrics: Metrics) -> list[str]:

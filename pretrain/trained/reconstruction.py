@@ -7,9 +7,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from pretrain.data.samples import Batch
 from pretrain.data.stream import TrainStream, open_sources
-from pretrain.objectives.base import Batch
-from pretrain.recipe.components import objective_file
+from pretrain.errors import WeightsError
+from pretrain.objectives.base import method_of
+from pretrain.objectives.videomae import VideoMAEObjective
 from pretrain.recipe.schema import Batch as BatchSize
 from pretrain.recipe.schema import Source
 from pretrain.trained.load_run import Trained
@@ -24,19 +26,23 @@ def held_out_batches(trained: Trained, shards: str, clips: int) -> Iterator[Batc
     Positions in the videos and masks come from the samples' generators, as in training. Where the shards hold fewer
     videos, each gives several clips.
     """
+    if not isinstance(trained.objective, VideoMAEObjective):
+        raise WeightsError(
+            f"{trained.source}: objective {trained.recipe.objective.name} reconstructs no pixels; videomae does, and "
+            "methods that inherit from it"
+        )
     recipe, count = trained.recipe, -(-clips // MICRO)
     data = replace(
         recipe.data,
         sources={"held_out": Source(shards=shards, stride=_stride(trained))},
         epoch_samples=count * MICRO,
-        crop="center",
-        views=1,
         lanes=1,
         workers=0,
     )
-    recipe = replace(recipe, data=data, batch=BatchSize(samples=MICRO, micro=MICRO))
-    view_tensors = objective_file(recipe).view_tensors(recipe)
-    return islice(TrainStream(recipe, open_sources(recipe), view_tensors, rank=0, world_size=1), count)
+    clip = replace(recipe.input, crop="center", views=1)
+    recipe = replace(recipe, data=data, input=clip, batch=BatchSize(samples=MICRO, micro=MICRO))
+    samples = method_of(recipe).samples()
+    return islice(TrainStream(recipe, open_sources(recipe), samples, rank=0, world_size=1), count)
 
 
 def _stride(trained: Trained) -> int | None:

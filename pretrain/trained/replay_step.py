@@ -18,20 +18,20 @@ from torch import Tensor
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import problems, write_durably
 from pretrain.checkpoint.save import STATE
+from pretrain.data.samples import Batch
 from pretrain.data.stream_plan import StreamPlan, open_sources
 from pretrain.engine.assemble import open_stream
-from pretrain.engine.deepspeed_config import DTYPES
 from pretrain.engine.step import to_device
 from pretrain.errors import CheckpointError, TrainingError
 from pretrain.guards.first_nonfinite import ROOT, Activation, Finding, Probe, bad_weights, function_without_gradient
 from pretrain.guards.incidents import plain
-from pretrain.objectives.base import Batch, Objective
-from pretrain.recipe.components import objective_file
-from pretrain.recipe.schema import Recipe
+from pretrain.models.initial_weights import read_weights
+from pretrain.objectives.base import Method, Objective
+from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.run_folder import RunFolder
 from pretrain.runtime.seeds import seed_everything, seed_forward
-from pretrain.trained.load_run import load_checkpoint, read_weights
+from pretrain.trained.load_run import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +108,11 @@ def _launched(run: Path) -> int:
     return int(report.get("variables", {}).get("WORLD_SIZE", 1))
 
 
-def build_objective(place: Place, recipe: Recipe, device: torch.device) -> Objective:
-    """The objective as it was before the step, in the recipe's number format."""
+def build_objective(place: Place, method: Method, device: torch.device) -> Objective:
+    """Build the objective as it was before the step, in the recipe's number format."""
+    recipe = method.recipe
     seed_everything(recipe.run.seed)
-    objective: Objective = objective_file(recipe).build(recipe)
+    objective = method.build()
     if place.checkpoint is not None:
         load_checkpoint(objective, place.checkpoint)
     elif recipe.run.init_weights:
@@ -121,7 +122,7 @@ def build_objective(place: Place, recipe: Recipe, device: torch.device) -> Objec
     return objective.to(device, DTYPES[recipe.compute.dtype]).train()
 
 
-def replay(place: Place, recipe: Recipe, rank: int | None = None) -> Iterator[MicroBatch]:
+def replay(place: Place, method: Method, rank: int | None = None) -> Iterator[MicroBatch]:
     """The step's micro-batches, of all ranks or one, each through a forward and a backward pass.
 
     Raises:
@@ -132,13 +133,13 @@ def replay(place: Place, recipe: Recipe, rank: int | None = None) -> Iterator[Mi
         raise TrainingError(f"--rank: found {rank}, allowed: 0 to {place.world_size - 1}, the step's ranks")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     torch.use_deterministic_algorithms(device.type == "cpu")
-    recipe.data.workers = 0
+    recipe = method.recipe
     sources = open_sources(recipe)
-    objective = build_objective(place, recipe, device)
+    objective = build_objective(place, method, device)
     objective.before_step(place.step - 1, StreamPlan(recipe, sources).steps_per_epoch)
     for number in range(place.world_size) if rank is None else [rank]:
         served = Ranks(number, place.world_size, 0, device)
-        stream = open_stream(recipe, sources, served, place.step - 1)
+        stream = open_stream(method, sources, served, place.step - 1, in_process=True)
         for micro in range(stream.accumulation):
             yield _run(objective, next(stream), recipe.run.seed, place, number, micro)
 
@@ -152,7 +153,7 @@ def _run(objective: Objective, batch: Batch, seed: int, place: Place, rank: int,
         return loss
 
     objective.zero_grad(set_to_none=True)
-    with Probe(objective, len(batch["video"])) as probe:
+    with Probe(objective, len(batch["key"])) as probe:
         loss = loss_of()
         if loss.isfinite():
             loss.backward()  # type: ignore[no-untyped-call]
@@ -173,7 +174,7 @@ def _run(objective: Objective, batch: Batch, seed: int, place: Place, rank: int,
         finding,
         probe.activations,
         _gradient_norms(objective),
-        batch["video"],
+        batch.get("video"),
     )
 
 

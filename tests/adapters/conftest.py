@@ -7,7 +7,8 @@ import torch
 
 from pretrain.models.backbone import Backbone
 from pretrain.models.classifier import Config, VideoClassifier
-from pretrain.models.image_vit import ImageOptions, ImageViT
+from pretrain.models.image_vit import Config as ImageConfig
+from pretrain.models.image_vit import ImageViT
 
 
 def video_model(classes: int = 3, head: str = "batch_norm", seed: int = 0) -> VideoClassifier:
@@ -19,7 +20,7 @@ def video_model(classes: int = 3, head: str = "batch_norm", seed: int = 0) -> Vi
 
 def image_model(classes: int = 3, head: str = "batch_norm", seed: int = 0) -> ImageViT:
     torch.manual_seed(seed)
-    return randomised(ImageViT(ImageOptions(16, 8, 24, 2, 2, 2.0, classes, head=head)), seed)
+    return randomised(ImageViT(ImageConfig("image_vit", 16, 8, 24, 2, 2, 2.0, classes, head=head)), seed)
 
 
 def randomised(model: Backbone, seed: int) -> Backbone:

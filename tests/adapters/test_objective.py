@@ -2,22 +2,25 @@
 
 import torch
 
-from finetune.classification.task import ClassificationObjective, build
+from finetune.classification.task import ClassificationObjective
 from finetune.recipe import load_tune_recipe
 from pretrain.models.classifier_weights import classifier_state
+from pretrain.models.initial_weights import read_weights
 from pretrain.models.videomae import Config, VideoMAE
+from pretrain.objectives.base import method_of
 from pretrain.plan.dry_run import dry_run
-from pretrain.trained.load_run import read_weights
 
 TINY = [
     *("model.dim=24", "model.patch_size=16", "model.depth=4", "model.heads=3"),
-    *("data.frames=4", "data.height=32", "data.width=32"),
+    *("input.frames=4", "input.height=32", "input.width=32"),
 ]
 
 
 def objective(*overrides: str) -> ClassificationObjective:
     torch.manual_seed(0)
-    return build(load_tune_recipe("demo_finetune", [*TINY, *overrides]))
+    found = method_of(load_tune_recipe("demo_finetune", [*TINY, *overrides])).build()
+    assert isinstance(found, ClassificationObjective)
+    return found
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -61,16 +64,18 @@ def test_keep_rate_follows_its_schedule() -> None:
 
 def test_dry_run_counts_a_frozen_giant_as_weights_only() -> None:
     """2 bytes a frozen parameter in bf16; gradients and optimiser states of the adapter alone."""
-    giant = ["model.size=giant", "model.patch_size=14", "data.height=224", "data.width=224", "model.head=batch_norm"]
-    giant += ["data.frames=16", "model.pretrain_frames=16", "batch.samples=12", "batch.ranks=2"]
+    giant = ["model.size=giant", "model.patch_size=14", "input.height=224", "input.width=224", "model.head=batch_norm"]
+    giant += ["input.frames=16", "model.pretrain_frames=16", "batch.samples=12", "batch.ranks=2"]
     giant += [f"model.{key}=null" for key in ("dim", "depth", "heads", "mlp_ratio")]
     giant += ["model.pretrain_height=224", "model.pretrain_width=224", "optim.layer_decay=1", "compute.dtype=bf16"]
     recipe = load_tune_recipe("demo_finetune", [*giant, "tune.method=adaptformer"])
-    rows = {row[0].strip(): row for section in dry_run(recipe) for row in section.rows}
+    rows = {row[0].strip(): row for section in dry_run(method_of(recipe)) for row in section.rows}
     assert rows["trained"][1] == f"{7_267_840 + 2 * 1408 + 1408 * 27 + 27:,}"
     assert (rows["frozen weights"][1], rows["trained weights"][1]) == ("2.02 GB", "14.6 MB")
     assert rows["gradients"][1] == "29.2 MB" and rows["optimiser"][1] == "43.9 MB"
     full = {
-        row[0].strip(): row for section in dry_run(load_tune_recipe("demo_finetune", giant)) for row in section.rows
+        row[0].strip(): row
+        for section in dry_run(method_of(load_tune_recipe("demo_finetune", giant)))
+        for row in section.rows
     }
     assert "trained" not in full and full["gradients"][1] == "4.05 GB"

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+#: By default DeepSpeed takes gigabytes for the buckets of each engine.
+SMALL = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"), 1000)
 VARIANTS = (("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "sgd"))
 
 
@@ -59,7 +61,7 @@ def build(variant: tuple[str, str], stage: int, seed: int) -> tuple[Any, list[li
         optimizer = torch.optim.AdamW(groups, lr=0.0)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 4},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 4} | SMALL,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }

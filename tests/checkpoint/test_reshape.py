@@ -1,9 +1,6 @@
 """What is in a checkpoint, and what is in an engine of another layout after loading it, with real processes."""
 
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,47 +12,19 @@ from pretrain.errors import CheckpointError
 PROGRAM = Path(__file__).with_name("reshape_program.py")
 
 
-def on_ranks(count: int, folder: Path, *words: object) -> list[str]:
-    """Run the program on some ranks; returns the lines that count, which all ranks print alike."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(folder), *map(str, words)],
-            env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)[-8000:]
-    assert all(sorted(_loaded(output)) == sorted(_loaded(outputs[0])) for output in outputs), "ranks differ"
-    return _loaded(outputs[0])
-
-
-def _loaded(output: str) -> list[str]:
-    return [line for line in output.splitlines() if line.startswith("LOADED")]
-
-
 @pytest.fixture(scope="module")
-def written_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written_by_two(on_ranks: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reshape")
-    on_ranks(2, folder)
+    on_ranks(PROGRAM, 2, folder, marker="LOADED")
     return folder
 
 
 @pytest.mark.parametrize(("ranks", "every", "pairs"), [(1, 1, 48), (3, 5, 10)])
-def test_everything_is_the_same_on_another_layout(ranks: int, every: int, pairs: int, written_by_two: Path) -> None:
+def test_everything_is_the_same_on_another_layout(
+    ranks: int, every: int, pairs: int, on_ranks: Callable[..., list[str]], written_by_two: Path
+) -> None:
     """AdamW and SGD, fp32 and bf16, from every stage to every stage: weights, moments, steps, frozen parts, buffers."""
-    lines = on_ranks(ranks, written_by_two, 2, every)
+    lines = on_ranks(PROGRAM, ranks, written_by_two, 2, every, marker="LOADED")
     assert len(lines) == pairs
     assert [line for line in lines if not line.endswith(": same")] == []
 

@@ -1,9 +1,11 @@
 """Saving in the background: what is written is the state at the save, and a failed save loses nothing."""
 
+import json
 import os
 import resource
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 
 from pretrain.checkpoint import folders, save
 from pretrain.checkpoint.consolidate import consolidated_state
-from pretrain.checkpoint.manifest import problems
+from pretrain.checkpoint.manifest import problems, read_manifest
+from pretrain.checkpoint.rank_state import RankState, digests, load_rank_state
 from pretrain.checkpoint.save import Content, Saver, open_saver
 from pretrain.checkpoint.snapshot import HostCopies
 from pretrain.errors import CheckpointError
@@ -63,6 +66,36 @@ def test_what_is_written_is_the_state_at_the_save(
         assert same(plain, ours), path.name
     for name in ("latest", "zero_to_fp32.py", "state.json", "recipe.yaml"):
         assert (folder / name).is_file()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_rank_state_is_in_the_manifest(engine: Any, open_one: Any, tmp_path: Path, asynchronous: bool) -> None:
+    """As it was at the save, whatever the next step does."""
+    saver = open_one(tmp_path, asynchronous=asynchronous)
+    queue = RankState(torch.arange(6.0).view(2, 3), "same_on_all")
+    saver.save(engine, replace(content(1), rank_state={"queue": queue}))
+    queue.tensor.fill_(-1)
+    saver.finish()
+    folder = folders.folder_of(tmp_path, 1)
+    assert problems(folder) == [] and "rank_state/rank_00000.pt" in {
+        entry.path for entry in read_manifest(folder).files
+    }
+    load_rank_state(folder, {"queue": queue}, before=1, rank=0, world_size=1)
+    assert queue.tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_ranks_that_differ_make_no_checkpoint(
+    engine: Any, open_one: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second rank's part of the save, written by hand: the engine lives alone in this process."""
+    saver = open_one(tmp_path)
+    same = digests({"queue": RankState(torch.zeros(2), "same_on_all")})
+    saver._board.post("save/1/1", json.dumps({"entries": [], "same": same}))
+    saver.ranks = replace(saver.ranks, world_size=2)
+    saver.save(engine, replace(content(1), rank_state={"queue": RankState(torch.ones(2), "same_on_all")}))
+    saver.wait()
+    assert "NO CHECKPOINT" in caplog.text and "queue is said to be same_on_all, but rank 1 of 2" in caplog.text
+    assert published(tmp_path) == []
 
 
 def same(one: Any, other: Any) -> bool:

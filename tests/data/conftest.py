@@ -20,6 +20,7 @@ from pretrain.data.index import MemberTable, Shard, ShardIndex, ShardTable, writ
 from pretrain.models.videomae import Config as Model
 from pretrain.objectives.videomae import Config as Objective
 from pretrain.recipe.schema import Batch, Data, Recipe, Run, Source
+from pretrain.samples.clip import Config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -137,16 +138,19 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory, write_source: Callable
 
 @pytest.fixture
 def make_recipe() -> Callable[..., Recipe]:
-    """A small recipe over sources given as name -> url or Source; further arguments go to its data section."""
+    """A small recipe over sources given as name -> url or Source; further arguments go to its input or data section."""
 
-    def make(sources: dict[str, Any], samples: int = 8, micro: int = 2, seed: int = 0, **data: Any) -> Recipe:
+    def make(sources: dict[str, Any], samples: int = 8, micro: int = 2, seed: int = 0, **options: Any) -> Recipe:
         opened = {name: s if isinstance(s, Source) else Source(shards=s) for name, s in sources.items()}
-        small = {"frames": 8, "stride": 2, "height": 32, "width": 32, "lanes": 4, "shuffle_window": 4}
-        small |= {"workers": 0, "readahead": 3, "deadline_s": 5.0}
+        clip = {"frames": 8, "stride": 2, "height": 32, "width": 32}
+        data = {"lanes": 4, "shuffle_window": 4, "workers": 0, "readahead": 3, "deadline_s": 5.0}
+        for name, value in options.items():
+            (data if hasattr(Data, name) else clip)[name] = value
         return Recipe(
             model=Model(size="small", patch_size=8),
             objective=Objective(mask_ratio=0.75),
-            data=Data(sources=opened, **{**small, **data}),
+            input=Config(**clip),
+            data=Data(sources=opened, **data),
             batch=Batch(samples=samples, micro=micro),
             run=Run(name="test", dir="unused", seed=seed),
         )

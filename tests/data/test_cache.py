@@ -127,8 +127,9 @@ def test_small_caches_are_warned_of(
     make_recipe: Callable[..., Any], two_sources: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from pretrain.data.stream import TrainStream, open_sources
+    from pretrain.samples.clip import ClipSamples
 
     recipe = make_recipe(two_sources, cache_dir=str(tmp_path), cache_gb=1e-4)
-    stream = TrainStream(recipe, open_sources(recipe), lambda draw: {}, 0, 1)
+    stream = TrainStream(recipe, open_sources(recipe), ClipSamples(recipe.input, recipe.run.seed), 0, 1)
     assert "shards will be fetched again and again" in caplog.text
     assert len(next(stream)["key"]) == 2

@@ -9,38 +9,40 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
-from pretrain.data.samples import CroppedViews, Place, SampleViews, SourceInfo
+from pretrain.data.members import Members
+from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo
 from pretrain.data.stream import TrainStream, open_sources
 from pretrain.errors import DataError
-from pretrain.objectives.videomae import view_tensors
+from pretrain.objectives.base import method_of
 
 MakeRecipe = Callable[..., Any]
 STEPS = 3
 
 
 @dataclasses.dataclass
-class Deadly(SampleViews):
-    """Ordinary views, but some samples kill the process that makes them, or keep it for ever."""
+class Deadly(Samples):
+    """Ordinary samples, but some samples kill the process that makes them, or keep it for ever."""
 
-    views: CroppedViews
+    samples: Samples
     ends: dict[str, str]
 
-    def __call__(self, place: Place, source: SourceInfo, members: dict[str, Any]) -> dict[str, np.ndarray]:
-        end = self.ends.get(members["__key__"])
+    def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
+        end = self.ends.get(members.key)
         if end == "hang":
             time.sleep(1000)
         if end:
             os.kill(os.getpid(), getattr(signal, end))
             time.sleep(1000)
-        return self.views(place, source, members)
+        return self.samples(place, source, members)
+
+    def example(self, count: int) -> Batch:
+        return self.samples.example(count)
 
 
 def open_stream(recipe: Any, ends: dict[str, str]) -> TrainStream:
-    views = Deadly(CroppedViews(recipe.data, recipe.run.seed, view_tensors(recipe)), ends)
-    return TrainStream(recipe, open_sources(recipe), views, 0, 1)
+    return TrainStream(recipe, open_sources(recipe), Deadly(method_of(recipe).samples(), ends), 0, 1)
 
 
 def take(stream: TrainStream) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ from pretrain.data.decoders.crops import Box, cut, hull, whole
 from pretrain.data.decoders.rgb import RGBConverter
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
-from pretrain.data.samples import CroppedViews, Place, SourceInfo
-from pretrain.recipe.schema import Data
+from pretrain.data.samples import Place, SourceInfo
+from pretrain.recipe.schema import Source
 from pretrain.samples import transforms
+from pretrain.samples.clip import ClipSamples, Config
 from pretrain.samples.sampling import clip_frames, clip_starts, grid_starts
 
 
@@ -111,7 +112,7 @@ def test_hull() -> None:
 @pytest.mark.parametrize("views", [1, 3])
 def test_samples_are_those_of_whole_frames(views: int, crop: str, encode: Callable[..., bytes]) -> None:
     """The sample as it was defined before anything was cut early: whole frames, then each view's crop."""
-    data = Data(sources={}, views=views, frames=4, stride=2, width=32, height=24, decoder="pyav", crop=crop)
+    options = Config(views=views, frames=4, stride=2, width=32, height=24, decoder="pyav", crop=crop)  # type: ignore
     video = encode(width=130, height=98)
     members = Members({"mp4": video, "json": json.dumps({"grid": {"step": 4, "phase": 1}}).encode()})
 
@@ -119,7 +120,7 @@ def test_samples_are_those_of_whole_frames(views: int, crop: str, encode: Callab
         return {"visible": draw("encoder_mask").permutation(9)}
 
     for position in range(6):
-        found = CroppedViews(data, 5, masks)(Place(2, position, 0, 0, 0), SourceInfo("a", (), 2), members)
+        found = ClipSamples(options, 5, masks)(Place(2, position, 0, 0, 0), SourceInfo("a", (), Source()), members)
         starts = grid_starts(clip_starts(24, 4, 2), 2, *members.grid)
         start = starts[int(generator(5, 2, position, 0, "clip").integers(len(starts)))]
         with open_video(video, "pyav") as reader:

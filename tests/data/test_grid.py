@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pretrain.data.members import Members
-from pretrain.data.samples import CroppedViews, Place, SourceInfo
-from pretrain.recipe.schema import Data
+from pretrain.data.samples import Place, SourceInfo
+from pretrain.recipe.schema import Source
+from pretrain.samples.clip import ClipSamples, Config
 from pretrain.samples.sampling import grid_starts
 
 
@@ -64,13 +65,13 @@ def test_json_of_foreign_shards_may_be_damaged_or_missing() -> None:
 def test_clips_begin_on_the_grid_unless_told_otherwise(
     grid: str, residues: set[int], encode: Callable[..., bytes], frame_number: Callable[[np.ndarray], int]
 ) -> None:
-    data = Data(frames=4, height=48, width=64, crop="center", grid=grid)  # type: ignore[arg-type]
-    views = CroppedViews(data, 0, lambda draw: {})
+    options = Config(frames=4, height=48, width=64, crop="center", grid=grid)  # type: ignore[arg-type]
+    samples = ClipSamples(options, 0)
     facts = {"grid": {"step": 4, "phase": 3}}
     members = Members({"mp4": encode(frames=60), "json": json.dumps(facts).encode()})
     begins = set()
     for position in range(40):
-        clip = views(Place(0, position, 0, 0, 0), SourceInfo("a", (), 4), members)["video"][0]
+        clip = samples(Place(0, position, 0, 0, 0), SourceInfo("a", (), Source(stride=4)), members)["video"][0]
         numbers = [frame_number(frame) for frame in clip]
         assert np.diff(numbers).tolist() == [4, 4, 4]
         begins.add(numbers[0])

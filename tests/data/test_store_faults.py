@@ -17,7 +17,7 @@ import pytest
 
 from pretrain.data.stream import TrainStream, open_sources
 from pretrain.errors import DataError
-from pretrain.objectives.videomae import view_tensors
+from pretrain.objectives.base import method_of
 from pretrain.runtime import outage
 from tests.faults import servers
 from tests.faults.proxy import FaultProxy
@@ -59,7 +59,7 @@ def put(folder: str) -> None:
 
 
 def open_stream(recipe: Any) -> TrainStream:
-    stream = TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
+    stream = TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), 0, 1)
     OPEN.append(stream)
     return stream
 

@@ -23,16 +23,17 @@ import torch
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.stream import StreamPlan, TrainStream, open_sources
 from pretrain.errors import DataError, RecipeError
-from pretrain.objectives.videomae import view_tensors
+from pretrain.objectives.base import method_of
 from pretrain.recipe.schema import Recipe, Source
 from pretrain.samples import sampling
+from pretrain.samples.clip import ClipSamples
 
 MakeRecipe = Callable[..., Recipe]
 Batches = list[dict[str, Any]]
 
 
 def stream(recipe: Recipe, rank: int = 0, world: int = 1, start: int = 0) -> TrainStream:
-    return TrainStream(recipe, open_sources(recipe), view_tensors(recipe), rank, world, start)
+    return TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), rank, world, start)
 
 
 def take(recipe: Recipe, steps: int, rank: int = 0, world: int = 1, start: int = 0) -> Batches:
@@ -358,10 +359,11 @@ def test_wrong_batch_arithmetic_names_the_fix(make_recipe: MakeRecipe, two_sourc
         open_sources(make_recipe({}))
 
 
-def test_view_tensors_that_cannot_travel(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
+def test_samples_that_cannot_travel(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
     recipe = make_recipe(two_sources, workers=1)
-    with pytest.raises(DataError, match="functools.partial"):
-        TrainStream(recipe, open_sources(recipe), lambda draw: {}, 0, 1)
+    samples = ClipSamples(recipe.input, recipe.run.seed, lambda draw: {})
+    with pytest.raises(DataError, match="build them of a module's classes and functions, or set data.workers=0"):
+        TrainStream(recipe, open_sources(recipe), samples, 0, 1)
 
 
 def test_memory_urls_work(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
@@ -389,9 +391,9 @@ def children():
     return [p for p in psutil.Process().children() if "--multiprocessing-fork" in p.cmdline()]
 def main():
     from pretrain.data.stream import TrainStream, open_sources
-    from pretrain.objectives.videomae import view_tensors
+    from pretrain.objectives.base import method_of
     recipe = pickle.loads(bytes.fromhex(sys.argv[1]))
-    stream = TrainStream(recipe, open_sources(recipe), view_tensors(recipe), 0, 1)
+    stream = TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), 0, 1)
     next(stream)
     workers = children()
     print(*[p.pid for p in workers], flush=True)

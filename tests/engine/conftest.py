@@ -24,16 +24,17 @@ RECIPE = """\
 model: {name: videomae, size: custom, patch_size: 16, dim: 32, depth: 2, heads: 2, mlp_ratio: 2,
         decoder_dim: 32, decoder_depth: 1, decoder_heads: 2}
 objective: {name: videomae, mask_ratio: 0.75}
-data:
-  sources: {toy: {shards: SHARDS}}
+input:
   frames: 8
   stride: 1
   height: 32
   width: 32
+  decoder: pyav
+data:
+  sources: {toy: {shards: SHARDS}}
   lanes: 4
   shuffle_window: 4
   workers: 0
-  decoder: pyav
 batch: {samples: 8, micro: 4}
 optim: {base_lr: 0.1, base_min_lr: 0.001, clip_grad: 1.0}
 schedule: {epochs: 2, warmup_epochs: 0.4}

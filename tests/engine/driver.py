@@ -73,7 +73,7 @@ def drive(recipe_path: str, plan: list[dict]) -> list:
 
         VideoMAEObjective.forward = forward
         try:
-            results.append(train(recipe, entry.get("resume", "auto")))
+            results.append(train(method_of(recipe), entry.get("resume", "auto")))
         except TubeletError as error:
             results.append(f"{type(error).__name__}: {error}")
     return results

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.engine.step import StepResult
 from pretrain.errors import CheckpointError
+from pretrain.guards.results import StepResult
 from pretrain.guards.skipped_steps import guard_state, remember, state_at_start
 from pretrain.guards.step_guard import GuardState, Spike, StepGuard
-from pretrain.recipe.check import recipe_warnings
+from pretrain.objectives.base import method_of, warnings_of
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Guard
 from pretrain.runtime.process_group import Ranks
@@ -143,5 +143,5 @@ def test_left_out_steps_survive_a_kill_before_the_next_checkpoint(tmp_path: Path
 
 def test_options_of_policies_that_are_not_used_are_told() -> None:
     recipe = load_recipe("vit_b_dual", ["guard.leave_out=3", "guard.lower_lr_steps=9", "guard.spike=lower_lr"])
-    told = [line for line in recipe_warnings(recipe) if line.startswith("guard.")]
+    told = [line for line in warnings_of(method_of(recipe)) if line.startswith("guard.")]
     assert told == ["guard.leave_out has no effect: neither guard.nonfinite nor guard.spike is rewind"]

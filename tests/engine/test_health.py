@@ -9,9 +9,8 @@ import torch
 
 from pretrain.engine.health import HealthSignal, open_health
 from pretrain.errors import DataError, RecipeError
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Objective, method_of, problems_of, warnings_of
 from pretrain.objectives.videomae import build
-from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.load import load_recipe
 from pretrain.runtime.process_group import Ranks
 from tests.toy_shards import encoded, index, write_shard
@@ -67,11 +66,11 @@ def test_signal_is_the_accuracy_of_the_features(toy: Any, labelled: Path, caplog
 
 def test_set_that_can_not_be_used_is_an_error(toy: Any) -> None:
     unlabelled = pack(toy, "unlabelled", [None, "dark"])
-    signal = HealthSignal(load_recipe(str(toy.recipe), [f"health.shards={unlabelled}"]), ALONE)
+    signal = HealthSignal(method_of(load_recipe(str(toy.recipe), [f"health.shards={unlabelled}"])), ALONE)
     with pytest.raises(DataError, match="1 of its videos can be read"):
         signal(Brightness())
     with pytest.raises(DataError, match="no_such_folder"):
-        HealthSignal(load_recipe(str(toy.recipe), ["health.shards=no_such_folder"]), ALONE)
+        HealthSignal(method_of(load_recipe(str(toy.recipe), ["health.shards=no_such_folder"])), ALONE)
 
 
 def test_method_without_features_is_refused(toy: Any) -> None:
@@ -84,10 +83,10 @@ def test_method_without_features_is_refused(toy: Any) -> None:
 
 def test_keys_are_checked(toy: Any) -> None:
     recipe = load_recipe(str(toy.recipe), ["health.every_epochs=0", "health.neighbours=-1"])
-    problems = check_recipe(recipe)
+    problems = problems_of(method_of(recipe))
     assert any("health.every_epochs" in line for line in problems) and any("neighbours" in line for line in problems)
-    assert any("health has no effect" in line for line in recipe_warnings(recipe))
-    assert not any("health" in line for line in recipe_warnings(load_recipe(str(toy.recipe))))
+    assert any("health has no effect" in line for line in warnings_of(method_of(recipe)))
+    assert not any("health" in line for line in warnings_of(method_of(load_recipe(str(toy.recipe)))))
 
 
 def test_features_are_those_of_the_whole_clip(toy: Any) -> None:
@@ -154,4 +153,4 @@ def test_two_ranks_measure_what_one_does(toy: Any, outcome: None) -> None:
 
     recipe = load_recipe(str(toy.recipe), [f"health.shards={toy.folder / 'shards'}"])
     objective = load_trained(toy.folder / "watched 0").objective
-    assert HealthSignal(recipe, ALONE)(objective)["knn_top1"] == measured(toy, "watched 0")[10]
+    assert HealthSignal(method_of(recipe), ALONE)(objective)["knn_top1"] == measured(toy, "watched 0")[10]

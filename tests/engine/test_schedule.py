@@ -42,7 +42,7 @@ def test_warm_up_starts_at_zero_and_reaches_the_peak() -> None:
 
 def test_views_do_not_scale_the_rate() -> None:
     four = recipe()
-    four.data.views = 4
+    four.input.views = 4
     assert build_schedule(four, 5).peak == build_schedule(recipe(), 5).peak
 
 

@@ -20,16 +20,17 @@ RECIPE = """\
 model: {name: classifier, size: custom, patch_size: 16, dim: 48, depth: 2, heads: 2, mlp_ratio: 2, classes: 3,
         drop_path: 0, head_init_scale: 1, positions: rebuild}
 objective: {name: classification}
-data:
-  sources: {toy: {shards: FOLDER/train, val: FOLDER/val, flip: false}}
+input:
   frames: 4
   stride: 2
   height: 32
   width: 32
+  decoder: pyav
+data:
+  sources: {toy: {shards: FOLDER/train, val: FOLDER/val, flip: false}}
   lanes: 4
   shuffle_window: 4
   workers: 0
-  decoder: pyav
 batch: {samples: 8, micro: 4}
 optim: {base_lr: 0.1, base_min_lr: 0.001, layer_decay: 0.9}
 schedule: {epochs: 2, warmup_epochs: 0.5}
@@ -49,10 +50,13 @@ class Toy:
     recipe: Path
     folder: Path
 
-    def run(self, name: str, *words: str, expect: int = 0) -> str:
+    def run(self, name: str, *words: str, expect: int = 0, ranks: int = 1) -> str:
         """launch/finetune.py into the run folder `name`, as a user starts it; returns what was printed."""
         command = [sys.executable, str(ROOT / "launch" / "finetune.py"), "--recipe", str(self.recipe)]
         environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            command = launcher + command[1:]
         done = subprocess.run(
             [*command, f"run.dir={self.folder / name}", *words],
             env=environ, cwd=self.folder, capture_output=True, text=True, timeout=240,

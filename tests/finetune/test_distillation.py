@@ -9,11 +9,12 @@ import torch
 
 from finetune.commands.finetune import main
 from finetune.distillation.logit_cache import HEADER, LogitCache, views_digest, weights_digest
-from finetune.distillation.task import build, distillation_loss
+from finetune.distillation.task import DistillationObjective, distillation_loss
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.errors import DataError, TrainingError, WeightsError
 from pretrain.models import classifier
+from pretrain.objectives.base import method_of
 
 SHAPE = {"patch_size": 16, "dim": 48, "depth": 2, "heads": 2, "mlp_ratio": 2, "classes": 3, "positions": "rebuild"}
 
@@ -35,6 +36,12 @@ def network(seed: int, **other: Any) -> classifier.VideoClassifier:
 def recipe(toy: Any, tmp_path: Path) -> TuneRecipe:
     torch.save(network(0).state_dict(), tmp_path / "teacher.pth")
     return load_tune_recipe(str(toy.recipe), words_for(tmp_path / "teacher.pth"))
+
+
+def build(recipe: TuneRecipe) -> DistillationObjective:
+    objective = method_of(recipe).build()
+    assert isinstance(objective, DistillationObjective)
+    return objective
 
 
 def batch_of(clips: int = 4) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from finetune.classification.mixing import Mixing
 from finetune.classification.task import ClassificationObjective
 from finetune.recipe import Augment, TuneRecipe, load_tune_recipe
 from pretrain.engine.optimiser import parameter_groups, set_lr
-from pretrain.models.averages import WeightAverage
 from pretrain.models.classifier import VideoClassifier
+from pretrain.objectives.base import method_of
 
 #: A small network.
 SMALL = [
     *("model.depth=3", "model.dim=48", "model.heads=4", "model.patch_size=8", "model.classes=7"),
-    *("data.frames=16", "data.height=32", "data.width=32", "model.positions=rebuild", "model.drop_path=0"),
+    *("input.frames=16", "input.height=32", "input.width=32", "model.positions=rebuild", "model.drop_path=0"),
 ]
 
 
@@ -23,10 +23,10 @@ def objective(*words: str) -> ClassificationObjective:
 
 
 def build(recipe: TuneRecipe) -> ClassificationObjective:
-    from finetune.classification.task import build as build_objective
-
     torch.manual_seed(0)
-    return build_objective(recipe)
+    found = method_of(recipe).build()
+    assert isinstance(found, ClassificationObjective)
+    return found
 
 
 def test_cutmix_cuts_rows_and_columns_of_all_frames() -> None:
@@ -78,25 +78,6 @@ def test_regression_and_multi_label_heads_learn() -> None:
             optimizer.step()
             losses.append(float(loss))
         assert losses[-1] < 0.6 * losses[0], task
-
-
-def test_average_is_float32_in_a_bfloat16_model_and_comes_back() -> None:
-    model = torch.nn.Linear(3, 2).bfloat16()
-    average = WeightAverage(model, 0.5)
-    average.bfloat16()
-    assert average.weight.dtype == torch.float32, "small steps would be lost"
-    start = model.weight.detach().float().clone()
-    with torch.no_grad():
-        model.weight += 1
-    live = model.weight.detach().clone()
-    average.update(model)  # update 1 keeps min(0.5, 2 / 11)
-    torch.testing.assert_close(average.weight, start + (live.float() - start) * 9 / 11)
-    with average.applied(model):
-        torch.testing.assert_close(model.weight.float(), average.weight, atol=0.01, rtol=0.01)
-    assert torch.equal(model.weight, live)
-    again = WeightAverage(torch.nn.Linear(3, 2), 0.5)
-    again.load_state_dict(average.state_dict())
-    assert int(again.updates) == 1 and torch.equal(again.weight, average.weight)
 
 
 def test_averages_are_evaluated() -> None:

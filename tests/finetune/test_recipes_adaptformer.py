@@ -1,5 +1,7 @@
 """AdaptFormer's published rows: the recipes load, are sound, and train as many parameters as the paper says."""
 
+import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,9 @@ from finetune.classification.labels import LabelMap
 from finetune.classification.predictions import Predictions, read_predictions
 from finetune.classification.views import SourceRules, training_frames, validation_frames
 from finetune.recipe import Augment, load_tune_recipe
+from pretrain.engine.schedules import build_schedule
+from pretrain.objectives.base import method_of, problems_of, warnings_of
 from pretrain.plan.dry_run import dry_run
-from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.files import recipe_names
 from pretrain.samples.augment import augment
 from pretrain.samples.sampling import clip_starts
@@ -36,22 +39,38 @@ def test_there_is_a_recipe_for_every_row() -> None:
 @pytest.mark.parametrize(("method", "data"), ROWS)
 def test_published_numbers(method: str, data: str) -> None:
     recipe = load_tune_recipe(f"vit_b_{method}_{data}")
-    assert check_recipe(recipe) == []
-    warnings = [line for line in recipe_warnings(recipe) if "no multiple of" not in line]
+    assert problems_of(method_of(recipe)) == []
+    warnings = [line for line in warnings_of(method_of(recipe)) if "no multiple of" not in line]
     assert len(warnings) == 1 and "run.init_weights is null" in warnings[0]
-    values = {row.strip(): value for section in reversed(dry_run(recipe)) for row, value, _ in reversed(section.rows)}
+    values = {
+        row.strip(): value
+        for section in reversed(dry_run(method_of(recipe)))
+        for row, value, _ in reversed(section.rows)
+    }
     trained = int(values.get("trained", values["parameters"]).replace(",", ""))
     expected = TRAINED[method][data == "hmdb51"]
     assert expected is None or trained == expected
     assert float(values["peak"]) == pytest.approx(0.4) and values["end"] == "0" and values["accumulation"] == "1"
     assert (recipe.optim.momentum, recipe.optim.weight_decay, recipe.optim.layer_decay) == (0.9, 0, 1)
-    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (90, 10)
+    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs, recipe.schedule.warmup_ends) == (90, 10, "start")
     assert (recipe.model.head, recipe.model.drop_path, recipe.objective.smoothing) == ("batch_norm", 0, 0)
-    assert (recipe.data.frames, recipe.data.crop, recipe.data.views) == (8, "multiscale", 1)
+    assert (recipe.input.frames, recipe.input.crop, recipe.input.views) == (8, "multiscale", 1)
     assert (recipe.evaluate.clips, recipe.evaluate.crops, recipe.evaluate.average) == (4, 3, "logits")
     assert all(not source.flip and source.sampling == "strided" for source in recipe.data.sources.values())
     augment = recipe.augment
     assert not augment.randaugment and augment.erasing == augment.mixup == augment.cutmix == 0
+
+
+@pytest.mark.parametrize(("method", "data"), ROWS)
+def test_learning_rate_is_the_official_one(method: str, data: str) -> None:
+    """lr(e), e = epoch + iteration / len (systems/adaptformer.md section 4), through warm-up, decay and both ends."""
+    per = {"ssv2": 164, "hmdb51": 3}[data]
+    schedule = build_schedule(load_tune_recipe(f"vit_b_{method}_{data}"), per)
+    assert (schedule.total, schedule.warmup) == (90 * per, 10 * per)
+    for epoch, iteration in itertools.product((0, 1, 9, 10, 11, 50, 89), (0, 1, per - 1)):
+        e = epoch + iteration / per
+        expected = 0.4 * e / 10 if e < 10 else 0.4 * (1 + math.cos(math.pi * (e - 10) / (90 - 10))) / 2
+        assert schedule.lr(epoch * per + iteration) == pytest.approx(expected, rel=1e-9), (epoch, iteration)
 
 
 def test_strided_frames_are_those_of_pre_training() -> None:

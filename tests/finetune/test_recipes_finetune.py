@@ -4,8 +4,8 @@ import pytest
 
 from finetune.commands.finetune import main
 from finetune.recipe import load_tune_recipe
+from pretrain.objectives.base import method_of, problems_of, warnings_of
 from pretrain.plan.dry_run import dry_run
-from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.files import recipe_names
 
 #: Parameters, actual learning rate, epochs, layer decay, drop path, head dropout, views of the test, videos a step:
@@ -60,8 +60,8 @@ def test_there_is_a_recipe_for_every_row() -> None:
 def test_recipes_that_drop_tokens_are_their_base_otherwise(name: str) -> None:
     base, gmacs = DROPPING[name]
     recipe, plain = load_tune_recipe(name), load_tune_recipe(base)
-    assert check_recipe(recipe) == []
-    values = {row: value for section in dry_run(recipe) for row, value, _ in section.rows}
+    assert problems_of(method_of(recipe)) == []
+    values = {row: value for section in dry_run(method_of(recipe)) for row, value, _ in section.rows}
     assert values["forward pass"] == gmacs
     tokens, epochs = recipe.model.tokens, recipe.schedule.epochs
     assert tokens.keep_rate == 0.7 and tokens.start_epoch == pytest.approx(epochs / 30, rel=0.01)
@@ -74,10 +74,14 @@ def test_recipes_that_drop_tokens_are_their_base_otherwise(name: str) -> None:
 def test_published_numbers(name: str) -> None:
     parameters, rate, epochs, decay, drop_path, head_dropout, views, samples = PUBLISHED[name]
     recipe = load_tune_recipe(name)
-    assert check_recipe(recipe) == []
-    warnings = [line for line in recipe_warnings(recipe) if "no multiple of" not in line]
+    assert problems_of(method_of(recipe)) == []
+    warnings = [line for line in warnings_of(method_of(recipe)) if "no multiple of" not in line]
     assert len(warnings) == 1 and FROM_SCRATCH in warnings[0]
-    values = {row.strip(): value for section in reversed(dry_run(recipe)) for row, value, _ in reversed(section.rows)}
+    values = {
+        row.strip(): value
+        for section in reversed(dry_run(method_of(recipe)))
+        for row, value, _ in reversed(section.rows)
+    }
     assert parameters is None or int(values["parameters"].replace(",", "")) == parameters
     assert float(values["peak"]) == pytest.approx(rate, rel=1e-3)
     assert values["accumulation"] == "1"
@@ -104,16 +108,16 @@ def test_data_sets_own_their_sampling() -> None:
     ],
 )
 def test_mismatch_is_warned_of(words: list[str], expected: str) -> None:
-    assert any(expected in line for line in recipe_warnings(load_tune_recipe("vit_b_ssv2", words)))
+    assert any(expected in line for line in warnings_of(method_of(load_tune_recipe("vit_b_ssv2", words))))
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["batch.micro=1", "batch.samples=2", "data.views=1", "augment.mixup=1"], "is odd"),
+        (["batch.micro=1", "batch.samples=2", "input.views=1", "augment.mixup=1"], "is odd"),
         (["augment.randaugment=strong"], "not timm's notation"),
         (["objective.task=regression", "augment.cutmix=1"], "can't be mixed"),
-        (["ema.decay=0.99", "zero.stage=3"], "ema.decay"),
+        (["ema.decay=1.5", "zero.stage=3"], "ema.decay"),
         (["evaluate.test=best", "data.sources.actions.val=null"], "needs a validation"),
         (["optim.layer_decai=1"], "did you mean 'layer_decay'"),
         (["objective.name=clasification"], "in finetune/"),
@@ -140,7 +144,7 @@ def test_printed_recipe_is_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path
 
 def memory_of(name: str, *words: str) -> dict[str, str]:
     """The dry run's table of a rank's memory."""
-    for section in dry_run(load_tune_recipe(name, list(words))):
+    for section in dry_run(method_of(load_tune_recipe(name, list(words)))):
         if section.title.startswith("memory"):
             return {row: value for row, value, _ in section.rows}
     raise AssertionError("no such table")

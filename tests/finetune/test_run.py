@@ -17,7 +17,7 @@ from finetune.commands import replay
 from finetune.commands.finetune import main
 from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
-from pretrain.trained.load_run import read_weights
+from pretrain.models.initial_weights import read_weights
 
 
 def training(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -146,6 +146,26 @@ def test_bf16_masters_are_merged_from_zero_stage_1(toy: Any) -> None:
     assert all(torch.equal(merged[name].bfloat16(), value) for name, value in computed.items())
     weight = "model.blocks.0.attn.qkv.weight"
     assert not torch.equal(merged[weight], computed[weight].float()), "more digits than the model computes with"
+
+
+def test_averages_are_sharded_and_move_between_stages(toy: Any) -> None:
+    """Begun on one rank without ZeRO; trained on, validated and tested on two in stage 3; tested on one again."""
+    words = ("ema.decay=0.8", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
+    toy.run("sharded", *words, "schedule.max_steps=3")
+    toy.run("sharded", *words, "zero.stage=3", ranks=2)
+    run, folder = toy.folder / "sharded", toy.folder / "sharded" / "predictions" / "step_00000006"
+    shares = [torch.load(run / f"checkpoints/step_00000004/deepspeed/zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
+                         weights_only=False)["module"]["average.head|weight"] for rank in range(2)]  # fmt: skip
+    assert [tuple(share.shape) for share in shares] == [(72,), (72,)]
+    before, after = (consolidated_state(run / "checkpoints" / f"step_0000000{step}") for step in (3, 4))
+    expected = before["average.head|weight"].lerp(after["model.head.weight"], 1 - 0.8)
+    assert torch.equal(torch.cat(shares).view(3, 48), expected) and torch.equal(after["average.head|weight"], expected)
+    assert int(before["average.updates"]) == 3 and not torch.equal(expected, after["model.head.weight"])
+    two = read_predictions(folder)
+    toy.run("sharded", *words, "zero.stage=3", "zero.init=always", "--test", "last")
+    one = read_predictions(folder)
+    order = [one.keys.index(key) for key in two.keys]
+    np.testing.assert_allclose(one.logits[order], two.logits, rtol=1e-5, atol=1e-6)
 
 
 def test_exit_codes(toy: Any, tmp_path: Path) -> None:

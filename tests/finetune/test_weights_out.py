@@ -17,7 +17,7 @@ from finetune.adapters.adapter_files import load_adapter
 from finetune.classification.fine_tuned import FineTuned, load_fine_tuned
 from finetune.classification.graphs import FACTS, OPSET
 from finetune.classification.predictions import read_predictions
-from finetune.classification.predictor import judge_of, judge_of_graph, predict_video
+from finetune.classification.predictor import predict_video, predictor_of, predictor_of_graph
 from finetune.classification.views import EvaluationViews
 from finetune.commands import export, predict
 from pretrain.checkpoint.consolidate import consolidated_state
@@ -232,7 +232,7 @@ def test_prediction_is_that_of_the_test(run: Path, clip: Path, tmp_path: Path) -
     expected = stored.merged[stored.keys.index("toy/s-000000/0001")]
     assert export.main([str(run), str(tmp_path)]) == 0
     for weights in (run, tmp_path):
-        found = predict_video(judge_of(load_fine_tuned(weights)), str(clip), clips=2, crops=3)
+        found = predict_video(predictor_of(load_fine_tuned(weights)), str(clip), clips=2, crops=3)
         assert found.views.shape == (6, 4, 32, 32, 3)
         assert np.allclose(found.values, expected, atol=1e-5)
 
@@ -253,8 +253,8 @@ def test_predict_from_a_graph_file(run: Path, clip: Path, tmp_path: Path, name: 
         pytest.importorskip("onnxruntime")
     layout = {"out.onnx": "onnx", "out.pt2": "torch_export"}[name]
     assert export.main([str(run), str(tmp_path / name), "--format", layout]) == 0
-    expected = predict_video(judge_of(load_fine_tuned(run)), str(clip), clips=2, crops=3)
-    judge = judge_of_graph(tmp_path / name)
+    expected = predict_video(predictor_of(load_fine_tuned(run)), str(clip), clips=2, crops=3)
+    judge = predictor_of_graph(tmp_path / name)
     found = predict_video(judge, str(clip), clips=2, crops=3, decoder="pyav")
     assert judge.names == CLASSES and np.array_equal(found.views, expected.views)
     assert np.allclose(found.values, expected.values, atol=1e-5)

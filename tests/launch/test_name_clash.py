@@ -49,7 +49,7 @@ def test_script_as_a_file(script: str, where: str, tmp_path: Path) -> None:
         ["launch/pretrain.py"],
         ["-P", "launch/pretrain.py"],
         ["-m", "launch.pretrain"],
-        ["-m", "pretrain.commands.program"],
+        ["-m", "pretrain.commands.pretrain"],
     ],
 )
 def test_pretrain_started_from_the_root(command: list[str]) -> None:
@@ -88,14 +88,16 @@ def test_spawned_data_workers_see_the_package(method: str, tmp_path: Path) -> No
     shutil.copytree(ROOT / "launch", tmp_path / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     package = tmp_path / "pretrain"
     package.mkdir()
+    (package / "commands").mkdir()
     (package / "__init__.py").touch()
+    (package / "commands" / "__init__.py").touch()
     (package / "worker.py").write_text(
         "import sys, pretrain\n"
         "def work():\n"
         "    main = sys.modules['__main__'].__dict__\n"
-        "    print(pretrain.__file__, 'pretrain.commands.program' in sys.modules, main.get('main'), flush=True)\n"
+        "    print(pretrain.__file__, 'pretrain.commands.pretrain' in sys.modules, main.get('main'), flush=True)\n"
     )
-    (package / "cli.py").write_text(
+    (package / "commands" / "pretrain.py").write_text(
         "import multiprocessing\n"
         "from pretrain import worker\n"
         "def main():\n"

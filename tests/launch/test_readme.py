@@ -48,7 +48,7 @@ def test_command(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 def plan(script: str, arguments: list[str]) -> int:
     """Everything up to the first step."""
     if script == "pretrain":
-        from pretrain.commands.program import main
+        from pretrain.commands.pretrain import main
     else:
         from finetune.commands.finetune import main
     return main(arguments if "--dry-run" in arguments else [*arguments, "--dry-run"])
@@ -73,12 +73,13 @@ def parse(script: str, arguments: list[str]) -> None:
 def test_table_of_methods_is_what_the_dry_run_says() -> None:
     """Trained parameters and states of ViT-B on one GPU."""
     from finetune.recipe import load_tune_recipe
+    from pretrain.objectives.base import method_of
     from pretrain.plan.dry_run import dry_run
 
     text = (ROOT / "README.md").read_text()
     table = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d,]+) \| ([\d.]+ [GM]B) \|", text, re.M)
     assert {row[0] for row in table} == {"full", "linear", "adaptformer", "vpt", "lora", "bitfit"}
     for method, trained, states in table:
-        sections = dry_run(load_tune_recipe("vit_b_k400", [f"tune.method={method}", "zero.stage=0"]))
+        sections = dry_run(method_of(load_tune_recipe("vit_b_k400", [f"tune.method={method}", "zero.stage=0"])))
         rows = {row[0].strip(): row[1] for section in sections for row in section.rows}
         assert (rows.get("trained", rows["parameters"]), rows["together"]) == (trained, states), method

@@ -153,7 +153,7 @@ def test_problems_are_listed_together() -> None:
     config = Config(**(TINY | {"heads": 5, "head_dropout": 1.0, "classes": -1, "pretrain_width": 18}))
     problems = check(config, 8, 18, 16)
     assert [problem.split("=")[0] for problem in problems] == [
-        "model.head_dropout", "model.heads", "model.classes", "data.height", "data.width",
+        "model.head_dropout", "model.heads", "model.classes", "input.height", "input.width",
     ]  # fmt: skip
     assert "pretrain" in problems[-1]
     assert check(Config(size="custom", dim=8), 16, 224, 224)[0].startswith("model.patch_size: null")

@@ -13,7 +13,8 @@ from pretrain.models.backbone import Prompts
 from pretrain.models.classifier import Config, VideoClassifier, cost, layer_id
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.cubes import Grid, grid_of
-from pretrain.models.image_vit import SIZES, ImageOptions, ImageViT
+from pretrain.models.image_vit import SIZES, ImageViT
+from pretrain.models.image_vit import Config as ImageConfig
 from pretrain.models.keep_rates import Reorganisation, keep_rates, scheduled_rate, token_counts, tokens_kept
 from pretrain.models.token_scores import class_attention, received_attention
 
@@ -139,7 +140,7 @@ def test_permuted_tokens_keep_the_same_set() -> None:
 
 def test_class_token_is_always_kept() -> None:
     torch.manual_seed(0)
-    model = ImageViT(ImageOptions(16, 4, 24, 4, 3, 2.0, 5)).eval()
+    model = ImageViT(ImageConfig("image_vit", 16, 4, 24, 4, 3, 2.0, 5)).eval()
     plain = model(torch.randn(2, 3, 16, 16))
     model.reorganise(Reorganisation(keep_rate=0.1))
     assert (
@@ -217,7 +218,7 @@ def test_image_sizes_are_those_published() -> None:
     for name, count in {"tiny": 5_717_416, "small": 22_050_664, "base": 86_567_656}.items():
         dim, depth, heads = SIZES[name]
         with torch.device("meta"):
-            model = ImageViT(ImageOptions(dim=dim, depth=depth, heads=heads))
+            model = ImageViT(ImageConfig(dim=dim, depth=depth, heads=heads))
         assert sum(value.numel() for value in model.parameters()) == count
 
 
@@ -243,7 +244,7 @@ def test_prompts_and_dropping_exclude_each_other() -> None:
 
 
 def test_images_of_other_sizes_stretch_their_positions() -> None:
-    model = ImageViT(ImageOptions(16, 4, 24, 1, 3, 2.0, 0)).eval()
+    model = ImageViT(ImageConfig("image_vit", 16, 4, 24, 1, 3, 2.0, 0)).eval()
     assert model(torch.randn(1, 3, 24, 12)).shape == (1, 24)
     assert_close(model._positions(Grid(1, 4, 4)), model.pos_embed)
 

@@ -146,9 +146,9 @@ def test_any_clip_of_whole_cubes(frames: int, height: int, width: int) -> None:
 @pytest.mark.parametrize(
     ("options", "size", "word"),
     [
-        ({}, (7, 16, 16), "data.frames=7"),
-        ({}, (8, 18, 16), "data.height=18"),
-        ({}, (8, 16, 17), "data.width=17"),
+        ({}, (7, 16, 16), "input.frames=7"),
+        ({}, (8, 18, 16), "input.height=18"),
+        ({}, (8, 16, 17), "input.width=17"),
         ({"heads": 5}, (8, 16, 16), "model.heads=5"),
         ({"decoder_heads": 3}, (8, 16, 16), "model.decoder_heads=3"),
         ({"drop_path": 1.0}, (8, 16, 16), "model.drop_path"),

@@ -42,9 +42,9 @@ def batch_of(given: SimpleNamespace, clips: int = 3) -> dict[str, Tensor]:
     draw = method.view_tensors(given)
     views = [draw(lambda purpose, clip=clip: generator(0, clip, purpose)) for clip in range(clips)]
     batch = {name: torch.from_numpy(np.stack([view[name] for view in views])) for name in views[0]}
-    shape = (clips, given.data.frames, given.data.height, given.data.width, 3)
-    coarse = torch.randint(0, 256, (clips, given.data.frames, 4, 4, 3), generator=torch.Generator().manual_seed(0))
-    smooth = coarse.repeat_interleave(given.data.height // 4, 2).repeat_interleave(4, 3)
+    shape = (clips, given.input.frames, given.input.height, given.input.width, 3)
+    coarse = torch.randint(0, 256, (clips, given.input.frames, 4, 4, 3), generator=torch.Generator().manual_seed(0))
+    smooth = coarse.repeat_interleave(given.input.height // 4, 2).repeat_interleave(4, 3)
     noise = torch.randint(-20, 20, shape, generator=torch.Generator().manual_seed(1))
     return batch | {"video": (smooth + noise).clamp(0, 255).to(torch.uint8)}
 
@@ -61,7 +61,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.answers = answers
         self.shape = SimpleNamespace(tubelet=2, patch_size=4)
-        self.grid = grid_of(given.data.frames, given.data.height, given.data.width, 2, 4)
+        self.grid = grid_of(given.input.frames, given.input.height, given.input.width, 2, 4)
 
     def forward(self, cubes: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
         return take_tokens(self.answers, targets)
@@ -212,7 +212,7 @@ def test_compiles_with_its_batch_as_one_graph() -> None:
         (recipe(height=12), "even number of cubes"),
         (recipe(decoder_mask_ratio=0.3), "decoder_mask_ratio=0.3"),
         (recipe(mask_ratio=0.01), "mask_ratio=0.01"),
-        (recipe(height=18), "data.height=18"),
+        (recipe(height=18), "input.height=18"),
         (recipe(frames=12, skip_visible_mask_tokens=True), "skip_visible_mask_tokens"),
         (recipe(model=replace(MODEL, heads=7)), "model.heads=7"),
     ],

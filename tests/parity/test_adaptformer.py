@@ -14,7 +14,8 @@ from finetune.adapters.attach import attach_adaptformer, attach_prompts, is_trai
 from pretrain.models.backbone import Backbone
 from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.classifier_weights import fuse_projections, split_projections
-from pretrain.models.image_vit import ImageOptions, ImageViT
+from pretrain.models.image_vit import Config as ImageConfig
+from pretrain.models.image_vit import ImageViT
 from pretrain.models.weights import LoadReport, load_state
 
 KINDS = ("adaptformer",)
@@ -54,7 +55,7 @@ def video_model(case, state: dict[str, Tensor]) -> VideoClassifier:
 
 def image_model(case, state: dict[str, Tensor]) -> ImageViT:
     dims = case.meta["dims"]
-    options = ImageOptions(
+    options = ImageConfig(
         image_size=dims["img"],
         patch_size=dims["patch"],
         dim=dims["dim"],

@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from pretrain.models.image_vit import ImageOptions, ImageViT
+from pretrain.models.image_vit import Config as ImageConfig
+from pretrain.models.image_vit import ImageViT
 from pretrain.models.keep_rates import Reorganisation, token_counts
 from pretrain.models.weights import load_weights
 
@@ -17,7 +18,7 @@ def build(case) -> ImageViT:
     """The model that meta.json describes, with the case's weights."""
     dims = case.meta["dims"]
     model = ImageViT(
-        ImageOptions(
+        ImageConfig(
             dims["img"], dims["patch"], dims["dim"], dims["depth"], dims["heads"], dims["mlp"], dims["nc"],
             norm_eps=case.meta["layer_norm_eps"],
         )

@@ -11,13 +11,13 @@ import pytest
 from pretrain.commands.plan import main
 from pretrain.engine.model_states import ModelSize, checkpoint_bytes, model_states
 from pretrain.errors import RecipeError
+from pretrain.objectives.base import method_of
 from pretrain.plan.estimate import Planner
-from pretrain.plan.feeding import Supply
+from pretrain.plan.feeding import Resources
 from pretrain.plan.hardware import SHEETS, find_gpu
 from pretrain.plan.peak_memory import Memory, memory_of
 from pretrain.plan.trace import trace_step
 from pretrain.plan.traffic import traffic_of
-from pretrain.recipe.components import objective_file
 from pretrain.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,17 +33,17 @@ ROOT = Path(__file__).resolve().parents[2]
     ],
 )
 def test_counted_work_is_the_published_less_what_is_skipped(name: str, overrides: list[str], published: float) -> None:
-    recipe = load_recipe(name, [*overrides, "data.views=1"])
-    parts = objective_file(recipe).cost(recipe)
+    recipe = load_recipe(name, [*overrides, "input.views=1"])
+    parts = method_of(recipe).cost().macs
     assert sum(parts.values()) / 1e9 == pytest.approx(published, rel=2e-3)
     skipped = sum(macs for part, macs in parts.items() if part.startswith("skipped"))
-    trace = trace_step(recipe, 1)
+    trace = trace_step(method_of(recipe), 1)
     assert trace.forward_flops / 2 == pytest.approx(sum(parts.values()) - skipped, rel=2e-3)
 
 
 def test_recomputing_costs_a_forward_pass_and_saves_memory() -> None:
     kept, recomputed = (
-        trace_step(load_recipe("vit_b_dual", [f"compute.activation_checkpointing={word}"]), 2)
+        trace_step(method_of(load_recipe("vit_b_dual", [f"compute.activation_checkpointing={word}"])), 2)
         for word in ("false", "true")
     )
     extra = recomputed.flops() - kept.flops()
@@ -54,7 +54,9 @@ def test_recomputing_costs_a_forward_pass_and_saves_memory() -> None:
 
 def test_selective_checkpointing_lies_between() -> None:
     kept, selective, recomputed = (
-        trace_step(load_recipe("vit_b_dual", [f"compute.activation_checkpointing={word}", "data.views=1"]), 4)
+        trace_step(
+            method_of(load_recipe("vit_b_dual", [f"compute.activation_checkpointing={word}", "input.views=1"])), 4
+        )
         for word in ("false", "selective", "true")
     )
     assert selective.flops() == kept.flops()  # no matrix product twice
@@ -69,7 +71,7 @@ def test_planned_memory_is_what_a_process_takes(stage: str, dtype: str) -> None:
 
 
 def test_parts_add_up_and_backward_is_twice_the_forward_pass() -> None:
-    trace = trace_step(load_recipe("vit_b_dual"), 1)
+    trace = trace_step(method_of(load_recipe("vit_b_dual")), 1)
     assert {"embedding", "attention", "MLP", "decoder", "targets and loss", "backward"} <= set(trace.parts)
     assert sum(trace.flops(part) for part in trace.parts) == trace.flops()
     # Fused attention computes its scores again, the embedding needs no gradient of the pixels.
@@ -100,6 +102,8 @@ def test_the_optimiser_is_the_recipes() -> None:
     assert adamw == 12e6 / 4
     assert planned(MILLION, "zero.stage=1", "optim.name=sgd", "optim.momentum=0.9").optimiser == 8e6 / 4
     assert planned(MILLION, "zero.stage=1", "optim.name=sgd", "optim.momentum=0").optimiser == 4e6 / 4
+    assert planned(MILLION, "zero.stage=1", "optim.name=adam").optimiser == adamw
+    assert planned(MILLION, "zero.stage=0", "compute.dtype=fp32", "optim.name=lars").optimiser == 4e6
     # Torch's own optimiser updates float32 weights where nothing is sharded.
     assert planned(MILLION, "zero.stage=0", "compute.dtype=fp32", "optim.name=sgd", "optim.momentum=0").optimiser == 0
 
@@ -159,7 +163,7 @@ def test_sizes_of_checkpoints_are_those_of_files_that_deepspeed_wrote(words: str
 def test_a_plan_and_a_dry_run_count_alike() -> None:
     for words in (["zero.stage=2"], ["zero.stage=3", "zero.offload=cpu"], ["compute.dtype=fp32", "optim.name=sgd"]):
         recipe = load_recipe("vit_s_dual", words)
-        planner = Planner(recipe, SHEETS["h100"], Supply(), [], None)
+        planner = Planner(method_of(recipe), SHEETS["h100"], Resources(), [], None)
         memory = planner.estimate(64).memory
         for part in model_states(recipe, planner.size, 64):
             if part.kind in ("weights", "optimiser") and not part.host:
@@ -168,7 +172,7 @@ def test_a_plan_and_a_dry_run_count_alike() -> None:
 
 def test_a_recipe_is_planned_whole() -> None:
     recipe = load_recipe("vit_g_dual")
-    planner = Planner(recipe, SHEETS["h100"], Supply(), [], 1_000_000)
+    planner = Planner(method_of(recipe), SHEETS["h100"], Resources(), [], 1_000_000)
     plan = planner.estimate(64)
     assert plan.accumulation * plan.micro * 64 == recipe.batch.samples
     assert plan.memory.total < SHEETS["h100"].memory
@@ -183,17 +187,17 @@ def test_a_recipe_is_planned_whole() -> None:
 
 def test_what_does_not_fit_says_what_to_change() -> None:
     recipe = load_recipe("vit_g_dual", ["zero.stage=0", "compute.activation_checkpointing=false"])
-    problems = Planner(recipe, SHEETS["a100-40"], Supply(), [], None).estimate(64).problems
+    problems = Planner(method_of(recipe), SHEETS["a100-40"], Resources(), [], None).estimate(64).problems
     assert any("at most" in problem and "planned with batch.micro=" in problem for problem in problems)
     small = replace(SHEETS["v100"], memory=10e9)
-    assert "Raise zero.stage" in Planner(recipe, small, Supply(), [], None).estimate(64).problems[0]
+    assert "Raise zero.stage" in Planner(method_of(recipe), small, Resources(), [], None).estimate(64).problems[0]
 
 
 def test_starving_accelerators_are_named() -> None:
-    recipe = load_recipe("vit_b_dual", ["data.views=1"])
-    supply = Supply(decode_ms=40, cores=4, store_gbs=0.5)
-    *_, cores, store = Planner(recipe, SHEETS["h100"], supply, [], None).estimate(64).problems
-    assert "cores for each accelerator, 4 are there" in cores and "data.views" in cores
+    recipe = load_recipe("vit_b_dual", ["input.views=1"])
+    supply = Resources(decode_ms=40, cores=4, store_gbs=0.5)
+    *_, cores, store = Planner(method_of(recipe), SHEETS["h100"], supply, [], None).estimate(64).problems
+    assert "cores for each accelerator, 4 are there" in cores and "input.views" in cores
     assert "0.5 are there" in store and "data.cache_dir" in store
 
 
@@ -209,7 +213,7 @@ def test_traffic_of_stages() -> None:
 def test_command_writes_tables_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--recipe", "vit_s_dual", "--gpu", "a100", "--sweep", "gpus=8,16,…,64"]
     words += ["--json", str(tmp_path / "plan.json")]
-    assert main([*words, "--plot", str(tmp_path / "plan.png"), "data.views=2"]) == 0
+    assert main([*words, "--plot", str(tmp_path / "plan.png"), "input.views=2"]) == 0
     assert "64 x a100" in capsys.readouterr().out
     plans = json.loads((tmp_path / "plan.json").read_text())
     assert [plan["gpus"] for plan in plans] == [8, 16, 32, 64]
@@ -230,7 +234,7 @@ def test_measured_rates_and_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFi
         (["--gpu", "tpu"], "known are v100"),
         (["--gpus", "7"], "must divide batch.samples"),
         (["--sweep", "gpus=a"], "allowed is gpus="),
-        (["data.stride=x"], "data.stride"),
+        (["input.stride=x"], "input.stride"),
     ):
         assert main(["--recipe", "vit_s_dual", *words]) == 2
         assert message in capsys.readouterr().err

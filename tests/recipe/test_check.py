@@ -2,7 +2,7 @@
 
 import pytest
 
-from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.objectives.base import method_of, problems_of, warnings_of
 from pretrain.recipe.components import load_component
 from pretrain.recipe.load import load_recipe
 
@@ -16,8 +16,8 @@ from pretrain.recipe.load import load_recipe
         (["data.sources.camera.weight=null"], "actions have a weight and camera have none"),
         (["data.sources.actions.weight=-1", "data.sources.camera.weight=1"], "data.sources.actions.weight: found -1"),
         (["data.sources.camera.stride=0"], "data.sources.camera.stride: found 0"),
-        (["data.stride=0"], "data.stride: found 0, allowed: more than 0"),
-        (["data.frames=0"], "data.frames: found 0"),
+        (["input.stride=0"], "input.stride: found 0, allowed: more than 0"),
+        (["input.frames=0"], "input.frames: found 0"),
         (["data.epoch_samples=3"], "data.epoch_samples: 3 videos are less than one step"),
         (["schedule.warmup_epochs=500"], "schedule.warmup_epochs: 500"),
         (["optim.base_min_lr=1"], "optim.base_min_lr: 1 is more than optim.base_lr"),
@@ -25,9 +25,9 @@ from pretrain.recipe.load import load_recipe
         (["zero.stage=4"], "zero.stage: found 4"),
         (["run.seed=-1"], "run.seed: found -1, allowed: 0 or more"),
         (["data.bad_rate=2"], "data.bad_rate: found 2"),
-        (["data.height=100"], "data.height=100"),
-        (["data.frames=15"], "data.frames=15"),
-        (["data.height=72"], "running_cell needs an even number"),
+        (["input.height=100"], "input.height=100"),
+        (["input.frames=15"], "input.frames=15"),
+        (["input.height=72"], "running_cell needs an even number"),
         (["objective.decoder_mask_ratio=0.4"], "objective.decoder_mask_ratio=0.4"),
         (["objective.mask_ratio=1"], "objective.mask_ratio=1.0"),
         (["model.heads=5"], "model.heads=5"),
@@ -35,37 +35,44 @@ from pretrain.recipe.load import load_recipe
     ],
 )
 def test_mistake_is_found(overrides: list[str], expected: str) -> None:
-    problems = check_recipe(load_recipe("demo", overrides))
+    problems = problems_of(method_of(load_recipe("demo", overrides)))
     assert any(expected in problem for problem in problems), problems
 
 
 def test_several_mistakes_are_one_list() -> None:
     recipe = load_recipe("demo", ["batch.micro=5", "run.seed=-1", "model.heads=5", "data.sources={}"])
     assert (
-        len([p for p in check_recipe(recipe) if p.startswith(("batch.micro", "run.", "model.", "data.sources"))]) == 4
+        len(
+            [
+                p
+                for p in problems_of(method_of(recipe))
+                if p.startswith(("batch.micro", "run.", "model.", "data.sources"))
+            ]
+        )
+        == 4
     )
 
 
 def test_batch_must_divide_over_the_launched_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("demo", ["batch.samples=48", "batch.micro=8", "batch.ranks=null"])
-    assert check_recipe(recipe) == [] == check_recipe(recipe, ranks=3)
-    (problem,) = check_recipe(recipe, ranks=4)
+    assert problems_of(method_of(recipe)) == [] == problems_of(method_of(recipe), ranks=3)
+    (problem,) = problems_of(method_of(recipe), ranks=4)
     assert "48 is no multiple of batch.micro x ranks = 8 x 4" in problem and "batch.micro=6 fits" in problem
-    (problem,) = check_recipe(recipe, ranks=5)
+    (problem,) = problems_of(method_of(recipe), ranks=5)
     assert "batch.samples must be a multiple of 5" in problem
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert len(check_recipe(recipe)) == 1
+    assert len(problems_of(method_of(recipe))) == 1
 
 
 def test_model_of_another_kind() -> None:
     recipe = load_recipe("demo")
     recipe.model = load_component("model", "classifier", "pretrain.models.{}").Config()
-    assert any("model.name=classifier: does not reconstruct" in problem for problem in check_recipe(recipe))
+    assert any("model.name=classifier: does not reconstruct" in problem for problem in problems_of(method_of(recipe)))
 
 
 def test_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (problem,) = check_recipe(load_recipe("demo", ["data.decoder=torchcodec"]))
+    (problem,) = problems_of(method_of(load_recipe("demo", ["input.decoder=torchcodec"])))
     assert "not installed" in problem and "pip install 'tubelet[torchcodec]'" in problem
 
 
@@ -82,6 +89,6 @@ def test_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_option_without_effect_is_a_warning(overrides: list[str], expected: str) -> None:
-    before = recipe_warnings(load_recipe("demo", ["checkpoint.every_epochs=5"]))
-    after = recipe_warnings(load_recipe("demo", overrides))
+    before = warnings_of(method_of(load_recipe("demo", ["checkpoint.every_epochs=5"])))
+    after = warnings_of(method_of(load_recipe("demo", overrides)))
     assert before == [] and len(after) == 1 and expected in after[0]

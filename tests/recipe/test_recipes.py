@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from pretrain.objectives.base import method_of, problems_of, warnings_of
 from pretrain.plan.dry_run import dry_run
-from pretrain.recipe.check import check_recipe, recipe_warnings
 from pretrain.recipe.files import RECIPES, recipe_names
 from pretrain.recipe.load import load_recipe
 
@@ -29,15 +29,15 @@ PUBLISHED = {
 
 def report(name: str) -> dict[str, str]:
     """Values of the dry run by the row's name; the first section that has a name gives its value."""
-    rows = [(row.strip(), value) for section in dry_run(load_recipe(name)) for row, value, _ in section.rows]
+    rows = [(row.strip(), value) for section in dry_run(method_of(load_recipe(name))) for row, value, _ in section.rows]
     return dict(reversed(rows))
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_is_sound(name: str) -> None:
     recipe = load_recipe(name)
-    assert check_recipe(recipe) == []
-    assert recipe_warnings(recipe) == []
+    assert problems_of(method_of(recipe)) == []
+    assert warnings_of(method_of(recipe)) == []
     assert report(name)["accumulation"] == "1"
     header = (RECIPES / f"{name}.yaml").read_text().split("\n\n")[0]
     assert header.startswith("# "), "a recipe starts with what it is and where its numbers come from"
@@ -50,7 +50,7 @@ def test_published_numbers(name: str) -> None:
     assert (values["parameters"], values["encoder"]) == (parameters, encoder)
     assert gmac is None or values["forward pass"] == f"{gmac} GMAC"
     assert float(values["peak"]) == pytest.approx(rate)
-    assert recipe.schedule.epochs * recipe.data.views == epochs
+    assert recipe.schedule.epochs * recipe.input.views == epochs
     assert int(values["steps"].replace(",", "")) > 0
 
 
@@ -72,7 +72,7 @@ def test_giant_is_the_published_run() -> None:
         "1,024",
         "920",
     )
-    strides = {name: source.stride or recipe.data.stride for name, source in recipe.data.sources.items()}
+    strides = {name: source.stride or recipe.input.stride for name, source in recipe.data.sources.items()}
     assert strides == {"k710": 4, "ssv2": 2, "ava": 4, "webvid2m": 4, "selfcollected": 4}
 
 

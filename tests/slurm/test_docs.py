@@ -19,16 +19,17 @@ FINETUNE = """\
 model: {name: classifier, size: custom, patch_size: 16, dim: 32, depth: 2, heads: 2, mlp_ratio: 2, classes: 4,
         drop_path: 0, positions: rebuild}
 objective: {name: classification}
-data:
-  sources: {k400: {shards: "${data.root}/k400", val: "${data.root}/k400_val"}}
+input:
   frames: 8
   stride: 1
   height: 32
   width: 32
+  decoder: pyav
+data:
+  sources: {k400: {shards: "${data.root}/k400", val: "${data.root}/k400_val"}}
   lanes: 4
   shuffle_window: 4
   workers: 0
-  decoder: pyav
 batch: {samples: 8, micro: 4}
 schedule: {epochs: 2, warmup_epochs: 0.5}
 evaluate: {every_epochs: 1, clips: 1, crops: 1, micro: 4, workers: 0}

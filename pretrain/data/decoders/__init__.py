@@ -20,7 +20,7 @@ Decoder = Literal["decord", "pyav", "torchcodec"]
 
 #: What to install for each decoder.
 INSTALL = {
-    "decord": "pip install decord (x86_64 only), or set data.decoder=pyav",
+    "decord": "pip install decord (x86_64 only), or set input.decoder=pyav",
     "pyav": "pip install av",
     "torchcodec": "pip install 'tubelet[torchcodec]' and FFmpeg's shared libraries (apt-get install ffmpeg)",
 }
@@ -105,13 +105,13 @@ def open_video(data: bytes, decoder: str = "decord", stamps: range | None = None
         DataError: the decoder is unknown or not installed.
     """
     if decoder not in INSTALL:
-        raise DataError(f"data.decoder={decoder!r}: allowed are {', '.join(INSTALL)}")
+        raise DataError(f"input.decoder={decoder!r}: allowed are {', '.join(INSTALL)}")
     try:
         module = importlib.import_module(f"{__name__}.{decoder}_reader")
     except (ImportError, OSError, RuntimeError) as error:
         # torchcodec raises RuntimeError where FFmpeg's libraries can't be loaded.
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"data.decoder={decoder}: can't be imported ({reason}); {INSTALL[decoder]}") from error
+        raise DataError(f"input.decoder={decoder}: can't be imported ({reason}); {INSTALL[decoder]}") from error
     if not data:
         raise SampleError("empty", "no bytes")
     reader: VideoReader = module.open_reader(data, stamps)

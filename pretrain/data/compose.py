@@ -1,0 +1,187 @@
+"""How sources share steps (`data.compose`): mixed in each batch, a step of each in turn, or side by side.
+
+All three are arithmetic on the order of an epoch (order.py): which samples make step t follows from (seed, t) alone, so
+ranks, workers and resumes change nothing.
+"""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from pretrain.data.order import EpochOrder, Ints, SourceShape, epoch_quotas
+from pretrain.data.samples import Place
+from pretrain.recipe.schema import Recipe
+
+
+class Composition(ABC):
+    """Which samples make an optimiser step.
+
+    Attributes:
+        steps_per_epoch: optimiser steps of one pass.
+        positions: positions of one epoch, of all sources.
+        places_per_slot: samples that a slot of the batch holds.
+    """
+
+    steps_per_epoch: int
+    positions: int
+    places_per_slot: int = 1
+
+    @abstractmethod
+    def places(self, step: int, slots: Ints) -> list[Place]:
+        """Locate the samples of some slots, each in [0, batch.samples), of optimiser step `step` over all epochs."""
+
+    @abstractmethod
+    def order_of(self, place: Place) -> EpochOrder:
+        """Give the order that a place is of; it knows the substitutes."""
+
+    @abstractmethod
+    def step_of(self, epoch: int, position: int) -> int:
+        """Give the optimiser step over all epochs that a position of an epoch belongs to."""
+
+    def source_of(self, step: int) -> int | None:
+        """Give the one source that a step is made of; None where it has all."""
+        return None
+
+
+class Mixed(Composition):
+    """All sources in one line: a batch holds samples of each, by weight or size.
+
+    Args:
+        shapes: the sources, in the recipe's order.
+        quotas: samples of each in an epoch.
+        recipe: seed, lanes, window, batch.
+    """
+
+    def __init__(self, shapes: list[SourceShape], quotas: list[int], recipe: Recipe) -> None:
+        data = recipe.data
+        self._samples = recipe.batch.samples
+
+        def order(epoch: int) -> EpochOrder:
+            return EpochOrder(shapes, quotas, recipe.run.seed, epoch, data.lanes, data.shuffle_window)
+
+        # Two: a worker's read-ahead may be in the next epoch already.
+        self.order = functools.lru_cache(maxsize=2)(order)
+        self.positions = len(self.order(0))
+        self.steps_per_epoch = self.positions // self._samples
+
+    def places(self, step: int, slots: Ints) -> list[Place]:
+        epoch, step = divmod(step, self.steps_per_epoch)
+        positions = step * self._samples + slots
+        location = self.order(epoch).locate(positions)
+        columns = (positions.tolist(), location.source.tolist(), location.shard.tolist(), location.row.tolist())
+        return [
+            Place(epoch, position, source, shard, row) for position, source, shard, row in zip(*columns, strict=True)
+        ]
+
+    def order_of(self, place: Place) -> EpochOrder:
+        return self.order(place.epoch)
+
+    def step_of(self, epoch: int, position: int) -> int:
+        return epoch * self.steps_per_epoch + position // self._samples
+
+
+class _Apart(Composition):
+    """Each source with an order of its own, all of the same length: smaller ones begin again."""
+
+    def __init__(self, shapes: list[SourceShape], quota: int, recipe: Recipe) -> None:
+        count = len(shapes)
+        self._each = [
+            Mixed(shapes, [quota if own == source else 0 for own in range(count)], recipe) for source in range(count)
+        ]
+        self.positions = count * self._each[0].positions
+
+    def order_of(self, place: Place) -> EpochOrder:
+        return self._each[place.source].order(place.epoch)
+
+    def _of(self, source: int, step: int, slots: Ints) -> list[Place]:
+        """Places of one source, under positions that no other source has: what is random is keyed by them."""
+        places, count = self._each[source].places(step, slots), len(self._each)
+        return [replace(place, position=place.position * count + source) for place in places]
+
+
+class Alternate(_Apart):
+    """A step of each source in turn."""
+
+    def __init__(self, shapes: list[SourceShape], quota: int, recipe: Recipe) -> None:
+        super().__init__(shapes, quota, recipe)
+        self.steps_per_epoch = len(shapes) * self._each[0].steps_per_epoch
+
+    def places(self, step: int, slots: Ints) -> list[Place]:
+        own, source = divmod(step, len(self._each))
+        return self._of(source, own, slots)
+
+    def step_of(self, epoch: int, position: int) -> int:
+        position, source = divmod(position, len(self._each))
+        return self._each[source].step_of(epoch, position) * len(self._each) + source
+
+    def source_of(self, step: int) -> int:
+        return step % len(self._each)
+
+
+class Together(_Apart):
+    """A sample of each source side by side: a micro-batch holds those of the first source, then the second's, ..."""
+
+    def __init__(self, shapes: list[SourceShape], quota: int, recipe: Recipe) -> None:
+        super().__init__(shapes, quota, recipe)
+        self.steps_per_epoch = self._each[0].steps_per_epoch
+        self.places_per_slot = len(shapes)
+
+    def places(self, step: int, slots: Ints) -> list[Place]:
+        return [place for source in range(len(self._each)) for place in self._of(source, step, slots)]
+
+    def step_of(self, epoch: int, position: int) -> int:
+        return self._each[0].step_of(epoch, position // len(self._each))
+
+
+def compose(recipe: Recipe, shapes: list[SourceShape]) -> Composition:
+    """Build the recipe's composition.
+
+    Raises:
+        DataError: a source is empty, or an epoch has fewer samples than lanes.
+        RecipeError: weights are missing or not positive.
+    """
+    quotas = shares(recipe, shapes)
+    if recipe.data.compose == "mixed":
+        return Mixed(shapes, quotas, recipe)
+    return {"alternate": Alternate, "together": Together}[recipe.data.compose](shapes, quotas[0], recipe)
+
+
+def shares(recipe: Recipe, shapes: list[SourceShape]) -> list[int]:
+    """Count the samples that each source gives to an epoch. Errors as for `compose`."""
+    if recipe.data.compose == "mixed":
+        return epoch_quotas(shapes, recipe.data.epoch_samples)
+    sizes = epoch_quotas(shapes, None)
+    return [_quota(recipe, sizes)] * len(shapes)
+
+
+def epoch_size(recipe: Recipe, sizes: Sequence[int]) -> tuple[int, int]:
+    """Count the samples and the optimiser steps of an epoch, from the sizes of the sources alone.
+
+    Lanes have equal length, so up to data.lanes - 1 samples are not served.
+    """
+    data, samples = recipe.data, recipe.batch.samples
+    if data.compose == "mixed":
+        served = (data.epoch_samples or sum(sizes)) // data.lanes * data.lanes
+        return served, served // samples
+    served = _quota(recipe, sizes) // data.lanes * data.lanes
+    turns = len(sizes) if data.compose == "alternate" else 1
+    return served * len(sizes), served // samples * turns
+
+
+def _quota(recipe: Recipe, sizes: Sequence[int]) -> int:
+    """Samples of each source in an epoch where sources are kept apart: as many as the largest has."""
+    if recipe.data.epoch_samples is None:
+        return max(sizes)
+    shares = len(sizes) if recipe.data.compose == "alternate" else 1
+    return recipe.data.epoch_samples // shares
+
+
+def slots_of(part: int, micro: int, rank: int, world_size: int) -> Ints:
+    """Number the slots of a rank's micro-batch `part` in a step.
+
+    Neighbouring slots go to neighbouring ranks, so that a step is the same set of samples for any number of ranks.
+    """
+    return (part * micro + np.arange(micro, dtype=np.int64)) * world_size + rank

@@ -1,0 +1,127 @@
+"""What a recipe's `model:` section names: one file of pretrain/models/ with `Config` and `ARCHITECTURE`.
+
+`Config` is a dataclass of the section's keys, its first field `name`; `ARCHITECTURE` a subclass of one of the classes
+here, which says what methods can do with it. Methods ask for the class that they need, never for a name.
+"""
+
+import abc
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from pretrain.errors import RecipeError
+from pretrain.models.recompute import Recompute
+from pretrain.recipe.components import load_component
+from pretrain.recipe.schema import Recipe
+
+#: Attribute under which an objective holds its model, and so the first part of the model's names in a checkpoint.
+MODEL = "model"
+#: Modules that a recipe's `model.name` names.
+MODELS = "pretrain.models.{}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one row's forward pass.
+
+    Attributes:
+        macs: multiply-accumulates by part, as publications count them; a part named `skipped: ...` belongs to that
+            count but is not executed here.
+        tokens: tokens by what becomes of them; `all` is what speed is measured in. Empty for models without tokens.
+    """
+
+    macs: dict[str, float]
+    tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def published(self) -> float:
+        """Multiply-accumulates as publications count them."""
+        return sum(self.macs.values())
+
+    @property
+    def executed(self) -> float:
+        """Multiply-accumulates that this code does."""
+        return sum(count for name, count in self.macs.items() if not name.startswith("skipped"))
+
+
+class Architecture(abc.ABC):
+    """A model as a recipe describes it.
+
+    Args:
+        config: the recipe's model section.
+        input: the recipe's input section.
+    """
+
+    #: Whether the official VideoMAE code and transformers have a layout for its weights.
+    videomae_layouts: ClassVar[bool] = False
+
+    def __init__(self, config: Any, input: Any) -> None:
+        self.config, self.input = config, input
+
+    @staticmethod
+    def resolve(config: Any) -> Any:
+        """Fill in what the configuration leaves to a preset."""
+        return config
+
+    @abc.abstractmethod
+    def problems(self) -> list[str]:
+        """Say what keeps the model from being built for this input."""
+
+    @abc.abstractmethod
+    def build(self, activation_checkpointing: Recompute = False) -> nn.Module:
+        """Make the module with its first weights."""
+
+
+class MaskedAutoencoder(Architecture):
+    """An encoder of visible cubes with a decoder that predicts cubes.
+
+    Its module has `grid`, `shape.tubelet`, `shape.patch_size` and forward(cubes [B, Nv, cube], visible [B, Nv],
+    targets [B, M]) -> predictions [B, M, cube].
+    """
+
+    @property
+    @abc.abstractmethod
+    def grid(self) -> Any:
+        """Give the token grid of the input, a `pretrain.models.cubes.Grid`."""
+
+    @abc.abstractmethod
+    def cost(self, visible: int, targets: int) -> dict[str, float]:
+        """Count multiply-accumulates of one clip's forward pass, by part."""
+
+
+class Classifier(Architecture):
+    """A backbone with a head: forward(pixels) -> logits [B, classes].
+
+    Its module has timm's names: `forward_features(pixels, pooled=True)` gives the pooled vector [B, C] or all tokens
+    [B, N, C], `forward_head` logits of pooled vectors; and `grid`, `dim`, `blocks` where adapters are to be attached.
+    """
+
+    @abc.abstractmethod
+    def cost(self) -> Cost:
+        """Count the work of one row's forward pass."""
+
+    @abc.abstractmethod
+    def layer_of(self, name: str) -> tuple[int, int]:
+        """Say which layer a parameter belongs to, and the last layer's number, for layer-wise learning rates.
+
+        0 is the embedding; the head and what stands behind the blocks belong to the last layer.
+        """
+
+
+def architecture_of(recipe: Recipe, kind: Any = Architecture) -> Any:
+    """Look up the architecture that a recipe names.
+
+    Raises:
+        RecipeError: there is none of that name, or it is not of the kind that the caller needs.
+    """
+    module = load_component("model", recipe.model.name, MODELS)
+    found = module.ARCHITECTURE(recipe.model, recipe.input)
+    if not isinstance(found, kind):
+        need = (kind.__doc__ or "").partition("\n")[0].rstrip(".:").lower()
+        raise RecipeError(
+            f"model.name={recipe.model.name}: {type(found).__mro__[1].__name__}, and objective "
+            f"{recipe.objective.name} needs {need}"
+        )
+    return found

@@ -1,0 +1,29 @@
+"""Learning rates as a run of the recipe's batch size has them."""
+
+from dataclasses import dataclass
+
+from pretrain.recipe.schema import Optim, Recipe
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Actual learning rates: at the peak, at the end of the decay, and where the warm-up begins."""
+
+    peak: float
+    floor: float
+    warmup_start: float
+
+
+def actual_rates(recipe: Recipe) -> Rates:
+    """The recipe's rates for its batch: base rate x batch.samples / optim.base_batch, where `optim.scaled` says so.
+
+    input.views does not count (VideoMAEv2, run_mae_pretraining.py: total_batch_size leaves num_sample out).
+    """
+    optim, scale = recipe.optim, recipe.batch.samples / recipe.optim.base_batch
+    peak, others = (scale if rate_scales(optim, key) else 1.0 for key in ("base_lr", "base_min_lr"))
+    return Rates(optim.base_lr * peak, optim.base_min_lr * others, optim.base_warmup_lr * others)
+
+
+def rate_scales(optim: Optim, key: str) -> bool:
+    """Whether the rate that `key` names grows with the batch."""
+    return optim.scaled == "all" or (optim.scaled == "peak" and key == "base_lr")

@@ -1,0 +1,19 @@
+"""Clips as supervised training takes them: several augmented views of one decoded clip (`augment:` says how)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pretrain.samples import clip
+
+
+@dataclass
+class Config(clip.Config):
+    """Clips of videos, augmented: size, sampling, decoding."""
+
+    name: str = "augmented_clip"
+    """kind of sample: pretrain/samples/<name>.py"""
+    views: int = 2
+    """augmented views of each decoded clip (repeated augmentation, officially num_sample)"""
+    crop: Literal["resized", "multiscale", "center"] = "resized"  # type: ignore[assignment]
+    """resized: random area and aspect; multiscale: as in pre-training (AdaptFormer); center: short side resized, centre
+    cut"""

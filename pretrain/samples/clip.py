@@ -1,0 +1,147 @@
+"""Clips of videos: decoded once, cropped for each view, with what the method draws beside them.
+
+Sizes and crops: systems/videomae.md sections 5 and 6, from the datasets of OpenGVLab/VideoMAEv2.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pretrain.data.decoders import open_video
+from pretrain.data.decoders.crops import Box
+from pretrain.data.members import Members
+from pretrain.data.randomness import generator
+from pretrain.data.samples import Arrays, Batch, Draw, Place, Samples, SourceInfo, draws, made_up_samples, stacked
+from pretrain.recipe.schema import Input, Source
+from pretrain.samples import sampling, transforms
+
+#: What a method draws for one view beside its pixels, mask indices for example: named arrays.
+ViewTensors = Callable[[Draw], dict[str, np.ndarray]]
+#: What to install for each decoder, and the module that tells whether it is there.
+DECODERS = {
+    "decord": ("decord", "pip install decord (Linux x86-64 only), or input.decoder=pyav"),
+    "pyav": ("av", "pip install av"),
+    "torchcodec": ("torchcodec", "pip install 'tubelet[torchcodec]', or input.decoder=pyav"),
+}
+
+
+@dataclass
+class Config(Input):
+    """Clips of videos: size, sampling, decoding."""
+
+    name: str = "clip"
+    """kind of sample: pretrain/samples/<name>.py"""
+    frames: int = 16
+    """frames of a clip, T"""
+    stride: int = 4
+    """frames of the video between two frames of the clip"""
+    height: int = 224
+    """height of a clip after crop and resize, pixels"""
+    width: int = 224
+    """width of a clip after crop and resize, pixels"""
+    views: int = 1
+    """crops and masks drawn from each decoded clip (repeated augmentation)"""
+    crop: Literal["multiscale", "center"] = "multiscale"
+    """multiscale: the official MultiScaleCrop; center: short side resized, centre cut"""
+    decoder: Literal["decord", "pyav", "torchcodec"] = "pyav"
+    """library that decodes video"""
+    grid: Literal["auto", "off"] = "auto"
+    """auto: clips of a video that pack.py encoded begin on its grid of reference frames (random phase for each video),
+    which decodes faster; off: at any frame, as published"""
+
+    def problems(self) -> list[str]:
+        """Say what in this section can't work."""
+        found = [
+            f"input.{name}: found {getattr(self, name)}, allowed: more than 0"
+            for name in ("frames", "stride", "height", "width", "views")
+            if getattr(self, name) <= 0
+        ]
+        module, hint = DECODERS[self.decoder]
+        if importlib.util.find_spec(module) is None:
+            found.append(f"input.decoder: {self.decoder} is not installed here; {hint}")
+        return found
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """Say what a clip is."""
+        size = f"{self.frames} x {self.height} x {self.width}"
+        return [("pixels", size, f"every {self.stride} frames of the video")]
+
+    def describe_source(self, source: Source) -> str:
+        """Say at which stride a source is sampled."""
+        return f"stride {source.stride or self.stride}"
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width of a clip."""
+        return self.frames, self.height, self.width
+
+
+class ClipSamples(Samples):
+    """One clip, decoded once; a crop and the method's draws for each view.
+
+    A batch holds `video` uint8 [B, T, H, W, 3], and what the method draws.
+
+    Args:
+        options: The recipe's input section.
+        seed: The recipe's run.seed.
+        view_tensors: The method's draws for one view; picklable.
+    """
+
+    def __init__(self, options: Config, seed: int, view_tensors: ViewTensors | None = None) -> None:
+        self._options, self._seed, self._view_tensors = options, seed, view_tensors
+
+    def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
+        each = draws(self._seed, place, self._options.views)
+        videos = self._videos(place, source.options.stride or self._options.stride, members, each)
+        return {"video": stacked(videos)} | self._drawn(each)
+
+    def example(self, count: int) -> Batch:
+        def arrays(place: Place) -> Arrays:
+            each = draws(self._seed, place, self._options.views)
+            return {"video": made_up_videos(self._options, self._options.views)} | self._drawn(each)
+
+        return self.collate(made_up_samples(count, arrays))
+
+    def without_chance(self, source: SourceInfo, members: Members) -> Arrays:
+        """The centre crop of the clip in the middle of the video, `video` uint8 [1, T, H, W, 3]."""
+        options, stride = self._options, source.options.stride or self._options.stride
+        with open_video(members.video(), options.decoder, members.stamps) as reader:
+            start = (sampling.clip_starts(reader.num_frames, options.frames, stride) - 1) // 2
+            clip = reader.frames(sampling.clip_frames(reader.num_frames, options.frames, stride, start))
+        return {"video": transforms.centre_crop(clip, options.width, options.height)[None]}
+
+    def _drawn(self, each: Sequence[Draw]) -> Arrays:
+        if self._view_tensors is None:
+            return {}
+        drawn = [self._view_tensors(draw) for draw in each]
+        return {name: stacked([view[name] for view in drawn]) for name in drawn[0]}
+
+    def _videos(self, place: Place, stride: int, members: Members, each: Sequence[Draw]) -> list[transforms.Clip]:
+        """One clip as each view shows it, [T, H, W, 3]; decoded once, its start drawn once (repeated augmentation)."""
+        options = self._options
+        rng = generator(self._seed, place.epoch, place.position, 0, "clip")
+        step, phase = members.grid if options.grid == "auto" else (1, 0)
+        with open_video(members.video(), options.decoder, members.stamps) as reader:
+            every = sampling.clip_starts(reader.num_frames, options.frames, stride)
+            starts = sampling.grid_starts(every, stride, step, phase)
+            start = starts[int(rng.integers(len(starts)))]
+            frames = sampling.clip_frames(reader.num_frames, options.frames, stride, start)
+            if options.crop == "center":
+                clip = transforms.centre_crop(reader.frames(frames), options.width, options.height)
+                return [clip] * len(each)
+            clips = reader.crops(frames, functools.partial(self._boxes, each))
+        return [transforms.resize(clip, options.width, options.height) for clip in clips]
+
+    def _boxes(self, each: Sequence[Draw], width: int, height: int) -> list[Box]:
+        options = self._options
+        return [transforms.multiscale_box(width, height, options.width, options.height, draw("crop")) for draw in each]
+
+
+def made_up_videos(options: Config, views: int) -> transforms.Clip:
+    """Noise in the size of clips, uint8 [views, T, H, W, 3]: flat pictures would hide what normalisation does."""
+    one = generator("made-up video").integers(256, size=(1, *options.size, 3), dtype=np.uint8)
+    return np.repeat(one, views, axis=0)

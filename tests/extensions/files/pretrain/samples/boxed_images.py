@@ -1,0 +1,44 @@
+"""Pictures with boxes: any number of them in each."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pretrain.samples.image_pairs import ImagePairs
+
+from pretrain.data.members import Members
+from pretrain.data.samples import Arrays, Batch, Place, Sample, SourceInfo, made_up_samples
+from pretrain.errors import SampleError
+from pretrain.samples import image_pairs
+
+
+@dataclass
+class Config(image_pairs.Config):
+    """Pictures with boxes."""
+
+    name: str = "boxed_images"
+    """kind of sample: pretrain/samples/<name>.py"""
+    views: int = 1
+    """rows of each picture"""
+
+
+class BoxedImages(ImagePairs):
+    """`video` uint8 [B, 1, H, W, 3]; `boxes` float32 [sum of counts, 4], shares of the picture; `counts` int64 [B]."""
+
+    def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
+        boxes = np.array(members.boxes(), dtype=np.float32).reshape(-1, 4)
+        if not len(boxes):
+            raise SampleError("boxes", f"{members.key}: an empty list of boxes")
+        return self.without_chance(source, members) | {"boxes": boxes}
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        boxes = [sample.arrays.pop("boxes") for sample in samples]
+        counts = torch.tensor([len(one) for one in boxes])
+        return super().collate(samples) | {"boxes": torch.from_numpy(np.concatenate(boxes)), "counts": counts}
+
+    def example(self, count: int) -> Batch:
+        def arrays(place: Place) -> Arrays:
+            pixels = np.zeros((1, *self._options.size, 3), np.uint8)
+            return {"video": pixels, "boxes": np.tile(np.float32([0, 0, 1, 1]), (1 + place.position % 3, 1))}
+
+        return self.collate(made_up_samples(count, arrays))

@@ -1,0 +1,151 @@
+"""Averages of weights and momentum teachers in one process; with ranks and ZeRO in tests/checkpoint/test_state.py."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretrain.models import averages
+from pretrain.models.averages import MomentumTeacher, WeightAverage, split_averages
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Sizes that no vector register divides, a frozen part, statistics."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(37, 29), nn.BatchNorm1d(29), nn.GELU(), nn.Linear(29, 3), nn.Linear(3, 3))
+    made[4].requires_grad_(False)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return made.to(dtype)
+
+
+def train(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def kept(average: WeightAverage) -> dict[str, Tensor]:
+    return {name: getattr(average, key).clone() for key, name in average._names.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.0, 0.4, 0.9, 0.9999, 1.0])
+@pytest.mark.parametrize("chunk", [1, 100, 2**20])
+def test_fused_updates_are_those_of_a_loop_bit_for_bit(
+    decay: float, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With warm-up, as every average was before it became a choice, by a loop over tensors on the device."""
+    monkeypatch.setattr(averages, "CPU_CHUNK", chunk)
+    model = network(dtype)
+    average = WeightAverage(model, decay, warmup=True)
+    loop, updates = kept(average), torch.zeros((), dtype=torch.int64)
+    for step in range(30):
+        train(model, step)
+        average.update(model)
+        updates += 1
+        keep = ((1 + updates) / (10 + updates)).clamp(max=decay).float()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                loop[name].lerp_(parameter.detach().float(), 1 - keep)
+        assert all(torch.equal(value, loop[name]) for name, value in kept(average).items()), step
+    assert int(average.updates) == 30 and loop.keys() == kept(average).keys()
+
+
+def test_the_decay_is_what_was_asked_for_from_the_first_step_on() -> None:
+    model = network()
+    plain, warm, scheduled = WeightAverage(model, 0.9), WeightAverage(model, 0.9, warmup=True), WeightAverage(model)
+    expected = {name: value.double() for name, value in kept(plain).items()}
+    for step in range(5):
+        train(model, step)
+        for average, given in ((plain, None), (warm, None), (scheduled, 0.9)):
+            average.update(model, given)
+        for name, value in model.named_parameters():
+            if name in expected:
+                expected[name] = 0.9 * expected[name] + 0.1 * value.detach().double()
+    for name, value in kept(plain).items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-6, atol=1e-7)
+        assert torch.equal(value, kept(scheduled)[name])
+        assert (kept(warm)[name] - value).abs().max() > 0.01, "a warm-up follows faster at first"
+    with pytest.raises(ValueError, match="needs one at each update"):
+        scheduled.update(model)
+
+
+def test_float32_in_a_bfloat16_model_and_back_again() -> None:
+    model = network(torch.bfloat16)
+    average = WeightAverage(model, 0.5)
+    average.bfloat16()
+    assert {value.dtype for value in kept(average).values()} == {torch.float32}, "small steps would be lost"
+    train(model, 1)
+    average.update(model)
+    live = copy.deepcopy(model.state_dict())
+    with average.applied(model):
+        for name, value in kept(average).items():
+            assert torch.equal(model.get_parameter(name), value.bfloat16())
+    assert all(torch.equal(value, live[name]) for name, value in model.state_dict().items())
+    again = WeightAverage(network(), 0.5)
+    again.load_state_dict(average.state_dict())
+    assert int(again.updates) == 1 and all(torch.equal(kept(again)[n], value) for n, value in kept(average).items())
+    again.reset(model)
+    assert int(again.updates) == 0 and torch.equal(kept(again)["0.weight"], model[0].weight.float())
+
+
+def test_moving_the_module_leaves_the_count_on_the_host() -> None:
+    average = WeightAverage(network(), 0.5).to("meta")
+    assert average.updates.device.type == "cpu" and average.get_buffer("0|weight").device.type == "meta"
+
+
+def test_a_teacher_starts_as_its_model_and_follows_without_gradient() -> None:
+    model, twin = network(torch.bfloat16), network(torch.bfloat16)
+    train(twin, 9)
+    model[1].running_mean.fill_(0.5)
+    teacher = MomentumTeacher(model, twin)
+    batch = torch.randn(8, 37).bfloat16()
+    assert torch.equal(teacher.eval()(batch), model.eval()(batch))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    train(model, 1)
+    before = kept(teacher.average)["0.weight"]
+    teacher.update(model, 0.75)
+    expected = 0.75 * before + 0.25 * model[0].weight.float()
+    torch.testing.assert_close(kept(teacher.average)["0.weight"], expected)
+    assert torch.equal(twin[0].weight, kept(teacher.average)["0.weight"].bfloat16())
+    output = teacher(batch.requires_grad_())
+    assert not output.requires_grad and not torch.equal(output, model(batch))
+    teacher.reset(model)
+    assert torch.equal(teacher(batch), model(batch))
+
+
+def test_a_teacher_moves_by_steps_that_its_format_has_not() -> None:
+    """In bfloat16 alone a momentum of 0.999 would round every step away."""
+    model = network(torch.bfloat16)
+    teacher = MomentumTeacher(model, network(torch.bfloat16))
+    start = teacher.twin[0].weight.clone()
+    with torch.no_grad():
+        model[0].weight += 1
+    for _ in range(200):
+        teacher.update(model, 0.999)
+    moved = (teacher.twin[0].weight - start).float().mean()
+    assert moved == pytest.approx(1 - 0.999**200, abs=0.01)
+
+
+def test_a_twin_of_another_shape_is_refused() -> None:
+    with pytest.raises((KeyError, RuntimeError)):
+        MomentumTeacher(network(), nn.Sequential(nn.Linear(37, 3)))
+
+
+def test_averages_of_a_checkpoint_by_the_names_of_the_model() -> None:
+    class Objective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.center = network(), nn.Parameter(torch.zeros(3))
+            self.average = WeightAverage(self.model, 0.9)
+
+    objective = Objective()
+    weights, found = split_averages(objective.state_dict())
+    assert weights.keys() == objective.model.state_dict().keys()
+    assert found.keys() == {name for name, value in objective.model.named_parameters() if value.requires_grad}
+    assert split_averages({"model.a": torch.ones(1), "center": torch.ones(1)}) == ({"a": torch.ones(1)}, {})

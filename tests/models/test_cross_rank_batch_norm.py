@@ -1,0 +1,65 @@
+"""Batch norm over ranks against torch's on the whole batch; ranks are started once for all tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).with_name("batch_norm_program.py")
+CASES = [
+    *("1d", "1d with length", "2d", "3d", "cumulative"),
+    *("without weights", "without statistics", "inside", "timm"),
+]
+Found = dict[tuple[int, int], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each rank of each world found."""
+    folder = tmp_path_factory.mktemp("batch_norm")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(folder), str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, "\n".join(outputs)
+    return {(world, rank): torch.load(folder / f"{world}-{rank}.pt") for world in (1, 2, 4) for rank in range(world)}
+
+
+@pytest.mark.parametrize("split", ["", " uneven"])
+@pytest.mark.parametrize("case", CASES)
+def test_as_torch_on_the_whole_batch(found: Found, case: str, split: str) -> None:
+    """In float32, in float32 with a channel around 3000 (of which it keeps 1e-4), and in float64."""
+    tolerances = {"torch.float32 1": 1e-5, "torch.float32 3000": 5e-3, "torch.float64 1": 1e-12}
+    for (world, rank), one in found.items():
+        for kind, tolerance in tolerances.items():
+            differences = one[f"{case}{split} {kind}"]
+            assert differences.keys() >= {"output", "input gradient"}
+            assert ("eval" in differences) == (rank == 0)
+            assert max(differences.values()) < tolerance, (world, rank, kind, differences)
+
+
+def test_statistics_of_a_bf16_model_are_float32(found: Found) -> None:
+    for (world, rank), one in found.items():
+        differences = one["bf16"]
+        assert differences["output"] < 0.04, (world, rank)
+        if world > 1:
+            assert differences["mean"] < 1e-5 and differences["variance"] < 1e-5, differences
+            assert differences["eval"] < 0.04, differences
+
+
+def test_refusals_say_what_is_allowed(found: Found) -> None:
+    for world in (2, 4):
+        for rank in range(world):
+            unknown, shape, single = found[world, rank]["refusals"]
+            assert "1 is a Own" in unknown and "BatchNorm2d" in unknown
+            assert "(2, 4)" in shape and "[B, 3, ...]" in shape
+            assert "found 1 values a channel on all ranks" in single
