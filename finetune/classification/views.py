@@ -8,6 +8,7 @@ import numpy as np
 from finetune.classification.labels import LabelMap
 from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import VideoReader, open_video
+from pretrain.data.linked_video import VideoFile
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo, made_up_samples
@@ -131,7 +132,7 @@ class EvaluationViews:
         """Width of a clip, pixels."""
         return self.size[2]
 
-    def __call__(self, video: bytes, rules: SourceRules) -> Clip:
+    def __call__(self, video: VideoFile, rules: SourceRules) -> Clip:
         """uint8 [clips * crops, T, H, W, 3], the crops of a clip next to each other."""
         with open_video(video, self.decoder) as reader:
             if self.validation:

@@ -17,6 +17,7 @@ from finetune.probe.feature_shards import Row
 from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import SampleReader
+from pretrain.data.linked_video import VideoFile
 from pretrain.data.members import parse_sample
 from pretrain.errors import SampleError
 from pretrain.runtime.process_group import Ranks
@@ -56,12 +57,12 @@ def window_starts(num_frames: int, frames: int, step: int) -> list[int]:
 
 
 @torch.no_grad()
-def window_features(model: Any, video: bytes, decoder: str, step: int, device: torch.device) -> Tensor:
+def window_features(model: Any, video: VideoFile, decoder: str, step: int, device: torch.device) -> Tensor:
     """Features float32 [windows, C] of a video.
 
     Args:
         model: VideoClassifier in evaluation mode.
-        video: the file's bytes.
+        video: the file.
         decoder: library that decodes.
         step: frames between two windows.
         device: of the model.

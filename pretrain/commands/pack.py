@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pretrain.commands.pack_arguments import VIDEO_SHORT_SIDE, make_parser
 from pretrain.data.media import plural_of
 from pretrain.data.pack.discover import Item, LabelRule, gather, with_sizes
+from pretrain.data.pack.film_index import cut_items
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_plan import Part, Plan, make_plan
 from pretrain.data.pack.pack_run import Report, pack
@@ -86,6 +87,8 @@ def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
         noun = "video" if args.kind == "auto" else args.kind
         hint = "; images and texts in folders are taken with --kind image or text" if args.kind == "auto" else ""
         raise RecipeError(f"{', '.join(sources)}: no {noun} found" + (" that --where selects" if args.where else hint))
+    if args.cut:
+        items = cut_items(items, args.cut, at_keys=args.copy or args.in_place)
     return make_plan(with_sizes(items) if part.count > 1 else items, shuffle=args.order == "shuffled")
 
 

@@ -25,7 +25,8 @@ SOURCE  a folder, searched at any depth (a video's folder is its label; a folder
         a video file, or one of another kind,
         a zip archive (with NAME_map.txt beside NAME.zip, `path label` lines: what that names, as Swin Transformer),
         a list file of the official VideoMAE repositories (see --list-format),
-        or a csv/jsonl manifest with a column `path` and optionally label, key, start, frames, and your own.
+        a csv/jsonl manifest with a column `path` and optionally label, key, start, end, frames, and your own,
+        or an annotation file: Kinetics' or HACS' csv, ActivityNet's json.
 DEST    folder for the shards. Both may be local paths or fsspec URLs (s3://, gs://, az://, memory://, ...).
 
 Every video is probed, encoded anew (or kept, --copy), decoded once in full, and read at random with the training
@@ -113,6 +114,12 @@ def _add_source_options(group: "argparse._ArgumentGroup") -> None:
         default=[],
         metavar="COLUMN=VALUE[,VALUE]",
         help="only manifest rows with one of these values; may be repeated, and then all must hold",
+    )
+    group.add_argument(
+        "--cut",
+        type=_seconds,
+        metavar="SECONDS",
+        help="cut longer videos into samples of this length; with --copy and --in-place at the nearest key frames",
     )
     group.add_argument("--no-labels", action="store_true", help="do not take folder names as labels")
     group.add_argument(
@@ -261,6 +268,13 @@ def _rate(text: str) -> Fraction:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text}: more than 0")
     return value.limit_denominator(100_000)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: more than 0 seconds")
+    return value
 
 
 def _part(text: str) -> Part:

@@ -16,8 +16,9 @@ from typing import TypeVar
 
 from pretrain.data.cache import ShardCache
 from pretrain.data.index import MemberTable, Shard, ShardIndex, load_members, members_name, store_error
-from pretrain.data.media import LINK_ENDING
-from pretrain.errors import DataError, SampleError, StorageError
+from pretrain.data.linked_video import VideoFile, open_link
+from pretrain.data.media import LINK_ENDING, SPAN_ENDING
+from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ class RawSample:
     key: str
     url: str
     data: bytes
-    linked: Mapping[str, bytes] = field(default_factory=dict)
+    linked: Mapping[str, VideoFile] = field(default_factory=dict)
 
 
 class SampleReader:
@@ -89,20 +90,13 @@ class SampleReader:
         linked = self._linked(data) if members.linked else {}
         return RawSample(members.keys[row], url, data, linked)
 
-    def _linked(self, data: bytes) -> dict[str, bytes]:
+    def _linked(self, data: bytes) -> dict[str, VideoFile]:
         """The video that a sample's link names, by its ending; one that is gone is a matter of this sample."""
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            link = next(member for member in tar if member.name.endswith(f".{LINK_ENDING}"))
-            file = tar.extractfile(link)
-            assert file is not None, "a link is a plain file"
-            where = file.read().decode()
-        ending = posixpath.splitext(where)[1].lstrip(".").lower()
-        try:
-            return {ending: storage.read_bytes(where, deadline_s=self._deadline_s, denied_for_good=False)}
-        except StorageError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise SampleError("missing", str(error)) from error
-            raise store_error(where, error) from error
+            plain = ((member.name.rsplit(".", 1)[-1], tar.extractfile(member)) for member in tar if member.isfile())
+            files = {ending: file.read() for ending, file in plain if file and ending in (LINK_ENDING, SPAN_ENDING)}
+        ending = posixpath.splitext(files[LINK_ENDING].decode())[1].lstrip(".").lower()
+        return {ending: open_link(files[LINK_ENDING].decode(), files.get(SPAN_ENDING), self._deadline_s)}
 
     def key(self, source: int, shard: int, row: int) -> str:
         """Key of a sample by the member table, or its row where the table can't be read; for reports."""

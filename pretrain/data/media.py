@@ -20,6 +20,8 @@ RASTER_ENDINGS = frozenset("tif tiff".split())
 LABEL_ENDING = "cls"
 #: Name's last part of a member that holds a video's path or URL in the place of the video (pack.py --in-place).
 LINK_ENDING = "link"
+#: Of one beside it that tells what of that video is meant, and where in the file it lies.
+SPAN_ENDING = "span"
 
 ENDINGS: dict[Kind, frozenset[str]] = {
     "video": VIDEO_ENDINGS,

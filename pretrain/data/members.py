@@ -9,6 +9,7 @@ from typing import Any
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.data.fetch import RawSample
+from pretrain.data.linked_video import LinkedVideo, VideoFile
 from pretrain.data.media import (
     ALSO,
     ENDINGS,
@@ -36,16 +37,17 @@ class Members:
         url: of its shard, for messages.
     """
 
-    def __init__(self, files: Mapping[str, bytes], key: str = "", url: str = "") -> None:
+    def __init__(self, files: Mapping[str, Any], key: str = "", url: str = "") -> None:
         self.files, self.key, self.url = files, key, url
 
-    def video(self, name: str = "") -> bytes:
-        """The video among them.
+    def video(self, name: str = "") -> VideoFile:
+        """The video among them, for `open_video`: its bytes, or a linked film or segment, read as far as is needed.
 
         Raises:
             SampleError: "index" where there is none.
         """
-        return self._of_kind(VIDEO_ENDINGS, "video (.mp4 or another of {})", name)
+        found: VideoFile = self._of_kind(VIDEO_ENDINGS, "video (.mp4 or another of {})", name)
+        return found
 
     def image(self, name: str = "") -> bytes:
         """The image among them, for `decoders.image`. Errors as for `video`."""
@@ -103,11 +105,12 @@ class Members:
             raise self._missing("boxes (boxes.json, or `boxes` in its json)")
         return stated
 
-    def _of_kind(self, endings: frozenset[str], what: str, name: str) -> bytes:
+    def _of_kind(self, endings: frozenset[str], what: str, name: str) -> Any:
         ending = self._find(endings, name)
         if ending is None:
             raise self._missing(what.format(sorted(endings)) + (f" named {name!r}" if name else ""))
-        return bytes(self.files[ending])
+        content = self.files[ending]
+        return content if isinstance(content, LinkedVideo) else bytes(content)
 
     def _find(self, endings: frozenset[str], name: str) -> str | None:
         """The first member's ending of one of a kind's endings, with its name before it if one is given."""

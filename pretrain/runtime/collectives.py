@@ -106,9 +106,7 @@ def mean_with_gradient(value: Tensor, ranks: Ranks, count: Tensor | float | None
     # Not value * weight alone: the mean of nothing is NaN, and NaN * 0 is NaN on all ranks.
     weighted = torch.where(weight > 0, value * weight, 0.0)
     weighted, weights, plain = sum_with_gradient(torch.stack([weighted, weight, value.to(weight.dtype)]), ranks)
-    # The divisor of the branch that is not chosen must not be 0 either: its gradient would be 0 * inf.
-    divisor = torch.where(weights > 0, weights, 1.0)
-    return torch.where(weights > 0, weighted / divisor, plain / ranks.world_size).to(value.dtype)
+    return torch.where(weights > 0, weighted / weights, plain / ranks.world_size).to(value.dtype)
 
 
 class _GatherWithGradient(torch.autograd.Function):

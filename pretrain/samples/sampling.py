@@ -1,6 +1,7 @@
 """Which frames of a video a clip holds: the official rules of VideoMAE V1 and V2, as pure functions.
 
-Every function takes the number of frames n and whatever was drawn, and returns frame indices, int64, zero-based.
+Functions take the number of frames n and whatever was drawn, and return frame indices, int64, zero-based; those for
+clips of a given rate take the duration and return times, for which the opened video knows the frames (`indices_at`).
 Sources: datasets/kinetics.py, datasets/video_datasets.py and dataset/loader code of OpenGVLab/VideoMAEv2 @ 29eab1e.
 """
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
+Times = npt.NDArray[np.float64]
 
 
 def clip_starts(num_frames: int, frames: int, stride: int) -> int:
@@ -42,6 +44,32 @@ def clip_frames(num_frames: int, frames: int, stride: int, start: int) -> Indice
     steps = np.arange(frames, dtype=np.int64) * stride
     last = max((num_frames - 2 - start) // stride, 0) * stride
     return start + np.minimum(steps, last)
+
+
+def latest_start(duration: float, frames: int, fps: float) -> float:
+    """The last time at which a clip of so many frames a second may begin, seconds; 0 for a video that is shorter.
+
+    As for `clip_starts`, a clip of L frames spans L / fps seconds. The start is drawn uniformly from [0, this]: a time
+    and not the number of a frame, so that the same draw shows the same seconds of a video whatever its own rate is.
+    """
+    return max(duration - frames / fps, 0.0)
+
+
+def clip_times(duration: float, frames: int, fps: float, start: float) -> Times:
+    """When the frames of a clip are shown that begins `start` seconds (in [0, `latest_start`]) after the first frame.
+
+    Args:
+        duration: Of the video, seconds, the last frame's own included.
+        frames: Frames of the clip.
+        fps: Frames of the clip a second; more than the video has shows some of them again.
+        start: Seconds.
+
+    Returns:
+        float64 [frames], ascending; where the video ends too early, the last time before its end is repeated.
+    """
+    times = start + np.arange(frames) / fps
+    last = max(math.ceil((duration - start) * fps - 1e-6) - 1, 0)
+    return np.minimum(times, start + last / fps)
 
 
 def dense_end(num_frames: int, frames: int, stride: int) -> int | None:

@@ -8,12 +8,14 @@ only what the asked frames need: from the key frame before them.
 import abc
 import importlib
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.decoders.crops import Boxes, cut, whole
+from pretrain.data.linked_video import LinkedVideo, VideoFile, tell_whole
+from pretrain.data.time_segment import ROUNDING_S, Segment
 from pretrain.errors import DataError, SampleError
 
 Decoder = Literal["decord", "pyav", "torchcodec"]
@@ -75,6 +77,31 @@ class VideoReader(abc.ABC):
         return decoded if as_asked else [clip[inverse] for clip in decoded]
 
     @abc.abstractmethod
+    def times(self) -> npt.NDArray[np.float64]:
+        """Seconds from the first frame to each frame, float64 [num_frames], variable frame rates included.
+
+        Raises:
+            SampleError: "decode" where frames and time stamps don't agree.
+        """
+
+    @property
+    def duration(self) -> float:
+        """Seconds that the video is shown, its last frame for as long as frames are on average."""
+        return float(self.times()[-1]) + 1 / (self.fps or 1.0)
+
+    def indices_at(self, seconds: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Numbers of the frames that are shown at some times: int64, of the same shape.
+
+        Args:
+            seconds: Since the first frame; before it the first frame is meant, after the end the last.
+
+        Raises:
+            SampleError: as by `times`.
+        """
+        after = np.searchsorted(self.times(), np.asarray(seconds, dtype=np.float64) + ROUNDING_S, side="right")
+        return np.clip(after - 1, 0, self.num_frames - 1).astype(np.int64)
+
+    @abc.abstractmethod
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         """Decode frames with increasing, different numbers; for each box uint8 [len(wanted), height, width, 3]."""
 
@@ -91,11 +118,41 @@ class VideoReader(abc.ABC):
         self.close()
 
 
-def open_video(data: bytes, decoder: str = "decord", stamps: range | None = None) -> VideoReader:
-    """Open a video that lies in memory.
+class PartReader(VideoReader):
+    """The frames of another reader that lie in a segment.
+
+    Raises:
+        SampleError: "segment" where there are none.
+    """
+
+    def __init__(self, reader: VideoReader, segment: Segment) -> None:
+        self._reader, self.fps = reader, reader.fps
+        self._times = reader.times()
+        end = np.inf if segment.end is None else segment.end
+        bounds = np.searchsorted(self._times, np.array([segment.start, end]) - ROUNDING_S)
+        self._first, self.num_frames = int(bounds[0]), int(bounds[1] - bounds[0])
+        if not self.num_frames:
+            reader.close()
+            raise SampleError("segment", f"no frame is shown from {segment}")
+
+    def times(self) -> npt.NDArray[np.float64]:
+        """From the segment's first frame on."""
+        part = self._times[self._first : self._first + self.num_frames]
+        return part - part[0]
+
+    def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
+        return self._reader._decode([self._first + index for index in wanted], boxes)
+
+    def close(self) -> None:
+        """Close the other reader."""
+        self._reader.close()
+
+
+def open_video(data: VideoFile, decoder: str = "decord", stamps: range | None = None) -> VideoReader:
+    """Open a video that lies in memory, or one that is linked.
 
     Args:
-        data: The whole file.
+        data: The whole file; or a linked one, of which PyAV reads what it needs, and other decoders all.
         decoder: "decord", "pyav" or "torchcodec".
         stamps: Time stamps of all frames as the packer promises them, in the stream's time base: spares PyAV reading
             the whole file. Frames are the same with and without, and where the promise is wrong.
@@ -112,13 +169,23 @@ def open_video(data: bytes, decoder: str = "decord", stamps: range | None = None
         # torchcodec raises RuntimeError where FFmpeg's libraries can't be loaded.
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"input.decoder={decoder}: can't be imported ({reason}); {INSTALL[decoder]}") from error
-    if not data:
+    if isinstance(data, bytes) and not data:
         raise SampleError("empty", "no bytes")
-    reader: VideoReader = module.open_reader(data, stamps)
+    reader = _open_linked(module, decoder, data) if isinstance(data, LinkedVideo) else module.open_reader(data, stamps)
     if reader.num_frames < 1:
         reader.close()
         raise SampleError("empty", "a video without frames")
     return reader
+
+
+def _open_linked(module: Any, decoder: str, video: LinkedVideo) -> VideoReader:
+    if decoder == "pyav":
+        from pretrain.data.decoders.linked_reader import LinkedReader
+
+        return LinkedReader(video)
+    tell_whole(video.url, f"data.decoder={decoder} reads from memory only")
+    reader: VideoReader = module.open_reader(video.whole(), video.span.stamps)
+    return reader if video.span.segment is None else PartReader(reader, video.span.segment)
 
 
 def _sorted(inverse: npt.NDArray[np.int64]) -> bool:

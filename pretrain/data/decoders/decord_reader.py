@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pretrain.data.decoders import VideoReader, cut_all
 from pretrain.data.decoders.crops import Boxes
+from pretrain.data.decoders.pyav_reader import frame_times
 from pretrain.errors import SampleError
 
 decord.logging.set_level(decord.logging.FATAL)
@@ -22,7 +23,8 @@ decord.logging.set_level(decord.logging.FATAL)
 class DecordReader(VideoReader):
     """Reads with decord.VideoReader."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, stamps: range | None = None) -> None:
+        self._data, self._stamps = data, stamps
         if _without_index(data):
             raise SampleError("open", "an AVI file without its index, which kills decord where the file is cut")
         try:
@@ -32,6 +34,10 @@ class DecordReader(VideoReader):
             raise SampleError("open", _first_words(error)) from error
         self.num_frames = len(self._reader)
         self.fps = float(self._reader.get_avg_fps())
+
+    def times(self) -> npt.NDArray[np.float64]:
+        """By time stamps; decord's own are rounded to float32, a frame's length after some hours."""
+        return frame_times(self._data, self._stamps, self.num_frames)
 
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         try:
@@ -60,6 +66,6 @@ def _first_words(error: Exception) -> str:
     return lines[0].rsplit(".cc:", 1)[-1][:200]
 
 
-def open_reader(data: bytes, _stamps: range | None) -> VideoReader:
-    """Open a video in memory; makes its own list of time stamps."""
-    return DecordReader(data)
+def open_reader(data: bytes, stamps: range | None) -> VideoReader:
+    """Open a video in memory; makes its own list of frames, so that what is promised serves for their times only."""
+    return DecordReader(data, stamps)

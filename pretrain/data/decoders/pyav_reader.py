@@ -12,6 +12,7 @@ import bisect
 import io
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import av
 import numpy as np
@@ -21,13 +22,10 @@ from pretrain.data.decoders import VideoReader
 from pretrain.data.decoders.crops import Boxes
 from pretrain.data.decoders.nal_units import is_reference, length_bytes
 from pretrain.data.decoders.rgb import RGBConverter
+from pretrain.data.linked_video import UNSTAMPED
 from pretrain.errors import SampleError
 
 FFmpegError = av.error.FFmpegError
-
-#: Containers that store no presentation time stamps.
-UNSTAMPED = ("avi", "h264", "hevc", "m4v")
-
 
 #: FFmpeg opens a file by decoding its first frame, to find what a header may lack: a tenth of a clip's time. The header
 #: of an mp4 lacks nothing that is needed here. Without a codec to try, that step ends at once; later ones don't ask.
@@ -57,9 +55,20 @@ class PyAVReader(VideoReader):
             self._scan()
         self.fps = float(self._stream.average_rate or 0)
 
+    def times(self) -> npt.NDArray[np.float64]:
+        """By time stamps; by the mean rate where the container stores none."""
+        if self.stamps is None:
+            return np.arange(self.num_frames) / (self.fps or 1.0)
+        stamps = np.array(self.stamps, dtype=np.int64)
+        return (stamps - stamps[0]) * float(self._stream.time_base or 1)
+
+    def _file(self) -> Any:
+        """The file, at its beginning."""
+        return io.BytesIO(self._data)
+
     def _open(self, options: dict[str, str]) -> None:
         try:
-            self._container = av.open(io.BytesIO(self._data), mode="r", metadata_errors="ignore", options=options)
+            self._container = av.open(self._file(), mode="r", metadata_errors="ignore", options=options)
         except (FFmpegError, ValueError) as error:
             raise SampleError("open", str(error)) from error
         if not self._container.streams.video:
@@ -230,6 +239,19 @@ class PyAVReader(VideoReader):
 
 def _of(frames: list[av.VideoFrame], stamps: set[int]) -> dict[int, av.VideoFrame]:
     return {frame.pts: frame for frame in frames if frame.pts in stamps}
+
+
+def frame_times(data: bytes, stamps: range | None, frames: int) -> npt.NDArray[np.float64]:
+    """Times of the frames of a video in memory, seconds from the first one, for decoders that don't tell them.
+
+    Raises:
+        SampleError: "decode" where that decoder sees another number of frames than there are time stamps.
+    """
+    with PyAVReader(data, stamps) as reader:
+        times = reader.times()
+    if len(times) != frames:
+        raise SampleError("decode", f"{frames} frames, and {len(times)} time stamps")
+    return times
 
 
 def open_reader(data: bytes, stamps: range | None) -> VideoReader:

@@ -8,13 +8,15 @@ import torchcodec.decoders
 
 from pretrain.data.decoders import VideoReader, cut_all
 from pretrain.data.decoders.crops import Boxes
+from pretrain.data.decoders.pyav_reader import frame_times
 from pretrain.errors import SampleError
 
 
 class TorchCodecReader(VideoReader):
     """Reads with torchcodec.decoders.VideoDecoder."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, stamps: range | None = None) -> None:
+        self._data, self._stamps = data, stamps
         try:
             self._decoder: torchcodec.decoders.VideoDecoder | None = torchcodec.decoders.VideoDecoder(
                 data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
@@ -23,6 +25,10 @@ class TorchCodecReader(VideoReader):
             raise SampleError("open", _first_line(error)) from error
         self.num_frames = len(self._decoder)
         self.fps = float(self._decoder.metadata.average_fps or 0)
+
+    def times(self) -> npt.NDArray[np.float64]:
+        """By time stamps, which torchcodec tells of decoded frames only."""
+        return frame_times(self._data, self._stamps, self.num_frames)
 
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         assert self._decoder is not None, "the reader is closed"
@@ -43,6 +49,6 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"^\w+, \S+, ", "", line)[:200]
 
 
-def open_reader(data: bytes, _stamps: range | None) -> VideoReader:
-    """Open a video in memory; makes its own list of time stamps."""
-    return TorchCodecReader(data)
+def open_reader(data: bytes, stamps: range | None) -> VideoReader:
+    """Open a video in memory; makes its own list of frames, so that what is promised serves for their times only."""
+    return TorchCodecReader(data, stamps)

@@ -7,16 +7,24 @@ import tempfile
 from collections.abc import Iterator
 from io import BytesIO
 
+import numpy as np
+
+from pretrain.data.decoders import open_video
 from pretrain.data.index import MemberTable, Shard, load_index, load_members
-from pretrain.data.media import KINDS, LINK_ENDING, Kind, extension_of, kind_of_ending
+from pretrain.data.linked_video import LinkedVideo, VideoFile, open_link
+from pretrain.data.media import KINDS, LINK_ENDING, SPAN_ENDING, Kind, extension_of, kind_of_ending
 from pretrain.data.pack.contents import describe
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.data.pack.scan import scan_shard
-from pretrain.data.pack.verify import check_random_reads, sequential_signatures
+from pretrain.data.pack.verify import Signatures, check_random_reads, sequential_signatures, signature
 from pretrain.errors import SampleError, TubeletError
 from pretrain.runtime import storage
 
 READS = 6
+#: Frames of a linked film that are decoded at once.
+FRAMES = 64
+#: Longest time of reading a linked file, seconds.
+DEADLINE_S = 300.0
 
 
 def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = ()) -> Iterator[str]:
@@ -84,10 +92,7 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
         if main is None or kinds[main] != "video":
             return []
         video = files[main]
-        with tempfile.NamedTemporaryFile(suffix=".video") as file:
-            file.write(video)
-            file.flush()
-            signatures = sequential_signatures(file.name)
+        signatures = _signatures(video)
         stated = facts.get("frames")
         if isinstance(stated, int) and stated != len(signatures):
             raise SampleError("frames", f"{len(signatures)} frames decode, its json says {stated}")
@@ -98,7 +103,7 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
     return []
 
 
-def _check_member(ending: str, content: bytes, facts: dict[str, object], kinds: dict[str, Kind | None]) -> None:
+def _check_member(ending: str, content: VideoFile, facts: dict[str, object], kinds: dict[str, Kind | None]) -> None:
     """Decode a member and compare it with what the sample's json states of its main one.
 
     Raises:
@@ -107,6 +112,7 @@ def _check_member(ending: str, content: bytes, facts: dict[str, object], kinds: 
     if kinds[ending] == "text" and set(kinds.values()) - {"text", None}:
         return  # captions of others may be empty, or in any encoding: that is their own affair
     try:
+        assert isinstance(content, bytes), "only videos are linked by ranges"
         found = describe(ending, content)
     except SampleError as error:
         raise SampleError(error.reason, f"{ending}: {str(error).removeprefix(f'{error.reason}: ')}") from error
@@ -115,24 +121,39 @@ def _check_member(ending: str, content: bytes, facts: dict[str, object], kinds: 
             raise SampleError("differs", f"{ending} has {name} {value}, its json says {facts[name]}")
 
 
-def _read_sample(data: bytes) -> tuple[dict[str, bytes], dict[str, object]]:
+def _signatures(video: VideoFile) -> Signatures:
+    """Of all frames: of a linked film or segment by PyAV, some frames at a time, since it may be long."""
+    if isinstance(video, LinkedVideo):
+        with open_video(video, "pyav") as reader:
+            parts = np.array_split(np.arange(reader.num_frames), -(-reader.num_frames // FRAMES))
+            return np.stack([signature(frame) for part in parts for frame in reader.frames(part)])
+    with tempfile.NamedTemporaryFile(suffix=".video") as file:
+        file.write(video)
+        file.flush()
+        return sequential_signatures(file.name)
+
+
+def _read_sample(data: bytes) -> tuple[dict[str, VideoFile], dict[str, object]]:
     """Members by ending, and the json (empty without), out of the tar members of one sample."""
     from webdataset.tariterators import base_plus_ext
 
-    files: dict[str, bytes] = {}
+    files: dict[str, VideoFile] = {}
     facts: dict[str, object] = {}
+    links: dict[str, bytes] = {}
     with tarfile.open(fileobj=BytesIO(data), mode="r:") as tar:
         for member in tar:
             file = tar.extractfile(member)
             extension = (base_plus_ext(member.name)[1] or "").lower()
             if file is None:
                 continue
-            if extension == LINK_ENDING:
-                where = file.read().decode()
-                files[extension_of(where)] = storage.read_bytes(where)
+            if extension in (LINK_ENDING, SPAN_ENDING):
+                links[extension] = file.read()
             elif extension == "json":
                 content = json.loads(file.read())
                 facts = content if isinstance(content, dict) else {}
             else:
                 files[extension] = file.read()
+    if LINK_ENDING in links:
+        where = links[LINK_ENDING].decode()
+        files[extension_of(where)] = open_link(where, links.get(SPAN_ENDING), DEADLINE_S)
     return files, facts

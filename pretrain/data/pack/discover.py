@@ -11,15 +11,17 @@ from typing import Any, Literal
 
 from pretrain.data.media import KINDS, VIDEO_ENDINGS, Kind, extension_of, is_of_kind, kind_of, plural_of
 from pretrain.data.pack import originals, zip_source
+from pretrain.data.pack.annotations import ID_COLUMN, annotated, database_rows
 from pretrain.data.pack.companions import Companion, beside, from_row
 from pretrain.data.pack.lists import ListFormat, parse_list
+from pretrain.data.time_segment import Segment
 from pretrain.errors import RecipeError, StorageError
 from pretrain.runtime import storage
 
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset("jpg jpeg png webp bmp ppm tif tiff".split())
-LIST_EXTENSIONS = frozenset("csv txt lst list tsv jsonl ndjson".split())
+LIST_EXTENSIONS = frozenset("csv txt lst list tsv json jsonl ndjson".split())
 LabelRule = Literal["auto", "folder", "none"]
 #: auto goes by the endings of what the sources hold.
 AskedKind = Literal["auto", "video", "image", "sound", "array", "raster", "text"]
@@ -40,6 +42,7 @@ class Item:
         size: bytes of the original, 0 when it can't be found; decides the part that packs it.
         kind: what the sample mainly is.
         companions: further members of the sample.
+        segment: the piece of the video that is meant, None for all of it.
     """
 
     path: str
@@ -52,6 +55,7 @@ class Item:
     size: int = 0
     kind: Kind = "video"
     companions: tuple[Companion, ...] = ()
+    segment: Segment | None = None
 
 
 @dataclass(frozen=True)
@@ -209,12 +213,14 @@ def _from_list(source: str, wanted: _Wanted) -> list[Item]:
     root = wanted.data_root or posixpath.dirname(source)
     if extension_of(source) in ("jsonl", "ndjson"):
         rows = _jsonl_rows(source, text)
+    elif extension_of(source) == "json":
+        rows = database_rows(source, text)
     elif (header := _csv_header(text)) is not None:
         rows = _csv_rows(source, text, header)
     else:
         lines = [_rooted(Item(**vars(line)), root) for line in parse_list(source, text, wanted.list_format)]
         return _completed(source, lines, root, wanted)
-    return _completed(source, _manifest_items(source, rows, root), root, wanted)
+    return _completed(source, _manifest_items(source, annotated(rows, root), root), root, wanted)
 
 
 def _completed(source: str, items: list[Item], root: str, wanted: _Wanted) -> list[Item]:
@@ -235,9 +241,9 @@ def _completed(source: str, items: list[Item], root: str, wanted: _Wanted) -> li
 
 
 def _csv_header(text: str) -> str | None:
-    """The delimiter when the first line is a header with a column `path`; official lists have no header."""
+    """The delimiter when the first line is a header with a column for the video; official lists have no header."""
     first = text.split("\n", 1)[0].strip()
-    return next((d for d in ",\t;" if "path" in [c.strip().strip('"') for c in first.split(d)]), None)
+    return next((d for d in ",\t;" if {"path", ID_COLUMN} & {c.strip().strip('"') for c in first.split(d)}), None)
 
 
 def _csv_rows(source: str, text: str, delimiter: str) -> list[tuple[int, dict[str, Any] | str]]:
@@ -283,14 +289,21 @@ def _manifest_item(row: dict[str, Any] | str) -> Item:
     row = dict(row)
     path = row.pop("path", None)
     if not isinstance(path, str) or not path.strip():
-        raise ValueError("no path; columns are path, and optionally label, key, start, frames; others are kept as meta")
+        raise ValueError(
+            "no path; columns are path, and optionally label, key, start, end, frames; others are kept as meta"
+        )
     label, key = row.pop("label", None), row.pop("key", "")
     if isinstance(label, str) and label.lstrip("-").isdigit():
         label = int(label)
-    start, total = (None if (value := row.pop(name, None)) is None else int(value) for name in ("start", "frames"))
-    frames = None if total is None else (start, total)
+    start, end, total = (row.pop(name, None) for name in ("start", "end", "frames"))
+    frames = None if total is None else (None if start is None else int(start), int(total))
     is_folder = frames is not None or kind_of(path) is None
-    return Item(path.strip(), path.strip(), label, frames, is_folder, meta=row, key=str(key))
+    segment = None
+    if end is not None or (start is not None and frames is None):
+        if is_folder:
+            raise ValueError("start and end in seconds are for video files; for pictures give start and frames")
+        segment = Segment.checked(start, end)
+    return Item(path.strip(), path.strip(), label, frames, is_folder, meta=row, key=str(key), segment=segment)
 
 
 def _rooted(item: Item, root: str) -> Item:

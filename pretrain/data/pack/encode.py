@@ -58,15 +58,24 @@ def decode(container: Any, streams: list[Any], losses: Losses) -> Iterator[Any]:
             yield frame
 
 
-def encode_video(source: str, facts: Facts, target: str, options: Options, phase: int = 0) -> None:
+def encode_video(
+    source: str, facts: Facts, target: str, options: Options, phase: int = 0, shown: range | None = None
+) -> None:
     """Re-encode the video `source` to `target`, with frame `phase` as the first of the grid of reference frames.
+
+    Args:
+        source, target: local files.
+        facts: of the source, `probe(source, shown)`.
+        options: how.
+        phase: see above.
+        shown: time stamps of the only frames to keep, as for `probe`; None: all.
 
     Raises:
         SampleError: "damaged", or "encode" when FFmpeg refuses.
     """
     import av
 
-    losses = Losses()
+    losses, hidden = Losses(), 0
     try:
         with av.open(source) as container, av.open(target, "w", format="mp4", options=MP4_OPTIONS) as out:
             video = video_stream(container)
@@ -77,7 +86,10 @@ def encode_video(source: str, facts: Facts, target: str, options: Options, phase
             streams = [video, sound.source] if sound else [video]
             for got in decode(container, streams, losses):
                 if isinstance(got, av.VideoFrame):
-                    sink.write(clock.stamp(got, video.time_base))
+                    if shown is None or got.pts in shown:
+                        sink.write(clock.stamp(got, video.time_base))
+                    else:
+                        hidden += 1
                 elif sound:
                     sound.write(got)
             sink.finish()
@@ -85,7 +97,7 @@ def encode_video(source: str, facts: Facts, target: str, options: Options, phase
                 sound.finish()
     except av.error.FFmpegError as error:
         raise SampleError("encode", str(error)) from error
-    losses.check(facts.listed)
+    losses.check(facts.listed + hidden)
 
 
 def encode_images(images: Iterable[Any], target: str, options: Options, phase: int = 0) -> None:
@@ -126,14 +138,14 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
             streams = [video_stream(container)]
             streams += [s for s in container.streams.audio[:1] if audio and codec_name(s) in MP4_AUDIO]
             copies = {stream.index: out.add_stream_from_template(stream) for stream in streams}
-            for packet in _with_decoding_times(container.demux(streams)):
+            for packet in with_decoding_times(container.demux(streams)):
                 packet.stream = copies[packet.stream.index]
                 out.mux(packet)
     except (av.error.FFmpegError, ValueError) as error:
         raise SampleError("copy", str(error)) from error
 
 
-def _with_decoding_times(packets: Iterable[Any]) -> Iterator[Any]:
+def with_decoding_times(packets: Iterable[Any]) -> Iterator[Any]:
     """All packets; the first ones of a Matroska file with B frames have no decoding time, and mp4 needs one."""
     early: list[Any] = []
     for packet in packets:

@@ -1,14 +1,17 @@
 """Shards of links: videos stay where they lie, and small tar files name them, with their labels.
 
 `<key>.json` is that of a packed sample as far as it is known without opening the video, `<key>.link` its path or URL.
-Whatever reads shards reads these too: the fetch layer puts the video in the place of its link.
+Whatever reads shards reads these too: the fetch layer puts the video in the place of its link. Films and segments have
+a `<key>.span` as well: where in the file the container's index and the segment's frames lie (linked_video.py).
 """
 
 import itertools
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from pretrain.data.index import (
     INDEX_NAME,
@@ -18,15 +21,23 @@ from pretrain.data.index import (
     write_index,
     write_members,
 )
-from pretrain.data.media import LINK_ENDING, kind_of
+from pretrain.data.linked_video import Span
+from pretrain.data.media import LINK_ENDING, SPAN_ENDING, kind_of
 from pretrain.data.pack import zip_source
 from pretrain.data.pack.discover import Item
+from pretrain.data.pack.film_index import FilmIndex, read_index
 from pretrain.data.pack.scan import scan_shard
-from pretrain.errors import DataError, RecipeError
+from pretrain.errors import DataError, RecipeError, SampleError
 from pretrain.runtime import storage
+
+logger = logging.getLogger(__name__)
 
 #: Videos named by one shard.
 SAMPLES = 10_000
+#: Larger files are read by ranges; of smaller ones a clip needs so large a part that one read of all is cheaper.
+FILM_BYTES = 8 << 20
+#: Files looked into at once.
+THREADS = 16
 
 
 def write_links(items: list[Item], dest: str) -> ShardIndex:
@@ -38,7 +49,7 @@ def write_links(items: list[Item], dest: str) -> ShardIndex:
 
     Raises:
         RecipeError: frame folders, or files that are not there: all of them are listed.
-        DataError: `dest` holds an index already.
+        DataError: `dest` holds an index already, or a store does not answer.
     """
     problems = [f"{item.path}: a folder of frames; only video files can be used in place, pack these" for item in items
                 if item.is_folder]  # fmt: skip
@@ -51,22 +62,23 @@ def write_links(items: list[Item], dest: str) -> ShardIndex:
         raise RecipeError(problems)
     if storage.exists(storage.join(dest, INDEX_NAME)):
         raise DataError(f"{dest}: holds an index already; choose another DEST")
+    indexes = _read_indexes(files)
     shards = []
-    rest = iter(items)
+    rest = iter(_there(items, indexes))
     for number, some in enumerate(iter(lambda: list(itertools.islice(rest, SAMPLES)), [])):
-        shards.append(_write_shard(f"links-{number:06d}.tar", some, dest))
+        shards.append(_write_shard(f"links-{number:06d}.tar", some, indexes, dest))
     index = ShardIndex(dest, ShardTable(shards))
     write_index(index)
     return index
 
 
-def _write_shard(name: str, items: list[Item], dest: str) -> Shard:
+def _write_shard(name: str, items: list[Item], indexes: dict[str, FilmIndex], dest: str) -> Shard:
     from webdataset import TarWriter
 
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, name)
         with open(path, "wb") as file, TarWriter(file, mtime=0) as tar:
-            for sample in _samples(items):
+            for sample in _samples(items, indexes):
                 tar.write(sample)
         shard, members, _ = scan_shard(folder, name)
         storage.upload(path, storage.join(dest, name))
@@ -74,8 +86,44 @@ def _write_shard(name: str, items: list[Item], dest: str) -> Shard:
     return shard
 
 
-def _samples(items: list[Item]) -> Iterator[dict[str, object]]:
+def _samples(items: list[Item], indexes: dict[str, FilmIndex]) -> Iterator[dict[str, object]]:
     for item in items:
         where = item.path if "://" in item.path else os.path.abspath(item.path)
         facts = {"key": item.key, "label": item.label, "source": item.name, "bytes": item.size, "meta": item.meta}
-        yield {"__key__": item.key, "json": json.dumps(facts, sort_keys=True).encode(), LINK_ENDING: where.encode()}
+        if item.segment is not None:
+            facts["segment"] = item.segment._asdict()
+        content = json.dumps(facts, sort_keys=True).encode()
+        sample: dict[str, object] = {"__key__": item.key, "json": content, LINK_ENDING: where.encode()}
+        if item.path in indexes:
+            sample[SPAN_ENDING] = indexes[item.path].span(item.segment).to_json()
+        elif item.segment is not None:
+            sample[SPAN_ENDING] = Span(item.size, item.segment).to_json()
+        yield sample
+
+
+def _read_indexes(items: list[Item]) -> dict[str, FilmIndex]:
+    """The index of every file of which not all is needed for a sample, by path; without those that can't be read."""
+    paths = sorted({item.path for item in items if item.segment is not None or item.size > FILM_BYTES})
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = zip(paths, pool.map(_try_index, paths), strict=True)
+        return {path: index for path, index in found if index is not None}
+
+
+def _try_index(path: str) -> FilmIndex | None:
+    try:
+        return read_index(path)
+    except SampleError as error:
+        logger.warning("%s: %s; training will count its samples as bad", path, error)
+        return None
+
+
+def _there(items: list[Item], indexes: dict[str, FilmIndex]) -> list[Item]:
+    """Items without the segments that begin behind the end of their file, about which there is a line each."""
+    kept = []
+    for item in items:
+        index = indexes.get(item.path)
+        if index and item.segment and 0 < index.duration <= item.segment.start:
+            logger.warning("%s: left out, no frames from %s: it lasts %.3f s", item.path, item.segment, index.duration)
+        else:
+            kept.append(item)
+    return kept

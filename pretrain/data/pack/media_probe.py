@@ -45,8 +45,12 @@ class Facts:
     audio: str | None
 
 
-def probe(path: str) -> Facts:
+def probe(path: str, shown: range | None = None) -> Facts:
     """Look into the local video file `path`.
+
+    Args:
+        path: where.
+        shown: time stamps, in the stream's ticks, of the only frames that count; None: all of them.
 
     Raises:
         SampleError: "unreadable", "no-video" or "no-frames".
@@ -56,7 +60,7 @@ def probe(path: str) -> Facts:
     try:
         with av.open(path) as container:
             video = video_stream(container)
-            stamps, packets, discarded = _time_stamps(container, video)
+            stamps, packets, discarded = _time_stamps(container, video, shown)
         with av.open(path) as container:
             video = video_stream(container)
             frame = next(container.decode(video), None)
@@ -101,12 +105,12 @@ def video_stream(container: Any) -> Any:
     raise SampleError("no-video", f"the file holds {', '.join(kinds)} but no video stream")
 
 
-def _time_stamps(container: Any, video: Any) -> tuple[np.ndarray, int, int]:
+def _time_stamps(container: Any, video: Any, shown: range | None) -> tuple[np.ndarray, int, int]:
     """Presentation times in order, seconds (empty where the container has none), coded frames, frames edited out."""
     stamps: list[int] = []
     packets = discarded = 0
     for packet in container.demux(video):
-        if packet.size == 0 or packet.is_discard:
+        if packet.size == 0 or packet.is_discard or (shown is not None and packet.pts not in shown):
             discarded += bool(packet.size)
             continue
         packets += 1

@@ -39,16 +39,19 @@ class Plan:
     repeated: tuple[Item, ...]
 
     def part(self, part: Part) -> list[Item]:
-        """The items of one part. Videos go by their size in bytes, so equal files always meet in the same part."""
+        """The items of one part. Videos go by their size in bytes, so equal files always meet in the same part;
+        segments by their bounds as well, or a film would be the work of one part."""
         if part.count == 1:
             return list(self.items)
-        return [item for item in self.items if _hash(str(item.size)) % part.count == part.index]
+        return [item for item in self.items if _hash(f"{item.size}{_bounds(item)}") % part.count == part.index]
 
     def fingerprint(self, options: object) -> str:
         """Hash of what is packed and how; shards of another fingerprint can't be continued."""
         digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
         for item in self.items:
-            digest.update(json.dumps(asdict(item), sort_keys=True, default=str).encode())
+            # Without the field where nothing is in it: packings that an earlier release began can go on.
+            facts = {name: value for name, value in asdict(item).items() if name != "segment" or value is not None}
+            digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:16]
 
 
@@ -78,7 +81,11 @@ def _without_repeats(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
 
 
 def _identity(item: Item) -> str:
-    return f"{item.path}\x1f{item.frames}"
+    return f"{item.path}\x1f{item.frames}{_bounds(item)}"
+
+
+def _bounds(item: Item) -> str:
+    return "" if item.segment is None else f"\x1f{item.segment.start!r}\x1f{item.segment.end!r}"
 
 
 def _with_keys(items: list[Item]) -> list[Item]:
@@ -92,7 +99,14 @@ def _with_keys(items: list[Item]) -> list[Item]:
 
 
 def _stem(item: Item) -> str:
-    return item.name if item.is_folder else posixpath.splitext(item.name)[0]
+    """The name without its ending; with the bounds in milliseconds for a segment, so that keys sort by time."""
+    if item.is_folder:
+        return item.name
+    stem = posixpath.splitext(item.name)[0]
+    if item.segment is None:
+        return stem
+    start, end = item.segment
+    return f"{stem}_{round(1000 * start):08d}-{'end' if end is None else f'{round(1000 * end):08d}'}"
 
 
 def key_from(name: str) -> str:

@@ -18,8 +18,10 @@ from pretrain.data.pack.media_probe import Facts, probe
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.originals import fetch, refusal
 from pretrain.data.pack.packed import Packed, Rejected
+from pretrain.data.pack.segments import cut_out
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
 from pretrain.data.randomness import generator
+from pretrain.data.time_segment import Segment
 from pretrain.errors import SampleError, StorageError
 from pretrain.runtime import storage
 
@@ -38,6 +40,8 @@ def pack_item(item: Item, options: Options, folder: str) -> Packed | Rejected:
 
 
 def _from_video(item: Item, options: Options, target: str, folder: str) -> Packed:
+    if item.segment is not None:
+        return _from_segment(item, item.segment, options, target, folder)
     with _local(item.path, folder) as source:
         size = os.path.getsize(source)
         if not size:
@@ -49,18 +53,36 @@ def _from_video(item: Item, options: Options, target: str, folder: str) -> Packe
             raise SampleError("too-short", f"{original.packets} frames, at least {options.min_frames} are wanted")
         reencoded = _produce(source, original, target, item.key, options)
     facts = _describe(item, target, sha256, options, reencoded)
-    facts["original"] = {
-        "container": original.container, "codec": original.codec, "pix_fmt": original.pix_fmt,
-        "width": original.width, "height": original.height, "rotation": original.rotation,
-        "fps": round(float(original.fps), 6), "frames": original.packets, "bytes": size,
-    }  # fmt: skip
+    facts["original"] = _describe_original(original, original.container, size)
     return Packed({"mp4": target}, facts, size)
 
 
-def _produce(source: str, original: Facts, target: str, key: str, options: Options) -> str | None:
-    """Write the mp4; returns why the stream was encoded anew, None when it was kept."""
-    why = "asked for"
-    if options.copy:
+def _from_segment(item: Item, segment: Segment, options: Options, target: str, folder: str) -> Packed:
+    with cut_out(item.path, segment, folder, options.audio) as piece:
+        original = probe(piece.path, piece.shown)
+        if original.packets < options.min_frames:
+            raise SampleError("too-short", f"{original.packets} frames, at least {options.min_frames} are wanted")
+        reencoded = _produce(piece.path, original, target, item.key, options, None if piece.whole else piece.shown)
+    facts = _describe(item, target, piece.sha256, options, reencoded)
+    facts["segment"] = segment._asdict()
+    facts["original"] = _describe_original(original, piece.container, piece.size)
+    return Packed({"mp4": target}, facts, piece.bytes_read)
+
+
+def _describe_original(facts: Facts, container: str, size: int) -> dict[str, Any]:
+    return {
+        "container": container, "codec": facts.codec, "pix_fmt": facts.pix_fmt,
+        "width": facts.width, "height": facts.height, "rotation": facts.rotation,
+        "fps": round(float(facts.fps), 6), "frames": facts.packets, "bytes": size,
+    }  # fmt: skip
+
+
+def _produce(
+    source: str, original: Facts, target: str, key: str, options: Options, shown: range | None = None
+) -> str | None:
+    """Write the mp4, of the frames `shown` only; returns why the stream was encoded anew, None when it was kept."""
+    why = "asked for" if shown is None or not options.copy else "the segment does not begin and end at key frames"
+    if options.copy and shown is None:
         try:
             _copy(source, original, target, options)
             _verify(target, key, options)
@@ -68,7 +90,7 @@ def _produce(source: str, original: Facts, target: str, key: str, options: Optio
         except SampleError as error:
             why = str(error)
             logger.info("%s: the stream can't be kept (%s); encoding it", source, why)
-    encode_video(source, original, target, options, grid_phase(key, options))
+    encode_video(source, original, target, options, grid_phase(key, options), shown)
     _verify(target, key, options)
     return why
 

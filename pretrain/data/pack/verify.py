@@ -9,6 +9,7 @@ import logging
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.linked_video import VideoFile
 from pretrain.data.pack.encode import Losses, decode
 from pretrain.data.pack.media_probe import video_stream
 from pretrain.data.randomness import generator
@@ -62,7 +63,7 @@ def signature(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return np.asarray(sums / (heights[:, None, None] * widths[:, None]), dtype=np.float32).ravel()
 
 
-def check_random_reads(data: bytes, signatures: Signatures, decoder: str, reads: int, key: str) -> None:
+def check_random_reads(data: VideoFile, signatures: Signatures, decoder: str, reads: int, key: str) -> None:
     """Read frames at random with `decoder` and compare them with the sequential decode.
 
     Args:

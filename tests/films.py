@@ -1,0 +1,91 @@
+"""Films whose frames carry their number, 16 bits of it, in bars that survive coding."""
+
+import functools
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+BITS = 16
+WIDTH, HEIGHT = 128, 48
+
+
+def picture(number: int, seed: int = 0) -> np.ndarray:
+    """Grey, as planes of yuv420p. Upper half: the number in binary; lower half: a texture that makes bytes."""
+    planes = _background(number % 16, seed).copy()
+    for bit in range(BITS):
+        if number >> bit & 1:
+            planes[: HEIGHT // 2, bit * WIDTH // BITS : (bit + 1) * WIDTH // BITS] = 220
+    return planes
+
+
+@functools.cache
+def _background(kind: int, seed: int) -> np.ndarray:
+    planes = np.full((HEIGHT * 3 // 2, WIDTH), 40, dtype=np.uint8)
+    planes[HEIGHT // 2 : HEIGHT] = np.random.default_rng((seed, kind)).integers(0, 255, (HEIGHT // 2, WIDTH))
+    planes[HEIGHT:] = 128
+    return planes
+
+
+def number_of(frame: np.ndarray) -> int:
+    """The number that a frame, uint8 [H, W, 3], carries."""
+    height, width = frame.shape[:2]
+    row = frame[height // 4]
+    return sum(1 << bit for bit in range(BITS) if row[int((bit + 0.5) * width / BITS)].mean() > 130)
+
+
+def numbers_of(frames: np.ndarray) -> list[int]:
+    """Of each of some frames."""
+    return [number_of(frame) for frame in frames]
+
+
+def write_film(
+    path: Path,
+    frames: int = 250,
+    fps: int = 25,
+    gop: int = 25,
+    b_frames: int = 2,
+    times_ms: Sequence[int] | None = None,
+    container: str | None = None,
+    audio: bool = False,
+    front: bool = False,
+    codec: str = "libx264",
+    seed: int = 0,
+    options: dict[str, str] | None = None,
+    muxing: dict[str, str] | None = None,
+    hidden: int = 0,
+) -> Path:
+    """A film in the container of the path's ending; an mp4's index lies at its end unless `front`.
+
+    An edit list hides the first `hidden` frames of an mp4, as tools leave it that cut without encoding.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    muxing = {"movflags": "faststart"} if front else muxing or {}
+    with av.open(str(path), "w", format=container, options=muxing) as out:
+        video = out.add_stream(codec, rate=fps, options={"preset": "ultrafast", "sc_threshold": "0"} | (options or {}))
+        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        video.gop_size, video.codec_context.max_b_frames = gop, b_frames
+        if times_ms:
+            video.codec_context.time_base = video.time_base = Fraction(1, 1000)
+        sound = out.add_stream("aac", rate=44100) if audio else None
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(number, seed), format="yuv420p")
+            frame.pts = times_ms[number] if times_ms else number - hidden
+            frame.time_base = Fraction(1, 1000) if times_ms else Fraction(1, fps)
+            out.mux(video.encode(frame))
+            if sound is not None:
+                _add_sound(out, sound, number * 44100 // fps, (number + 1) * 44100 // fps)
+        out.mux(video.encode(None))
+        if sound is not None:
+            out.mux(sound.encode(None))
+    return path
+
+
+def _add_sound(out: Any, stream: Any, begin: int, end: int) -> None:
+    noise = np.random.default_rng(begin).normal(0, 0.1, (1, end - begin)).astype("f4")
+    frame = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
+    frame.sample_rate, frame.pts, frame.time_base = 44100, begin, Fraction(1, 44100)
+    out.mux(stream.encode(frame))

@@ -1,0 +1,215 @@
+"""Segments: pieces of videos are cut out frame by frame exactly, and cost what they hold."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset as wds
+
+from pretrain.commands.pack import main
+from pretrain.data.decoders import open_video
+from pretrain.data.index import load_index
+from pretrain.data.pack.discover import Item, gather
+from pretrain.data.pack.film_index import cut_items, read_index
+from pretrain.data.pack.options import Options
+from pretrain.data.pack.pack_plan import Part, make_plan
+from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
+from pretrain.data.time_segment import Segment
+from pretrain.errors import RecipeError
+from tests.films import numbers_of, write_film
+
+FAST = Options(preset="ultrafast", crf=10, gop=8, audio=True)
+KEEP = Options(preset="ultrafast", crf=10, gop=8, copy=True)
+#: Uneven: the frame period changes all the time; 20 s in all.
+UNEVEN = [sum((20, 40, 130, 30)[n % 4] for n in range(count)) for count in range(364)]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "front.mp4": {"front": True},
+    "end.mp4": {"audio": True},
+    "no_b.mp4": {"b_frames": 0},
+    "long_gop.mp4": {"gop": 250},
+    "film.mkv": {"audio": True},
+    "film.webm": {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8", "b": "400k"}},
+    "stream.ts": {"container": "mpegts"},
+    "uneven.mp4": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
+    "uneven.mkv": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
+    "open_gop.mp4": {"options": {"x264-params": "open-gop=1:bframes=2:keyint=25:min-keyint=25"}},
+    "fragments.mp4": {"muxing": {"movflags": "frag_keyframe+empty_moov"}},
+    "live.mkv": {"muxing": {"live": "1"}},
+    "edited.mp4": {"hidden": 10, "frames": 260},
+}
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The film of a kind; read only."""
+    root = tmp_path_factory.mktemp("films")
+
+    def film(kind: str) -> Path:
+        path = root / kind
+        return path if path.exists() else write_film(path, **KINDS[kind])
+
+    return film
+
+
+def cut(path: Path, segment: Segment, options: Options = FAST) -> Packed | Rejected:
+    folder = path.parent / "out"
+    folder.mkdir(exist_ok=True)
+    return pack_item(Item(str(path), path.name, key="k", segment=segment), options, str(folder))
+
+
+def shown_in(kind: str, start: float, end: float) -> list[int]:
+    times = UNEVEN if "uneven" in kind else range(0, 250 * 40, 40)
+    hidden = KINDS[kind].get("hidden", 0)
+    return [hidden + number for number, time in enumerate(times) if 1000 * start <= time < 1000 * end]
+
+
+@pytest.mark.parametrize("options", [FAST, KEEP], ids=["encoded", "copy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_of_a_segment(kind: str, options: Options, films: Callable[[str], Path]) -> None:
+    for start, end in ((0, 1), (2, 4), (3.2, 3.68), (1.52, 1.56), (8.04, 60)):
+        packed = cut(films(kind), Segment(start, end), options)
+        assert isinstance(packed, Packed), packed
+        data = Path(packed.video).read_bytes()
+        for decoder in ("pyav", "decord"):
+            with open_video(data, decoder) as reader:
+                assert numbers_of(reader.frames(range(reader.num_frames))) == shown_in(kind, start, end)
+        assert packed.facts["frames"] == len(shown_in(kind, start, end))
+        assert packed.facts["segment"] == {"start": start, "end": end}
+
+
+def test_streams_are_kept_between_key_frames_only(films: Callable[[str], Path]) -> None:
+    between = cut(films("end.mp4"), Segment(2, 4), KEEP)
+    inside = cut(films("end.mp4"), Segment(2.04, 4), KEEP)
+    assert isinstance(between, Packed) and between.facts["reencoded"] is None
+    assert isinstance(inside, Packed) and "key frames" in inside.facts["reencoded"]
+    assert between.facts["sha256"] != inside.facts["sha256"]
+
+
+def test_sound_of_a_segment(films: Callable[[str], Path]) -> None:
+    import av
+
+    packed = cut(films("end.mp4"), Segment(2.5, 4.5))
+    assert isinstance(packed, Packed) and packed.facts["audio"] == "aac"
+    with av.open(packed.video) as container:
+        sound = container.streams.audio[0]
+        times = [float(packet.pts * packet.time_base) for packet in container.demux(sound) if packet.pts is not None]
+    assert times[0] < 0.06 and times[-1] == pytest.approx(2, abs=0.1)
+
+
+def test_what_is_no_segment(films: Callable[[str], Path], tmp_path: Path) -> None:
+    for segment, reason in ((Segment(11, 12), "segment"), (Segment(1.001, 1.002), "segment")):
+        found = cut(films("end.mp4"), segment)
+        assert isinstance(found, Rejected) and found.reason == reason, found
+    old = write_film(tmp_path / "old.avi", b_frames=0)
+    found = cut(old, Segment(1, 2))
+    assert isinstance(found, Rejected) and found.reason == "unstamped"
+    assert len(cut_items([Item(str(old), "old.avi")], 2.0, at_keys=False)) == 1, "whole, it can be packed"
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("path,start,end\na.mp4,3,3\na.mp4,4,2\na.mp4,-1,2\na.mp4,x,2\nframes,1,2\n")
+    with pytest.raises(RecipeError) as caught:
+        gather([str(manifest)])
+    assert [problem.split(":")[1] for problem in caught.value.problems] == ["2", "3", "4", "5", "6"]
+
+
+def test_two_segments_are_two_samples(films: Callable[[str], Path], tmp_path: Path) -> None:
+    path = films("end.mp4")
+    rows = [("0", "2", "a"), ("1.5", "3", "b"), ("1.54", "3", "a"), ("1.5", "3", "a"), ("8", "", "c")]
+    with open(tmp_path / "list.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "start", "end", "label"), *((path, *row) for row in rows)])
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "list.csv"), str(out), "--preset", "ultrafast", "--workers", "0"]
+    assert main(arguments) == 0
+    samples = list(wds.WebDataset([str(path) for path in out.glob("*.tar")], shardshuffle=False))
+    stem = str(path.with_suffix(""))[1:].replace(".", "_")
+    assert sorted(sample["__key__"].removeprefix(stem) for sample in samples) == [
+        "_00000000-00002000", "_00001500-00003000", "_00001540-00003000", "_00008000-end"
+    ]  # fmt: skip
+    frames = {
+        json.loads(sample["json"])["segment"]["start"]: json.loads(sample["json"])["frames"] for sample in samples
+    }
+    assert frames == {0: 50, 1.5: 37, 1.54: 36, 8: 50}
+    reasons = [json.loads(line)["reason"] for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert reasons == ["repeated"], "the same bounds twice"
+
+
+def test_copies_of_a_film_have_the_same_segments(films: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "copy.mp4").write_bytes(films("end.mp4").read_bytes())
+    one, two = cut(films("end.mp4"), Segment(1, 3)), cut(tmp_path / "copy.mp4", Segment(1, 3))
+    assert isinstance(one, Packed) and isinstance(two, Packed) and one.facts["sha256"] == two.facts["sha256"]
+
+
+def test_pieces(films: Callable[[str], Path]) -> None:
+    items = [Item(str(films("end.mp4")), "end.mp4"), Item("gone.mp4", "gone.mp4")]
+    plain = cut_items(items, 3.0, at_keys=False)
+    assert [one.segment for one in plain[:-1]] == [Segment(0, 3), Segment(3, 6), Segment(6, None)] and plain[
+        -1
+    ] is items[1]
+    assert [one.segment for one in cut_items(items[:1], 3.3, at_keys=True)] == [
+        Segment(0, 3), Segment(3, 7), Segment(7, None)
+    ]  # fmt: skip
+    assert cut_items(items[:1], 7.0, at_keys=False) == items[:1], "a rest shorter than half a piece is no piece"
+    assert cut_items(plain[:1], 1.0, at_keys=False) == plain[:1], "a segment stays as it is"
+    keys = [one.key for one in make_plan(plain[:3], shuffle=False).items]
+    assert keys == ["end_00000000-00003000", "end_00003000-00006000", "end_00006000-end"]
+
+
+def test_a_cut_film_is_kept_and_complete(films: Callable[[str], Path], tmp_path: Path) -> None:
+    arguments = [str(films("film.mkv")), str(tmp_path / "out"), "--cut", "3.3", "--copy", "--order", "given"]
+    assert main([*arguments, "--workers", "0"]) == 0
+    found = []
+    for sample in wds.WebDataset([str(path) for path in (tmp_path / "out").glob("*.tar")], shardshuffle=False):
+        assert json.loads(sample["json"])["reencoded"] is None
+        with open_video(sample["mp4"], "pyav") as reader:
+            found += numbers_of(reader.frames(range(reader.num_frames)))
+    assert found == list(range(250))
+
+
+def test_plans_without_segments_keep_their_fingerprint() -> None:
+    plan = make_plan([Item("/a.mp4", "a.mp4", 3, size=7), Item("/b", "b", frames=(1, 9), is_folder=True)])
+    assert plan.fingerprint("options") == "3c971c929fd5b9f7"
+    segments = [Item("/a.mp4", "a.mp4", size=7, segment=Segment(n, n + 1)) for n in range(64)]
+    parts = [len(make_plan(segments).part(Part(index, 4))) for index in range(4)]
+    assert sum(parts) == 64 and min(parts) > 4, "a film is not the work of one part"
+
+
+def test_annotations_of_public_sets(tmp_path: Path) -> None:
+    for name in ("x/aaa.mp4", "x/bbb_000010_000020.mkv", "v_ccc.webm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "kinetics.csv").write_text(
+        "label,youtube_id,time_start,time_end,split\nsailing,aaa,3,13,train\nsailing,bbb,10,20,train\nhi,ddd,0,9,val\n"
+    )
+    (tmp_path / "hacs.csv").write_text("classname,youtube_id,subset,start,end,label\nskiing,aaa,training,1.5,3.5,-1\n")
+    content = {"ccc": {"subset": "training", "duration": 80.5, "annotations": [
+        {"label": "knitting", "segment": [1.25, 9.5]}, {"label": "rest", "segment": [20, 30]}]},
+        "eee": {"subset": "testing", "annotations": []}}  # fmt: skip
+    (tmp_path / "activitynet.json").write_text(json.dumps({"version": "1.3", "database": content}))
+    items = gather([str(tmp_path / name) for name in ("kinetics.csv", "hacs.csv", "activitynet.json")])
+    found = [(Path(one.path).relative_to(tmp_path).as_posix(), one.segment, one.label) for one in items]
+    assert found == [
+        ("x/aaa.mp4", Segment(3, 13), "sailing"), ("x/bbb_000010_000020.mkv", None, "sailing"),
+        ("ddd.mp4", Segment(0, 9), "hi"), ("x/aaa.mp4", Segment(1.5, 3.5), "skiing"),
+        ("v_ccc.webm", Segment(1.25, 9.5), "knitting"), ("v_ccc.webm", Segment(20, 30), "rest"),
+    ]  # fmt: skip
+    assert items[0].meta == {"youtube_id": "aaa", "split": "train"} and items[3].meta["shows_class"] == "-1"
+    (tmp_path / "coco.json").write_text('{"images": []}')
+    with pytest.raises(RecipeError, match=r"coco.json: not ActivityNet's json"):
+        gather([str(tmp_path / "coco.json")])
+
+
+def test_an_index_without_the_film(films: Callable[[str], Path]) -> None:
+    for kind in ("end.mp4", "front.mp4", "film.mkv"):
+        index = read_index(str(films(kind)))
+        assert [round(float(stamp * index.time_base), 3) for stamp, _ in index.keys] == list(range(10))
+        assert index.duration == pytest.approx(10, abs=0.1) and (index.stamps is None) == (kind == "film.mkv")
+    assert read_index(str(films("uneven.mp4"))).stamps is None and not read_index(str(films("stream.ts"))).keys
+
+
+def test_a_packed_set_of_segments_is_indexed_and_checked(films: Callable[[str], Path], tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert main([str(films("end.mp4")), out, "--cut", "5", "--preset", "ultrafast", "--workers", "0"]) == 0
+    assert load_index(out).samples == 2 and main(["--check", out, "--workers", "0"]) == 0
