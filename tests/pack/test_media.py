@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from PIL import Image
 
 from pretrain.commands.pack import main
 from pretrain.data.decoders import open_video
@@ -125,6 +126,8 @@ def test_images_that_are_encoded_anew(tmp_path: Path) -> None:
     turned = decode_image(found["turned"].image())
     assert turned.shape == (1, 60, 41, 3) and found["turned"].facts["original"]["orientation"] == 6
     assert np.abs(turned.astype(int) - decode_image(turned_jpeg(pixels, 6))).mean() < 1.5
+    assert Image.open(io.BytesIO(found["turned"].image())).size == (41, 60), "upright for those who ignore EXIF"
+    assert found["turned"].facts["reencoded"] == "turned by its orientation 6"
     assert np.array_equal(decode_image(found["bitmap"].image())[0], pixels)
     for name in ("deep.png", "disguised.jpg"):
         assert found[name.split(".")[0]].image() == (source / name).read_bytes()

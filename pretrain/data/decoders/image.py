@@ -90,7 +90,7 @@ def upright_rgb(image: Any, background: tuple[int, int, int] | None = WHITE) -> 
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
-        if image.mode in _SIXTEEN_BITS or (image.mode in _MEASUREMENTS and image.format == "PNG"):
+        if image.mode in _SIXTEEN_BITS:
             image = _eight_bits(image)
         if image.mode in _MEASUREMENTS:
             raise SampleError("decode", f"a picture of mode {image.mode} holds measurements, not colours")
