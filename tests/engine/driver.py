@@ -51,6 +51,7 @@ def drive(recipe_path: str, plan: list[dict]) -> list:
     """Train run after run."""
     from pretrain.engine.loop import train
     from pretrain.errors import TubeletError
+    from pretrain.objectives.base import method_of
     from pretrain.objectives.videomae import VideoMAEObjective
     from pretrain.recipe.load import load_recipe
     from pretrain.runtime.process_group import join

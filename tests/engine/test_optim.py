@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from pretrain.engine.deepspeed_config import deepspeed_config
-from pretrain.engine.optimiser import decays, forget_steps, parameter_groups
+from pretrain.engine.optimiser import forget_steps, parameter_groups
+from pretrain.objectives.base import decays
 from pretrain.recipe.load import load_recipe
 
 

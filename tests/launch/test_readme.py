@@ -48,7 +48,7 @@ def test_command(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 def plan(script: str, arguments: list[str]) -> int:
     """Everything up to the first step."""
     if script == "pretrain":
-        from pretrain.commands.program import main
+        from pretrain.commands.pretrain import main
     else:
         from finetune.commands.finetune import main
     return main(arguments if "--dry-run" in arguments else [*arguments, "--dry-run"])
@@ -73,6 +73,7 @@ def parse(script: str, arguments: list[str]) -> None:
 def test_table_of_methods_is_what_the_dry_run_says() -> None:
     """Trained parameters and states of ViT-B on one GPU."""
     from finetune.recipe import load_tune_recipe
+    from pretrain.objectives.base import method_of
     from pretrain.plan.dry_run import dry_run
 
     text = (ROOT / "README.md").read_text()

@@ -4,18 +4,17 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 
 import pretrain.models
 import pretrain.objectives
-from pretrain.commands.program import main
+from pretrain.commands.pretrain import main
 from pretrain.objectives.base import method_of, problems_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe import manual
-from pretrain.recipe.components import component_names, load_component, objective_file
+from pretrain.recipe.components import component_names
 from pretrain.recipe.files import RECIPES, recipe_names
 from pretrain.recipe.load import load_recipe
 
@@ -80,13 +79,10 @@ def extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]
 
 def batch_of(recipe) -> dict[str, torch.Tensor]:
     """A micro-batch as a data worker makes it: a bright square that moves, and what the method draws for a view."""
-    data = recipe.data
-    draw = objective_file(recipe).view_tensors(recipe)
-    drawn = [draw(lambda purpose, i=i: np.random.default_rng([i, len(purpose)])) for i in range(recipe.batch.micro)]
-    video = torch.zeros(recipe.batch.micro, input.frames, input.height, input.width, 3, dtype=torch.uint8)
-    for frame in range(input.frames):
+    video = torch.zeros(recipe.batch.micro, *recipe.input.size, 3, dtype=torch.uint8)
+    for frame in range(recipe.input.frames):
         video[:, frame, 4 * frame : 4 * frame + 16, 8:40] = 200
-    return {"video": video} | {key: torch.from_numpy(np.stack([d[key] for d in drawn])) for key in drawn[0]}
+    return method_of(recipe).example(recipe.batch.micro) | {"video": video}
 
 
 def test_new_method_and_backbone_are_found_shown_and_learn(
@@ -102,7 +98,7 @@ def test_new_method_and_backbone_are_found_shown_and_learn(
     assert "MMAC" in capsys.readouterr().out
 
     torch.manual_seed(0)
-    objective = load_component("objective", "motion", "pretrain.objectives.{}").build(recipe)
+    objective = method_of(recipe).build()
     optimizer, batch = torch.optim.AdamW(objective.parameters(), 3e-3), batch_of(recipe)
     losses = []
     for _ in range(150):
