@@ -31,7 +31,7 @@ NEIGHBOURS = {("pretrain.runtime.run_folder", "recipe"), ("pretrain.runtime.watc
 #: Names that several modules have: contracts, entries of tasks, and what a recipe names in two sections.
 SHARED_MODULES = {"__init__", "base", "task", "config", "videomae"}
 #: `Config` is what a recipe's component has; a section of the recipe is called as what it describes.
-SHARED_CLASSES = {"Config", "Run", "Schedule", "Watchdog"}
+SHARED_CLASSES = {"Config", "Prompts", "Run", "Schedule", "Watchdog"}
 
 
 def module_name(path: Path) -> str:
