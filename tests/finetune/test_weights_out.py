@@ -300,6 +300,6 @@ def test_errors_are_one_line(
 
 
 def test_pretrained_weights_have_no_classes(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: {name: videomae}\nobjective: {name: videomae}\n")
+    (tmp_path / "recipe.yaml").write_text("program: pretrain\nmodel: {name: videomae}\nobjective: {name: videomae}\n")
     assert predict.main([str(clip), "--weights", str(tmp_path)]) == 1
     assert "which have no classifier; fine-tune them" in capsys.readouterr().err
