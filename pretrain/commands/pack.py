@@ -6,13 +6,15 @@ import sys
 from collections.abc import Sequence
 
 from pretrain.commands.pack_arguments import VIDEO_SHORT_SIDE, make_parser
-from pretrain.data.media import plural_of
+from pretrain.data.media import kind_of_ending, plural_of
+from pretrain.data.pack.companions import beside
 from pretrain.data.pack.discover import Item, LabelRule, gather, with_sizes
 from pretrain.data.pack.film_index import cut_items
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_plan import Part, Plan, make_plan
 from pretrain.data.pack.pack_run import Report, pack
 from pretrain.data.pack.progress_report import progress_bar, report_text
+from pretrain.data.pack.zip_source import is_entry
 from pretrain.errors import RecipeError, TubeletError
 
 DONE, FAILED, USAGE = 0, 1, 2
@@ -87,8 +89,15 @@ def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
         noun = "video" if args.kind == "auto" else args.kind
         hint = "; images and texts in folders are taken with --kind image or text" if args.kind == "auto" else ""
         raise RecipeError(f"{', '.join(sources)}: no {noun} found" + (" that --where selects" if args.where else hint))
+    if args.cut and any(item.kind != "video" or is_entry(item.path) for item in items):
+        raise RecipeError("--cut makes segments of videos, and of those outside of zip archives")
     if args.cut:
         items = cut_items(items, args.cut, at_keys=args.copy or args.in_place)
+    timed = [name for name in args.companions if kind_of_ending(name) in ("sound", "video")]
+    if any(item.segment and {*beside(item.path, timed)} & {*item.companions} for item in items):
+        raise RecipeError(
+            f"--with {','.join(timed)}: lies beside the whole video, not the segment; keep its own sound with --audio keep"
+        )
     return make_plan(with_sizes(items) if part.count > 1 else items, shuffle=args.order == "shuffled")
 
 

@@ -53,14 +53,16 @@ class Members:
         """The image among them, for `decoders.image`. Errors as for `video`."""
         return self._of_kind(_endings("image"), "image (.jpg or another of {})", name)
 
-    def sound(self, name: str = "") -> bytes:
-        """The sound among them, for `decoders.sound`: a sound file, or else the video, whose sound stream is meant.
+    def sound(self, name: str = "") -> VideoFile:
+        """The sound among them, for `decoders.sound`: a sound file, or else the video, whose sound stream is meant; of
+        a linked film or segment it is read as far as is needed.
 
         Raises:
             SampleError: "index" where there is neither.
         """
         wanted = SOUND_ENDINGS if self._find(SOUND_ENDINGS, name) else SOUND_ENDINGS | VIDEO_ENDINGS
-        return self._of_kind(wanted, "sound (.wav or another of {})", name)
+        found: VideoFile = self._of_kind(wanted, "sound (.wav or another of {})", name)
+        return found
 
     def array(self, name: str = "") -> bytes:
         """The file of arrays among them, for `decoders.array`. Errors as for `video`."""

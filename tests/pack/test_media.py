@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from pretrain.data.decoders.sound import decode_sound
 from pretrain.data.fetch import SampleReader
 from pretrain.data.index import load_index
 from pretrain.data.members import Members, parse_sample
+from pretrain.data.pack.discover import Item
+from pretrain.data.pack.options import Options
+from pretrain.data.pack.pack_plan import make_plan
 from pretrain.errors import SampleError
 from tests.pack.media_files import (
     array_bytes,
@@ -318,6 +322,15 @@ def test_shards_with_videos_keep_the_index_that_they_had(tmp_path: Path) -> None
     assert list(_stream(tmp_path)) == ["a", "d"]
 
 
+def test_packings_of_videos_that_were_begun_before_can_go_on() -> None:
+    """The fingerprint is that of the release without images, and one of images knows their options."""
+    items = [Item("/a.mp4", "a.mp4", 3, meta={"x": 1}), Item("/f", "f", is_folder=True)]
+    options = Options(tune="fastdecode", shard_samples=3)
+    assert make_plan(items).fingerprint(options.stated("video")) == "15b41e28f601f213"
+    assert replace(options, image_quality=80).stated("video") == options.stated("video")
+    assert replace(options, image_quality=80).stated("image") != options.stated("image")
+
+
 def test_sounds(tmp_path: Path) -> None:
     samples = wave(1.5)
     whole = sound_bytes(samples)
@@ -360,6 +373,35 @@ def test_sound_in_and_beside_a_video(tmp_path: Path) -> None:
     with open_video(members.video(), "pyav", members.stamps) as reader:
         assert reader.num_frames == 50
     assert main(["--check", str(out), *ALONE]) == 0
+
+
+def test_sound_of_segments_in_place(tmp_path: Path) -> None:
+    """Seconds count from the segment's first frame, and what lies outside of it is not heard."""
+    whole = video_with_sound(tmp_path / "a.mp4", wave(4.0), frames=100).read_bytes()
+    (tmp_path / "m.csv").write_text("path,start,end\na.mp4,1.2,2.6\n")
+    assert main(["--in-place", str(tmp_path / "m.csv"), str(tmp_path / "out")]) == 0
+    (members,) = _stream(tmp_path / "out").values()
+    film = decode_sound(whole, 16000, 2)
+    for start, duration in ((0.0, 1.4), (0.0, None), (0.3, 0.5)):
+        found = decode_sound(members.sound(), 16000, 2, start, duration)
+        first = 19200 + round(start * 16000)
+        assert found.shape == (2, round((duration or 1.4) * 16000))
+        assert np.abs(found - film[:, first : first + found.shape[1]]).max() < 1e-5
+    found = decode_sound(members.sound(), 16000, 2, -0.5, 2.5)
+    assert (
+        not found[:, :8000].any() and not found[:, 8000 + 22400 :].any() and found[:, 8000:30400].any(0).mean() > 0.99
+    )
+    with open_video(members.video(), "pyav", members.stamps) as reader:
+        assert reader.num_frames == 35
+    with pytest.raises(SampleError, match="too_short"):
+        decode_sound(members.sound(), 16000, 2, 1.5, 0.2)
+
+
+def test_large_files_of_other_kinds_in_place_are_no_films(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = _write(tmp_path / "in", {"a.npy": array_bytes(np.zeros((1500, 1500)))})
+    assert main(["--in-place", str(source), str(tmp_path / "out")]) == 0
+    (members,) = _stream(tmp_path / "out").values()
+    assert decode_array(members.array()).shape == (1500, 1500) and not caplog.records
 
 
 HOLES = np.array([[1.0, np.nan, -0.0], [np.inf, 2.5, 3.0]], dtype=np.float32)
@@ -454,12 +496,16 @@ def test_images_in_place(images: Path, tmp_path: Path) -> None:
         (["{in}/flat", "{out}", "--kind", "sound"], "no sound found"),
         (["{in}/flat", "{out}", "--kind", "image", "--in-place", "--with", "txt"], "choose one"),
         (["{in}/a.zip", "{out}", "--in-place"], "zip archive"),
+        (["{in}/flat", "{out}", "--kind", "image", "--cut", "2"], "segments of videos"),
+        (["{in}/segments.csv", "{out}"], "start and end are for videos"),
+        (["{in}/films.csv", "{out}", "--with", "wav"], "not the segment"),
         (["{in}/flat", "{out}", "--with", "txt,,"], "separated by commas"),
         (["{in}/flat", "{out}", "--image-quality", "100"], "1 to 95"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _write(tmp_path, {"flat/a.png": image_bytes(picture()), "mixed.txt": b"v.mp4 1\nflat/a.png 2\n"})
+    lists = {"segments.csv": b"path,start,end\na.wav,0,2\n", "films.csv": b"path,start,end\na.mp4,0,2\n"}
+    _write(tmp_path, lists | {"flat/a.png": image_bytes(picture()), "mixed.txt": b"v.mp4 1\nflat/a.png 2\n"})
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
         out.writestr("a.png", image_bytes(picture()))
     filled = [one.format(**{"in": tmp_path, "out": tmp_path / "o"}) for one in arguments]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.linked_video import LinkedVideo, VideoFile
 from pretrain.errors import DataError, SampleError
 
 #: FFmpeg's names of channel layouts, by number of channels.
@@ -46,12 +47,13 @@ class SoundFacts:
 
 
 def decode_sound(
-    data: bytes, rate: int, channels: int = 1, start: float = 0.0, duration: float | None = None
+    data: VideoFile, rate: int, channels: int = 1, start: float = 0.0, duration: float | None = None
 ) -> Samples:
     """Decode a window of the first sound stream.
 
     Args:
-        data: The whole file, sound or video.
+        data: The whole file, sound or video; or a linked one, of whose segment time 0 is the beginning, and whose sound
+            outside of the segment counts as not there.
         rate: Samples a second of the result.
         channels: Channels of the result, 1 or 2. One is the mean of left and right, two of one are twice the same; more
             than two are mixed to left and right by FFmpeg's rules first.
@@ -65,23 +67,41 @@ def decode_sound(
     Raises:
         SampleError: "empty", "open" for a file that FFmpeg does not know, "no_sound" without a sound stream, "decode"
             for damage, "too_short" where no sound lies in the window.
-        DataError: a rate or a number of channels that makes no sense.
+        DataError: a rate or a number of channels that makes no sense, or a store that does not answer.
     """
     import av
 
     if channels not in LAYOUTS or rate < 1:
         raise DataError(f"sound of {channels} channels at {rate} Hz: 1 or 2 channels and a positive rate are allowed")
-    first = round(start * rate)
+    zero, end = _bounds(data, rate)
+    first = zero + round(start * rate)
     count = None if duration is None else round(duration * rate)
-    with _opened(data) as container:
-        try:
-            heard, begins = _resampled(container, rate, channels, first, count)
-        except av.error.FFmpegError as error:
-            raise SampleError("decode", str(error)) from error
+    try:
+        with _opened(data) as container:
+            stops = [stop for stop in (None if count is None else first + count, end) if stop is not None]
+            heard, begins = _resampled(container, rate, channels, first, min(stops) - first if stops else None)
+    except (av.error.FFmpegError, SampleError) as error:
+        if isinstance(data, LinkedVideo):
+            data.check()
+        raise error if isinstance(error, SampleError) else SampleError("decode", str(error)) from error
+    if isinstance(data, LinkedVideo):
+        data.check()  # FFmpeg takes a failed read for the end of the file
+        heard, begins = (
+            heard[:, max(zero - begins, 0) : None if end is None else max(end - begins, 0)],
+            max(begins, zero),
+        )
     return _window(heard, begins, first, count)
 
 
-def probe_sound(data: bytes) -> SoundFacts:
+def _bounds(data: VideoFile, rate: int) -> tuple[int, int | None]:
+    """Numbers of the first sample of what is meant, and of the one behind its last; None: to the end of the file."""
+    segment = data.span.segment if isinstance(data, LinkedVideo) else None
+    if segment is None:
+        return 0, None
+    return round(segment.start * rate), None if segment.end is None else round(segment.end * rate)
+
+
+def probe_sound(data: VideoFile) -> SoundFacts:
     """What the header of the first sound stream says; errors as for `decode_sound`."""
     with _opened(data) as container:
         stream = container.streams.audio[0]
@@ -90,13 +110,16 @@ def probe_sound(data: bytes) -> SoundFacts:
         return SoundFacts(context.codec.canonical_name, context.sample_rate, context.channels, stated)
 
 
-def _opened(data: bytes) -> Any:
+def _opened(data: VideoFile) -> Any:
     import av
 
-    if not data:
+    if isinstance(data, bytes) and not data:
         raise SampleError("empty", "no bytes")
+    if isinstance(data, LinkedVideo):
+        data.seek(0)
     try:
-        container = av.open(io.BytesIO(data), mode="r", metadata_errors="ignore")
+        file = data if isinstance(data, LinkedVideo) else io.BytesIO(data)
+        container = av.open(file, mode="r", metadata_errors="ignore")
     except (av.error.FFmpegError, ValueError) as error:
         raise SampleError("open", str(error)) from error
     stream = next(iter(container.streams.audio), None)

@@ -194,6 +194,8 @@ def _of_kind(item: Item, asked: Kind | None) -> Item:
         RecipeError: it can't be of the kind that is asked for.
     """
     own: Kind = "video" if item.is_folder else kind_of(item.path) or "video"
+    if item.segment is not None and (own != "video" or zip_source.is_entry(item.path)):
+        raise RecipeError(f"{item.path}: start and end are for videos, and for those outside of zip archives")
     if asked is None or asked == own:
         return replace(item, kind=own)
     if item.is_folder or not is_of_kind(item.path, asked):

@@ -103,7 +103,8 @@ def _samples(items: list[Item], indexes: dict[str, FilmIndex]) -> Iterator[dict[
 
 def _read_indexes(items: list[Item]) -> dict[str, FilmIndex]:
     """The index of every file of which not all is needed for a sample, by path; without those that can't be read."""
-    paths = sorted({item.path for item in items if item.segment is not None or item.size > FILM_BYTES})
+    films = [item for item in items if item.kind == "video" and (item.segment is not None or item.size > FILM_BYTES)]
+    paths = sorted({item.path for item in films})
     with ThreadPoolExecutor(THREADS) as pool:
         found = zip(paths, pool.map(_try_index, paths), strict=True)
         return {path: index for path, index in found if index is not None}

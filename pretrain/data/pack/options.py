@@ -1,8 +1,10 @@
 """What the command line decides about packing, in one picklable object."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
+
+from pretrain.data.media import Kind
 
 Codec = Literal["h264", "hevc", "av1", "vp9"]
 
@@ -65,10 +67,15 @@ class Options:
     min_frames: int = 1
     decoders: tuple[str, ...] = ("decord", "pyav")
     reads: int = 6
-    image_short_side: int | None = None
-    image_quality: int = 95
+    image_short_side: int | None = field(default=None, repr=False)
+    image_quality: int = field(default=95, repr=False)
     shard_bytes: int = 512_000_000
     shard_samples: int | None = None
+
+    def stated(self, kind: Kind) -> str:
+        """What the fingerprint of a plan says of them; for videos what it said before there were images."""
+        own = f"{self}, image_short_side={self.image_short_side}, image_quality={self.image_quality}"
+        return own if kind == "image" else str(self)
 
     @property
     def gridded(self) -> bool:

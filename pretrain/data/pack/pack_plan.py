@@ -12,6 +12,8 @@ from pretrain.data.pack.discover import Item
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/-]+")
 _LONGEST_KEY = 180
+#: Fields of items that a first release did not have, with what says nothing.
+_NOTHING: tuple[tuple[str, object], ...] = (("segment", None), ("kind", "video"), ("companions", ()))
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Plan:
         """Hash of what is packed and how; shards of another fingerprint can't be continued."""
         digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
         for item in self.items:
-            # Without the field where nothing is in it: packings that an earlier release began can go on.
-            facts = {name: value for name, value in asdict(item).items() if name != "segment" or value is not None}
+            # Without fields where nothing is in them: packings that an earlier release began can go on.
+            facts = {name: value for name, value in asdict(item).items() if (name, value) not in _NOTHING}
             digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:16]
 

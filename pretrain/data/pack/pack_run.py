@@ -67,7 +67,7 @@ def pack(
         DataError: `dest` holds another data set, another process packs this part, or nothing could be packed.
     """
     began = time.monotonic()
-    fingerprint = plan.fingerprint(options)
+    fingerprint = plan.fingerprint(options.stated(plan.items[0].kind if plan.items else "video"))
     shards.refuse_foreign(dest)
     if overwrite:
         shards.remove_old(dest)
