@@ -267,6 +267,22 @@ def test_a_store_that_fails_in_the_middle_is_no_bad_sample(
     assert outcomes == {"frames", "error"}, "each of them occurs"
 
 
+def test_reads_of_a_slow_store_share_a_deadline(films: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that decodes is watched: it must say that the store is slow before it is taken for hung."""
+    whole, given = storage.read_bytes, []
+
+    def read(url: str, begin: int, end: int, deadline_s: float, **more: Any) -> bytes:
+        given.append(deadline_s)
+        time.sleep(0.05)
+        return whole(url, begin, end, **more)
+
+    monkeypatch.setattr(storage, "read_bytes", read)
+    path = str(films("end.mp4"))
+    with open_video(LinkedVideo(path, Span(os.path.getsize(path)), 10.0), "pyav"):
+        assert given[0] == 7.5 and len(given) > 3
+        assert given == sorted(given, reverse=True) and given[-1] < 7.5 - 0.05 * (len(given) - 1) + 1e-3
+
+
 class CountingProxy(FaultProxy):
     """Counts the bytes that the server's answers take."""
 
