@@ -41,13 +41,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "old.avi": {"b_frames": 0},
     "uneven.mp4": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
     "uneven.mkv": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
-    "open_gop.mp4": {"options": {"x264-params": "open-gop=1:bframes=2:keyint=25:min-keyint=25"}},
+    "open_gop.mp4": {"gop": 30, "options": {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=30:min-keyint=30"}},
     "fragments.mp4": {"muxing": {"movflags": "frag_keyframe+empty_moov"}},
     "live.mkv": {"muxing": {"live": "1"}},
     "edited.mp4": {"hidden": 10, "frames": 260},
 }
 FRAMES = 18_000
-INEXACT = ("stream.ts", "old.avi", "live.mkv", "edited.mp4")
+INEXACT = ("stream.ts", "old.avi", "live.mkv", "edited.mp4", "open_gop.mp4")
 SEGMENTS = (Segment(0, 1), Segment(2, 4), Segment(3.2, 3.68), Segment(8.04, None), None)
 
 

@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "stream.ts": {"container": "mpegts"},
     "uneven.mp4": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
     "uneven.mkv": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
-    "open_gop.mp4": {"options": {"x264-params": "open-gop=1:bframes=2:keyint=25:min-keyint=25"}},
+    "open_gop.mp4": {"gop": 30, "options": {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=30:min-keyint=30"}},
     "fragments.mp4": {"muxing": {"movflags": "frag_keyframe+empty_moov"}},
     "live.mkv": {"muxing": {"live": "1"}},
     "edited.mp4": {"hidden": 10, "frames": 260},
@@ -88,7 +88,7 @@ def test_streams_are_kept_between_key_frames_only(films: Callable[[str], Path]) 
     assert isinstance(between, Packed) and between.facts["reencoded"] is None
     assert isinstance(inside, Packed) and "key frames" in inside.facts["reencoded"]
     assert between.facts["sha256"] != inside.facts["sha256"]
-    last = cut(films("open_gop.mp4"), Segment(9, None), KEEP)
+    last = cut(films("open_gop.mp4"), Segment(9.6, None), KEEP)
     assert isinstance(last, Packed) and last.facts["reencoded"] is None, "pictures that lead into it are left behind"
 
 
