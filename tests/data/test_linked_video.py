@@ -122,6 +122,17 @@ def test_a_wrong_promise_costs_bytes_only(films: Callable[[str], Path]) -> None:
             assert numbers_of(reader.frames([0, 24])) == [50, 74] and reader.num_frames == 25
 
 
+def test_uneven_frames_that_are_promised_to_be_even(tmp_path: Path) -> None:
+    """A promise that the header agrees with, and the packets on the way to the frames do not."""
+    times = np.cumsum([0, *[80, 40, 40, 20, 20] * 40]).tolist()
+    path = str(write_film(tmp_path / "film.mp4", frames=len(times), times_ms=times))
+    promise = range(0, 640 * len(times), 640)
+    for wanted in ([2, 9], [100, 101], [200]):
+        with open_video(LinkedVideo(path, Span(os.path.getsize(path), None, promise)), "pyav") as reader:
+            assert reader.stamps == promise, "or the header gives the lie away"  # type: ignore[attr-defined]
+            assert numbers_of(reader.frames(wanted)) == wanted
+
+
 def test_segments_without_frames(films: Callable[[str], Path]) -> None:
     for kind in ("end.mp4", "film.mkv", "old.avi"):
         path = str(films(kind))
