@@ -54,8 +54,9 @@ class Members:
         return self._of_kind(_endings("image"), "image (.jpg or another of {})", name)
 
     def sound(self, name: str = "") -> VideoFile:
-        """Return the sound among them, for `decoders.sound`: a sound file, or else the video, whose sound stream is meant; of
-        a linked film or segment it is read as far as is needed.
+        """Return the sound among them, for `decoders.sound`: a sound file, or else the video, whose sound is meant.
+
+        Of a linked film or segment it is read as far as is needed.
 
         Raises:
             SampleError: "index" where there is neither.
