@@ -12,7 +12,9 @@ from finetune.classification.predictions import INFO
 from finetune.recipe import PROGRAMS, TuneRecipe
 from pretrain.checkpoint.folders import run_of
 from pretrain.errors import TubeletError, WeightsError
-from pretrain.trained.load_run import Trained, load_trained
+from pretrain.recipe.files import program_of
+from pretrain.recipe.schema import Recipe
+from pretrain.trained.load_run import Trained, find_trained, load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,11 @@ def load_fine_tuned(path: str | Path) -> FineTuned:
         CheckpointError: nothing of that kind is there, or it does not verify.
         WeightsError: pre-trained weights, or weights that don't fit the recipe.
     """
-    trained = load_trained(path, PROGRAMS)
-    return as_fine_tuned(trained, str(path))
+    source = find_trained(path)
+    # Before the weights are read: those of pre-training may be large, or in a layout that only starts a run.
+    if program_of(source / "recipe.yaml") == Recipe.program:
+        raise _without_classifier(str(path))
+    return as_fine_tuned(load_trained(source, PROGRAMS), str(path))
 
 
 def as_fine_tuned(trained: Trained, path: str) -> FineTuned:
@@ -54,11 +59,15 @@ def as_fine_tuned(trained: Trained, path: str) -> FineTuned:
     """
     recipe = trained.method.recipe
     if not isinstance(recipe, TuneRecipe):
-        raise WeightsError(
-            f"{path}: pre-trained weights, which have no classifier; fine-tune them: "
-            f"python launch/finetune.py --recipe RECIPE run.init_weights={path}"
-        )
+        raise _without_classifier(path)
     return FineTuned(recipe, trained.objective, names_of(recipe, trained.source), trained.source)
+
+
+def _without_classifier(path: str) -> WeightsError:
+    return WeightsError(
+        f"{path}: pre-trained weights, which have no classifier; fine-tune them: "
+        f"python launch/finetune.py --recipe RECIPE run.init_weights={path}"
+    )
 
 
 def with_keep_rate(tuned: FineTuned, rate: float) -> FineTuned:
