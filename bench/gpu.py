@@ -26,9 +26,9 @@ import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from pretrain.engine.optimiser import build_optimizer, set_lr  # noqa: E402
-from pretrain.objectives.base import method_of
+from pretrain.objectives.base import method_of  # noqa: E402
 from pretrain.plan.hardware import find_gpu  # noqa: E402
-from pretrain.plan.trace import made_up_batch, trace_step  # noqa: E402
+from pretrain.plan.trace import trace_step  # noqa: E402
 from pretrain.recipe.load import load_recipe  # noqa: E402
 from pretrain.runtime.speed import synchronize  # noqa: E402
 
@@ -119,12 +119,15 @@ class Bench:
     def _stepper(self, recipe: Any, micro: int, compiled: bool) -> Any:
         """A function that takes one step: forward, backward, fused AdamW; all in bf16, without float32 masters."""
         torch.manual_seed(0)
+        method = method_of(recipe)
         with torch.device(self.device):
-            module = method_of(recipe).build().to(torch.bfloat16)
+            module = method.build().to(torch.bfloat16)
         optimizer = build_optimizer(recipe, module, self.device)
         set_lr(optimizer, 1e-5)
-        batch = {name: value.to(self.device) for name, value in made_up_batch(recipe, micro).items()}
-        batch["video"].random_(0, 255)
+        batch = {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in method.example(micro).items()
+        }
         forward = torch.compile(module) if compiled else module
 
         def step() -> None:

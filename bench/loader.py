@@ -43,6 +43,7 @@ from pretrain.models.videomae import Config as Model
 from pretrain.objectives.base import method_of
 from pretrain.objectives.videomae import Config as Objective
 from pretrain.recipe.schema import Batch, Data, Recipe, Run, Source
+from pretrain.samples.clip import Config as Clip
 
 PACKINGS = {"GOP 250": ["--gop", "250", "--grid", "0", "--tune", "none"], "packed": []}
 LATENCY_S = 0.01
@@ -108,10 +109,11 @@ def ours(url: str, views: int, lanes: int = 1, epoch_samples: int | None = 10_00
 def recipe_for(url: str, views: int, lanes: int, epoch_samples: int | None) -> Recipe:
     """ViT-B's dual masking over the shards at `url`."""
     source = Source(shards=url, weight=1.0 if epoch_samples else None)
-    data = Data(sources={"a": source}, views=views, workers=0, lanes=lanes, epoch_samples=epoch_samples)
+    data = Data(sources={"a": source}, workers=0, lanes=lanes, epoch_samples=epoch_samples)
     return Recipe(
         model=Model(size="base"),
         objective=Objective(),
+        input=Clip(views=views),
         data=data,
         batch=Batch(samples=1, micro=1),
         run=Run(name="bench", dir="unused", seed=0),

@@ -41,20 +41,21 @@ def measure(overrides: list[str]) -> None:
     import torch
 
     from pretrain.engine.build import build_engine, count_model
+    from pretrain.objectives.base import method_of
     from pretrain.plan.peak_memory import memory_of
-    from pretrain.plan.trace import made_up_batch, trace_step
+    from pretrain.plan.trace import trace_step
     from pretrain.recipe.load import load_recipe
     from pretrain.runtime.process_group import join, leave
 
-    recipe = load_recipe("demo", overrides)
+    method = method_of(load_recipe("demo", overrides))
+    recipe = method.recipe
     ranks = join()
-    trace = trace_step(method_of(recipe), recipe.batch.micro, on_cpu=True)
-    batch = made_up_batch(recipe, recipe.batch.micro)
-    batch["video"].random_(0, 255)
+    trace = trace_step(method, recipe.batch.micro, on_cpu=True)
+    batch = method.example(recipe.batch.micro)
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    built = build_engine(method_of(recipe), ranks, recipe.batch.samples // recipe.batch.micro // ranks.world_size)
+    built = build_engine(method, ranks, recipe.batch.samples // recipe.batch.micro // ranks.world_size)
     built_by = resident("VmHWM") - before
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
@@ -62,7 +63,7 @@ def measure(overrides: list[str]) -> None:
         built.engine.backward(loss)
         built.engine.step()
     gc.collect()
-    planned = memory_of(recipe, count_model(method_of(recipe)), ranks.world_size, trace.peak_bytes, on_cpu=True)
+    planned = memory_of(recipe, count_model(method), ranks.world_size, trace.peak_bytes, on_cpu=True)
     result = {
         "stage": recipe.zero.stage, "dtype": recipe.compute.dtype, "parameters": built.parameters,
         "held": resident("VmRSS") - before, "peak": resident("VmHWM") - before, "building": built_by,

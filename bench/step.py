@@ -25,9 +25,8 @@ import torch  # noqa: E402
 from plain_videomae import PlainVideoMAE  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from pretrain.data.randomness import generator  # noqa: E402
-from pretrain.objectives.base import method_of
-from pretrain.objectives.videomae import MEAN, STD, build, view_tensors  # noqa: E402
+from pretrain.data.media import MEAN, STD  # noqa: E402
+from pretrain.objectives.base import method_of  # noqa: E402
 from pretrain.plan.trace import trace_step  # noqa: E402
 from pretrain.recipe.load import load_recipe  # noqa: E402
 
@@ -64,8 +63,8 @@ def contestants(size: str, clips: int, official: Path | None, compiled: bool) ->
     recipe = load_recipe("vit_s_dual", words)
     v1 = load_recipe("vit_s_dual", [*words, "objective.decoder_mask=none"])
     torch.manual_seed(0)
-    objective = build(recipe)
-    reduced = build(recipe).to(torch.bfloat16)
+    objective = method_of(recipe).build()
+    reduced = method_of(recipe).build().to(torch.bfloat16)
     reduced.load_state_dict(objective.state_dict())
     batch, masks = made_up(recipe, clips)
     _, v1_masks = made_up(v1, clips)
@@ -99,10 +98,7 @@ def contestants(size: str, clips: int, official: Path | None, compiled: bool) ->
 
 def made_up(recipe: Any, clips: int) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """A batch of noise with our index masks, and the same masks as the official booleans: hidden, not reconstructed."""
-    draw = view_tensors(recipe)
-    views = [draw(lambda purpose, clip=clip: generator(0, 0, clip, 0, purpose)) for clip in range(clips)]
-    batch = {name: torch.stack([torch.from_numpy(view[name]) for view in views]) for name in views[0]}
-    batch["video"] = torch.randint(0, 256, (clips, 16, 224, 224, 3), dtype=torch.uint8)
+    batch = method_of(recipe).example(clips)
     tokens = 8 * 14 * 14
     hidden = torch.ones(clips, tokens, dtype=torch.bool).scatter(1, batch["visible"], False)
     left_out = torch.ones(clips, tokens, dtype=torch.bool).scatter(1, batch["targets"], False)

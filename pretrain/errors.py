@@ -9,7 +9,7 @@ class TubeletError(Exception):
 
 
 class RecipeError(TubeletError):
-    """The recipe or an override is wrong; `problems` lists everything found at once. Exit code 2."""
+    """Error of a wrong recipe or override; `problems` lists everything found at once. Exit code 2."""
 
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -17,11 +17,11 @@ class RecipeError(TubeletError):
 
 
 class DataError(TubeletError):
-    """Shards, an index or too many samples are unusable."""
+    """Error of shards, an index or too many samples that are unusable."""
 
 
 class SampleError(TubeletError):
-    """One sample can't be used; the stream replaces it. `reason` is a short, countable word such as "decode"."""
+    """Error of one sample; the stream replaces it. `reason` is a short, countable word such as "decode"."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason
@@ -29,16 +29,16 @@ class SampleError(TubeletError):
 
 
 class StorageError(TubeletError):
-    """A read or write on a file system or object store failed for good, after retries."""
+    """Error of a read or write on a file system or object store that failed for good, after retries."""
 
 
 class CheckpointError(TubeletError):
-    """A checkpoint can't be written, verified or loaded."""
+    """Error of a checkpoint that can't be written, verified or loaded."""
 
 
 class WeightsError(TubeletError):
-    """Imported weights don't fit the model; the message holds the report."""
+    """Error of imported weights that don't fit the model; the message holds the report."""
 
 
 class TrainingError(TubeletError):
-    """The run can't go on, for example because the budget of skipped steps is spent."""
+    """Error of a run that can't go on, for example because the budget of skipped steps is spent."""

@@ -16,6 +16,7 @@ import fsspec
 import pytest
 
 from tests.faults import servers
+from tests.toy_run import Toy, make_toy
 
 RCLONE = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
 
@@ -35,6 +36,12 @@ def scheduling_stays() -> Iterator[None]:
     before = os.sched_getscheduler(0)
     yield
     assert os.sched_getscheduler(0) == before, "this test left the process with another scheduling policy"
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """A tiny recipe over tiny real videos, for tests that train."""
+    return make_toy(tmp_path_factory.mktemp("toy"))
 
 
 class S3Server:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pretrain.errors import TubeletError
 
 if TYPE_CHECKING:
-    from pretrain.trained.replay_step import MicroBatch, Place
+    from pretrain.trained.replay_step import MicroBatch, StepPlace
 
 DESCRIPTION = """\
 Run one step of a run again, alone and without an update, and name the first module whose weights, output or gradient
@@ -65,7 +65,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _head(place: "Place") -> Iterator[str]:
+def _head(place: "StepPlace") -> Iterator[str]:
     behind = place.step - 1 - place.weights_step
     where = str(place.checkpoint) if place.checkpoint else "the recipe's first weights: no checkpoint is from before"
     yield f"step {place.step}, {place.world_size} ranks; weights: {where}"
@@ -81,7 +81,7 @@ def _line(one: "MicroBatch") -> str:
     return f"rank {one.rank}, micro-batch {one.micro}: loss {one.loss:.9g}{recorded}{found}"
 
 
-def _verdict(place: "Place", one: "MicroBatch") -> Iterator[str]:
+def _verdict(place: "StepPlace", one: "MicroBatch") -> Iterator[str]:
     if one.finding is None:
         yield "everything is finite; the highest loss has"
     else:

@@ -46,7 +46,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldSpan:
     """Values `begin` to `begin + count` of parameter `name`, updated by this rank.
 
     They are those of `line` from `offset` on; `line` is the key of their state in the optimiser.
@@ -112,7 +112,7 @@ def check_optimizer(shards: Shards, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _held(engine: Any, stage: int, groups: Groups) -> Iterator[Held]:
+def _held(engine: Any, stage: int, groups: Groups) -> Iterator[HeldSpan]:
     """What this rank's optimiser updates."""
     parameters = dict(engine.module.named_parameters())
     lines = [group["params"] for group in engine.basic_optimizer.param_groups]
@@ -120,26 +120,26 @@ def _held(engine: Any, stage: int, groups: Groups) -> Iterator[Held]:
         for place, name in enumerate(group):
             parameter = parameters[name]
             if stage == 0:
-                yield Held(name, 0, parameter.numel(), lines[number][place], 0)
+                yield HeldSpan(name, 0, parameter.numel(), lines[number][place], 0)
             elif stage == 3:
                 yield from _held_of_each(name, parameter)
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Held(name, own.start, own.numel, lines[number][0], flat.start)
+                yield HeldSpan(name, own.start, own.numel, lines[number][0], flat.start)
 
 
-def _held_of_each(name: str, parameter: Any) -> Iterator[Held]:
+def _held_of_each(name: str, parameter: Any) -> Iterator[HeldSpan]:
     """Stage 3: an equal piece of every parameter on every rank; the last ones are shorter, or have none."""
     optimizer = parameter._z3_optimizer
     number, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
     begin = share * torch.distributed.get_rank()
     count = min(share, parameter.ds_numel - begin)
     if count > 0:
-        yield Held(name, begin, count, optimizer.fp32_partitioned_groups_flat[number], offset)
+        yield HeldSpan(name, begin, count, optimizer.fp32_partitioned_groups_flat[number], offset)
 
 
-def _fill_optimizer(shards: Shards, optimizer: torch.optim.Optimizer, held: list[Held]) -> None:
+def _fill_optimizer(shards: Shards, optimizer: torch.optim.Optimizer, held: list[HeldSpan]) -> None:
     """Copy float32 weights and states, stretch by stretch."""
     fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     for part in held:

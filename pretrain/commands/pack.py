@@ -96,7 +96,8 @@ def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
     timed = [name for name in args.companions if kind_of_ending(name) in ("sound", "video")]
     if any(item.segment and {*beside(item.path, timed)} & {*item.companions} for item in items):
         raise RecipeError(
-            f"--with {','.join(timed)}: lies beside the whole video, not the segment; --audio keep cuts its own sound"
+            f"--with {','.join(timed)}: lies beside the whole video, not the segment; "
+            "keep its own sound with --audio keep"
         )
     return make_plan(with_sizes(items) if part.count > 1 else items, shuffle=args.order == "shuffled")
 

@@ -1,4 +1,4 @@
-"""What happens to samples that can't be used: recorded one by one, counted by source and reason, stopped above a rate.
+"""Ledger of samples that can't be used: recorded one by one, counted by source and reason, stopped above a rate.
 
 Workers replace a bad sample and send a record along with the micro-batch; the rank keeps the ledger.
 """
@@ -34,7 +34,7 @@ class BadSample:
 
 
 class BadSampleLedger:
-    """Counts what was tried and what was unusable, by source and reason; writes every record to the run folder.
+    """Counts of what was tried and what was unusable, by source and reason; every record goes to the run folder.
 
     Args:
         run_dir: The run folder; nothing is written where it is None.
@@ -57,6 +57,7 @@ class BadSampleLedger:
 
     def record(self, batch: dict[str, Any]) -> None:
         """Take note of a micro-batch of the stream."""
+        # One view of each: a sample counts once, however many views were made of it.
         samples = batch["source"][batch["view"] == 0].tolist()
         self.tried.update(self._sources[source] for source in samples)
         records: list[BadSample] = batch["bad"]
@@ -65,19 +66,21 @@ class BadSampleLedger:
         self._write(records)
 
     def numbers(self) -> list[float]:
-        """What ranks add up to judge together: samples tried, unusable ones, and those since the last call; a source
+        """Count what ranks add up to judge together: samples tried, unusable ones, those since the last call; a source
         after the other."""
         rows = [(self.tried[name], self.bad.get(name, Counter()).total(), self._new[name]) for name in self._sources]
         self._new.clear()
+        # Floats: they travel in the all-reduce of the step's metrics, so a good step needs no further collective.
         return [float(number) for row in rows for number in row]
 
     def judge(self, numbers: list[float]) -> DataError | None:
-        """What stops the run: a source with more unusable samples than the recipe allows, and a new one among them.
+        """Build the error that stops the run: more samples of a source are unusable than allowed, one of them is new.
 
         Args:
             numbers: the sum of every rank's `numbers`.
         """
         for source, tried, bad, new in zip(self._sources, numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+            # Only at a new one: a run that is started again above the rate must get somewhere.
             if new and bad >= self._minimum and bad > self._rate * tried:
                 return self._too_many(source, round(bad), round(tried))
         return None
@@ -88,7 +91,7 @@ class BadSampleLedger:
         return sum(counts.total() for counts in self.bad.values())
 
     def state(self) -> dict[str, Any]:
-        """Counts for a checkpoint, as plain numbers; counts of several ranks are added by loading them in turn."""
+        """Return the counts for a checkpoint as plain numbers; loading those of several ranks in turn adds them."""
         return {"tried": dict(self.tried), "bad": {source: dict(counts) for source, counts in self.bad.items()}}
 
     def reset(self, state: dict[str, Any]) -> None:
@@ -108,6 +111,7 @@ class BadSampleLedger:
         self.tried[bad.source] += 1
         self._new[bad.source] += 1
         counts[bad.reason] += 1
+        # One line for each source and reason: a damaged shard would fill the log.
         if counts[bad.reason] == 1:
             logger.warning(
                 "unusable sample replaced (%s; further ones only in %s): source %s, shard %s, key %s: %s",
@@ -127,6 +131,7 @@ class BadSampleLedger:
         if self._path is None or not records:
             return
         lines = "".join(json.dumps(asdict(bad)) + "\n" for bad in records)
+        # A full disk costs these lines and not the run: the counts that decide are in memory.
         with self._tolerate(str(self._path)):
             self._append(lines)
 

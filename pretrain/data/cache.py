@@ -32,7 +32,7 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def local_path(self, url: str, shard: Shard, deadline_s: float) -> str:
-        """Path of the shard's local copy, fetched first if it is not there.
+        """Return the path of the shard's local copy, fetched first if it is not there.
 
         Raises:
             DataError: one shard is larger than the limit.
@@ -56,7 +56,7 @@ class ShardCache:
         return str(target)
 
     def read(self, url: str, shard: Shard, begin: int, end: int, deadline_s: float) -> bytes:
-        """The range [begin, end) of a shard, which is fetched first if it is not there."""
+        """Read the range [begin, end) of a shard, which is fetched first if it is not there."""
         retrying = tenacity.Retrying(
             # Another worker may evict the shard between finding and opening it.
             retry=tenacity.retry_if_exception_type(FileNotFoundError),
@@ -74,7 +74,7 @@ class ShardCache:
             return file.read(end - begin)
 
     def bytes_used(self) -> int:
-        """Bytes of all shards in the folder, those being fetched included."""
+        """Count the bytes of all shards in the folder, those being fetched included."""
         return sum(size for _, size, _ in self._files())
 
     def _reserve(self, partial: Path, size: int, deadline_s: float) -> None:
@@ -110,7 +110,7 @@ class ShardCache:
             return True
 
     def _removed(self, path: Path) -> bool:
-        """Remove a file if it is not being fetched; whether that made room."""
+        """Remove a file if it is not being fetched; tell whether that made room."""
         try:
             if path.suffix != PARTIAL:
                 # A reader that has it open keeps reading; one that is about to open it (`read`) fetches it again.
@@ -124,7 +124,7 @@ class ShardCache:
         return True
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """Time of last use, bytes taken and path of every shard; a shard being fetched takes its final size."""
+        """List time of last use, bytes taken and path of every shard; one being fetched takes its final size."""
         for entry in os.scandir(self.folder):
             if entry.name.endswith((".tar", PARTIAL)):
                 with suppress(FileNotFoundError):

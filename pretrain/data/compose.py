@@ -1,4 +1,4 @@
-"""How sources share steps (`data.compose`): mixed in each batch, a step of each in turn, or side by side.
+"""Ways of sources to share steps (`data.compose`): mixed in each batch, a step of each in turn, or side by side.
 
 All three are arithmetic on the order of an epoch (order.py): which samples make step t follows from (seed, t) alone, so
 ranks, workers and resumes change nothing.
@@ -17,7 +17,7 @@ from pretrain.recipe.schema import Recipe
 
 
 class Composition(ABC):
-    """Which samples make an optimiser step.
+    """Rule that says which samples make an optimiser step.
 
     Attributes:
         steps_per_epoch: optimiser steps of one pass.
@@ -65,6 +65,7 @@ class Mixed(Composition):
         # Two: a worker's read-ahead may be in the next epoch already.
         self.order = functools.lru_cache(maxsize=2)(order)
         self.positions = len(self.order(0))
+        # Whole steps only: one that took from two epochs would have two orders.
         self.steps_per_epoch = self.positions // self._samples
 
     def places(self, step: int, slots: Ints) -> list[Place]:
@@ -88,6 +89,7 @@ class _Apart(Composition):
 
     def __init__(self, shapes: list[SourceShape], quota: int, recipe: Recipe) -> None:
         count = len(shapes)
+        # The others take part with a quota of 0: a place's source stays the number that it has in the recipe.
         self._each = [
             Mixed(shapes, [quota if own == source else 0 for own in range(count)], recipe) for source in range(count)
         ]
@@ -97,7 +99,7 @@ class _Apart(Composition):
         return self._each[place.source].order(place.epoch)
 
     def _of(self, source: int, step: int, slots: Ints) -> list[Place]:
-        """Places of one source, under positions that no other source has: what is random is keyed by them."""
+        """Locate samples of one source, under positions that no other source has: what is random is keyed by them."""
         places, count = self._each[source].places(step, slots), len(self._each)
         return [replace(place, position=place.position * count + source) for place in places]
 
@@ -172,7 +174,7 @@ def epoch_size(recipe: Recipe, sizes: Sequence[int]) -> tuple[int, int]:
 
 
 def _quota(recipe: Recipe, sizes: Sequence[int]) -> int:
-    """Samples of each source in an epoch where sources are kept apart: as many as the largest has."""
+    """Count the samples of each source in an epoch where sources are kept apart: as many as the largest has."""
     if recipe.data.epoch_samples is None:
         return max(sizes)
     shares = len(sizes) if recipe.data.compose == "alternate" else 1

@@ -32,7 +32,7 @@ LOOK_S = 1.0
 
 
 class CrashNotes:
-    """What each worker of a rank is decoding, in memory that they share.
+    """Notes of what each worker of a rank is decoding, in memory that they share.
 
     Args:
         workers: Number of workers; 0: the rank decodes itself, and nothing can outlive a crash.
@@ -40,6 +40,7 @@ class CrashNotes:
     """
 
     def __init__(self, workers: int, limit_s: float) -> None:
+        # No lock: a worker that dies while it holds one would block the rank for ever.
         self._notes = multiprocessing.get_context("spawn").RawArray("q", max(workers, 1) * FIELDS)
         self._limit_s = limit_s
         self._known: frozenset[Location] = frozenset()
@@ -49,7 +50,7 @@ class CrashNotes:
         self._known |= {location}
 
     def of(self, process: int) -> Location | None:
-        """What a process was decoding when it died; None where it was doing something else."""
+        """Find the sample that a process was decoding when it died; None where it was doing something else."""
         for begin in range(0, len(self._notes), FIELDS):
             owner, busy, *location = self._notes[begin : begin + FIELDS]
             if owner == process and busy:
@@ -57,7 +58,7 @@ class CrashNotes:
         return None
 
     def decoder(self, worker: int | None) -> "Decoding":
-        """The notes of one worker; None: the rank itself, which nobody watches."""
+        """Build the notes of one worker; None: the rank itself, which nobody watches."""
         return Decoding(None if worker is None else self._notes, (worker or 0) * FIELDS, self._known, self._limit_s)
 
 
@@ -102,4 +103,5 @@ class Decoding:
             looks = looks + 1 if self._busy and self._started == seen else 0
             seen = self._started
             if looks * LOOK_S > self._limit_s:
+                # Counts as a crash, so that the rank leaves this sample out; an exit code of our own would end the run.
                 os.kill(os.getpid(), signal.SIGABRT)

@@ -46,7 +46,7 @@ class RawSample:
 
 
 class SampleReader:
-    """Reads samples of several data sets; safe to use from many threads.
+    """Reader of the samples of several data sets; safe to use from many threads.
 
     Args:
         indexes: The data sets, in the recipe's order.
@@ -59,6 +59,7 @@ class SampleReader:
         self, indexes: list[ShardIndex], cache: ShardCache | None, deadline_s: float, tables: int = 512
     ) -> None:
         self._indexes, self._cache, self._deadline_s = indexes, cache, deadline_s
+        # Bounded: a worker that kept the table of every shard would grow with the data set.
         self._members = functools.lru_cache(maxsize=tables)(self._load_members)
 
     def read(self, source: int, shard: int, row: int) -> RawSample:
@@ -76,11 +77,14 @@ class SampleReader:
         begin, end = int(members.offsets[row]), int(members.offsets[row] + members.sizes[row])
         try:
             if self._cache is None:
+                # The index could be read, so a denial now may be one that passes: tried again until the deadline.
                 data = storage.read_bytes(url, begin, end, self._deadline_s, denied_for_good=False)
             else:
                 data = self._cache.read(url, entry, begin, end, self._deadline_s)
         except StorageError as error:
             raise store_error(url, error) from error
+        # The size alone does not tell a shard that was replaced by another of the same size, and its sha256 would take
+        # reading all of it, which ranges are there to avoid. zlib takes 0.2 ms a megabyte.
         if members.checksums is not None and zlib.crc32(data) != members.checksums[row]:
             raise DataError(
                 f"{url}: sample {members.keys[row]} has other bytes than when the shard was indexed: it is damaged, or "
@@ -91,7 +95,7 @@ class SampleReader:
         return RawSample(members.keys[row], url, data, linked)
 
     def _linked(self, data: bytes) -> dict[str, VideoFile]:
-        """The video that a sample's link names, by its ending; one that is gone is a matter of this sample."""
+        """Open the video that a sample's link names, by its ending; one that is gone is a matter of this sample."""
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             plain = ((member.name.rsplit(".", 1)[-1], tar.extractfile(member)) for member in tar if member.isfile())
             files = {ending: file.read() for ending, file in plain if file and ending in (LINK_ENDING, SPAN_ENDING)}
@@ -99,7 +103,7 @@ class SampleReader:
         return {ending: open_link(files[LINK_ENDING].decode(), files.get(SPAN_ENDING), self._deadline_s)}
 
     def key(self, source: int, shard: int, row: int) -> str:
-        """Key of a sample by the member table, or its row where the table can't be read; for reports."""
+        """Look up a sample's key in the member table, or its row where the table can't be read; for reports."""
         try:
             return self._members(source, shard).keys[row]
         except DataError:
@@ -123,7 +127,7 @@ class SampleReader:
         return members
 
     def _check_size(self, index: ShardIndex, entry: Shard) -> None:
-        """Once each time a shard is opened: one question, against samples that silently are others."""
+        """Compare a shard's size with the index each time it is opened, against samples that silently are others."""
         url = storage.join(index.url, entry.name)
         try:
             found = storage.size(url, self._deadline_s, denied_for_good=False)
@@ -147,4 +151,5 @@ def read_ahead(items: Iterable[T], read: Callable[[T], R], depth: int) -> Iterat
                 yield waiting.popleft()
         yield from waiting
     finally:
+        # Not waited for: a read that hangs would hold the worker until its deadline.
         pool.shutdown(wait=False, cancel_futures=True)

@@ -81,11 +81,12 @@ class ShardTable(Sequence[Shard]):
         return self._rows["samples"].copy()
 
     def __getstate__(self) -> tuple[Any, np.dtype[Any]]:
-        """To a data worker goes a handle: torch's pickler sends tensors as shared memory, which ends with its users."""
+        """Return a handle for workers: torch's pickler sends tensors as shared memory, which ends with its users."""
         import torch  # seconds that those who only look at an index can do without
 
         if self._memory is None:
             self._memory = torch.from_numpy(self._rows.view(np.uint8).copy()).share_memory_()
+            # The rank reads from the shared copy as well, or it would hold the rows twice.
             self._rows = self._memory.numpy().view(self._rows.dtype)
         return self._memory, self._rows.dtype
 
@@ -124,7 +125,7 @@ def _unpacked(text: bytes) -> str:
 
 @dataclass(frozen=True)
 class MemberTable:
-    """Where each sample of one shard lies: members of one sample are adjacent, `sizes` includes headers and padding."""
+    """Places of the samples of one shard: members of one sample are adjacent, `sizes` includes headers and padding."""
 
     keys: Sequence[str]
     offsets: npt.NDArray[np.int64]
@@ -150,17 +151,18 @@ class ShardIndex:
     @property
     def fingerprint(self) -> str:
         """Hash of names, counts and content hashes: equal fingerprints mean equal data in equal order."""
+        # Checkpoints hold this hash: the same entries spelt otherwise would make a run refuse its own data.
         text = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def members_name(shard: str) -> str:
-    """Name of the member table that belongs to a shard."""
+    """Name the member table that belongs to a shard."""
     return shard.removesuffix(".tar") + ".members.json"
 
 
 def store_error(url: str, error: StorageError) -> DataError:
-    """What ends the run where a file of a data set can't be read: it says nothing about any sample.
+    """Build the error that ends the run where a file of a data set can't be read: it says nothing about any sample.
 
     Args:
         url: The file.

@@ -40,7 +40,7 @@ _TOLD: set[str] = set()
 
 @dataclass(frozen=True)
 class Span:
-    """What of a linked file a sample is, and where in the file that lies: the content of a `.span` member.
+    """Part of a linked file that a sample is, and its place in the file: the content of a `.span` member.
 
     Attributes:
         size: bytes of the file.
@@ -58,7 +58,7 @@ class Span:
     frames: Range | None = None
 
     def to_json(self) -> bytes:
-        """As it is stored."""
+        """Write it as it is stored."""
         content: dict[str, Any] = {"bytes": self.size, "index": self.index}
         if self.segment is not None:
             content |= {"start": self.segment.start, "end": self.segment.end}
@@ -124,7 +124,7 @@ class LinkedVideo(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """The place of the next read, bytes."""
+        """Return the place of the next read, bytes."""
         return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -134,7 +134,7 @@ class LinkedVideo(io.RawIOBase):
         return self._place
 
     def read(self, size: int = -1, /) -> bytes:
-        """Up to `size` bytes, all that is left for -1, fewer only at the file's end and where the storage fails.
+        """Read up to `size` bytes, all that is left for -1, fewer only at the file's end and where the storage fails.
 
         FFmpeg is what reads, and no exception passes through C code: whoever lets it read asks `check` afterwards.
         """
@@ -152,13 +152,13 @@ class LinkedVideo(io.RawIOBase):
         return b"".join(parts)
 
     def readinto(self, buffer: Any) -> int:
-        """`read` into a buffer; returns the number of bytes."""
+        """Read into a buffer; return the number of bytes."""
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def whole(self) -> bytes:
-        """The whole file, for decoders that need it; nothing of it is kept here.
+        """Read the whole file, for decoders that need it; nothing of it is kept here.
 
         Raises:
             SampleError, DataError: see `_fetch`.
@@ -177,6 +177,7 @@ class LinkedVideo(io.RawIOBase):
             if (len(self._blocks) + last - first) * BLOCK > LIMIT // 2:
                 break
             self._keep(first, self._fetch(first * BLOCK, min(last * BLOCK, self.span.size)))
+        # A reader's thread waited for these bytes; decoding has its own time.
         self._left_s = PATIENCE * self._deadline_s
 
     def check(self) -> None:
@@ -204,7 +205,7 @@ class LinkedVideo(io.RawIOBase):
             self._blocks[first + begin // BLOCK] = data[begin : begin + BLOCK]
 
     def _fetch(self, begin: int, end: int) -> bytes:
-        """A range from the storage.
+        """Fetch a range from the storage.
 
         Raises:
             SampleError: "missing" where the file is gone, "changed" where its size is another.
@@ -221,8 +222,9 @@ class LinkedVideo(io.RawIOBase):
         return data
 
     def _changed(self, error: StorageError) -> SampleError | None:
-        """Whether a read failed since the file is another than when it was indexed, which is a matter of its sample."""
+        """Build the error of a file that is another than when it was indexed, a matter of its sample; else None."""
         try:
+            # One second: the read has waited for its deadline already, and a store that is gone must not take it twice.
             found = storage.size(self.url, 1.0)
         except StorageError:
             return None
@@ -241,14 +243,14 @@ VideoFile = bytes | LinkedVideo
 
 
 def linked_error(url: str, error: StorageError) -> SampleError | DataError:
-    """What a failed read of a linked file means: one that is gone is a matter of its sample."""
+    """Build the error that a failed read of a linked file means: one that is gone is a matter of its sample."""
     if isinstance(error.__cause__, FileNotFoundError):
         return SampleError("missing", str(error))
     return store_error(url, error)
 
 
 def open_link(where: str, span: bytes | None, deadline_s: float) -> VideoFile:
-    """The video at a path or URL: ready to be read as its span says, or whole without one.
+    """Open the video at a path or URL: ready to be read as its span says, or whole without one.
 
     Raises:
         SampleError, DataError: see `linked_error`.
@@ -271,7 +273,7 @@ def tell_whole(url: str, why: str) -> None:
 
 
 def _block_runs(ranges: Iterable[Range]) -> list[Range]:
-    """The blocks of some byte ranges, as runs [first, last) in the order given, none twice."""
+    """List the blocks of some byte ranges, as runs [first, last) in the order given, none twice."""
     runs: list[Range] = []
     seen: set[int] = set()
     for begin, end in ranges:

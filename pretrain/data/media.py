@@ -1,4 +1,4 @@
-"""What files are by the ending of their names, and the pixel statistics that published networks were trained with."""
+"""Kinds of files by the ending of their names, and the pixel statistics that published networks were trained with."""
 
 import posixpath
 from collections.abc import Iterable
@@ -40,27 +40,27 @@ STD = (0.229, 0.224, 0.225)
 
 
 def extension_of(name: str) -> str:
-    """Last part of a file's or member's name, in lower case, without the dot."""
+    """Return the last part of a file's or member's name, in lower case, without the dot."""
     return posixpath.splitext(name)[1].lstrip(".").lower()
 
 
 def kind_of(name: str) -> Kind | None:
-    """What a file is by the last part of its name; None for anything else, a json for example."""
+    """Tell a file's kind by the last part of its name; None for anything else, a json for example."""
     return kind_of_ending(extension_of(name))
 
 
 def kind_of_ending(ending: str) -> Kind | None:
-    """What a member is by its ending, all that follows the first dot of its name: "mp4" or "flow.npy"."""
+    """Tell a member's kind by its ending, all that follows the first dot of its name: "mp4" or "flow.npy"."""
     last = ending.rpartition(".")[2].lower()
     return next((kind for kind, endings in ENDINGS.items() if last in endings), None)
 
 
 def is_of_kind(name: str, kind: Kind) -> bool:
-    """Whether a file can be taken for one of `kind`."""
+    """Tell whether a file can be taken for one of `kind`."""
     return extension_of(name) in ENDINGS[kind] | ALSO.get(kind, frozenset())
 
 
 def plural_of(kinds: Iterable[Kind]) -> str:
-    """What to call several samples of these kinds: "videos", say, or "samples" where there are several kinds."""
+    """Name several samples of these kinds: "videos", say, or "samples" where there are several kinds."""
     names = {f"{kind}s" for kind in kinds}
     return names.pop() if len(names) == 1 else "samples"

@@ -1,4 +1,4 @@
-"""The files of one sample, by what they hold: its json is parsed once, whoever asks for parts of it."""
+"""The files of one sample, found by what they hold; its json is parsed once, whoever asks for parts of it."""
 
 import functools
 import io
@@ -41,7 +41,7 @@ class Members:
         self.files, self.key, self.url = files, key, url
 
     def video(self, name: str = "") -> VideoFile:
-        """The video among them, for `open_video`: its bytes, or a linked film or segment, read as far as is needed.
+        """Return the video among them, for `open_video`: its bytes, or a linked film or segment, read as far as needed.
 
         Raises:
             SampleError: "index" where there is none.
@@ -50,12 +50,13 @@ class Members:
         return found
 
     def image(self, name: str = "") -> bytes:
-        """The image among them, for `decoders.image`. Errors as for `video`."""
+        """Return the image among them, for `decoders.image`. Errors as for `video`."""
         return self._of_kind(_endings("image"), "image (.jpg or another of {})", name)
 
     def sound(self, name: str = "") -> VideoFile:
-        """The sound among them, for `decoders.sound`: a sound file, or else the video, whose sound stream is meant; of
-        a linked film or segment it is read as far as is needed.
+        """Return the sound among them, for `decoders.sound`: a sound file, or else the video, whose sound is meant.
+
+        Of a linked film or segment it is read as far as is needed.
 
         Raises:
             SampleError: "index" where there is neither.
@@ -65,20 +66,20 @@ class Members:
         return found
 
     def array(self, name: str = "") -> bytes:
-        """The file of arrays among them, for `decoders.array`. Errors as for `video`."""
+        """Return the file of arrays among them, for `decoders.array`. Errors as for `video`."""
         return self._of_kind(ENDINGS["array"], "array (.npy or another of {})", name)
 
     def raster(self, name: str = "") -> bytes:
-        """The GeoTIFF among them, for `decoders.geotiff`. Errors as for `video`."""
+        """Return the GeoTIFF among them, for `decoders.geotiff`. Errors as for `video`."""
         return self._of_kind(ENDINGS["raster"], "raster ({})", name)
 
     def text(self, name: str = "") -> str:
-        """The text among them, or the first where there are several; see `texts`."""
+        """Return the text among them, or the first where there are several; see `texts`."""
         return self.texts(name)[0]
 
     def texts(self, name: str = "") -> list[str]:
-        """Texts of the sample: of its text file, else of the member `<name>.json`, else what its json (or the `meta`
-        in it) says under `name`; the last two may hold one text or a list of them.
+        """Collect the sample's texts: of its text file, else of the member `<name>.json`, else what its json (or the
+        `meta` in it) says under `name`; the last two may hold one text or a list of them.
 
         Args:
             name: which; without one the first text file, else "caption" or "text" in the other places.
@@ -97,7 +98,7 @@ class Members:
         return texts
 
     def boxes(self) -> Any:
-        """What the member `boxes.json` holds, else what the json (or the `meta` in it) says under `boxes`.
+        """Read the boxes: of the member `boxes.json`, else what the json (or the `meta` in it) says under `boxes`.
 
         Raises:
             SampleError: "index" where there are none, "boxes" where their json is damaged.
@@ -115,7 +116,7 @@ class Members:
         return content if isinstance(content, LinkedVideo) else bytes(content)
 
     def _find(self, endings: frozenset[str], name: str) -> str | None:
-        """The first member's ending of one of a kind's endings, with its name before it if one is given."""
+        """Find the first member of a kind, and of a name if one is given; its ending, None without."""
         for ending in self.files:
             first, _, last = ending.rpartition(".")
             if last in endings and name in ("", first):
@@ -128,13 +129,14 @@ class Members:
 
     def _decoded(self, ending: str) -> str:
         try:
+            # -sig: a byte order mark, with which some editors begin a file, would else be part of the caption.
             return bytes(self.files[ending]).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise SampleError("text", f"{ending} is not in UTF-8 ({error})") from error
 
     def _stated(self, names: list[str], reason: str) -> Any:
-        """What a member `<name>.json` holds, else what the json, or the `meta` in it, says under the first of some
-        names that is there; None without."""
+        """Read a member `<name>.json`, else what the json, or the `meta` in it, says under the first of some names
+        that is there; None without."""
         for name in names:
             if f"{name}.json" in self.files:
                 try:
@@ -152,6 +154,7 @@ class Members:
     def _json(self) -> Any:
         """The json's content, or the error that reading it raised."""
         try:
+            # The error is kept and not raised: whoever needs pixels only must not lose the sample to a damaged json.
             return json.loads(self.files.get("json", b"{}"))
         except ValueError as error:
             return error
@@ -171,7 +174,7 @@ class Members:
 
     @property
     def label(self) -> Any:
-        """What the json says under `label`, else the member `cls`: a number, or text. None without either.
+        """The label: of the json, else of the member `cls`; a number, or text. None without either.
 
         Errors as for `facts`.
         """
@@ -179,6 +182,7 @@ class Members:
         if label is not None or LABEL_ENDING not in self.files:
             return label
         text = bytes(self.files[LABEL_ENDING]).decode(errors="replace").strip()
+        # Not isdigit, which takes a superscript for a digit: int() then raises.
         return int(text) if text.lstrip("-").isdecimal() else text
 
     @property
@@ -200,12 +204,13 @@ class Members:
         return range(first, first + frames * step, step)
 
     def _numbers(self, part: str | None, *names: str) -> list[int]:
-        """Whole numbers of a part of the json; -1 for each of them where one is missing or something else."""
+        """Read whole numbers of a part of the json; -1 for each of them where one is missing or something else."""
         try:
             section = self._json if part is None else self._json[part]
             found = [section[name] for name in names]
         except (KeyError, TypeError):
             found = [None]
+        # Not isinstance: a json's true would pass for 1.
         return found if all(type(number) is int for number in found) else [-1] * len(names)
 
 
@@ -214,7 +219,7 @@ def _endings(kind: Kind) -> frozenset[str]:
 
 
 def parse_sample(raw: RawSample) -> Members:
-    """Members of a sample, with webdataset's own tar reading and grouping.
+    """Split a sample into its members, with webdataset's own tar reading and grouping.
 
     Raises:
         SampleError: "index" where the bytes are not the one sample that the index promises.

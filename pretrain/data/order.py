@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SourceShape:
-    """What the order needs to know of a source: its name, the samples of each shard, its weight in the mix."""
+    """A source as the order sees it: its name, the samples of each shard, its weight in the mix."""
 
     name: str
     counts: Ints
@@ -33,7 +33,7 @@ class SourceShape:
 
 
 class Location(NamedTuple):
-    """Where samples lie, one entry a sample: indices of source, shard and row in the shard; pass over the source."""
+    """Places of samples, one entry a sample: indices of source, shard and row in the shard; pass over the source."""
 
     source: Ints
     shard: Ints
@@ -42,7 +42,7 @@ class Location(NamedTuple):
 
 
 def epoch_quotas(shapes: list[SourceShape], epoch_samples: int | None) -> list[int]:
-    """Samples that each source contributes to one epoch.
+    """Count the samples that each source contributes to one epoch.
 
     Without weights and `epoch_samples` every source contributes all it holds. Otherwise shares follow the weights
     (without weights: the sizes), rounded so that they add up (largest remainders first).
@@ -62,6 +62,7 @@ def epoch_quotas(shapes: list[SourceShape], epoch_samples: int | None) -> list[i
     exact = shares / shares.sum() * total
     quotas = np.floor(exact).astype(np.int64)
     left = total - int(quotas.sum())
+    # Stable: sources with equal remainders get theirs in the recipe's order, on every machine.
     quotas[np.argsort(quotas - exact, kind="stable")[:left]] += 1
     return [int(quota) for quota in quotas]
 
@@ -110,16 +111,17 @@ class EpochOrder:
         self.lane_length = total // lanes
         self._shape_ends = [np.cumsum(shape.counts) for shape in shapes]
         units = [_units(s, shape, quotas[s], seed, epoch) for s, shape in enumerate(shapes)]
+        # Permuted over all sources before the line is cut into lanes: else a lane would hold one source after another.
         self._units = np.concatenate(units, axis=1)[:, generator(seed, epoch, "units").permutation(_width(units))]
         self._starts = np.cumsum(self._units[4]) - self._units[4]
         self._windows: dict[int, tuple[int, Ints]] = {}
 
     def __len__(self) -> int:
-        """Positions of the epoch; up to lanes - 1 samples at the end of the line are left out."""
+        """Count the positions of the epoch; up to lanes - 1 samples at the end of the line are left out."""
         return self.lane_length * self.lanes
 
     def locate(self, positions: npt.ArrayLike) -> Location:
-        """Where the samples of some positions lie; `positions` is one-dimensional, each in [0, len(self))."""
+        """Locate the samples of some positions; `positions` is one-dimensional, each in [0, len(self))."""
         position = np.asarray(positions, dtype=np.int64)
         if position.size and not (0 <= position.min() and position.max() < len(self)):
             raise IndexError(f"positions {position.min()}..{position.max()} outside of an epoch of {len(self)}")
@@ -128,25 +130,28 @@ class EpochOrder:
         shuffled = np.fromiter(
             (
                 self._permutation(*place)[i]
+                # Python's integers: the key tells types apart, so NumPy's would draw other permutations.
                 for *place, i in zip(lane.tolist(), window.tolist(), inside.tolist(), strict=True)
             ),
             dtype=np.int64,
             count=len(position),
         )
         index = lane * self.lane_length + window * self.window + shuffled
+        # From the right: an index that equals a start belongs to the unit that begins there.
         unit = np.searchsorted(self._starts, index, side="right") - 1
         source, passes, shard, first, _ = self._units[:, unit]
         return Location(source, shard, first + index - self._starts[unit], passes)
 
     def substitute(self, source: int, position: int, attempt: int) -> tuple[int, int]:
-        """(shard, row) tried in place of an unusable sample: the same source, a function of position and attempt."""
+        """Choose (shard, row) in place of an unusable sample: the same source, a function of position and attempt."""
         ends = self._shape_ends[source]
+        # A hash and no state: who serves the position, or after which resume, must not change its substitute.
         index = key_of(self.seed, self.epoch, position, attempt, "substitute") % int(ends[-1])
         shard = int(np.searchsorted(ends, index, side="right"))
         return shard, index - (int(ends[shard - 1]) if shard else 0)
 
     def _permutation(self, lane: int, window: int) -> Ints:
-        """Order inside a window. One per lane is kept: a lane is walked forwards, and all lanes take turns."""
+        """Draw the order inside a window. One per lane is kept: a lane is walked forwards, and all lanes take turns."""
         known = self._windows.get(lane)
         if known is not None and known[0] == window:
             return known[1]
@@ -161,7 +166,7 @@ def _width(units: list[Ints]) -> int:
 
 
 def _units(source: int, shape: SourceShape, quota: int, seed: int, epoch: int) -> Ints:
-    """What one source gives to one epoch, as columns (source, pass, shard, first row, rows).
+    """List what one source gives to one epoch, as columns (source, pass, shard, first row, rows).
 
     The source is an endless line of passes, each with its shards in an order of its own; epoch e takes the stretch
     [e * quota, (e + 1) * quota), so a pass that ends in mid-epoch goes on where it stopped in the next epoch.
@@ -170,6 +175,8 @@ def _units(source: int, shape: SourceShape, quota: int, seed: int, epoch: int) -
     size = shape.samples
     columns = []
     for number in range(begin // size, -(-end // size)):
+        # Keyed by the source's name, so that another source in the recipe does not reorder this one, and by the pass,
+        # so that one which ends in mid-epoch goes on in the same order.
         order = generator(seed, shape.name, number, "shards").permutation(len(shape.counts))
         ends = number * size + np.cumsum(shape.counts[order])
         starts = ends - shape.counts[order]

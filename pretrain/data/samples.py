@@ -1,4 +1,4 @@
-"""What data workers make of a sample: the contract of every kind, and the maker that replaces unusable samples."""
+"""Samples as data workers make them: the contract of every kind, and the maker that replaces unusable ones."""
 
 import abc
 import functools
@@ -120,28 +120,28 @@ def index_columns(samples: list[Sample], views: int) -> Batch:
 
 
 def made_up_samples(count: int, arrays: Callable[[Place], Arrays]) -> list[Sample]:
-    """Samples at the first positions of the first epoch, for `Samples.example`."""
+    """Make samples at the first positions of the first epoch, for `Samples.example`."""
     places = [Place(0, position, 0, 0, position) for position in range(count)]
     return [Sample(place, f"made_up_{place.position}", arrays(place)) for place in places]
 
 
 def draws(seed: int, place: Place, views: int) -> list[Draw]:
-    """Generator factories of a sample's views."""
+    """Build the generator factories of a sample's views."""
     return [functools.partial(generator, seed, place.epoch, place.position, view) for view in range(views)]
 
 
 def stacked(arrays: list[np.ndarray]) -> np.ndarray:
-    """Arrays of all views, [views, ...]; a single one, which is most of a sample's bytes, is not copied."""
+    """Stack the arrays of all views, [views, ...]; a single one, which is most of a sample's bytes, is not copied."""
     return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    """Arrays one after the other; a single one is not copied."""
+    """Join arrays one after the other; a single one is not copied."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 class SampleMaker:
-    """Makes samples; replaces those that can't be used.
+    """Maker of samples that replaces those that can't be used.
 
     Args:
         data: The recipe's data section.
@@ -158,7 +158,7 @@ class SampleMaker:
         self._samples, self._decoding = samples, decoding
 
     def make(self, place: Place, order: EpochOrder, fetched: Callable[[], RawSample]) -> Sample:
-        """The sample of a place, or its first usable substitute.
+        """Make the sample of a place, or its first usable substitute.
 
         Args:
             place: Position and location.
@@ -172,12 +172,14 @@ class SampleMaker:
         shard, row, read = place.shard, place.row, fetched
         for attempt in range(self._data.bad_attempts + 1):
             if attempt:
+                # Not read ahead: whether a substitute is needed shows only when the sample before it has failed.
                 shard, row = order.substitute(place.source, place.position, attempt)
                 read = functools.partial(self._reader.read, place.source, shard, row)
             try:
                 note(f"data: reading position {place.position} of epoch {place.epoch}")
                 raw = read()
                 note(f"data: decoding {raw.key} of {raw.url}")
+                # Reading stays outside: its deadline is its own, and a slow store must not count as a hung decoder.
                 with self._decoding.of((place.source, shard, row)):
                     arrays = self._samples(place, self._sources[place.source], parse_sample(raw))
                 return Sample(place, raw.key, arrays, bad)
@@ -192,6 +194,7 @@ class SampleMaker:
 
     def _record(self, place: Place, shard: int, row: int, attempt: int, error: SampleError) -> BadSample:
         source = self._sources[place.source]
+        # Not the key in the bytes: what was read may be another sample, or no sample at all.
         key = self._reader.key(place.source, shard, row)
         detail = str(error).removeprefix(f"{error.reason}: ")
         return BadSample(

@@ -43,7 +43,7 @@ WATCH_S = 5.0
 
 
 class WorkerPipeline:
-    """The stages that run in a data worker; sent to it by pickle, so all that opens files is made there."""
+    """Stages that run in a data worker; sent to it by pickle, so all that opens files is made there."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class WorkerPipeline:
         self._rank, self._world_size, self._first, self._crashes = rank, world_size, first, crashes
 
     def dataset(self) -> webdataset.DataPipeline:
-        """The stages as a webdataset pipeline."""
+        """Join the stages to a webdataset pipeline."""
         return webdataset.DataPipeline(self.places, self.samples, self.batches)
 
     @functools.cached_property
@@ -67,7 +67,7 @@ class WorkerPipeline:
         return StreamPlan(self._recipe, self._sources)
 
     def places(self) -> Iterator[Place]:
-        """Where this worker's samples lie, micro-batch by micro-batch, for ever."""
+        """Locate this worker's samples, micro-batch by micro-batch, for ever."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         plan = self._plan
@@ -157,7 +157,7 @@ class TrainStream:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro-batch.
+        """Return the next micro-batch.
 
         Raises:
             DataError: a worker met an error that ends the run, or died.
@@ -169,6 +169,8 @@ class TrainStream:
             try:
                 batch = next(self._batches)
                 break
+            # torch's own check of its workers raises RuntimeError; the other two come up when the file descriptor of a
+            # tensor is to be fetched from a worker that is gone.
             except (RuntimeError, OSError, EOFError) as error:
                 if not self._tells_of_a_death(error):
                     raise
@@ -185,20 +187,24 @@ class TrainStream:
 
     def close(self) -> None:
         """End the workers."""
+        # Dropping the iterator is how a DataLoader ends its workers; it has no close.
         self._batches = None
 
     def _start(self) -> None:
         """Start the workers at the next micro-batch."""
         loader: DataLoader[Batch] = DataLoader(
             self._pipeline(self._next, self._crashes).dataset(),
+            # The pipeline yields whole micro-batches; with a batch size torch would collate them once more.
             batch_size=None,
             num_workers=self._workers,
+            # Without workers torch refuses any factor.
             prefetch_factor=self._recipe.data.prefetch if self._workers else None,
             pin_memory=torch.cuda.is_available(),
             # A forked worker would inherit locks of file system, CUDA and process group threads in any state.
             multiprocessing_context="spawn" if self._workers else None,
             worker_init_fn=prepare_worker,
         )
+        # The DataLoader keeps its processes under a private name; those that are new among our children are theirs.
         others = set(multiprocessing.active_children())
         on_death = signal.getsignal(signal.SIGCHLD)
         with _stop_signals_held():
@@ -210,7 +216,7 @@ class TrainStream:
         self._processes = [process for process in multiprocessing.active_children() if process not in others]
 
     def _tells_of_a_death(self, error: Exception) -> bool:
-        """Whether the DataLoader failed because a worker is gone: it says so, or could not take over its tensors."""
+        """Tell whether the DataLoader failed since a worker is gone: it says so, or could not take over its tensors."""
         if isinstance(error, RuntimeError):
             return "exited unexpectedly" in str(error) or "killed by signal" in str(error)
         for process in self._processes:
@@ -218,7 +224,7 @@ class TrainStream:
         return any(process.exitcode not in (None, 0) for process in self._processes)
 
     def _take_out(self, error: Exception) -> None:
-        """After the death of a worker: leave out the sample that caused it, so that the workers can start again.
+        """Leave out the sample that caused a worker's death, so that the workers can start again.
 
         Raises:
             DataError: it was no sample.
@@ -226,6 +232,7 @@ class TrainStream:
         dead = [process for process in self._processes if process.exitcode not in (None, 0)]
         crashed = [process for process in dead if process.exitcode in CRASHES]
         locations = [location for process in crashed if (location := self._crashes.of(process.pid or 0))]
+        # A death by SIGKILL means that memory is short: starting again without some sample would hide it.
         if not locations or len(crashed) < len(dead):
             raise DataError(
                 f"a data worker died ({error}). Killed for memory? Then lower data.workers, data.prefetch or "
@@ -266,6 +273,7 @@ def prepare_worker(worker: int) -> None:
     gc.freeze()
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # Blocked, since `_watch` takes them by sigtimedwait; unblocked, either would end the worker by default.
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM, stacks.SIGNAL})
     # Not os.getppid(): a rank that was killed while this process started has been replaced by init there.
     rank = multiprocessing.parent_process()

@@ -1,4 +1,4 @@
-"""Which positions a rank serves in which micro-batch, and where an epoch begins: the bookkeeping around the order."""
+"""Bookkeeping around the order: the positions that a rank serves in each micro-batch, and where an epoch begins."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class OpenSource:
 
     @property
     def shape(self) -> SourceShape:
-        """What the order needs."""
+        """The source as the order sees it."""
         return SourceShape(self.name, self.index.shards.samples, self.options.weight)
 
 
@@ -54,6 +54,7 @@ class StreamPlan:
         self.samples, self.micro = recipe.batch.samples, recipe.batch.micro
         self.composition = compose(recipe, [source.shape for source in sources])
         self.steps_per_epoch = self.composition.steps_per_epoch
+        # Told here: the first division by it would fail inside a data worker, without a key of the recipe.
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"an epoch has {self.composition.positions} positions in {recipe.data.lanes} lanes, batch.samples is "
@@ -61,8 +62,9 @@ class StreamPlan:
             )
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches of one rank in one optimiser step."""
+        """Count the micro-batches of one rank in one optimiser step."""
         served = self.micro * world_size
+        # Not rounded to what fits: batch.samples scales the learning rate and decides which samples make a step.
         if self.samples % served:
             below, above = self.samples // served * served, (self.samples // served + 1) * served
             raise RecipeError(

@@ -16,7 +16,7 @@ class Segment(NamedTuple):
 
     @classmethod
     def checked(cls, start: Any, end: Any) -> Self:
-        """A segment of numbers as a list states them.
+        """Build a segment of numbers as a list states them.
 
         Raises:
             ValueError: not numbers, negative, or nothing between them.
@@ -30,7 +30,7 @@ class Segment(NamedTuple):
         return cls(begins, ends)
 
     def ticks(self, first: int, time_base: Fraction) -> tuple[int, int | None]:
-        """Bounds [from, to) of the time stamps of its frames, in ticks of `time_base`.
+        """Compute the bounds [from, to) of the time stamps of its frames, in ticks of `time_base`.
 
         Args:
             first: Time stamp of the video's first frame.
@@ -41,15 +41,16 @@ class Segment(NamedTuple):
         )
 
     def latest_key(self, first: int, time_base: Fraction) -> int:
-        """The last time stamp at which a key frame may lie for the segment to be decoded from it; see `ticks`."""
+        """Compute the last time stamp of a key frame from which the segment can be decoded; see `ticks`."""
         return first + math.floor(Fraction(self.start + ROUNDING_S) / time_base)
 
     @staticmethod
     def _tick(seconds: float, first: int, time_base: Fraction) -> int:
+        # Not below 0: a bound before the first frame could make `of` slice from a negative index, counted from the end.
         return first + math.ceil(Fraction(max(seconds - ROUNDING_S, 0)) / time_base)
 
     def of(self, stamps: range, time_base: Fraction) -> range:
-        """Those of a video's evenly spaced time stamps that lie in it."""
+        """Select those of a video's evenly spaced time stamps that lie in it."""
         begin, end = self.ticks(stamps.start, time_base)
         to = len(stamps) if end is None else -((stamps.start - end) // stamps.step)
         return stamps[-((stamps.start - begin) // stamps.step) : to]

@@ -14,7 +14,7 @@ ROOT = "objective"
 
 
 @dataclass(frozen=True)
-class Finding:
+class NonFinite:
     """The first place where something is not finite.
 
     Attributes:
@@ -51,7 +51,7 @@ class Probe:
     module: nn.Module
     clips: int
     activations: dict[str, Activation] = field(default_factory=dict)
-    finding: Finding | None = None
+    finding: NonFinite | None = None
     _handles: list[Any] = field(default_factory=list)
     _last_sound: str = ""
 
@@ -76,7 +76,7 @@ class Probe:
         if bad and self.finding is None:
             maker = name.rpartition(".")[0] or ROOT
             text = f"what {maker} hands to {name or ROOT} is not finite ({_count(bad)}): its own code made it"
-            self.finding = Finding("forward", maker, text, _clips(bad[0], self.clips))
+            self.finding = NonFinite("forward", maker, text, _clips(bad[0], self.clips))
 
     def _after(self, name: str, part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         values = list(tensors(output))
@@ -86,7 +86,7 @@ class Probe:
         bad = [value for value in values if not _finite(value)]
         if bad and self.finding is None:
             text = f"the output of {name or ROOT} is not finite ({_count(bad)}), its input is"
-            self.finding = Finding("forward", name or ROOT, text, _clips(bad[0], self.clips))
+            self.finding = NonFinite("forward", name or ROOT, text, _clips(bad[0], self.clips))
         for value in values:
             if value.requires_grad:
                 value.register_hook(functools.partial(self._output_gradient, name or ROOT))
@@ -97,19 +97,19 @@ class Probe:
         elif self.finding is None:
             maker = self._last_sound or ROOT
             text = f"the gradient with respect to the output of {name} is not finite: made in the backward of {maker}"
-            self.finding = Finding("backward", maker, text, _clips(gradient, self.clips))
+            self.finding = NonFinite("backward", maker, text, _clips(gradient, self.clips))
 
     def _parameter_gradient(self, name: str, gradient: Tensor) -> None:
         if not _finite(gradient) and self.finding is None:
             text = f"the gradient of {name} is not finite ({_count([gradient])})"
-            self.finding = Finding("backward", name.rpartition(".")[0] or ROOT, text)
+            self.finding = NonFinite("backward", name.rpartition(".")[0] or ROOT, text)
 
 
-def bad_weights(module: nn.Module) -> Finding | None:
+def bad_weights(module: nn.Module) -> NonFinite | None:
     """The first parameter or buffer that is not finite."""
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if not _finite(value):
-            return Finding("weights", name.rpartition(".")[0] or ROOT, f"{name} is not finite ({_count([value])})")
+            return NonFinite("weights", name.rpartition(".")[0] or ROOT, f"{name} is not finite ({_count([value])})")
     return None
 
 

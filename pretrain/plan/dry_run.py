@@ -40,7 +40,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunOutline:
     """Numbers that several sections share."""
 
     ranks: int
@@ -74,7 +74,7 @@ def dry_run(method: Method) -> list[Section]:
     ]
 
 
-def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | None]) -> Plan:
+def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | None]) -> RunOutline:
     if "WORLD_SIZE" in os.environ:
         ranks, origin = int(os.environ["WORLD_SIZE"]), "launched"
     elif recipe.batch.ranks:
@@ -84,10 +84,10 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
     epoch = epoch_of(recipe, indices)
     schedule = build_schedule(recipe, epoch[1]) if epoch is not None else None
     accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
-    return Plan(ranks, origin, accumulation, size_of(objective), epoch[0] if epoch else None, schedule)
+    return RunOutline(ranks, origin, accumulation, size_of(objective), epoch[0] if epoch else None, schedule)
 
 
-def _model_section(objective: Objective, plan: Plan) -> Section:
+def _model_section(objective: Objective, plan: RunOutline) -> Section:
     section = Section("model")
     module = getattr(objective, "model", objective)
     total, trained = plan.size.parameters, plan.size.trained
@@ -164,7 +164,7 @@ def _shares(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> dict[str, 
     return {name: ", ".join(filter(None, (part, remarks[name]))) for name, part in parts.items()}
 
 
-def _batch_section(method: Method, plan: Plan) -> Section:
+def _batch_section(method: Method, plan: RunOutline) -> Section:
     recipe = method.recipe
     section, batch, views = Section("one optimiser step"), recipe.batch, recipe.input.views
     section.add("videos", f"{batch.samples:,}", "batch.samples, over all ranks")
@@ -202,7 +202,7 @@ def _learning_rate_section(recipe: Recipe) -> Section:
     return section
 
 
-def _schedule_section(recipe: Recipe, plan: Plan) -> Section:
+def _schedule_section(recipe: Recipe, plan: RunOutline) -> Section:
     section, views, asked = Section("schedule"), recipe.input.views, recipe.schedule
     effective = f"{asked.epochs * views:g} effective, with {views} views" if views > 1 else ""
     if asked.steps is None:
@@ -253,7 +253,7 @@ def _marks(schedule: Schedule) -> list[int]:
     return sorted(step for step in marks if step < schedule.total)
 
 
-def _memory_section(method: Method, plan: Plan) -> Section:
+def _memory_section(method: Method, plan: RunOutline) -> Section:
     """List what a rank holds of the model, and of what the objective keeps beside it."""
     recipe = method.recipe
     section = Section(f"memory of one rank (ZeRO {recipe.zero.stage}, {recipe.compute.dtype})")
@@ -266,7 +266,7 @@ def _memory_section(method: Method, plan: Plan) -> Section:
     return section
 
 
-def _deepspeed_section(recipe: Recipe, plan: Plan) -> Section:
+def _deepspeed_section(recipe: Recipe, plan: RunOutline) -> Section:
     """The configuration that DeepSpeed gets where there are accelerators."""
     section = Section("deepspeed.initialize")
     config = deepspeed_config(recipe, accumulation=plan.accumulation, parameters=plan.size.parameters, on_cpu=False)
@@ -279,7 +279,7 @@ def _deepspeed_section(recipe: Recipe, plan: Plan) -> Section:
     return section
 
 
-def _checkpoint_section(recipe: Recipe, plan: Plan) -> Section:
+def _checkpoint_section(recipe: Recipe, plan: RunOutline) -> Section:
     section, checkpoint = Section("checkpoints"), recipe.checkpoint
     section.add("folder", f"{recipe.run.dir}/checkpoints")
     steps = f"{every_steps(recipe, plan.schedule):,} steps" if plan.schedule else "steps of an epoch unknown"

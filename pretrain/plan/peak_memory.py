@@ -47,7 +47,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Moment:
+class MemoryMoment:
     """What comes and goes, at one time; bytes."""
 
     gradients: float
@@ -116,7 +116,7 @@ class _Flow:
         fused = not on_cpu and recipe.optim.name != "lars"
         self.update = 0.0 if offloads(recipe) or fused else self.share * _update_width(recipe)
 
-    def moments(self) -> Iterator[Moment]:
+    def moments(self) -> Iterator[MemoryMoment]:
         """Of the recipe's ZeRO stage."""
         stage = self.recipe.zero.stage
         if stage == 0:
@@ -125,53 +125,53 @@ class _Flow:
             return self._bf16_optimizer()
         return self._gathering() if stage == 3 else self._bucketed()
 
-    def _unsharded(self) -> Iterator[Moment]:
+    def _unsharded(self) -> Iterator[MemoryMoment]:
         """Without ZeRO; updates go tensor by tensor, so their temporaries are small."""
-        yield Moment(self.kept, 0.0, self.activations)
+        yield MemoryMoment(self.kept, 0.0, self.activations)
         # engine.allreduce_bucket flattens gradients into one tensor.
-        yield Moment(self.gradients, min(self.trained, ALLREDUCE_VALUES) * self.width)
+        yield MemoryMoment(self.gradients, min(self.trained, ALLREDUCE_VALUES) * self.width)
         if self.width < 4:
             # FP16_UnfusedOptimizer.step gives every parameter's float32 copy a gradient.
-            yield Moment(self.gradients, self.trained * 4)
+            yield MemoryMoment(self.gradients, self.trained * 4)
 
-    def _bf16_optimizer(self) -> Iterator[Moment]:
+    def _bf16_optimizer(self) -> Iterator[MemoryMoment]:
         """DeepSpeed's BF16_Optimizer, which stage 1 gets: gradients are accumulated whole, and never let go."""
         passing = self.trained * self.width  # parameters' own gradients: backward_prologue zeroes and keeps them
-        yield Moment(self.gradients, passing, self.activations)
+        yield MemoryMoment(self.gradients, passing, self.activations)
         # engine.allreduce_bucket flattens each group's gradients, and sends a copy in the computing format.
-        yield Moment(self.gradients, passing + self.trained * (4 + self.width))
-        yield Moment(self.gradients, passing + self.update)
+        yield MemoryMoment(self.gradients, passing + self.trained * (4 + self.width))
+        yield MemoryMoment(self.gradients, passing + self.update)
 
-    def _bucketed(self) -> Iterator[Moment]:
+    def _bucketed(self) -> Iterator[MemoryMoment]:
         """DeepSpeedZeroOptimizer, stages 1 and 2: gradients are copied into a bucket, and reduced when it is full."""
         copies = 2 if self.config["overlap_comm"] else 1
         # setup_buckets: the bucket has the format of what is accumulated at stage 1, of the weights at stage 2.
         value = self.summed if self.recipe.zero.stage == 1 else self.width
         bucket, in_float32 = self.bucket * value, self.width < self.summed
         part = self.share * self.summed if in_float32 or not offloads(self.recipe) else 0.0
-        yield Moment(self.kept, bucket * copies, self.activations)
+        yield MemoryMoment(self.kept, bucket * copies, self.activations)
         if self.recipe.zero.stage == 1 and not self.config["overlap_comm"]:
             # reduce_gradients begins when the backward pass is over.
-            yield Moment(self.gradients, bucket)
+            yield MemoryMoment(self.gradients, bucket)
         else:
             # allreduce_bucket flattens the full bucket's gradients. The rank's own part of them is copied out after it,
             # but float32 sums of bf16 gradients are added up where they stay (_use_compact_grad_partition_buffer).
-            yield Moment(max(self.kept, part * in_float32), bucket * (copies + 1), self._left(self.bucket))
+            yield MemoryMoment(max(self.kept, part * in_float32), bucket * (copies + 1), self._left(self.bucket))
             second = min(bucket, self.trained * value - bucket)
-            yield Moment(max(self.kept, part), bucket * copies + second, self._left(2 * self.bucket))
+            yield MemoryMoment(max(self.kept, part), bucket * copies + second, self._left(2 * self.bucket))
         # step flattens the gradients of each group; float32 sums of bf16 gradients are flat already.
-        yield Moment(part, (0.0 if in_float32 else self._flat_gradients()) + self.update)
+        yield MemoryMoment(part, (0.0 if in_float32 else self._flat_gradients()) + self.update)
 
-    def _gathering(self) -> Iterator[Moment]:
+    def _gathering(self) -> Iterator[MemoryMoment]:
         """DeepSpeedZeroOptimizer_Stage3: one bucket that stays, and weights that come and go."""
         bucket = self.bucket * self.width
-        yield Moment(self.gradients, bucket + self._gathered(self.parameters), self.activations)
+        yield MemoryMoment(self.gradients, bucket + self._gathered(self.parameters), self.activations)
         # reduce_scatter_coalesced copies the bucket; __avg_scatter_grads turns the rank's share of it into float32.
         copies = bucket + (self.bucket / self.ranks * 4 if self.width < self.summed else 0.0)
         coming = self._gathered(self.parameters - self.bucket)
-        yield Moment(self.gradients, bucket + copies + coming, self._left(self.bucket))
+        yield MemoryMoment(self.gradients, bucket + copies + coming, self._left(self.bucket))
         # _prepare_fp32_grad_for_sub_group flattens the gradients; no weights are gathered while the update goes on.
-        yield Moment(self.gradients, bucket + self._flat_gradients() + self.update)
+        yield MemoryMoment(self.gradients, bucket + self._flat_gradients() + self.update)
 
     def _gathered(self, parameters: float) -> float:
         """Bytes of whole weights, when `parameters` of them are still to be used.

@@ -1,4 +1,4 @@
-"""What this process is doing now: noted where the work happens, read by the watchdog's thread."""
+"""The phase that this process is in: noted where the work happens, read by the watchdog's thread."""
 
 import time
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ class Moment:
 
     @property
     def seconds(self) -> float:
-        """How long the phase has lasted."""
+        """Seconds since the phase began."""
         return time.monotonic() - self.since
 
 
@@ -24,11 +24,13 @@ _current = Moment("start")
 
 
 def note(phase: str) -> None:
-    """This process is now in `phase`. Costs a microsecond, so it can be called for every micro-batch."""
+    """Note that this process is now in `phase`. Costs a microsecond, so it can be called for every micro-batch."""
     global _current
+    # One assignment of a frozen object: the watchdog's thread reads phase and time without a lock, and never half of a
+    # change.
     _current = Moment(phase)
 
 
 def current() -> Moment:
-    """The phase of now."""
+    """Return the present phase."""
     return _current

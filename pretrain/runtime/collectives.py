@@ -25,7 +25,7 @@ Gradient = Literal["sum", "official"]
 
 
 def gather(tensor: Tensor, ranks: Ranks, views: int = 1) -> Tensor:
-    """Rows of all ranks, without gradient.
+    """Gather the rows of all ranks, without gradient.
 
     Args:
         tensor: This rank's rows [B, ...], of any type; the same shape on every rank.
@@ -45,7 +45,7 @@ def gather(tensor: Tensor, ranks: Ranks, views: int = 1) -> Tensor:
 
 
 def gather_with_gradient(tensor: Tensor, ranks: Ranks, views: int = 1, gradient: Gradient = "sum") -> Tensor:
-    """Rows of all ranks as `gather` gives them, with gradient.
+    """Gather the rows of all ranks as `gather` does, with gradient.
 
     Args:
         tensor: This rank's rows [B, ...]; the same shape on every rank.
@@ -69,14 +69,14 @@ def gather_with_gradient(tensor: Tensor, ranks: Ranks, views: int = 1, gradient:
 
 
 def own_rows(count: int, ranks: Ranks, views: int = 1) -> Tensor:
-    """Places of this rank's `count` rows among the gathered ones, int64 [count]; labels of a loss over own rows."""
+    """Return the places of this rank's `count` rows among the gathered ones, int64 [count]: labels over own rows."""
     row = torch.arange(count, device=ranks.device)
     slot, view = row // views, row % views
     return (slot * ranks.world_size + ranks.rank) * views + view
 
 
 def sum_with_gradient(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """Sum of all ranks' tensors of one shape, the same on each; half types are added up in float32."""
+    """Sum all ranks' tensors of one shape, the same on each; half types are added up in float32."""
     if ranks.world_size == 1:
         return tensor
     total: Tensor = _SumWithGradient.apply(tensor)
@@ -84,12 +84,12 @@ def sum_with_gradient(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 
 def mean(value: Tensor, ranks: Ranks, count: Tensor | float | None = None) -> Tensor:
-    """Mean over ranks without gradient; arguments as `mean_with_gradient`."""
+    """Average over ranks without gradient; arguments as `mean_with_gradient`."""
     return mean_with_gradient(value.detach(), ranks, count)
 
 
 def mean_with_gradient(value: Tensor, ranks: Ranks, count: Tensor | float | None = None) -> Tensor:
-    """Mean over ranks, with gradient to `value`.
+    """Average over ranks, with gradient to `value`.
 
     Args:
         value: This rank's mean; a scalar, or any shape that all ranks share.
@@ -118,6 +118,8 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        # Back to rank after rank: reduce_scatter deals out blocks by rank, so in the order of positions ranks would get
+        # each other's gradients.
         by_rank = gradients[0].unflatten(0, (-1, ctx.ranks.world_size, ctx.views)).transpose(0, 1).flatten(1, 2)
         if ctx.gradient == "official":
             return by_rank[ctx.ranks.rank], None, None, None
@@ -154,7 +156,7 @@ def _total(tensor: Tensor) -> Tensor:
 
 
 def _sum_type(tensor: Tensor) -> torch.dtype:
-    """The type to add up in: bfloat16 would lose a rank's small share beside the others'."""
+    """Return the type to add up in: bfloat16 would lose a rank's small share beside the others'."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

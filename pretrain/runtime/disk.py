@@ -1,4 +1,4 @@
-"""What to do about a disk that takes no more, and writes that a run can do without."""
+"""Remedies for a disk that takes no more, and writes that a run can do without."""
 
 import contextlib
 import errno
@@ -18,12 +18,12 @@ OF_A_DISK = (
 
 
 def of_a_disk(error: OSError) -> bool:
-    """Whether `advice` has something to say about an error."""
+    """Tell whether `advice` has something to say about an error."""
     return error.errno in OF_A_DISK
 
 
 def advice(error: BaseException) -> str:
-    """The error of a write in words, with what the user can do about it."""
+    """Describe the error of a write in words, with what the user can do about it."""
     code = error.errno if isinstance(error, OSError) else None
     what = f"{type(error).__name__}: {error}"
     if code in (errno.ENOSPC, errno.EDQUOT):
@@ -45,12 +45,13 @@ def advice(error: BaseException) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
+    # The user id of a container may have no name: getpass raises KeyError before Python 3.13, OSError since.
     except (OSError, KeyError):
         return "of this process"
 
 
 class Tolerance:
-    """Lets a run survive writes that it can do without: the first failure of a kind is told, and when it is over."""
+    """Guard for writes that a run can do without: the first failure of a kind is told, and when it is over."""
 
     def __init__(self) -> None:
         self._failing: dict[str, int] = {}

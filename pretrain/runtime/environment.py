@@ -29,7 +29,7 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 def environment_report() -> dict[str, Any]:
-    """Versions, commit, host, devices, and the environment variables that matter, without secrets."""
+    """Report versions, commit, host, devices, and the environment variables that matter, without secrets."""
     return {
         "command": sys.argv,
         "python": sys.version.split()[0],
@@ -42,13 +42,14 @@ def environment_report() -> dict[str, Any]:
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
+            # The prefixes admit whole families of names: a user's own TUBELET_..._TOKEN would fit as well.
             if VARIABLES.match(name) and not _SECRET.search(name)
         },
     }
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that make results."""
+    """List installed versions of the packages that make results."""
     found = {}
     for name in PACKAGES:
         try:
@@ -59,7 +60,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout, `+` appended where files differ from it; None outside of a checkout."""
+    """Return the checkout's commit, `+` appended where files differ from it; None outside of a checkout."""
     root = Path(__file__).resolve().parents[2]
     try:
         commit = _git(root, "rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""What checks of hosts find: one finding a rank and check, and one line a check that names whom it concerns."""
+"""Findings of checks on hosts: one a rank and check, and one line a check that names whom it concerns."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ LISTED = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rank found in one check: `value` is what was measured, `advice` what to do about it."""
+    """Result of one check on one rank: `value` is what was measured, `advice` what to do about it."""
 
     check: str
     status: Status
@@ -39,7 +39,7 @@ class Line:
 
 
 def attempt(check: str, examine: Callable[[], Finding], advice: str) -> Finding:
-    """The finding of `examine`; an error is one as well, since a doctor must get to the end."""
+    """Run `examine` for its finding; an error is one as well, since a doctor must get to the end."""
     try:
         return examine()
     except Exception as error:
@@ -48,7 +48,7 @@ def attempt(check: str, examine: Callable[[], Finding], advice: str) -> Finding:
 
 
 def merge(findings: list[list[Finding]], hosts: list[str]) -> list[Line]:
-    """One line for each check and status found, of what all ranks found (in rank order, on the host of each).
+    """Merge what all ranks found (in rank order, on the host of each) into one line for each check and status.
 
     Where all is well, one line tells the first rank's value; ranks with anything else are named with theirs.
     """
@@ -72,7 +72,7 @@ def merge(findings: list[list[Finding]], hosts: list[str]) -> list[Line]:
 
 
 def names(ranks: Iterable[int], hosts: list[str]) -> str:
-    """`host n1 (ranks 0, 1), host n2 (rank 5)`."""
+    """Name ranks by host: `host n1 (ranks 0, 1), host n2 (rank 5)`."""
     by_host: dict[str, list[int]] = defaultdict(list)
     for rank in ranks:
         by_host[hosts[rank]].append(rank)
@@ -85,6 +85,8 @@ def names(ranks: Iterable[int], hosts: list[str]) -> str:
 
 
 def odd_ones(values: list[str]) -> tuple[str, list[int]]:
-    """What most ranks have (the first of equals), and the ranks that have something else."""
+    """Find what most ranks have (the first of equals), and the ranks that have something else."""
+    # dict.fromkeys keeps the ranks' order, where a set's changes from process to process: ranks would disagree on who
+    # is odd in a tie.
     usual = max(dict.fromkeys(values), key=values.count)
     return usual, [rank for rank, value in enumerate(values) if value != usual]

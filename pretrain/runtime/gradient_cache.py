@@ -70,7 +70,7 @@ class GradientCache:
 
     @contextlib.contextmanager
     def collecting(self, module: nn.Module) -> Iterator[None]:
-        """The first pass over a step's micro-batches; `module` is what is called in it.
+        """Open the first pass over a step's micro-batches; `module` is what is called in it.
 
         Raises:
             TrainingError: there were fewer or more micro-batches than `micro_batches`.
@@ -91,7 +91,7 @@ class GradientCache:
     # Python state and two passes: as part of a compiled graph it would be traced anew at every call.
     @torch.compiler.disable
     def __call__(self, embeddings: Embeddings, compare: Compare) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a micro-batch.
+        """Give loss and metrics of a micro-batch.
 
         Args:
             embeddings: Of this micro-batch.
@@ -111,6 +111,8 @@ class GradientCache:
         self._parts.append({name: value.detach().clone() for name, value in embeddings.items()})
         if len(self._parts) < self.micro_batches:
             return next(iter(embeddings.values())).new_zeros((), dtype=torch.float32), {}
+        # Before the comparison draws: the second pass must draw the same numbers, or its gradients are those of another
+        # loss.
         self._random = _random_state(embeddings)
         with torch.enable_grad():
             rows = {name: value.requires_grad_(value.is_floating_point()) for name, value in _joined(self._parts)}
@@ -120,6 +122,7 @@ class GradientCache:
         found = torch.autograd.grad(scaled, list(leaves.values()), allow_unused=True)
         sizes = [len(next(iter(part.values()))) for part in self._parts]
         pairs = zip(leaves, found, strict=True)
+        # Wide before the division: 2^-12 of a float16 gradient would round to 0 again.
         by_name = {name: (_wide(value) / SCALE).split(sizes) for name, value in pairs if value is not None}
         self._gradients = [{name: value[part] for name, value in by_name.items()} for part in range(len(sizes))]
         self._result = loss.detach(), {name: value.detach() for name, value in metrics.items()}
@@ -145,6 +148,8 @@ class GradientCache:
             with _drawing_from(self._random):
                 surrogate, _ = compare(dict(_joined([embeddings, *self._parts[1:]])))
         loss, metrics = self._result
+        # The step's loss for the log, plus a term of value 0 that only carries the gradient; DeepSpeed divides by the
+        # number of micro-batches, hence the factor.
         return loss + self.micro_batches * (surrogate - surrogate.detach()), metrics
 
     def _compare_passes(self, embeddings: Embeddings, part: int) -> None:
@@ -171,7 +176,7 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _random_state(embeddings: Embeddings) -> dict[torch.device, Tensor]:
-    """State of torch's generators by device: the CPU's, and that of the device that the embeddings are on."""
+    """Return the state of torch's generators by device: the CPU's, and that of the embeddings' device."""
     state = {torch.device("cpu"): torch.get_rng_state()}
     for device in {value.device for value in embeddings.values()} - state.keys():
         state[device] = torch.get_device_module(device).get_rng_state(device)

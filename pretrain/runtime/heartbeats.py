@@ -1,4 +1,4 @@
-"""What every rank is doing, as small files in the run folder that all ranks can read.
+"""Small files in the run folder, readable by all ranks, that tell what every rank is doing.
 
     heartbeats/rank_00003.json    host, pid, step, phase, seconds in it, and a number that grows
     heartbeats/verdict_<start>.json   why this start was given up; whoever writes it first is believed by all
@@ -23,7 +23,7 @@ FOLDER_NAME = "heartbeats"
 
 @dataclass(frozen=True)
 class Beat:
-    """What one rank last said of itself: `number` grows, `phase_s` is how long it had been in its phase then."""
+    """Last word of one rank on itself: `number` grows, `phase_s` is how long it had been in its phase then."""
 
     start: str
     number: int
@@ -57,7 +57,7 @@ class Seen:
 
 
 class Heartbeats:
-    """Writes this rank's beats and reads those of all.
+    """Writer of this rank's beats and reader of those of all.
 
     Args:
         folder: The run folder.
@@ -83,12 +83,13 @@ class Heartbeats:
             *(moment.phase, round(moment.seconds, 1), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())),
         )
         path = self._path(self._rank)
+        # Renamed into place: a reader on another host would else see half of the JSON, and miss the rank.
         temporary = path.with_suffix(".partial")
         temporary.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
         temporary.replace(path)
 
     def read(self) -> dict[int, Seen]:
-        """The newest beat of every rank that has written one in this start."""
+        """Read the newest beat of every rank that has written one in this start."""
         found, now = {}, time.monotonic()
         for rank in range(self._world_size):
             content = _read(self._path(rank))
@@ -103,8 +104,9 @@ class Heartbeats:
         return found
 
     def give_up(self, reason: str) -> bool:
-        """Leave a verdict for all ranks; whether this rank was the first to."""
+        """Leave a verdict for all ranks and tell whether this rank was the first to."""
         try:
+            # O_EXCL lets exactly one rank win: two verdicts would name two culprits and count one hang twice.
             descriptor = os.open(self._verdict, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
@@ -114,13 +116,14 @@ class Heartbeats:
 
     @property
     def given_up(self) -> bool:
-        """Whether some rank has left a verdict."""
+        """True where some rank has left a verdict."""
         return self._verdict.exists()
 
     def clear_others(self) -> None:
         """Remove the files of earlier starts."""
         for path in self._folder.glob("*.json"):
             content = _read(path)
+            # The own verdict stays: rank 0 may clear late, when a faster rank has already written why this start ends.
             if path != self._verdict and (content is None or content.get("start") != self._start):
                 path.unlink(missing_ok=True)
 
@@ -133,7 +136,7 @@ class Heartbeats:
 
 
 def behind(seen: dict[int, Seen]) -> list[Seen]:
-    """The ranks that the others are waiting for: of the lowest step, and not in a collective where others are.
+    """Find the ranks that the others wait for: of the lowest step, and not in a collective where others are.
 
     Those that have been in their phase for longest come first. Empty where all ranks wait in collectives of one step.
     """
@@ -151,4 +154,5 @@ def _read(path: Path) -> dict[str, Any] | None:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
     except (OSError, ValueError):
+        # Not written yet, or replaced while it was read (ESTALE on NFS): the next look reads it.
         return None

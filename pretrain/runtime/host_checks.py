@@ -25,7 +25,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def check_descriptors(workers: int, prefetch: int) -> Finding:
-    """Whether `ulimit -n` is enough for what the data workers keep open in their rank."""
+    """Check that `ulimit -n` is enough for what the data workers keep open in their rank."""
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = BASE_DESCRIPTORS + workers * (WORKER_DESCRIPTORS + prefetch * BATCH_DESCRIPTORS)
     value = f"{limit} open files allowed, about {needed} needed"
@@ -36,7 +36,7 @@ def check_descriptors(workers: int, prefetch: int) -> Finding:
 
 
 def check_shared_memory(needed: int, folder: Path = SHARED_MEMORY) -> Finding:
-    """Whether the micro-batches that wait on this host, `needed` bytes, find room in shared memory."""
+    """Check that the micro-batches that wait on this host, `needed` bytes, find room in shared memory."""
     if not needed:
         return Finding("shared memory", "ok", "not used: data.workers=0")
     free = shutil.disk_usage(folder).free
@@ -48,7 +48,7 @@ def check_shared_memory(needed: int, folder: Path = SHARED_MEMORY) -> Finding:
 
 
 def check_disk_space(folder: Path, checkpoint: int, kept: int) -> Finding:
-    """Whether the disk of `folder` has room for `kept` checkpoints of `checkpoint` bytes and the one being written."""
+    """Check that the disk of `folder` has room for `kept` checkpoints of `checkpoint` bytes and one being written."""
     free = shutil.disk_usage(_existing(folder)).free
     value = f"{_gb(free)} free, {kept + 1} checkpoints of {_gb(checkpoint)}"
     advice = "make room, lower checkpoint.keep_last, or another run.dir"
@@ -60,6 +60,8 @@ def check_disk_space(folder: Path, checkpoint: int, kept: int) -> Finding:
 def check_disk_rate(folder: Path, name: str) -> Finding:
     """Write a file into the run folder, durably, and read it back."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Random bytes: a disk or file system that compresses would store zeros at no cost and show a rate no checkpoint
+    # gets.
     path, data = folder / f".doctor_{name}", os.urandom(1 << 20)
     started = time.perf_counter()
     try:
@@ -87,6 +89,7 @@ def check_memory(device: torch.device) -> Finding:
     for pattern in (0x5555555555555555, -0x5555555555555556):
         block.fill_(pattern)
         synchronize(device)
+        # In parts on an accelerator: the mask has a byte a word, which would not fit beside 80 % of the memory.
         wrong += (
             int((block != pattern).sum())
             if not cuda
@@ -100,7 +103,7 @@ def check_memory(device: torch.device) -> Finding:
 
 
 def check_arithmetic(device: torch.device) -> Finding:
-    """A product of small whole numbers, which is exact in every format, against the same in int64."""
+    """Multiply small whole numbers, which is exact in every format, and compare with the product in int64."""
     a = (torch.arange(512 * 512).reshape(512, 512) * 7) % 3 - 1
     b = (torch.arange(512 * 512).reshape(512, 512) * 5) % 7 % 3 - 1
     product = (a.float().to(device) @ b.float().to(device)).cpu()
@@ -110,7 +113,7 @@ def check_arithmetic(device: torch.device) -> Finding:
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """Rate of matrix products, TFLOP/s."""
+    """Measure the rate of matrix products, TFLOP/s."""
     return matmul_tflops(device, dtype)
 
 

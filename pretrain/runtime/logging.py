@@ -12,7 +12,7 @@ FORMAT = "%(asctime)s %(levelname)s [rank {rank}] %(name)s: %(message)s"
 
 
 class RunFileHandler(logging.FileHandler):
-    """A log file that a full disk does not turn into a traceback for every line."""
+    """Log file that a full disk does not turn into a traceback for every line."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -22,6 +22,8 @@ class RunFileHandler(logging.FileHandler):
         """Tell the first failed write on the console; the lines themselves are there as well."""
         error = sys.exc_info()[1]
         if not self._failing and isinstance(error, OSError):
+            # First the flag, then the line: the warning comes back to this very handler, and would warn of itself for
+            # ever.
             self._failing = True
             logging.getLogger(__name__).warning("%s takes no more lines: %s", self.baseFilename, advice(error))
         elif not isinstance(error, OSError):
@@ -54,9 +56,10 @@ def set_up_logging(rank: int, folder: Path | None = None) -> None:
 
 
 def _quieten_libraries() -> None:
-    """DeepSpeed logs each start with a hundred lines of its own, and calls torch functions that warn at every rank."""
+    """Quieten DeepSpeed, which logs a hundred lines at each start and calls torch functions that warn at every rank."""
     library = logging.getLogger("DeepSpeed")
     library.setLevel(logging.WARNING)
+    # DeepSpeed gives its logger a handler of its own and no propagation: its warnings would miss the run folder.
     library.handlers.clear()
     library.propagate = True
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)

@@ -20,7 +20,7 @@ MOST_WAITING = 100_000
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Complete records of a .jsonl file. A last line cut by a kill is left out."""
+    """Read complete records of a .jsonl file. A last line cut by a kill is left out."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -38,12 +38,13 @@ def keep_records(path: Path, keep: Callable[[Record], bool]) -> None:
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(_line(record) for record in kept)
         file.flush()
+        # A rename may reach the disk before the content does; after a power cut the file would be empty.
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
 class JsonLines:
-    """Appends records to a .jsonl file; each is one write, visible to readers at once.
+    """Appender of records to a .jsonl file; each is one write, visible to readers at once.
 
     Records that a full disk does not take wait in memory, up to `MOST_WAITING`, and are written when it takes them
     again: a run must not end because its losses can't be written down for a while.

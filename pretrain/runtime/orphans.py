@@ -1,4 +1,4 @@
-"""No rank outlives its launcher: a killed one (kill -9) can't end its ranks itself."""
+"""Watch over a rank's launcher: a killed one (kill -9) can't end its ranks itself, and none may outlive it."""
 
 import os
 import threading
@@ -31,11 +31,13 @@ def die_with_launcher(environ: Mapping[str, str] | None = None) -> None:
         os._exit(1)  # deepspeed's launcher shares its ranks' session: it was killed before this process came so far
     front_end = parent_of(parent)
     watched = front_end if front_end is not None and _is_front_end(front_end) else None
+    # Polled, since PR_SET_PDEATHSIG follows the thread that forked and does not reach below the launcher
+    # (docs/decisions.md).
     threading.Thread(target=_watch, args=(parent, watched), daemon=True, name="watch-launcher").start()
 
 
 def parent_of(pid: int) -> int | None:
-    """The parent of a process; None where it can't be told."""
+    """Find the parent of a process; None where it can't be told."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -45,7 +47,7 @@ def parent_of(pid: int) -> int | None:
 
 
 def _is_front_end(pid: int) -> bool:
-    """Whether `deepspeed` runs there, which starts a launcher of its own for this host and waits for it."""
+    """Tell whether `deepspeed` runs there, which starts a launcher of its own for this host and waits for it."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -60,4 +62,5 @@ def _watching() -> bool:
 def _watch(parent: int, front_end: int | None) -> None:
     while os.getppid() == parent and (front_end is None or parent_of(parent) == front_end):
         time.sleep(WATCH_S)
+    # Not sys.exit, which ends this thread alone; and cleaning up would wait in a collective for ranks that are gone.
     os._exit(1)

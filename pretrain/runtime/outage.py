@@ -1,4 +1,4 @@
-"""Telling of storage that does not answer: a line when it begins, one a minute while it lasts, one when it is over.
+"""Reports of storage that does not answer: a line when it begins, one a minute meanwhile, one when it is over.
 
 Many threads read at once; each for itself would fill the log within a minute.
 """
@@ -14,7 +14,7 @@ EVERY_S = 60.0
 
 
 class OutageLog:
-    """Of one process, over all its threads and stores."""
+    """Log of one process's outages, over all its threads and stores."""
 
     def __init__(self, every_s: float = EVERY_S) -> None:
         self._every_s = every_s
@@ -24,7 +24,7 @@ class OutageLog:
         self._announced = False
 
     def failed(self, what: str, error: BaseException, left_s: float) -> None:
-        """An attempt failed; it is tried again for `left_s` more seconds."""
+        """Note that an attempt failed; it is tried again for `left_s` more seconds."""
         with self._lock:
             self._failures += 1
             if time.monotonic() - self._told < self._every_s:
@@ -37,7 +37,7 @@ class OutageLog:
         )
 
     def recovered(self, what: str, seconds: float) -> None:
-        """An attempt succeeded after others had failed for `seconds`."""
+        """Note that an attempt succeeded after others had failed for `seconds`."""
         with self._lock:
             announced, self._announced = self._announced, False
         if announced:

@@ -35,7 +35,7 @@ def save_pictures(videos: dict[str, Tensor], stem: Path, clips: int) -> list[Pat
 
 
 def contact_sheet(videos: dict[str, Pixels]) -> Pixels:
-    """Time from left to right (at most 8 frames), for each clip one row a name."""
+    """Lay out time from left to right (at most 8 frames), for each clip one row a name."""
     length = next(iter(videos.values())).shape[1]
     chosen = np.unique(np.linspace(0, length - 1, min(length, SHEET_FRAMES)).round().astype(int))
     clips = len(next(iter(videos.values())))
@@ -44,7 +44,7 @@ def contact_sheet(videos: dict[str, Pixels]) -> Pixels:
 
 
 def moving_sheet(videos: dict[str, Pixels]) -> list[Pixels]:
-    """One picture a frame: names from top to bottom, clips from left to right."""
+    """Lay out one picture a frame: names from top to bottom, clips from left to right."""
     length, clips = next(iter(videos.values())).shape[1], len(next(iter(videos.values())))
     return [
         np.concatenate(
@@ -55,7 +55,7 @@ def moving_sheet(videos: dict[str, Pixels]) -> list[Pixels]:
 
 
 def _row(name: str, tiles: list[Pixels]) -> Pixels:
-    """Tiles beside each other with gaps, and the name above them."""
+    """Place tiles beside each other with gaps, and the name above them."""
     from PIL import Image, ImageDraw
 
     height, width = tiles[0].shape[:2]

@@ -1,4 +1,4 @@
-"""Who this process is among its ranks, and joining them."""
+"""This process's place among the ranks, and joining them."""
 
 import logging
 import os
@@ -40,12 +40,12 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, the one that writes."""
+        """True on rank 0, the one that writes."""
         return self.rank == 0
 
 
 def launch_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as the launcher meant them.
+    """Find RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as the launcher meant them.
 
     The deepspeed launcher and torchrun set these five. Under Slurm (srun without a launcher) they come from SLURM_*.
     Otherwise this is one process on its own, and a free port is chosen.
@@ -79,7 +79,7 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
-    """Ranks of an srun step. They meet on its first host, at a port that follows from the job and its restarts.
+    """Read the ranks of an srun step. They meet on its first host; the port follows from the job and its restarts.
 
     The port of a killed start may be held for a while. It lies below the range that systems hand out by themselves.
     """
@@ -99,7 +99,7 @@ def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _first_of_nodelist(nodelist: str) -> str:
-    """`node[003-007,9],other` -> `node003`."""
+    """Return the first host of a node list: `node[003-007,9],other` -> `node003`."""
     head, bracket, rest = nodelist.partition("[")
     if not bracket or "," in head:
         return nodelist.partition(",")[0]
@@ -142,8 +142,11 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
             auto_mpi_discovery=False,
             verbose=False,
         )
+        # Only now: rank 0 serves the store for the process group too, and the server ends with its last owner.
         del store
         dist.barrier()
+        # Else the time for joining holds for every collective, and a first step that compiles would fail after two
+        # minutes.
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=WORK_TIMEOUT_S))
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
@@ -194,13 +197,15 @@ def leave(ranks: Ranks) -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """From now on, collectives that this rank starts fail when the others have not come after `seconds`."""
+    """Make collectives that this rank starts from now on fail when the others have not come after `seconds`."""
     if dist.is_initialized():
+        # The default group's alone: ZeRO reduces in groups of its own, with the back end's default (NCCL 10 minutes,
+        # gloo 30).
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def gather_objects(ranks: Ranks, value: T) -> list[T]:
-    """`value` of every rank, on every rank."""
+    """Gather the `value` of every rank, on every rank."""
     if ranks.world_size == 1:
         return [value]
     gathered = [value] * ranks.world_size
@@ -209,7 +214,7 @@ def gather_objects(ranks: Ranks, value: T) -> list[T]:
 
 
 def from_first(ranks: Ranks, value: T) -> T:
-    """Rank 0's `value` on every rank."""
+    """Return rank 0's `value` on every rank."""
     if ranks.world_size == 1:
         return value
     box = [value]

@@ -16,7 +16,7 @@ WARM_UP_STEPS = 20
 
 @dataclass(frozen=True)
 class Goal:
-    """Where a run is going: the step it starts from, its last step, and steps between two plain lines."""
+    """Course of a run: the step it starts from, its last step, and steps between two plain lines."""
 
     first: int
     last: int
@@ -24,7 +24,7 @@ class Goal:
 
 
 class Progress:
-    """Shows step, epoch, loss, learning rate, clips/s, tokens/s, MFU, data wait, memory and the time left."""
+    """Display of step, epoch, loss, learning rate, clips/s, tokens/s, MFU, data wait, memory and the time left."""
 
     def __init__(self, goal: Goal, live: bool | None = None) -> None:
         self._goal = goal
@@ -48,7 +48,7 @@ class Progress:
         self._hint(record)
 
     def close(self) -> None:
-        """Leave the line as it is."""
+        """Stop the live line and leave it as it is."""
         if self._live is not None:
             self._live.stop()
 
@@ -60,7 +60,7 @@ class Progress:
         self._live.start()
 
     def _speeds(self) -> dict[str, Any]:
-        """Speeds over the steps since the last line: single steps vary too much to be read."""
+        """Average speeds over the steps since the last line: single steps vary too much to be read."""
         seconds = sum(record["speed/step_s"] for record in self._window)
 
         def mean(key: str) -> float:
@@ -88,6 +88,8 @@ class Progress:
         return "  ".join(parts)
 
     def _seconds_left(self, step: int) -> float:
+        # From the step at which this start began: counted from 0, a resumed run would seem to have done all of it just
+        # now.
         done = max(1, step - self._goal.first)
         return (time.monotonic() - self._started) / done * (self._goal.last - step)
 
@@ -104,7 +106,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """`1d 02:03:04`, without days where there are none."""
+    """Format seconds as `1d 02:03:04`, without days where there are none."""
     whole = max(0, round(seconds))
     days, rest = divmod(whole, 86400)
     text = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"

@@ -33,7 +33,7 @@ ATTEMPT_S = 30.0
 
 
 def transient(error: BaseException) -> bool:
-    """Whether trying again may cure an error: those of networks and servers, not ours and not wrong settings."""
+    """Tell whether trying again may cure an error: those of networks and servers, not ours and not wrong settings."""
     if isinstance(error, OSError):
         return not isinstance(error, PERMANENT)
     kind = type(error)
@@ -48,7 +48,7 @@ def retried(
     attempt_s: float | None = None,
     denied_for_good: bool = True,
 ) -> T:
-    """What `call` returns, which works on `url`, as soon as it succeeds.
+    """Call `call`, which works on `url`, until it succeeds, and return its result.
 
     Args:
         call: Reads or writes; may be called many times, and on another thread.
@@ -82,6 +82,7 @@ def retried(
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(deadline_s) | tenacity.stop_before_delay(deadline_s),
+        # Random pauses: thousands of workers that failed together must not come back together.
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=20),
         retry=tenacity.retry_if_exception(retry),
         before_sleep=tell,
@@ -114,5 +115,6 @@ def _within(call: Callable[[], T], seconds: float) -> T:
         return future.result(timeout=seconds)
     except TimeoutError as error:
         if future.done():
+            # Since Python 3.11 a TimeoutError of `call` itself is the same class, and says more than the one below.
             raise
         raise TimeoutError(f"no answer for {seconds:.0f} s") from error

@@ -1,4 +1,4 @@
-"""Who has come, before the process group is made: its own timeout tells that somebody is missing, but not who."""
+"""Roll call of the ranks before the process group is made: its own timeout tells that some are missing, but not who."""
 
 import os
 import socket
@@ -24,6 +24,8 @@ def roll_call(environ: Mapping[str, str], timeout_s: float) -> dist.Store:
     # torchrun's agent serves the store itself.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
+    # Not the store's own wait, which names nobody. multi_tenant: init_distributed opens its store at the same port,
+    # which could not be bound a second time.
     store = dist.TCPStore(
         environ["MASTER_ADDR"],
         int(environ["MASTER_PORT"]),
@@ -35,6 +37,7 @@ def roll_call(environ: Mapping[str, str], timeout_s: float) -> dist.Store:
     )
     store.set(_key(rank), socket.gethostname())
     if rank:
+        # One key that rank 0 sets: every rank waiting for all others would be world_size^2 requests to one server.
         store.wait([_key("all")], timeout)
         return store
     try:

@@ -1,4 +1,4 @@
-"""The run folder: where things are, that all ranks see it, and that one run uses it at a time."""
+"""The run folder: its paths, the check that all ranks see it, and the lock that keeps it to one run at a time."""
 
 import json
 import logging
@@ -82,7 +82,7 @@ def open_folder(recipe: Recipe, ranks: Ranks) -> tuple[RunFolder, BaseFileLock]:
 
 
 def _acquire(lock: BaseFileLock, root: Path) -> str:
-    """Take the lock; what is wrong otherwise, for all ranks to raise."""
+    """Take the lock; return what is wrong otherwise, for all ranks to raise."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOCK_WAIT_S)
@@ -98,10 +98,12 @@ def _acquire(lock: BaseFileLock, root: Path) -> str:
 
 
 def _check_shared(root: Path, ranks: Ranks) -> None:
+    # Random: what an earlier start left behind, or a host's own folder of the same path, must not pass for it.
     token = from_first(ranks, secrets.token_hex(8))
     path = root / ".visible"
     if ranks.first:
         path.write_text(token, encoding="utf-8")
+    # A barrier: nobody looks before rank 0 has written.
     from_first(ranks, None)
     sees = path.is_file() and path.read_text(encoding="utf-8") == token
     blind = [rank for rank, seen in enumerate(gather_objects(ranks, sees)) if not seen]

@@ -20,4 +20,5 @@ def seed_everything(seed: int) -> None:
 
 def seed_forward(seed: int, step: int, micro: int, rank: int) -> None:
     """Seed torch for one forward pass of one rank."""
+    # Hashed, not added up: seed + step + rank would give rank 1 what rank 0 draws a step later.
     torch.manual_seed(int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0] >> 1))

@@ -52,7 +52,7 @@ class SignedReads:
         self._pool: Any = None
 
     def read(self, filesystem: Any, path: str, start: int, end: int, deadline_s: float) -> bytes | None:
-        """The range [start, end) of a file; None where the client has to read it.
+        """Read the range [start, end) of a file; None where the client has to read it.
 
         Takes no longer than half of `deadline_s`, nor than one attempt of the client may.
         """
@@ -68,7 +68,7 @@ class SignedReads:
         return data
 
     def client_has_read(self, filesystem: Any, path: str) -> None:
-        """From here on the file's bucket is read by signed URLs, if it is on S3 and nothing speaks against it."""
+        """Read the file's bucket by signed URLs from here on, if it is on S3 and nothing speaks against it."""
         proxied = set(urllib.request.getproxies()) - {"no"}  # the client knows them, and when to use them
         if not _on_s3(filesystem) or proxied:
             return
@@ -81,6 +81,7 @@ class SignedReads:
         if time.monotonic() < good_until:
             return signed
         while len(self._urls) >= FILES:
+            # With a default: another thread may have removed the same key meanwhile.
             self._urls.pop(next(iter(self._urls)), None)
         signed = filesystem.sign(path, expiration=EXPIRES_S, timeout=SIGN_S)
         self._urls[bucket, path] = signed, time.monotonic() + EXPIRES_S - EARLY_S
@@ -90,6 +91,7 @@ class SignedReads:
         import urllib3
 
         if self._pool is None:
+            # No retries of its own: they would run past the deadline, and nest inside those of the client.
             self._pool = urllib3.PoolManager(maxsize=CONNECTIONS, retries=False)
         wait = urllib3.Timeout(connect=connect_s, read=min(silence_s, deadline - time.monotonic()))
         asked = {"Range": f"bytes={start}-{end - 1}"}
@@ -125,7 +127,7 @@ def _on_s3(filesystem: Any) -> bool:
 
 
 def _timeouts(filesystem: Any) -> tuple[float, float]:
-    """Seconds until a connection stands and between two pieces of an answer, as the client of s3fs has them."""
+    """Return the seconds until a connection stands and between two pieces of an answer, as s3fs's client has them."""
     own = filesystem.config_kwargs
     return (
         own.get("connect_timeout", filesystem.connect_timeout),

@@ -1,4 +1,4 @@
-"""What a device can do, for model FLOP utilisation (MFU)."""
+"""Rates of a device, for model FLOP utilisation (MFU)."""
 
 import time
 
@@ -10,7 +10,7 @@ SECONDS = 0.3
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured rate of large matrix products on `device` in `dtype`, TFLOP/s: what MFU is relative to.
+    """Measure the rate of large matrix products on `device` in `dtype`, TFLOP/s: what MFU is relative to.
 
     The best of repeated products within about 0.3 s after a warm-up, with the threads that torch is set to.
     """
@@ -20,6 +20,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     best = float("inf")
     started = time.perf_counter()
     while time.perf_counter() - started < SECONDS or best == float("inf"):
+        # The best, not the mean: other work on the machine makes a product slower, never faster.
         best = min(best, _timed_product(a, b))
     return 2 * size**3 / best / 1e12
 
@@ -39,7 +40,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory in use so far: of the accelerator, or resident of this process on the CPU, GiB."""
+    """Return the most memory in use so far: of the accelerator, or resident of this process on the CPU, GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

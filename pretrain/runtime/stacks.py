@@ -36,7 +36,7 @@ def dump(step: int) -> Path:
 
 
 def dump_worker(worker: int) -> None:
-    """In a data worker: append its stacks to stacks/rank_NNNNN_worker_N.txt."""
+    """Append the stacks of a data worker, from inside of it, to stacks/rank_NNNNN_worker_N.txt."""
     if VARIABLE in os.environ:
         write(Path(f"{os.environ[VARIABLE]}_worker_{worker}.txt"), f"data worker {worker}")
 
@@ -49,13 +49,14 @@ def write(path: Path, title: str) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         where = f"host {platform.node()}, pid {os.getpid()}"
         file.write(f"{now} {title}, {where}: {moment.phase} for {moment.seconds:.0f} s\n")
+        # faulthandler writes to the descriptor, past Python's buffer: the title would come after its stacks.
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
         file.write("\n")
 
 
 def takes_signal(pid: int) -> bool:
-    """Whether a process holds SIGNAL for a thread that waits for it: to any other it would be the end.
+    """Tell whether a process holds SIGNAL for a thread that waits for it: to any other it would be the end.
 
     A worker that has just been started, or a process of a library, may not.
     """

@@ -35,7 +35,7 @@ TIMINGS = "timings.json"
 
 
 class StopWatch:
-    """Notes requests to stop.
+    """Record of requests to stop.
 
     Args:
         run_dir: Folder whose file `stop` asks for a stop.
@@ -76,7 +76,7 @@ class StopWatch:
         self._check_lead()
 
     def asked(self) -> bool:
-        """Whether this rank was asked to stop."""
+        """Tell whether this rank was asked to stop."""
         if self.reason is None and self._first:
             if self._file.exists():
                 self.reason = f"stop file {self._file}"
@@ -104,6 +104,8 @@ class StopWatch:
             )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Only noted: a handler runs between any two instructions, and a save from here would meet the engine in
+        # mid-step.
         self.reason = signal.Signals(number).name
 
 

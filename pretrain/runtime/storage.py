@@ -19,12 +19,12 @@ def join(url: str, *parts: str) -> str:
 
 
 def parent(url: str) -> str:
-    """The folder of a URL or local path."""
+    """Return the folder of a URL or local path."""
     return posixpath.dirname(url.rstrip("/"))
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path inside it; names the extra when its client is missing."""
+    """Return the fsspec file system of `url` and the path inside it; names the extra when its client is missing."""
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -36,14 +36,14 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def is_local(url: str) -> bool:
-    """Whether `url` is on a mounted file system, where files are renamed and locked."""
+    """Tell whether `url` is on a mounted file system, where files are renamed and locked."""
     return fsspec.utils.get_protocol(url) in ("file", "local")
 
 
 def read_bytes(
     url: str, start: int | None = None, end: int | None = None, deadline_s: float = 300.0, denied_for_good: bool = True
 ) -> bytes:
-    """The bytes of `url`, or of its range [start, end).
+    """Read `url`, or its range [start, end), as bytes.
 
     Args:
         url: Where.
@@ -80,6 +80,8 @@ def _read_range(url: str, start: int, end: int, deadline_s: float, denied_for_go
         if len(data) == end - start:
             SIGNED.client_has_read(fs, path)
             return data
+        # An answer that the network cut is worth another try; a file that is too short is damaged, and waiting cures
+        # nothing.
         if int(fs.size(path)) >= end:
             raise ConnectionError(f"the answer ended after {len(data)} of {end - start} bytes")
         raise StorageError(
@@ -106,7 +108,7 @@ def write_bytes(url: str, data: bytes, deadline_s: float = 300.0) -> None:
 
 
 def exists(url: str, deadline_s: float = 60.0) -> bool:
-    """Whether a file or folder is at `url`; asks anew, since another machine may have written it meanwhile."""
+    """Tell whether a file or folder is at `url`; asks anew, since another machine may have written it meanwhile."""
 
     def look() -> bool:
         fs, path = filesystem(url)
@@ -117,7 +119,7 @@ def exists(url: str, deadline_s: float = 60.0) -> bool:
 
 
 def size(url: str, deadline_s: float = 60.0, denied_for_good: bool = True) -> int:
-    """Size of a file in bytes; see `read_bytes` for the arguments."""
+    """Return the size of a file in bytes; see `read_bytes` for the arguments."""
 
     def look() -> int:
         fs, path = filesystem(url)
@@ -127,7 +129,7 @@ def size(url: str, deadline_s: float = 60.0, denied_for_good: bool = True) -> in
 
 
 def list_names(url: str, deadline_s: float = 60.0) -> list[str]:
-    """Names (without folder) of what lies directly in the folder `url`, sorted; a missing folder is empty."""
+    """List names (without folder) of what lies directly in the folder `url`, sorted; a missing folder is empty."""
 
     def look() -> list[str]:
         fs, path = filesystem(url)
@@ -144,7 +146,7 @@ def list_names(url: str, deadline_s: float = 60.0) -> list[str]:
 
 
 def find(url: str, deadline_s: float = 600.0) -> dict[str, int]:
-    """Every file below the folder `url`, at any depth: path relative to it -> bytes; sorted; empty without a folder."""
+    """List all files below the folder `url`, at any depth: relative path -> bytes; sorted; empty without a folder."""
 
     def look() -> dict[str, int]:
         fs, path = filesystem(url)
@@ -157,7 +159,7 @@ def find(url: str, deadline_s: float = 600.0) -> dict[str, int]:
 
 
 def glob(pattern: str, deadline_s: float = 60.0) -> list[str]:
-    """URLs that match a shell pattern, sorted."""
+    """List URLs that match a shell pattern, sorted."""
 
     def look() -> list[str]:
         fs, path = filesystem(pattern)
@@ -220,6 +222,7 @@ def upload(path: str, url: str, deadline_s: float = 3600.0) -> None:
         else:
             fs.put_file(path, target)
 
+    # One attempt may take the whole deadline: a quarter of it would cut off a large file each time, near its end.
     retried(send, url, "writing", deadline_s, attempt_s=deadline_s)
 
 

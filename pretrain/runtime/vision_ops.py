@@ -1,4 +1,4 @@
-"""Makes torchvision importable next to a CPU build of torch."""
+"""Import of torchvision next to a CPU build of torch."""
 
 import logging
 import sys

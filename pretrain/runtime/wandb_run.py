@@ -47,7 +47,7 @@ class WandbRun:
 
 
 def wandb_mode(setting: str, environ: Any = os.environ) -> str:
-    """online, offline or disabled. `auto` is online with a key in the environment or in ~/.netrc, else offline."""
+    """Resolve `setting` to online, offline or disabled; `auto`: online with a key (of environment or ~/.netrc)."""
     if setting != "auto":
         return setting
     if "WANDB_MODE" in environ:

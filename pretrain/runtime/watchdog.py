@@ -62,13 +62,13 @@ class Limits:
 
     @classmethod
     def of(cls, options: Options, deadline_s: float) -> "Limits":
-        """From the recipe's section; a rank may wait for storage for `deadline_s` and hold the others."""
+        """Derive the limits from the recipe; a rank may wait for storage for `deadline_s` and hold the others."""
         stop = options.stop_after_s or deadline_s + MARGIN_S
         return cls(options.factor, options.least_s, options.long_s, stop)
 
 
 class Watchdog:
-    """Watches one start of a run in one rank. Every rank makes one at the same time.
+    """Watch over one start of a run in one rank. Every rank makes one at the same time.
 
     Args:
         options: The recipe's `watchdog`.
@@ -85,6 +85,7 @@ class Watchdog:
         self._mark = time.monotonic()
         self._patient, self._timeout_s = True, 0.0
         self._reported: float | None = None
+        # Rank 0's clock for all: with names of their own, no rank would find the beats of another.
         start = from_first(ranks, f"{time.time_ns():x}")
         self._beats = Heartbeats(folder, start, ranks.rank, ranks.world_size)
         if ranks.first:
@@ -104,7 +105,7 @@ class Watchdog:
         self._hangs = sum(record["from_step"] == first_step for record in read_records(self._folder / HANGS))
 
     def step_done(self, steps_done: int) -> None:
-        """A step has finished: its length counts towards the median, unless long work lay in it."""
+        """Note that a step has finished: its length counts towards the median, unless long work lay in it."""
         now = time.monotonic()
         if not self._patient:
             self._steps_s.append(now - self._mark)
@@ -113,15 +114,16 @@ class Watchdog:
 
     @contextlib.contextmanager
     def long(self, phase: str) -> Iterator[None]:
-        """`expect_long` around what the block does; where that raises, the run is over."""
+        """Run the block as `expect_long` work; where it raises, the run is over."""
         self.expect_long(phase)
         yield
+        # Not in a `finally`: where the block raised, the heartbeat must go on naming the phase that failed.
         self._mark = time.monotonic()
         self._saved = self._saved or phase == "save"
         note("data")
 
     def expect_long(self, phase: str) -> None:
-        """Long work that all ranks, or one of them, do now; the others may wait for it in the next step."""
+        """Expect long work that all ranks, or one of them, do now; the others may wait for it in the next step."""
         self._set_patience(True)
         self._mark = time.monotonic()
         note(phase)
@@ -131,12 +133,13 @@ class Watchdog:
         self._closed.set()
         if self._leaving is not None:
             self._leaving.cancel()
+        # Nobody renews the timeout from here on: what cleans up may take longer than an ordinary step.
         set_timeout(WORK_TIMEOUT_S)
         if self._thread.is_alive():
             self._thread.join()
 
     def leave_soon(self) -> None:
-        """This rank failed: end the process in `leave_s` even if cleaning up waits for ranks that are gone."""
+        """End the process of this failed rank in `leave_s` even if cleaning up waits for ranks that are gone."""
         self._closed.set()
         note("leaving")
         if self._options.enabled and self._leaving is None:
@@ -146,7 +149,7 @@ class Watchdog:
 
     @property
     def limit_s(self) -> float:
-        """How long the present step may take before it is a stall."""
+        """Seconds that the present step may take before it is a stall."""
         if self._patient:
             return self.limits.long_s
         usual_s = statistics.median(self._steps_s) if self._steps_s else 0.0
@@ -154,7 +157,7 @@ class Watchdog:
 
     @property
     def exit_code(self) -> int:
-        """75 asks for another start, unless several in a row have hung without a checkpoint between them."""
+        """Exit code: 75 asks for another start, unless several in a row have hung without a checkpoint between them."""
         again = self._saved or self._hangs < self._options.max_restarts
         return EXIT_REQUEUE if self._options.on_hang == "requeue" and again else 1
 
@@ -203,6 +206,8 @@ class Watchdog:
         seen = self._beats.read()
         gone = [one for one in seen.values() if one.age_s > GONE_BEATS * self._options.beat_s]
         idle_s = min((one.idle_s for one in seen.values() if one not in gone), default=0.0)
+        # Only the rank whose verdict stands tells of it: eight judges would write eight lines, which count as hangs in
+        # a row.
         if (gone or idle_s > self.limits.stop_after_s) and self._beats.give_up(reason := self._reason(seen, gone)):
             logger.critical(reason)
             record = {"from_step": self._first_step, "step": self._step + 1, "reason": reason, "at": time.time()}
@@ -230,6 +235,7 @@ class Watchdog:
         time.sleep(min(2 * self._options.beat_s, 10.0))
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        # Not sys.exit at the end: it would end this thread alone, and the main thread hangs in a collective.
         _kill_workers()
         os._exit(self.exit_code)
 
@@ -241,7 +247,7 @@ class Watchdog:
 
 
 def _kill_workers() -> None:
-    """Data workers end by themselves when their rank is gone, but not one that stands still."""
+    """Kill the data workers: they end by themselves when their rank is gone, but not one that stands still."""
     # The main thread may be ending them at this moment; nothing that goes wrong here may keep the rank from leaving.
     with contextlib.suppress(Exception):
         for worker in multiprocessing.active_children():

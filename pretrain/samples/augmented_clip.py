@@ -17,3 +17,10 @@ class Config(clip.Config):
     crop: Literal["resized", "multiscale", "center"] = "resized"  # type: ignore[assignment]
     """resized: random area and aspect; multiscale: as in pre-training (AdaptFormer); center: short side resized, centre
     cut"""
+
+    def problems(self) -> list[str]:
+        """Say what in this section can't work."""
+        if self.fps is None:
+            return super().problems()
+        advice = "frames are chosen by data.sources.<name>.sampling and stride here; leave input.fps out"
+        return [*super().problems(), f"input.fps: found {self.fps:g}, allowed: null; {advice}"]

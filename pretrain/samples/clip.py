@@ -5,13 +5,14 @@ Sizes and crops: systems/videomae.md sections 5 and 6, from the datasets of Open
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from pretrain.data.decoders import open_video
+from pretrain.data.decoders import VideoReader, open_video
 from pretrain.data.decoders.crops import Box
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
@@ -38,7 +39,9 @@ class Config(Input):
     frames: int = 16
     """frames of a clip, T"""
     stride: int = 4
-    """frames of the video between two frames of the clip"""
+    """frames of the video between two frames of the clip; unused where fps is given"""
+    fps: float | None = None
+    """frames of the clip a second, by time stamp, so that sources of any rate show the same seconds; null: by stride"""
     height: int = 224
     """height of a clip after crop and resize, pixels"""
     width: int = 224
@@ -57,8 +60,8 @@ class Config(Input):
         """Say what in this section can't work."""
         found = [
             f"input.{name}: found {getattr(self, name)}, allowed: more than 0"
-            for name in ("frames", "stride", "height", "width", "views")
-            if getattr(self, name) <= 0
+            for name in ("frames", "stride", "fps", "height", "width", "views")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf
         ]
         module, hint = DECODERS[self.decoder]
         if importlib.util.find_spec(module) is None:
@@ -68,11 +71,12 @@ class Config(Input):
     def describe(self) -> list[tuple[str, str, str]]:
         """Say what a clip is."""
         size = f"{self.frames} x {self.height} x {self.width}"
-        return [("pixels", size, f"every {self.stride} frames of the video")]
+        rate = f"every {self.stride} frames of the video" if self.fps is None else f"{self.fps:g} frames a second"
+        return [("pixels", size, rate)]
 
     def describe_source(self, source: Source) -> str:
         """Say at which stride a source is sampled."""
-        return f"stride {source.stride or self.stride}"
+        return f"stride {source.stride or self.stride}" if self.fps is None else f"{self.fps:g} frames a second"
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -96,8 +100,7 @@ class ClipSamples(Samples):
 
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
         each = draws(self._seed, place, self._options.views)
-        videos = self._videos(place, source.options.stride or self._options.stride, members, each)
-        return {"video": stacked(videos)} | self._drawn(each)
+        return {"video": stacked(self._videos(place, source, members, each))} | self._drawn(each)
 
     def example(self, count: int) -> Batch:
         def arrays(place: Place) -> Arrays:
@@ -108,10 +111,9 @@ class ClipSamples(Samples):
 
     def without_chance(self, source: SourceInfo, members: Members) -> Arrays:
         """The centre crop of the clip in the middle of the video, `video` uint8 [1, T, H, W, 3]."""
-        options, stride = self._options, source.options.stride or self._options.stride
+        options = self._options
         with open_video(members.video(), options.decoder, members.stamps) as reader:
-            start = (sampling.clip_starts(reader.num_frames, options.frames, stride) - 1) // 2
-            clip = reader.frames(sampling.clip_frames(reader.num_frames, options.frames, stride, start))
+            clip = reader.frames(middle_frames(reader, options, source.options.stride or options.stride))
         return {"video": transforms.centre_crop(clip, options.width, options.height)[None]}
 
     def _drawn(self, each: Sequence[Draw]) -> Arrays:
@@ -120,16 +122,15 @@ class ClipSamples(Samples):
         drawn = [self._view_tensors(draw) for draw in each]
         return {name: stacked([view[name] for view in drawn]) for name in drawn[0]}
 
-    def _videos(self, place: Place, stride: int, members: Members, each: Sequence[Draw]) -> list[transforms.Clip]:
+    def _videos(
+        self, place: Place, source: SourceInfo, members: Members, each: Sequence[Draw]
+    ) -> list[transforms.Clip]:
         """One clip as each view shows it, [T, H, W, 3]; decoded once, its start drawn once (repeated augmentation)."""
         options = self._options
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
-        step, phase = members.grid if options.grid == "auto" else (1, 0)
+        stride = source.options.stride or options.stride
         with open_video(members.video(), options.decoder, members.stamps) as reader:
-            every = sampling.clip_starts(reader.num_frames, options.frames, stride)
-            starts = sampling.grid_starts(every, stride, step, phase)
-            start = starts[int(rng.integers(len(starts)))]
-            frames = sampling.clip_frames(reader.num_frames, options.frames, stride, start)
+            frames = random_frames(reader, options, stride, members.grid, rng)
             if options.crop == "center":
                 clip = transforms.centre_crop(reader.frames(frames), options.width, options.height)
                 return [clip] * len(each)
@@ -139,6 +140,37 @@ class ClipSamples(Samples):
     def _boxes(self, each: Sequence[Draw], width: int, height: int) -> list[Box]:
         options = self._options
         return [transforms.multiscale_box(width, height, options.width, options.height, draw("crop")) for draw in each]
+
+
+def random_frames(
+    reader: VideoReader, options: Config, stride: int, grid: tuple[int, int], rng: np.random.Generator
+) -> sampling.Indices:
+    """Draw which frames of a video a clip holds.
+
+    Args:
+        reader: The video.
+        options: By rate where `fps` is given, else by stride.
+        stride: Of the source.
+        grid: Step and phase of the video's reference frames.
+        rng: The sample's.
+    """
+    if options.fps is not None:
+        latest = sampling.latest_start(reader.duration, options.frames, options.fps)
+        start = float(rng.random()) * latest
+        return reader.indices_at(sampling.clip_times(reader.duration, options.frames, options.fps, start))
+    step, phase = grid if options.grid == "auto" else (1, 0)
+    every = sampling.clip_starts(reader.num_frames, options.frames, stride)
+    starts = sampling.grid_starts(every, stride, step, phase)
+    return sampling.clip_frames(reader.num_frames, options.frames, stride, starts[int(rng.integers(len(starts)))])
+
+
+def middle_frames(reader: VideoReader, options: Config, stride: int) -> sampling.Indices:
+    """Give the frames of the clip in the middle of a video; arguments as for `random_frames`."""
+    if options.fps is not None:
+        start = sampling.latest_start(reader.duration, options.frames, options.fps) / 2
+        return reader.indices_at(sampling.clip_times(reader.duration, options.frames, options.fps, start))
+    start = (sampling.clip_starts(reader.num_frames, options.frames, stride) - 1) // 2
+    return sampling.clip_frames(reader.num_frames, options.frames, stride, start)
 
 
 def made_up_videos(options: Config, views: int) -> transforms.Clip:

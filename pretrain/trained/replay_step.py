@@ -23,7 +23,7 @@ from pretrain.data.stream_plan import StreamPlan, open_sources
 from pretrain.engine.assemble import open_stream
 from pretrain.engine.step import to_device
 from pretrain.errors import CheckpointError, TrainingError
-from pretrain.guards.first_nonfinite import ROOT, Activation, Finding, Probe, bad_weights, function_without_gradient
+from pretrain.guards.first_nonfinite import ROOT, Activation, NonFinite, Probe, bad_weights, function_without_gradient
 from pretrain.guards.incidents import plain
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class StepPlace:
     """What is replayed: run folder, step (counted from 1), checkpoint with its step, number of ranks, the record."""
 
     run: RunFolder
@@ -63,13 +63,13 @@ class MicroBatch:
     recorded: float | None
     keys: list[str]
     positions: list[int]
-    finding: Finding | None
+    finding: NonFinite | None
     activations: dict[str, Activation]
     gradients: dict[str, float]
     video: Tensor | None = field(repr=False)
 
 
-def find_place(run: Path, step: int) -> Place:
+def find_place(run: Path, step: int) -> StepPlace:
     """What there is of a step.
 
     Raises:
@@ -89,7 +89,7 @@ def find_place(run: Path, step: int) -> Place:
         world_size = len(record["ranks"])
     else:
         world_size = state.get("world_size") or _launched(run)
-    return Place(folder, step, checkpoint, state.get("step", 0), world_size, record)
+    return StepPlace(folder, step, checkpoint, state.get("step", 0), world_size, record)
 
 
 def _newest_before(root: Path, step: int) -> Path | None:
@@ -108,7 +108,7 @@ def _launched(run: Path) -> int:
     return int(report.get("variables", {}).get("WORLD_SIZE", 1))
 
 
-def build_objective(place: Place, method: Method, device: torch.device) -> Objective:
+def build_objective(place: StepPlace, method: Method, device: torch.device) -> Objective:
     """Build the objective as it was before the step, in the recipe's number format."""
     recipe = method.recipe
     seed_everything(recipe.run.seed)
@@ -122,7 +122,7 @@ def build_objective(place: Place, method: Method, device: torch.device) -> Objec
     return objective.to(device, DTYPES[recipe.compute.dtype]).train()
 
 
-def replay(place: Place, method: Method, rank: int | None = None) -> Iterator[MicroBatch]:
+def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterator[MicroBatch]:
     """The step's micro-batches, of all ranks or one, each through a forward and a backward pass.
 
     Raises:
@@ -144,7 +144,7 @@ def replay(place: Place, method: Method, rank: int | None = None) -> Iterator[Mi
             yield _run(objective, next(stream), recipe.run.seed, place, number, micro)
 
 
-def _run(objective: Objective, batch: Batch, seed: int, place: Place, rank: int, micro: int) -> MicroBatch:
+def _run(objective: Objective, batch: Batch, seed: int, place: StepPlace, rank: int, micro: int) -> MicroBatch:
     device = next(objective.parameters()).device
 
     def loss_of() -> Tensor:
@@ -159,11 +159,11 @@ def _run(objective: Objective, batch: Batch, seed: int, place: Place, rank: int,
             loss.backward()  # type: ignore[no-untyped-call]
     finding = bad_weights(objective) or probe.finding
     if finding is None and not loss.isfinite():
-        finding = Finding("forward", ROOT, "the loss is not finite, though every module's output is")
+        finding = NonFinite("forward", ROOT, "the loss is not finite, though every module's output is")
     if finding is not None and finding.phase == "backward":
         function = function_without_gradient(loss_of)
         if function:
-            finding = Finding(finding.phase, finding.module, f"{finding.text} ({function})", finding.clips)
+            finding = NonFinite(finding.phase, finding.module, f"{finding.text} ({function})", finding.clips)
     return MicroBatch(
         rank,
         micro,
@@ -204,7 +204,7 @@ def most_suspicious(replayed: list[MicroBatch]) -> MicroBatch:
     return chosen
 
 
-def write_report(place: Place, replayed: list[MicroBatch]) -> Path:
+def write_report(place: StepPlace, replayed: list[MicroBatch]) -> Path:
     """RUN/incidents/replay_step_00000123.json: all that was measured."""
     rows = []
     for one in replayed:

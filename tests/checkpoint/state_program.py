@@ -222,6 +222,8 @@ def check_applied(engine: Any, title: str, ranks: Any) -> None:
     alone.table.data.copy_(whole({"table": module.model.table})["table"])
     with torch.no_grad():
         before = module.model(batch)
+        for parameter in getattr(engine.optimizer, "persistent_parameters", []):
+            parameter.all_gather()  # as it is after a step; `whole` has given it up
         with module.average.applied(module.model):
             inside = module.model(batch)
         after = module.model(batch)

@@ -96,7 +96,7 @@ def test_without_zero_any_number_of_ranks_loads_it_as_it_is() -> None:
 
 
 def recipe() -> Recipe:
-    config = OmegaConf.structured(Recipe(model={"dim": 8}, objective={"mask_ratio": 0.9}))
+    config = OmegaConf.structured(Recipe(model={"dim": 8}, objective={"mask_ratio": 0.9}, input={}))
     config.run.name = "test"
     made: Recipe = OmegaConf.to_object(config)
     made.data.sources = {"toy": Source(shards="here")}

@@ -41,13 +41,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "old.avi": {"b_frames": 0},
     "uneven.mp4": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
     "uneven.mkv": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
-    "open_gop.mp4": {"options": {"x264-params": "open-gop=1:bframes=2:keyint=25:min-keyint=25"}},
+    "open_gop.mp4": {"gop": 30, "options": {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=30:min-keyint=30"}},
     "fragments.mp4": {"muxing": {"movflags": "frag_keyframe+empty_moov"}},
     "live.mkv": {"muxing": {"live": "1"}},
     "edited.mp4": {"hidden": 10, "frames": 260},
 }
 FRAMES = 18_000
-INEXACT = ("stream.ts", "old.avi", "live.mkv", "edited.mp4")
+INEXACT = ("stream.ts", "old.avi", "live.mkv", "edited.mp4", "open_gop.mp4")
 SEGMENTS = (Segment(0, 1), Segment(2, 4), Segment(3.2, 3.68), Segment(8.04, None), None)
 
 
@@ -120,6 +120,17 @@ def test_a_wrong_promise_costs_bytes_only(films: Callable[[str], Path]) -> None:
     for wrong in (range(right.start + 7, right.stop + 7, right.step), right[:-3], right[::2]):
         with open_video(LinkedVideo(path, Span(os.path.getsize(path), Segment(2, 3), wrong)), "pyav") as reader:
             assert numbers_of(reader.frames([0, 24])) == [50, 74] and reader.num_frames == 25
+
+
+def test_uneven_frames_that_are_promised_to_be_even(tmp_path: Path) -> None:
+    """A promise that the header agrees with, and the packets on the way to the frames do not."""
+    times = np.cumsum([0, *[80, 40, 40, 20, 20] * 40]).tolist()
+    path = str(write_film(tmp_path / "film.mp4", frames=len(times), times_ms=times))
+    promise = range(0, 640 * len(times), 640)
+    for wanted in ([2, 9], [100, 101], [200]):
+        with open_video(LinkedVideo(path, Span(os.path.getsize(path), None, promise)), "pyav") as reader:
+            assert reader.stamps == promise, "or the header gives the lie away"  # type: ignore[attr-defined]
+            assert numbers_of(reader.frames(wanted)) == wanted
 
 
 def test_segments_without_frames(films: Callable[[str], Path]) -> None:
@@ -265,6 +276,22 @@ def test_a_store_that_fails_in_the_middle_is_no_bad_sample(
                 outcomes.add("error")
                 assert "no answer" in str(error)
     assert outcomes == {"frames", "error"}, "each of them occurs"
+
+
+def test_reads_of_a_slow_store_share_a_deadline(films: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that decodes is watched: it must say that the store is slow before it is taken for hung."""
+    whole, given = storage.read_bytes, []
+
+    def read(url: str, begin: int, end: int, deadline_s: float, **more: Any) -> bytes:
+        given.append(deadline_s)
+        time.sleep(0.05)
+        return whole(url, begin, end, **more)
+
+    monkeypatch.setattr(storage, "read_bytes", read)
+    path = str(films("end.mp4"))
+    with open_video(LinkedVideo(path, Span(os.path.getsize(path)), 10.0), "pyav"):
+        assert given[0] == 7.5 and len(given) > 3
+        assert given == sorted(given, reverse=True) and given[-1] < 7.5 - 0.05 * (len(given) - 1) + 1e-3
 
 
 class CountingProxy(FaultProxy):

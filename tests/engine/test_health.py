@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.data.samples import Batch
 from pretrain.engine.health import HealthSignal, open_health
 from pretrain.errors import DataError, RecipeError
 from pretrain.objectives.base import Objective, method_of, problems_of, warnings_of
-from pretrain.objectives.videomae import build
 from pretrain.recipe.load import load_recipe
 from pretrain.runtime.process_group import Ranks
 from tests.toy_shards import encoded, index, write_shard
@@ -46,7 +46,8 @@ class Brightness(Objective):
         super().__init__()
         self.blind, self.clips = blind, 0
 
-    def features(self, video: torch.Tensor) -> torch.Tensor:
+    def features(self, batch: Batch) -> torch.Tensor:
+        video = batch["video"]
         assert video.dtype == torch.uint8 and video.shape[1:] == (8, 32, 32, 3)
         self.clips += len(video)
         light = video.float().mean((1, 2, 3, 4)) - 128
@@ -56,7 +57,7 @@ class Brightness(Objective):
 def test_signal_is_the_accuracy_of_the_features(toy: Any, labelled: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = load_recipe(str(toy.recipe), [f"health.shards={labelled}", "health.neighbours=2"])
     objective = Brightness()
-    signal = open_health(recipe, ALONE, objective)
+    signal = open_health(method_of(recipe), ALONE, objective)
     assert signal is not None
     assert signal(objective) == {"knn_top1": 100, "largest_class": pytest.approx(500 / 7), "videos": 7}
     assert objective.clips == 7 and "0007 can't be used: label" in caplog.text
@@ -76,9 +77,9 @@ def test_set_that_can_not_be_used_is_an_error(toy: Any) -> None:
 def test_method_without_features_is_refused(toy: Any) -> None:
     recipe = load_recipe(str(toy.recipe), ["health.shards=anywhere"])
     with pytest.raises(RecipeError, match="has no `features`"):
-        open_health(recipe, ALONE, Objective())
+        open_health(method_of(recipe), ALONE, Objective())
     recipe.health.shards = None
-    assert open_health(recipe, ALONE, Objective()) is None
+    assert open_health(method_of(recipe), ALONE, Objective()) is None
 
 
 def test_keys_are_checked(toy: Any) -> None:
@@ -91,15 +92,15 @@ def test_keys_are_checked(toy: Any) -> None:
 
 def test_features_are_those_of_the_whole_clip(toy: Any) -> None:
     torch.manual_seed(0)
-    objective = build(load_recipe(str(toy.recipe))).eval()
+    objective = method_of(load_recipe(str(toy.recipe))).build().eval()
     video = torch.randint(256, (3, 8, 32, 32, 3), dtype=torch.uint8)
-    features = objective.features(video)
+    features = objective.features({"video": video})
     assert features.shape == (3, 32) and features.dtype == torch.float32 and not features.requires_grad
-    torch.testing.assert_close(objective.features(video[1:2]), features[1:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(objective.features({"video": video[1:2]}), features[1:2], rtol=1e-4, atol=1e-5)
     for corner in ((0, 0, 0), (7, 31, 31)):  # no part of the clip is hidden from it
         changed = video.clone()
         changed[:, corner[0], corner[1], corner[2]] ^= 255
-        assert (objective.features(changed) - features).abs().max() > 1e-6
+        assert (objective.features({"video": changed}) - features).abs().max() > 1e-6
 
 
 def plan(toy: Any, labelled: Path) -> dict[str, dict[str, Any]]:

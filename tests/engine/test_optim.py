@@ -4,7 +4,7 @@ from torch import nn
 
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.optimiser import forget_steps, parameter_groups
-from pretrain.objectives.base import decays
+from pretrain.objectives.base import Objective, decays
 from pretrain.recipe.load import load_recipe
 
 
@@ -30,7 +30,7 @@ def test_which_tensors_decay(name: str, shape: tuple[int, ...], expected: bool) 
     assert decays(name, shape) is expected
 
 
-class Small(nn.Module):
+class Small(Objective):
     def __init__(self) -> None:
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 4))
@@ -56,11 +56,12 @@ def test_groups_of_a_compiled_module_are_those_of_the_plain_one() -> None:
 
 
 def test_shape_of_a_sharded_parameter_is_its_whole_one() -> None:
-    module = nn.Linear(4, 4)
-    module.weight.ds_shape = torch.Size((4, 4))
-    module.weight.ds_numel = 16
-    module.weight.data = torch.empty(0)
-    assert [len(group["params"]) for group in parameter_groups(module, 0.05)] == [1, 1]
+    objective = Small()
+    weight = objective.layer.weight
+    weight.ds_shape = torch.Size((4, 4))
+    weight.ds_numel = 16
+    weight.data = torch.empty(0)
+    assert [len(group["params"]) for group in parameter_groups(objective, 0.05)] == [1, 2]
 
 
 def test_forgotten_steps_restore_the_first_bias_correction() -> None:

@@ -13,7 +13,7 @@ SIGNAL = ("zero.stage=1", "batch.micro=4")
 
 
 def plain(*overrides: str, accidents: list[list[Any]] | None = None) -> dict[str, Any]:
-    """One run for driver.py."""
+    """One run for toy_driver.py."""
     return {"overrides": list(overrides), "accidents": accidents or []}
 
 

@@ -6,11 +6,11 @@ from omegaconf import OmegaConf
 
 from pretrain.engine.schedules import Schedule, build_schedule
 from pretrain.errors import RecipeError
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import Input, Recipe
 
 
 def recipe(samples: int = 512, epochs: float = 10, warmup: float = 2, max_steps: int | None = None) -> Recipe:
-    config = OmegaConf.structured(Recipe(model={}, objective={}))
+    config = OmegaConf.structured(Recipe(model={}, objective={}, input=Input()))
     config.run.name = "test"
     made: Recipe = OmegaConf.to_object(config)
     made.batch.samples = samples

@@ -21,7 +21,9 @@ def plain(accumulation: int) -> tuple[dict[str, torch.Tensor], list[tuple[float,
     """Weights and losses of a loop with an optimiser for each network, as publications of such methods have it."""
     objective, losses = Adversarial(), []
     networks = {name: objective.model[name] for name in objective.turns}
-    optimizers = {name: torch.optim.Adam(network.parameters(), betas=(0.5, 0.999)) for name, network in networks.items()}
+    optimizers = {
+        name: torch.optim.Adam(network.parameters(), betas=(0.5, 0.999)) for name, network in networks.items()
+    }
     for step, lr in enumerate(RATES):
         row = []
         for turn in objective.turns:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.toy_run import DRIVER
+
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = (
     *("schedule.epochs=20", "checkpoint.every_steps=3", "data.workers=1", "zero.stage=1"),
@@ -31,7 +33,7 @@ class Pair:
         plan = toy.folder / f"{name}.json"
         words = [toy.run_dir(name), *OPTIONS, *overrides]
         plan.write_text(json.dumps([{"overrides": words, "accidents": accidents}]))
-        command = [str(Path(__file__).with_name("driver.py")), str(toy.recipe), str(plan)]
+        command = [str(DRIVER), str(toy.recipe), str(plan)]
         if accidents is None:
             command = [str(ROOT / "launch" / "pretrain.py"), "--recipe", str(toy.recipe), *words]
         with socket.socket() as probe:
@@ -124,7 +126,10 @@ def test_a_frozen_host_is_named_and_repeated_hangs_end_with_1(pair: Any, toy: An
     [
         ([4, 0, "SIGKILL"], ""),
         ([3, 1, "kill while hashing"], "could not clean up within"),  # rank 0 waits for its hashes
-        ([4, 1, "kill a data worker"], "DataError: rank 1: a data worker died"),  # agreed on, and printed by driver.py
+        (
+            [4, 1, "kill a data worker"],
+            "DataError: rank 1: a data worker died",
+        ),  # agreed on; toy_driver.py prints
     ],
 )
 def test_the_death_of_a_rank_or_worker_ends_all_ranks_and_workers(pair: Any, accident: list[Any], said: str) -> None:

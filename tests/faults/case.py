@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.engine.conftest import Toy
 from tests.faults.forge import Forge
 from tests.faults.lab import STEPS, Attempt, Lab, NotKept, until
+from tests.toy_run import Toy
 
 PHASES = ("start", "first step", "mid-epoch", "epoch border", "save", "upload", "resume")
 

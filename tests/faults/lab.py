@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.engine.conftest import Toy, free_port
 from tests.faults import servers
 from tests.faults.forge import Forge, Forged
 from tests.faults.proxy import FaultProxy
+from tests.toy_run import Toy, free_port
 
 #: Steps of the run, and those between two checkpoints: 4, 8, 12, and 15 at the end.
 STEPS, SAVE_EVERY = 15, 4

@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent)]
 
-from tests.engine.conftest import make_toy  # noqa: E402
 from tests.faults import servers  # noqa: E402
 from tests.faults.case import Case, Outcome, Undisturbed, run_case  # noqa: E402
 from tests.faults.catalogue import all_cases  # noqa: E402
 from tests.faults.forge import Forge  # noqa: E402
+from tests.toy_run import make_toy  # noqa: E402
 
 
 @dataclass

@@ -50,11 +50,10 @@ def before(module: Any, name: str, do: Callable[..., None]) -> None:
 
 def arm(phase: str, act: Callable[[], None]) -> None:
     """Have `act` called whenever this process comes to a phase."""
-    from pretrain.engine import assemble
-    from pretrain.engine import loop as train
+    from pretrain.engine import assemble, loop
 
     if phase == "start":
-        before(train, "check_hosts", lambda *_: act())
+        before(loop, "check_hosts", lambda *_: act())
     elif phase == "resume":
         before(assemble, "load", lambda *_: act())
     elif phase == "save":
@@ -66,18 +65,18 @@ def arm(phase: str, act: Callable[[], None]) -> None:
 
         before(folders, "publish", lambda _, step: act() if step == 8 else None)
     elif phase == "epoch border":  # before the first batch of the next epoch is fetched
-        before(train, "train_step", lambda _, done, __: act() if done == STEPS_DONE[phase] else None)
+        before(loop, "train_step", lambda _, done, __: act() if done == STEPS_DONE[phase] else None)
     else:
         arm_forward(STEPS_DONE[phase], lambda output: act() or output)  # type: ignore[func-returns-value]
 
 
 def arm_forward(steps_done: int, change: Callable[[Any], Any]) -> None:
     """Have what the forward passes of one step return changed."""
-    from pretrain.engine import loop as train
+    from pretrain.engine import loop
     from pretrain.objectives.videomae import VideoMAEObjective
 
     at: list[int] = []
-    before(train, "train_step", lambda _, done, __: at.append(done))
+    before(loop, "train_step", lambda _, done, __: at.append(done))
     plain = VideoMAEObjective.forward
     VideoMAEObjective.forward = (  # type: ignore[method-assign]
         lambda self, batch: change(plain(self, batch)) if at[-1] == steps_done else plain(self, batch)
@@ -99,7 +98,7 @@ def poison_once(folder: Path) -> Callable[[Any], Any]:
 
 def main(argv: list[str]) -> int:
     """Arm what HOLD says, then train."""
-    from pretrain.commands import program as cli
+    from pretrain.commands import pretrain as command
 
     hold = json.loads(os.environ.get("HOLD", "{}"))
     if hold and int(os.environ.get("RANK", "0")) == hold["rank"]:
@@ -109,7 +108,7 @@ def main(argv: list[str]) -> int:
         else:
             arm(hold["phase"], Hold(folder))
     assert threading.current_thread() is threading.main_thread()
-    return cli.main(argv)
+    return command.main(argv)
 
 
 if __name__ == "__main__":  # spawned data workers read this file again

@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent)]
 
-from tests.engine.conftest import make_toy  # noqa: E402
 from tests.faults.case import curve_of  # noqa: E402
 from tests.faults.forge import Forge  # noqa: E402
 from tests.faults.lab import Attempt, Lab, NotKept  # noqa: E402
+from tests.toy_run import make_toy  # noqa: E402
 
 #: Latency of each request to the store at first, and at most, seconds.
 FIRST_LATENCY_S, MOST_LATENCY_S = 0.3, 6.0

@@ -130,7 +130,7 @@ def test_huggingface_processors_make_our_input(run: Path, tmp_path: Path, height
     y, x = np.mgrid[:height, :width]
     clip = np.stack([[128 + 90 * np.sin((x + 3 * t + c) / 9) * np.cos(y / 7) for c in range(3)] for t in range(4)])
     frames = clip.transpose(0, 2, 3, 1).round().astype(np.uint8)
-    view = EvaluationViews(4, 32, 32, "pyav")._centre(frames, 32)
+    view = EvaluationViews((4, 32, 32), "pyav")._centre(frames, 32)
     ours = tuned.objective.normalization(torch.from_numpy(view)[None].float() / 255).permute(0, 1, 4, 2, 3)
     images = AutoImageProcessor.from_pretrained(tmp_path)(list(frames), return_tensors="pt")["pixel_values"]
     videos = AutoVideoProcessor.from_pretrained(tmp_path)(frames, return_tensors="pt")["pixel_values"]
@@ -300,6 +300,6 @@ def test_errors_are_one_line(
 
 
 def test_pretrained_weights_have_no_classes(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: {name: videomae}\nobjective: {name: videomae}\n")
+    (tmp_path / "recipe.yaml").write_text("program: pretrain\nmodel: {name: videomae}\nobjective: {name: videomae}\n")
     assert predict.main([str(clip), "--weights", str(tmp_path)]) == 1
     assert "which have no classifier; fine-tune them" in capsys.readouterr().err

@@ -1,7 +1,9 @@
-"""Who may import whom, and how long things may get: read from the source."""
+"""Who may import whom, what is named once, and how long things may get: read from the source."""
 
 import ast
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,72 +13,84 @@ PACKAGES = ("pretrain", "finetune", "launch")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MODULE_LINES, FUNCTION_LINES = 500, 80
 
-BOTTOM = {"pretrain", "pretrain.errors"}
-BASE = BOTTOM | {"pretrain.recipe", "pretrain.runtime"}
-#: What the modules below a name may import, besides their own kind. launch -> finetune -> pretrain; inside pretrain
-#: cli -> engine -> {objectives, models, data, checkpoint} -> {recipe, runtime} -> errors.
-ALLOWED = {
-    "pretrain.errors": BOTTOM,
-    "pretrain.recipe": BOTTOM,
-    "pretrain.runtime": BASE,
-    "pretrain.models": BASE,
-    "pretrain.data": BASE,
-    "pretrain.checkpoint": BASE,
-    # An objective's file goes with its model's file; masks are drawn by the data workers on its behalf.
-    "pretrain.objectives": BASE | {"pretrain.models", "pretrain.samples.masks", "pretrain.data.randomness"},
-    "pretrain.engine": {"pretrain"} - {"pretrain.commands.program"},
-    "pretrain.plan": {"pretrain"} - {"pretrain.commands.program"},
-    "pretrain.commands.program": {"pretrain"},
-    "pretrain": {"pretrain"},
-    "finetune": {"finetune", "pretrain"},
-    "launch": {"launch", "finetune", "pretrain"},
-}
+#: Rooms of pretrain/, uppermost first; a room imports from those below it, and none from its neighbours.
+FLOORS = (
+    ("commands",),
+    ("doctor", "trained"),
+    ("plan",),
+    ("engine",),
+    ("objectives",),
+    ("samples", "models", "guards"),
+    ("data", "checkpoint", "metrics"),
+    ("recipe", "runtime"),
+    ("errors",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+#: Neighbours that may be imported: the run folder and the watchdog are made as the recipe says.
+NEIGHBOURS = {("pretrain.runtime.run_folder", "recipe"), ("pretrain.runtime.watchdog", "recipe")}
+#: Names that several modules have: contracts, entries of tasks, and what a recipe names in two sections.
+SHARED_MODULES = {"__init__", "base", "task", "config", "videomae"}
+#: `Config` is what a recipe's component has; a section of the recipe is called as what it describes.
+SHARED_CLASSES = {"Config", "Prompts", "Run", "Schedule", "Watchdog"}
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Our own modules that a file imports, also inside functions, with the line."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
+    """Our own modules that statements import, with the line."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            found = [node.module or ""]
-            if node.module in PACKAGES or (node.module or "").startswith("pretrain."):
-                # `from pretrain.data import masks` names a module, `from pretrain.samples.masks import draw` does not.
-                below = [f"{node.module}.{alias.name}" for alias in node.names]
-                found = [
-                    name if (ROOT / name.replace(".", "/")).with_suffix(".py").exists() else node.module or ""
-                    for name in below
-                ]
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            # `from pretrain.samples import masks` names a module, `from pretrain.samples.masks import draw` does not.
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [name if is_module(name) else node.module or "" for name in below]
         else:
             continue
         yield from ((node.lineno, name) for name in found if name.split(".")[0] in PACKAGES)
 
 
-def within(name: str, above: str) -> bool:
-    return name == above or name.startswith(f"{above}.")
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 def may_import(importer: str, imported: str) -> bool:
-    own = max((name for name in ALLOWED if within(importer, name)), key=len)
-    if within(imported, own) and own != "pretrain":
+    own, other = importer.split("."), imported.split(".")
+    if own[0] != "pretrain" or other[0] != "pretrain":
+        return PACKAGES.index(other[0]) <= PACKAGES.index(own[0])
+    if len(other) == 1 or (len(own) > 1 and own[1] == other[1]):
         return True
-    if own in ("pretrain.engine", "pretrain.plan"):
-        return within(imported, "pretrain") and not within(imported, "pretrain.commands.program")
-    exact = {"pretrain"} if own not in ("pretrain.commands.program", "pretrain", "finetune", "launch") else set()
-    return any(imported == name if name in exact else within(imported, name) for name in ALLOWED[own])
+    return len(own) > 1 and (FLOOR_OF[other[1]] > FLOOR_OF[own[1]] or (importer, other[1]) in NEIGHBOURS)
+
+
+def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """Modules that import one another in a circle, if any do."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
+def named_twice(names: Iterable[tuple[str, str]], shared: set[str]) -> dict[str, list[str]]:
+    """Names of (name, place) that several places have, less those that may be shared."""
+    places = defaultdict(list)
+    for name, place in names:
+        places[name].append(place)
+    return {name: found for name, found in places.items() if len(found) > 1 and name not in shared}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_imports_go_downwards(path: Path) -> None:
+    """Also inside functions and for type checkers; the one way up is recipe/components.py, by a recipe's names."""
     importer = module_name(path)
-    wrong = [
-        f"{path}:{line}: {importer} imports {name}" for line, name in imports(path) if not may_import(importer, name)
-    ]
+    found = imports(ast.walk(ast.parse(path.read_text())))
+    wrong = [f"{path}:{line}: {importer} imports {name}" for line, name in found if not may_import(importer, name)]
     assert not wrong, "\n".join(wrong)
 
 
@@ -85,29 +99,108 @@ def test_imports_go_downwards(path: Path) -> None:
     [
         ("pretrain.recipe.load", "pretrain.models.videomae", False),
         ("pretrain.recipe.load", "pretrain.runtime.storage", False),
-        ("pretrain.data.stream", "pretrain.models.videomae", False),
+        ("pretrain.runtime.storage", "pretrain.recipe.schema", False),
+        ("pretrain.runtime.run_folder", "pretrain.recipe.show", True),
+        ("pretrain.runtime.run_folder", "pretrain.data.index", False),
+        ("pretrain.errors", "pretrain.recipe.schema", False),
+        ("pretrain.data.stream", "pretrain.samples.clip", False),
+        ("pretrain.data.stream", "pretrain.checkpoint.save", False),
         ("pretrain.models.videomae", "pretrain.samples.masks", False),
+        ("pretrain.samples.clip", "pretrain.data.samples", True),
         ("pretrain.objectives.videomae", "pretrain.samples.masks", True),
-        ("pretrain.objectives.videomae", "pretrain.data.stream", False),
-        ("pretrain.engine.loop", "pretrain.commands.program", False),
-        ("pretrain.engine.loop", "pretrain.data.stream", True),
-        ("pretrain.engine.loop", "finetune.tasks", False),
+        ("pretrain.objectives.videomae", "pretrain.engine.loop", False),
+        ("pretrain.engine.loop", "pretrain.plan.dry_run", False),
+        ("pretrain.engine.loop", "pretrain.guards.results", True),
+        ("pretrain.engine.loop", "finetune.recipe", False),
+        ("pretrain.trained.load_run", "pretrain.doctor.examine", False),
+        ("pretrain.trained.load_run", "pretrain.engine.build", True),
+        ("pretrain.plan.dry_run", "pretrain.trained.load_run", False),
         ("pretrain.commands.program", "pretrain.engine.loop", True),
         ("pretrain.commands.program", "finetune", False),
-        ("finetune.classification", "launch.pretrain", False),
-        ("finetune.classification", "pretrain.models.videomae", True),
-        ("launch.pretrain", "pretrain.commands.program", True),
+        ("finetune.classification.task", "launch.pretrain", False),
+        ("finetune.classification.task", "pretrain.models.videomae", True),
+        ("launch.pretrain", "pretrain.commands.pretrain", True),
     ],
 )
-def test_the_rule_itself(importer: str, imported: str, allowed: bool) -> None:
+def test_the_rule_of_imports(importer: str, imported: str, allowed: bool) -> None:
     assert may_import(importer, imported) is allowed
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = """
+import pretrain.errors
+from pretrain.samples import masks, clip
+from pretrain.samples.masks import draw
+if TYPE_CHECKING:
+    from finetune.recipe import TuneRecipe
+def late():
+    import launch.doctor, torch
+"""
+    assert list(imports(ast.walk(ast.parse(source)))) == [
+        (2, "pretrain.errors"),
+        (3, "pretrain.samples.masks"),
+        (3, "pretrain.samples.clip"),
+        (4, "pretrain.samples.masks"),
+        (6, "finetune.recipe"),
+        (8, "launch.doctor"),
+    ]
+
+
+def test_every_room_has_its_floor() -> None:
+    there = {
+        path.stem for path in (ROOT / "pretrain").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert there - {"__init__", "__main__"} == set(FLOOR_OF)
+
+
+def test_no_circle_of_imports() -> None:
+    graph = {
+        module_name(path): {name for _, name in imports(ast.parse(path.read_text()).body)} - {module_name(path)}
+        for path in MODULES
+    }
+    assert not circle(graph)
+
+
+def test_the_rule_of_circles() -> None:
+    assert not circle({"a": ["b", "c"], "b": ["c"]})
+    assert set(circle({"a": ["b"], "b": ["c"], "c": ["b"]})) == {"b", "c"}
+
+
+def test_modules_are_named_once() -> None:
+    """A command may be called as what it runs."""
+    names = [(path.stem, module_name(path)) for path in MODULES if path.parts[-2] not in ("commands", "launch")]
+    assert not named_twice(names, SHARED_MODULES)
+
+
+def test_classes_are_named_once() -> None:
+    classes = [
+        (node.name, module_name(path))
+        for path in MODULES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert not named_twice(classes, SHARED_CLASSES)
+
+
+def test_the_rule_of_names() -> None:
+    names = [("Config", "a"), ("Config", "b"), ("Place", "a"), ("Place", "c"), ("Span", "a")]
+    assert named_twice(names, {"Config"}) == {"Place": ["a", "c"]}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_sizes(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= MODULE_LINES, f"{path}: split it"
-    for node in ast.walk(ast.parse(text)):
+    for name, line, lines in functions(text):
+        assert lines <= FUNCTION_LINES, f"{path}:{line}: {name} has {lines} lines"
+
+
+def functions(source: str) -> Iterator[tuple[str, int, int]]:
+    """Name, line and length of every function."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert lines <= FUNCTION_LINES, f"{path}:{node.lineno}: {node.name} has {lines} lines"
+            yield node.name, node.lineno, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def test_lengths_of_functions() -> None:
+    assert list(functions("class A:\n    async def f(self):\n        x = 1\n\n        return x\n")) == [("f", 2, 4)]

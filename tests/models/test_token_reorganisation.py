@@ -6,7 +6,6 @@ from torch.testing import assert_close
 
 from finetune.adapters.attach import apply_tuning
 from finetune.adapters.config import Tune
-from pretrain.engine.optimiser import decays
 from pretrain.errors import RecipeError
 from pretrain.models import token_scores
 from pretrain.models.backbone import Prompts
@@ -17,6 +16,7 @@ from pretrain.models.image_vit import SIZES, ImageViT
 from pretrain.models.image_vit import Config as ImageConfig
 from pretrain.models.keep_rates import Reorganisation, keep_rates, scheduled_rate, token_counts, tokens_kept
 from pretrain.models.token_scores import class_attention, received_attention
+from pretrain.objectives.base import decays
 
 TINY = {"size": "custom", "patch_size": 4, "dim": 24, "depth": 4, "heads": 3, "mlp_ratio": 2.0, "drop_path": 0.0}
 

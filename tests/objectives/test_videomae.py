@@ -13,8 +13,11 @@ from torch.testing import assert_close
 from pretrain.data.randomness import generator
 from pretrain.models.cubes import complement, cut_cubes, grid_of, take_tokens
 from pretrain.models.videomae import Config as ModelConfig
-from pretrain.objectives import videomae as method
-from pretrain.objectives.videomae import PICTURE_MAX, VideoMAEObjective, weighted_mean
+from pretrain.objectives import videomae
+from pretrain.objectives.videomae import PICTURE_MAX, VideoMAEMethod, VideoMAEObjective, weighted_mean
+from pretrain.recipe.schema import Recipe, Run
+from pretrain.samples.clip import Config as ClipConfig
+from pretrain.samples.masks import draw
 
 MODEL = ModelConfig(
     size="custom",
@@ -29,18 +32,20 @@ MODEL = ModelConfig(
 )
 
 
-def recipe(height: int = 16, frames: int = 8, model: ModelConfig = MODEL, **options) -> SimpleNamespace:
-    return SimpleNamespace(
+def recipe(height: int = 16, frames: int = 8, model: ModelConfig = MODEL, **options) -> Recipe:
+    return Recipe(
         model=model,
-        objective=method.Config(**({"mask_ratio": 0.75} | options)),
-        data=SimpleNamespace(frames=frames, height=height, width=16),
-        compute=SimpleNamespace(activation_checkpointing=False),
+        objective=videomae.Config(**({"mask_ratio": 0.75} | options)),
+        input=ClipConfig(frames=frames, height=height, width=16),
+        run=Run(seed=0),
     )
 
 
-def batch_of(given: SimpleNamespace, clips: int = 3) -> dict[str, Tensor]:
-    draw = method.view_tensors(given)
-    views = [draw(lambda purpose, clip=clip: generator(0, clip, purpose)) for clip in range(clips)]
+def batch_of(given: Recipe, clips: int = 3) -> dict[str, Tensor]:
+    plan = VideoMAEMethod(given).mask_plan()
+    views = [
+        draw(plan, generator(0, clip, "encoder_mask"), generator(0, clip, "decoder_mask")) for clip in range(clips)
+    ]
     batch = {name: torch.from_numpy(np.stack([view[name] for view in views])) for name in views[0]}
     shape = (clips, given.input.frames, given.input.height, given.input.width, 3)
     coarse = torch.randint(0, 256, (clips, given.input.frames, 4, 4, 3), generator=torch.Generator().manual_seed(0))
@@ -49,15 +54,15 @@ def batch_of(given: SimpleNamespace, clips: int = 3) -> dict[str, Tensor]:
     return batch | {"video": (smooth + noise).clamp(0, 255).to(torch.uint8)}
 
 
-def build(given: SimpleNamespace) -> VideoMAEObjective:
+def build(given: Recipe) -> VideoMAEObjective:
     torch.manual_seed(0)
-    return method.build(given)
+    return VideoMAEMethod(given).build()
 
 
 class Oracle(nn.Module):
     """Predicts the targets that it was given, for every token."""
 
-    def __init__(self, answers: Tensor, given: SimpleNamespace) -> None:
+    def __init__(self, answers: Tensor, given: Recipe) -> None:
         super().__init__()
         self.answers = answers
         self.shape = SimpleNamespace(tubelet=2, patch_size=4)
@@ -67,7 +72,7 @@ class Oracle(nn.Module):
         return take_tokens(self.answers, targets)
 
 
-def oracle(batch: dict[str, Tensor], given: SimpleNamespace, normalize: bool, scale: float = 1.0) -> VideoMAEObjective:
+def oracle(batch: dict[str, Tensor], given: Recipe, normalize: bool, scale: float = 1.0) -> VideoMAEObjective:
     answers = build(recipe(normalize_targets=normalize)).target(cut_cubes(batch["video"], 2, 4).float() / 255)
     return VideoMAEObjective(Oracle(answers * scale, given), normalize)
 
@@ -128,8 +133,8 @@ def test_leaving_out_seen_mask_tokens_counts_the_same_tokens() -> None:
     assert fewer["targets"].shape[1] < both["targets"].shape[1]
     assert fewer["weight"].min() == 1 and fewer["weight"].sum() == both["weight"].sum()
     given = recipe(skip_visible_mask_tokens=True)
-    assert fewer["targets"].shape[1] == method.tokens_per_clip(given)["reconstructed"]
-    assert sum(method.cost(given).values()) < sum(method.cost(recipe()).values())
+    assert fewer["targets"].shape[1] == VideoMAEMethod(given).cost().tokens["reconstructed"]
+    assert VideoMAEMethod(given).cost().published < VideoMAEMethod(recipe()).cost().published
     assert build(given)(fewer).loss.isfinite()
 
 
@@ -217,14 +222,14 @@ def test_compiles_with_its_batch_as_one_graph() -> None:
         (recipe(model=replace(MODEL, heads=7)), "model.heads=7"),
     ],
 )
-def test_check_names_what_cannot_work(given: SimpleNamespace, word: str) -> None:
-    problems = method.check(given)
+def test_check_names_what_cannot_work(given: Recipe, word: str) -> None:
+    problems = VideoMAEMethod(given).problems()
     assert word in " ".join(problems)
 
 
 def test_check_accepts_what_works() -> None:
     for given in (recipe(), recipe(height=12, decoder_mask="none"), recipe(frames=2), recipe(decoder_mask="random")):
-        assert method.check(given) == []
+        assert VideoMAEMethod(given).problems() == []
         assert build(given)(batch_of(given)).loss.isfinite()
 
 
@@ -250,7 +255,7 @@ def test_the_step_never_waits_for_a_value() -> None:
         trace_of(given, curious)
 
 
-def trace_of(given: SimpleNamespace, objective: VideoMAEObjective) -> None:
+def trace_of(given: Recipe, objective: VideoMAEObjective) -> None:
     batch = batch_of(given)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {name: mode.from_tensor(value) for name, value in batch.items()}

@@ -19,6 +19,7 @@ from pretrain.data.pack.pack_plan import Part, make_plan
 from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
 from pretrain.data.time_segment import Segment
 from pretrain.errors import RecipeError
+from pretrain.runtime import storage
 from tests.films import numbers_of, write_film
 
 FAST = Options(preset="ultrafast", crf=10, gop=8, audio=True)
@@ -36,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "stream.ts": {"container": "mpegts"},
     "uneven.mp4": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
     "uneven.mkv": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
-    "open_gop.mp4": {"options": {"x264-params": "open-gop=1:bframes=2:keyint=25:min-keyint=25"}},
+    "open_gop.mp4": {"gop": 30, "options": {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=30:min-keyint=30"}},
     "fragments.mp4": {"muxing": {"movflags": "frag_keyframe+empty_moov"}},
     "live.mkv": {"muxing": {"live": "1"}},
     "edited.mp4": {"hidden": 10, "frames": 260},
@@ -87,6 +88,21 @@ def test_streams_are_kept_between_key_frames_only(films: Callable[[str], Path]) 
     assert isinstance(between, Packed) and between.facts["reencoded"] is None
     assert isinstance(inside, Packed) and "key frames" in inside.facts["reencoded"]
     assert between.facts["sha256"] != inside.facts["sha256"]
+    last = cut(films("open_gop.mp4"), Segment(9.6, None), KEEP)
+    assert isinstance(last, Packed) and last.facts["reencoded"] is None, "pictures that lead into it are left behind"
+
+
+def test_a_segment_costs_its_own_bytes(tmp_path: Path) -> None:
+    film = write_film(tmp_path / "minute.mp4", frames=1500)
+    storage.write_bytes("memory://films/minute.mp4", film.read_bytes())
+    item = Item("memory://films/minute.mp4", "minute.mp4", key="k", segment=Segment(30, 32))
+    packed = pack_item(item, FAST, str(tmp_path))
+    assert isinstance(packed, Packed) and packed.facts["original"]["bytes"] == film.stat().st_size
+    with open_video(Path(packed.video).read_bytes(), "pyav") as reader:
+        assert numbers_of(reader.frames(range(reader.num_frames))) == list(range(750, 800))
+    assert packed.bytes_read < film.stat().st_size / 6
+    gone = pack_item(Item("memory://films/gone.mp4", "gone.mp4", key="k", segment=Segment(0, 2)), FAST, str(tmp_path))
+    assert isinstance(gone, Rejected) and gone.reason == "missing"
 
 
 def test_sound_of_a_segment(films: Callable[[str], Path]) -> None:

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from pretrain.engine.optimiser import decays
 from pretrain.engine.schedules import Schedule
 from pretrain.models.classifier import Config, VideoClassifier, layer_id
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.vit import drop_path_rates
+from pretrain.objectives.base import decays
 
 KINDS = ("videomae_v2_finetune",)
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from finetune.classification.mixing import Mixing
 from finetune.classification.predictions import Predictions, scores
-from finetune.classification.task import ClassificationObjective, build, soft_cross_entropy
+from finetune.classification.task import ClassificationObjective, ClassificationTask, soft_cross_entropy
 from finetune.recipe import Augment, load_tune_recipe
 from pretrain.engine.optimiser import parameter_groups
 
@@ -23,12 +23,12 @@ def objective(case) -> ClassificationObjective:
         "model": {"depth": config["edp"], "dim": config["ed"], "heads": config["eh"], "patch_size": config["p"],
                   "mlp_ratio": config["mlp"], "classes": config["nc"], "layer_scale": config.get("iv", 0.0),
                   "positions": "rebuild"},
-        "data": {"frames": config["T"], "height": height, "width": width},
+        "input": {"frames": config["T"], "height": height, "width": width},
         "objective": {"smoothing": config["smoothing"]},
         "optim": {"layer_decay": config["layer_decay"], "weight_decay": config["wd"]},
     }  # fmt: skip
     words = [f"{section}.{key}={value}" for section, entries in values.items() for key, value in entries.items()]
-    return build(load_tune_recipe("demo_finetune", words))
+    return ClassificationTask(load_tune_recipe("demo_finetune", words)).build()
 
 
 def test_losses(case) -> None:

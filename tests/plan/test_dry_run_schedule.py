@@ -13,7 +13,7 @@ def rows(words: str) -> dict[str, tuple[str, str]]:
 
 
 def test_milestones_and_rates_that_do_not_scale() -> None:
-    found = rows("optim.scaled=none schedule.shape=steps schedule.milestones=[50,90] schedule.epochs=100 data.views=2")
+    found = rows("optim.scaled=none schedule.shape=steps schedule.milestones=[50,90] schedule.epochs=100 input.views=2")
     assert found["peak"] == ("0.00015", "not scaled with the batch")
     assert "end" not in found and "warm-up from" not in found
     per = int(found["steps an epoch"][0])

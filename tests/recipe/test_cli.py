@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pretrain.commands.program import main
+from pretrain.commands.pretrain import main
 from pretrain.recipe.files import RECIPES
 
 
@@ -58,7 +58,7 @@ def test_other_ranks_stay_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_dry_run_starts_fast_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from pretrain.commands.program import main; main(['--recipe', 'vit_g_dual', '--dry-run']); "
+        "import sys; from pretrain.commands.pretrain import main; main(['--recipe', 'vit_g_dual', '--dry-run']); "
         "heavy = {'deepspeed', 'timm', 'torchvision', 'wandb', 'decord', 'av', 'webdataset'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

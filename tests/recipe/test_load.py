@@ -64,7 +64,7 @@ def test_every_problem_is_reported_at_once_with_its_line(write) -> None:
     path = write(
         "model: {name: videomae, sise: giant}\n"
         "objective:\n  name: videomea\n"
-        "data:\n  frmes: 3\n  sources:\n    a: {shards: x, wight: 3}\n    b: {weight: 1}\n"
+        "data:\n  lnaes: 3\n  sources:\n    a: {shards: x, wight: 3}\n    b: {weight: 1}\n"
         "batch:\n  samples: 1e3\n"
         "optim: 3\n"
         "zero: {stage: '${nope.there}'}\n"
@@ -74,7 +74,7 @@ def test_every_problem_is_reported_at_once_with_its_line(write) -> None:
     for expected in (
         ":1: model.sise: no such key; did you mean 'size'?",
         ":3: objective.name: no objective 'videomea' in pretrain/objectives/; did you mean 'videomae'?",
-        ":5: data.frmes: no such key; did you mean 'frames'?",
+        ":5: data.lnaes: no such key; did you mean 'lanes'?",
         ":7: data.sources.a.wight: no such key; did you mean 'weight'?",
         ":8: data.sources.b.shards: missing",
         ":10: batch.samples: found 1000.0, allowed: a whole number",
@@ -83,7 +83,7 @@ def test_every_problem_is_reported_at_once_with_its_line(write) -> None:
         "command line: compute.dtype: found 'fp8', allowed: one of bf16, fp16, fp32",
         "command line: run.seed: found None, allowed: a whole number",
         "command line: 'foo' is neither an option nor key=value",
-        "command line: learning_rate: no such key; there is: model, objective",
+        "command line: learning_rate: no such key; there is: program, model, objective, input, data",
         "command line: batch.base_lr: no such key; did you mean 'optim.base_lr'?",
     ):
         assert expected in text
@@ -137,3 +137,17 @@ def test_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TUBELET_DATA", "s3://bucket/video")
     assert load_recipe("vit_b_v1_k400").data.sources["k400"].shards == "s3://bucket/video/k400"
     assert load_recipe("vit_b_v1_k400", ["data.root=/data"]).data.sources["k400"].shards == "/data/k400"
+
+
+def test_keys_that_moved_are_named(write) -> None:
+    path = write("base: demo\ndata: {frames: 8}\n")
+    assert problems(path, "data.decoder=decord") == [
+        f"{path}:2: data.frames: no such key any more; it is input.frames now",
+        "command line: data.decoder: no such key any more; it is input.decoder now",
+    ]
+
+
+def test_methods_say_which_input_they_take(write) -> None:
+    assert load_recipe("demo").input.name == "clip"
+    found = problems(write("base: demo\ninput: {name: clop, frames: 8}\n"))
+    assert len(found) == 1 and "no input 'clop' in pretrain/samples/; did you mean 'clip'?" in found[0]

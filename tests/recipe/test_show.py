@@ -23,7 +23,7 @@ def test_printed_recipe_loads_as_the_same_recipe(name: str, tmp_path: Path) -> N
 
 def test_every_key_is_printed_with_its_meaning() -> None:
     recipe = load_recipe("demo")
-    components = {"model": type(recipe.model), "objective": type(recipe.objective)}
+    components = {"model": type(recipe.model), "objective": type(recipe.objective), "input": type(recipe.input)}
     lines = show_recipe(recipe).splitlines()
     for key in all_keys(Recipe, components):
         last = key.rpartition(".")[2]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import Toy, toy  # noqa: F401  (a fixture)
 from tests.faults.slurm_cluster import SlurmCluster, missing_programs
+from tests.toy_run import Toy
 
 ROOT = Path(__file__).resolve().parents[2]
 
 EPOCHS = 30
-#: Of 5 steps an epoch, see tests/engine/conftest.py.
+#: Of 5 steps an epoch, see tests/toy_run.py.
 STEPS = 5 * EPOCHS
 OVERRIDES = (f"schedule.epochs={EPOCHS}", "checkpoint.every_steps=25", "zero.stage=1")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import RECIPE
+from tests.toy_run import RECIPE
 from tests.toy_shards import ROOT
 
 TEXT = (ROOT / "docs" / "clusters.md").read_text()

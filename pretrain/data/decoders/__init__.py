@@ -183,7 +183,7 @@ def _open_linked(module: Any, decoder: str, video: LinkedVideo) -> VideoReader:
         from pretrain.data.decoders.linked_reader import LinkedReader
 
         return LinkedReader(video)
-    tell_whole(video.url, f"data.decoder={decoder} reads from memory only")
+    tell_whole(video.url, f"input.decoder={decoder} reads from memory only")
     reader: VideoReader = module.open_reader(video.whole(), video.span.stamps)
     return reader if video.span.segment is None else PartReader(reader, video.span.segment)
 

@@ -117,7 +117,7 @@ class LinkedReader(PyAVReader):
         return self._container.format.name in INDEXED
 
     def _from(self, latest: int | None) -> Iterator[av.Packet]:
-        """Packets in file order from the last key frame at or before a time stamp on, without leading pictures.
+        """Packets in file order from the last key frame at or before a time stamp on.
 
         From the file's beginning, if that is None; from a key frame before, if the container can't be sought in.
         """
@@ -139,7 +139,7 @@ class LinkedReader(PyAVReader):
         if first is None:
             return
         yield first
-        yield from (p for p in packets if p.pts is None or first.pts is None or p.pts >= first.pts)
+        yield from packets
 
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         try:

@@ -10,7 +10,7 @@ Codec = Literal["h264", "hevc", "av1", "vp9"]
 
 
 @dataclass(frozen=True)
-class Encoder:
+class FFmpegEncoder:
     """An FFmpeg encoder and what a codec needs with it; one thread, since x264's bytes depend on the thread count."""
 
     name: str
@@ -20,14 +20,14 @@ class Encoder:
     extra: tuple[tuple[str, str], ...] = ()
 
 
-ENCODERS: dict[Codec, Encoder] = {
+ENCODERS: dict[Codec, FFmpegEncoder] = {
     # Without cpu-independent the bytes differ from run to run: x264's AVX-512 macroblock tree (measured).
-    "h264": Encoder("libx264", 23, "medium", extra=(("x264-params", "cpu-independent=1"),)),
-    "hevc": Encoder(
+    "h264": FFmpegEncoder("libx264", 23, "medium", extra=(("x264-params", "cpu-independent=1"),)),
+    "hevc": FFmpegEncoder(
         "libx265", 26, "medium", extra=(("x265-params", "pools=none:frame-threads=1:open-gop=0:log-level=error"),)
     ),
-    "av1": Encoder("libsvtav1", 35, "8", extra=(("svtav1-params", "lp=1"),)),
-    "vp9": Encoder("libvpx-vp9", 32, "4", "cpu-used", (("b", "0"), ("row-mt", "0"), ("deadline", "good"))),
+    "av1": FFmpegEncoder("libsvtav1", 35, "8", extra=(("svtav1-params", "lp=1"),)),
+    "vp9": FFmpegEncoder("libvpx-vp9", 32, "4", "cpu-used", (("b", "0"), ("row-mt", "0"), ("deadline", "good"))),
 }
 
 

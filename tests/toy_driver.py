@@ -1,6 +1,6 @@
 """Several runs in one set of processes, because a start takes longer than a run; and accidents at chosen moments.
 
-    deepspeed driver.py RECIPE PLAN.json
+    deepspeed toy_driver.py RECIPE PLAN.json
 
 The plan is a list of {"overrides": [...], "accidents": [[micro-batch, rank, what], ...]}; micro-batches are counted
 from 1 in each run. Exit codes, or errors, of the runs are printed as a JSON line.
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def accident(what: str, output, module, run_dir: Path):
@@ -51,6 +51,7 @@ def drive(recipe_path: str, plan: list[dict]) -> list:
     """Train run after run."""
     from pretrain.engine.loop import train
     from pretrain.errors import TubeletError
+    from pretrain.objectives.base import method_of
     from pretrain.objectives.videomae import VideoMAEObjective
     from pretrain.recipe.load import load_recipe
     from pretrain.runtime.process_group import join

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.doctor.examine import judge_clock
 from pretrain.doctor.links import judge_link
+from pretrain.engine.start_checks import judge_clock
 from pretrain.runtime.findings import Finding, merge, odd_ones
 from pretrain.runtime.host_checks import check_descriptors, check_disk_space, check_shared_memory
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from tests.toy_shards import ROOT, encoded, index, write_shard
 
+#: Trains run after run in one set of processes.
+DRIVER = Path(__file__).with_name("toy_driver.py")
 SAMPLES = 40
 #: Optimiser steps of an epoch: 40 videos in 4 lanes, 8 videos a step.
 STEPS_PER_EPOCH = 5
@@ -70,12 +71,11 @@ class Toy:
         return f"run.dir={self.folder / name}"
 
     def drive(self, runs: dict[str, dict[str, Any]], ranks: int, expect: int = 0) -> dict[str, int | str]:
-        """Train run after run in one set of processes; exit code or error of each by name (see driver.py)."""
+        """Train run after run in one set of processes; exit code or error of each by name (see toy_driver.py)."""
         plan = [entry | {"overrides": [self.run_dir(name), *entry["overrides"]]} for name, entry in runs.items()]
         path = self.folder / "plan.json"
         path.write_text(json.dumps(plan))
-        driver = str(Path(__file__).with_name("driver.py"))
-        process = launch([driver, str(self.recipe), str(path)], ranks, self.folder)
+        process = launch([str(DRIVER), str(self.recipe), str(path)], ranks, self.folder)
         # A run takes 2 s, and 20 s on a machine that does a dozen other things.
         output = finish(process, expect, timeout_s=240 + 40 * len(runs))
         lines = [line for line in output.splitlines() if line.startswith("RESULTS ")]
@@ -176,8 +176,3 @@ def make_toy(folder: Path) -> Toy:
     recipe.write_text(RECIPE.replace("SHARDS", str(shards)))
     index(shards)
     return Toy(recipe, folder)
-
-
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return make_toy(tmp_path_factory.mktemp("engine"))

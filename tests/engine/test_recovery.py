@@ -12,7 +12,7 @@ SPIKES = ("guard.window=4", "guard.z=20")
 
 
 def plain(*overrides: str, accidents: list[list[Any]] | None = None) -> dict[str, Any]:
-    """One run for driver.py; a step is one micro-batch of each rank."""
+    """One run for toy_driver.py; a step is one micro-batch of each rank."""
     return {"overrides": ["batch.micro=4", *overrides], "accidents": accidents or []}
 
 
