@@ -117,6 +117,7 @@ def test_bombs_are_refused_before_they_are_decoded() -> None:
 
 def test_an_image_is_a_clip_of_one_frame() -> None:
     with ImageReader(image_bytes(PIXELS)) as reader:
+        assert reader.indices_at([-1.0, 0.0, 2.5]).tolist() == [0, 0, 0]
         assert reader.num_frames == 1 and np.array_equal(reader.frames([0, 0]), np.stack([PIXELS, PIXELS]))
         (crop,) = reader.crops([0], lambda width, height: [Box(width - 9, height - 6, 8, 5)])
         assert np.array_equal(crop, PIXELS[None, 17:22, 28:36])

@@ -56,6 +56,10 @@ class ImageReader(VideoReader):
         self._picture = decode_image(data, background)
         self.num_frames, self.fps = 1, 0.0
 
+    def times(self) -> npt.NDArray[np.float64]:
+        """The one frame is shown from the beginning."""
+        return np.zeros(1)
+
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         return cut_all(self._picture, boxes)
 
