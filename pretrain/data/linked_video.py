@@ -173,8 +173,8 @@ class LinkedVideo(io.RawIOBase):
         """
         wanted = [*self.span.index, *([self.span.frames] if self.span.frames else [])]
         for first, last in _block_runs(wanted):
-            # A half of the limit: what is read here must not push out one another, nor be pushed out by the first read.
-            if (len(self._blocks) + last - first) * BLOCK > LIMIT // 2:
+            # Not to the limit: what is read now must not be pushed out by the first blocks that are read later.
+            if (len(self._blocks) + last - first) * BLOCK > LIMIT - 2 * AHEAD * BLOCK:
                 break
             self._keep(first, self._fetch(first * BLOCK, min(last * BLOCK, self.span.size)))
         # A reader's thread waited for these bytes; decoding has its own time.

@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from webdataset.tariterators import group_by_keys, tar_file_expander
-
 from pretrain.data.fetch import RawSample
 from pretrain.data.linked_video import LinkedVideo, VideoFile
 from pretrain.data.media import (
@@ -224,6 +222,9 @@ def parse_sample(raw: RawSample) -> Members:
     Raises:
         SampleError: "index" where the bytes are not the one sample that the index promises.
     """
+    # Here, because every dry run reaches this module, and webdataset costs it a second.
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
     try:
         files = tar_file_expander([{"url": raw.url, "stream": io.BytesIO(raw.data)}])
         found: list[dict[str, Any]] = list(group_by_keys(files))

@@ -131,7 +131,7 @@ ACTIVATIONS: dict[str, Activation] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 MakeBlock = Callable[[int], nn.Module]
 
 
-class Features(NamedTuple):
+class TowerFeatures(NamedTuple):
     """Tokens of a tower, before its last norm and projection."""
 
     tokens: Tensor
@@ -224,11 +224,11 @@ class VisualTower(Backbone):
         """Embeddings [B, embedding], not normalised, of images [B, 3, H, W] that are (see MEAN, STD)."""
         return self.forward_head(self.forward_features(images).tokens)
 
-    def forward_features(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
+    def forward_features(self, images: Tensor, layers: Sequence[int] = ()) -> TowerFeatures:
         """Tokens behind the last block, and behind the blocks `layers` (negative ones count from the end)."""
         x = self.norm_pre(self.embed(images))
         if not layers:
-            return Features(self.run(x).x, ())
+            return TowerFeatures(self.run(x).x, ())
         if self.embeddings is not None or self.reorganisation is not None:
             raise RecipeError("tokens of single blocks were asked for; prompts and dropped tokens change their number")
         return run_and_keep(self.blocks, x, layers, self.activation_checkpointing)
@@ -267,7 +267,7 @@ class TextTower(nn.Module):
         """
         return self.forward_head(self.forward_features(ids).tokens, ids)
 
-    def forward_features(self, ids: Tensor, layers: Sequence[int] = ()) -> Features:
+    def forward_features(self, ids: Tensor, layers: Sequence[int] = ()) -> TowerFeatures:
         """Tokens behind the last block, and behind the blocks `layers` (negative ones count from the end)."""
         return run_and_keep(self.blocks, self.embed(ids), layers, self.activation_checkpointing)
 
@@ -313,7 +313,7 @@ class CLIP(nn.Module):
         return Embeddings(self.visual(images), self.text(ids), self.logit_scale.exp())
 
 
-def run_and_keep(blocks: nn.ModuleList, x: Tensor, layers: Sequence[int], recompute: Recompute) -> Features:
+def run_and_keep(blocks: nn.ModuleList, x: Tensor, layers: Sequence[int], recompute: Recompute) -> TowerFeatures:
     """Apply all blocks to tokens [B, N, C]; keep what leaves the blocks `layers`.
 
     Raises:
@@ -328,7 +328,7 @@ def run_and_keep(blocks: nn.ModuleList, x: Tensor, layers: Sequence[int], recomp
         x = run_blocks([block], x, recompute)
         if index in wanted:
             kept[index] = x
-    return Features(x, tuple(kept[index] for index in wanted))
+    return TowerFeatures(x, tuple(kept[index] for index in wanted))
 
 
 def normal(weight: Tensor, std: float) -> Tensor:

@@ -22,6 +22,7 @@ from finetune.adapters.config import AdaptFormer, LowRank, Prompts, Tune
 from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.keep_rates import Reorganisation
+from pretrain.runtime.process_group import join
 
 TUNES = {
     "adaptformer": Tune("adaptformer", adaptformer=AdaptFormer(4, init="released", learned_scale="scalar")),
@@ -66,7 +67,7 @@ def steps(model, method, partitioned):
     return losses
 
 
-deepspeed.init_distributed("gloo")
+join()
 config = Config(**json.loads(sys.argv[2]))
 found = {}
 for method in TUNES:

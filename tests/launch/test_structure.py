@@ -29,7 +29,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 #: Neighbours that may be imported: the run folder and the watchdog are made as the recipe says.
 NEIGHBOURS = {("pretrain.runtime.run_folder", "recipe"), ("pretrain.runtime.watchdog", "recipe")}
 #: Names that several modules have: contracts, entries of tasks, and what a recipe names in two sections.
-SHARED_MODULES = {"__init__", "base", "task", "config", "videomae"}
+SHARED_MODULES = {"__init__", "base", "task", "config", "videomae", "clip"}
 #: `Config` is what a recipe's component has; a section of the recipe is called as what it describes.
 SHARED_CLASSES = {"Config", "Prompts", "Run", "Schedule", "Watchdog"}
 

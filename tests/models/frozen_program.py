@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pretrain.models.clip import Config, TextTower, VisualTower
 from pretrain.models.clip_weights import frozen_clip
 from pretrain.models.frozen import frozen_notes
+from pretrain.runtime.process_group import join
 
 WEIGHTS, FOLDER, STAGE = sys.argv[1], sys.argv[2], int(sys.argv[3])
 SIZES: dict[str, Any] = {
@@ -50,7 +51,7 @@ class Student(nn.Module):
 
 def main() -> None:
     """Train, save, compare."""
-    deepspeed.init_distributed("gloo")
+    join()
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(2, 3, 16, 16, generator=generator)
     ids = torch.tensor([[1, 4, 19, 0, 0, 0], [1, 7, 9, 2, 19, 0]])

@@ -30,9 +30,10 @@ from pretrain.models.weights import load_weights
 from pretrain.objectives.videomae import MEAN, VideoMAEObjective
 from pretrain.errors import WeightsError
 from pretrain.models.formats import plain_state
+from pretrain.runtime.process_group import join
 from tests_sizes import SIZES
 
-deepspeed.init_distributed("gloo")
+join()
 settings = {
     "train_micro_batch_size_per_gpu": 1,
     "bf16": {"enabled": True},

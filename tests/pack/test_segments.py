@@ -105,6 +105,14 @@ def test_a_segment_costs_its_own_bytes(tmp_path: Path) -> None:
     assert isinstance(gone, Rejected) and gone.reason == "missing"
 
 
+def test_a_segment_of_a_turned_video_is_upright(make_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_video(tmp_path / "phone.mp4", frames=50, rotation=90, audio=True)
+    for options in (FAST, KEEP):
+        packed = cut(path, Segment(0.4, 1.2), options)
+        assert isinstance(packed, Packed) and packed.facts["original"]["rotation"] == 90
+        assert (packed.facts["width"], packed.facts["height"], packed.facts["frames"]) == (96, 128, 20)
+
+
 def test_sound_of_a_segment(films: Callable[[str], Path]) -> None:
     import av
 

@@ -74,9 +74,11 @@ def _renamed(row: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
 def _piece(row: dict[str, Any]) -> str | None:
     """Name of a piece that a downloader of Kinetics has cut out: id_000010_000020."""
     try:
-        return f"{row[ID_COLUMN]}_{int(row['start']):06d}_{int(row['end']):06d}"
-    except (KeyError, ValueError):
+        start, end = float(row["start"]), float(row["end"])
+    except (KeyError, TypeError, ValueError):
         return None
+    whole = start.is_integer() and end.is_integer()
+    return f"{row[ID_COLUMN]}_{int(start):06d}_{int(end):06d}" if whole else None
 
 
 def _files(root: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ SKEW_S = 2
 
 
 @dataclass(frozen=True)
-class Piece:
+class CutSegment:
     """A segment cut out of its file, as a local file of its own.
 
     Attributes:
@@ -44,7 +44,7 @@ class Piece:
 
 
 @contextmanager
-def cut_out(path: str, segment: Segment, folder: str, audio: bool) -> Iterator[Piece]:
+def cut_out(path: str, segment: Segment, folder: str, audio: bool) -> Iterator[CutSegment]:
     """A segment of the video at a path or URL, in a file in the local `folder` that is deleted in the end.
 
     Raises:
@@ -75,7 +75,7 @@ def cut_out(path: str, segment: Segment, folder: str, audio: bool) -> Iterator[P
     raise SampleError("unreadable", str(errors[0])) from errors[0]
 
 
-def _copy_segment(container: Any, segment: Segment, target: str, audio: bool) -> Piece:
+def _copy_segment(container: Any, segment: Segment, target: str, audio: bool) -> CutSegment:
     import av
 
     video = video_stream(container)
@@ -95,7 +95,7 @@ def _copy_segment(container: Any, segment: Segment, target: str, audio: bool) ->
     first, last = window.first - window.shift, window.last - window.shift
     with av.open(target) as copy:
         ratio = video.time_base / video_stream(copy).time_base
-    return Piece(
+    return CutSegment(
         target, range(round(first * ratio), round(last * ratio) + 1), window.whole, container.format.name, 0, 0,
         window.digest.hexdigest(),
     )  # fmt: skip
@@ -108,7 +108,7 @@ class _Window:
         shift: time stamp of that key frame, in the video's ticks; `shift_s` in seconds.
         first, last: smallest and largest time stamp of the segment's frames.
         whole: all video packets are shown.
-        digest: hash of what `Piece.sha256` says.
+        digest: hash of what `CutSegment.sha256` says.
     """
 
     def __init__(self, container: Any, video: Any, sounds: list[Any], segment: Segment) -> None:
