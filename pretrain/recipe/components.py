@@ -51,6 +51,7 @@ def _is_component(module: ModuleType) -> bool:
 
 def _import(name: str, pattern: str) -> ModuleType | None:
     """Import the module; None where there is no such file. An import that fails inside it is an error of that file."""
+    # The name becomes part of a module's path: with a dot it would lead to something inside another file.
     if not name.isidentifier():
         return None
     wanted = pattern.format(name)

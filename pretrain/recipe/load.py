@@ -110,6 +110,7 @@ def _open_components(
             else:
                 reading.bad_keys.add(section)
             continue
+        # The method's own input where none is named, so that no recipe has to repeat it.
         name = modules["objective"].METHOD.INPUT if by_default else str(naming[-1].content[section]["name"])
         try:
             modules[section] = load_component(section, name, patterns[section])
@@ -192,6 +193,7 @@ class _Merge:
             self.reading.add(key, f"{self.layer.where(key)}: found {value!r}, allowed: {allowed}")
 
     def unknown(self, key: str, siblings: list[str]) -> None:
+        # Not translated: the error names the new key and the line, and a recipe keeps one meaning.
         if key in MOVED:
             self.reading.add(key, f"{self.layer.where(key)}: no such key any more; it is {MOVED[key]} now")
             return
@@ -245,6 +247,7 @@ def _to_object(config: DictConfig, modules: dict[str, ModuleType], reading: Read
     try:
         recipe = OmegaConf.to_object(config)
         assert isinstance(recipe, Recipe)
+        # Presets last: they follow from the size, which any layer may have given.
         recipe.model = modules["model"].ARCHITECTURE.resolve(recipe.model)
     except RecipeError as error:
         for problem in error.problems:

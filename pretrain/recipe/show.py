@@ -52,7 +52,7 @@ def _scalar(value: Any) -> str:
     """Format one value in YAML's flow style, on one line."""
     if isinstance(value, tuple):
         value = list(value)
-    # Wide: a value folded over several lines would have its comment in the middle, and be another text when read back.
+    # Wide: the lines that a long value is folded into would not have the section's indent.
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     # A bare scalar is followed by the mark for the end of a document.
     return text.removesuffix("\n").removesuffix("\n...")
