@@ -40,7 +40,7 @@ def stored_parameters(folder: Path, world_size: int, stage: int) -> Stored:
 
 def load_file(path: Path) -> dict[str, Any]:
     """Unpickle a file, whose hash was verified; tensors stay in it until they are read."""
-    # weights_only would refuse the loss scaler, an object in DeepSpeed's files.
+    # weights_only would refuse fp16's loss scaler, an object in DeepSpeed's files.
     content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     return content
 

@@ -60,8 +60,7 @@ def publish(root: Path, step: int) -> Path:
         # Only a damaged one is written again: a good one would have been resumed from.
         remove(target)
     working_folder_of(root, step).rename(target)
-    # The name is durable only with the folder: after a power cut the checkpoint could be gone, and retention has
-    # removed older ones meanwhile.
+    # Without this a power cut may undo the rename, when retention has already removed older checkpoints.
     sync_folder(root)
     return target
 

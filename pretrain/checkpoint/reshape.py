@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Layout:
-    """How weights and optimiser are spread: number of ranks, ZeRO stage, and where the optimiser is kept."""
+    """Spread of weights and optimiser: number of ranks, ZeRO stage, and where the optimiser is kept."""
 
     world_size: int
     stage: int

@@ -168,8 +168,7 @@ class Saver:
             return
         self.wait()
         self._unsettled = False
-        # On the main thread, where collectives are safe: ranks that count failures differently would part at the next
-        # save.
+        # On the main thread, where collectives are safe: ranks must count failures alike, or they part at a save.
         problems = sorted({problem for problem in gather_objects(self.ranks, self._problem) if problem})
         self._problem = "; ".join(problems)
         self._failures = self._failures + 1 if problems else 0

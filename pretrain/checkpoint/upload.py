@@ -138,8 +138,7 @@ class Uploader:
             while True:
                 waiting = self._waiting() - self._failed.keys()
                 if waiting:
-                    # Newest first: it is what a lost disk would need, and retention may make older ones needless
-                    # meanwhile.
+                    # Newest first: a lost disk would need it, and retention may take older ones meanwhile.
                     self._current = max(waiting)
                     return self._current
                 if self._ending or self._board.closed:
