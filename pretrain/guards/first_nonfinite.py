@@ -96,6 +96,7 @@ class Probe:
         if _finite(gradient):
             self._last_sound = name
         elif self.finding is None:
+            # Only the first: whatever is behind it in the pass is not finite either.
             maker = self._last_sound or ROOT
             text = f"the gradient with respect to the output of {name} is not finite: made in the backward of {maker}"
             self.finding = Finding("backward", maker, text, _clips(gradient, self.clips))

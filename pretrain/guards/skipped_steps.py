@@ -44,6 +44,7 @@ def state_at_start(path: Path, ranks: Ranks, saved: dict[str, Any] | None) -> Gu
     """
     if saved is None:
         if ranks.first:
+            # Of an earlier run in this folder: a fresh start must not leave out what that one did.
             path.unlink(missing_ok=True)
         return GuardState()
     state = guard_state(saved)
