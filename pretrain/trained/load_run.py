@@ -66,6 +66,7 @@ def load_stored_recipe(path: Path, programs: Mapping[str, type[Recipe]] = PRETRA
         RecipeError: of another program than the known ones.
     """
     program = program_of(path)
+    # Not guessed from its keys: read as the wrong kind, every section would be wrong, which is not the reason.
     if program is None or program not in programs:
         raise RecipeError(
             f"{path}: program: found {program!r}, allowed here: {', '.join(programs)}. A recipe stored before programs "

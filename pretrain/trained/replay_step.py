@@ -112,6 +112,7 @@ def _launched(run: Path) -> int:
 def build_objective(place: Place, method: Method, device: torch.device) -> Objective:
     """Build the objective as it was before the step, in the recipe's number format."""
     recipe = method.recipe
+    # Without a checkpoint before the step, the weights are those that the run drew first.
     seed_everything(recipe.run.seed)
     objective = method.build()
     if place.checkpoint is not None:
@@ -166,6 +167,7 @@ def _run(objective: Objective, batch: Batch, seed: int, place: Place, rank: int,
     if finding is None and not loss.isfinite():
         finding = Finding("forward", ROOT, "the loss is not finite, though every module's output is")
     if finding is not None and finding.phase == "backward":
+        # Only now, and once more: anomaly mode raises at its first finding, and all other modules stay unseen.
         function = function_without_gradient(loss_of)
         if function:
             finding = Finding(finding.phase, finding.module, f"{finding.text} ({function})", finding.clips)
