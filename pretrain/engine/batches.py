@@ -68,7 +68,7 @@ class MicroBatches:
         self._stream.close()
 
     def agreed_error(self, ranks: Ranks) -> DataError:
-        """Name the error that ended some rank's data; all ranks call this after they have agreed that one has no more."""
+        """Name the error that ended a rank's data; all ranks call this after they have agreed that one has no more."""
         said = gather_objects(ranks, None if self.error is None else str(self.error))
         rank, first = next((rank, text) for rank, text in enumerate(said) if text is not None)
         others = sum(text is not None for text in said) - 1

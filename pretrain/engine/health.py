@@ -66,7 +66,7 @@ class HealthSignal:
         self._reader = SampleReader([self._index], None, recipe.data.deadline_s)
 
     def __call__(self, objective: Any) -> dict[str, float]:
-        """Measure top-1 accuracy in percent, that of always saying the largest class, and the videos; same on all ranks.
+        """Measure top-1 accuracy in percent, that of always saying the largest class, and videos; equal on all ranks.
 
         All ranks call it; `objective` is in evaluation mode.
 

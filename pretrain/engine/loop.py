@@ -100,7 +100,7 @@ def _train(method: Method, resume: str, ranks: Ranks, folder: RunFolder, stop: S
             best = Best(**found.state["best"])
             upload_rest(folder.checkpoints, ranks, recipe.checkpoint, keep_every(recipe, schedule), best.steps)
             return 0
-    # After all that may refuse the start: a wrong command must leave the run folder as it is.
+    # After the checks above: a command that they refuse must leave the run folder as it is.
     if ranks.first:
         describe_start(folder, recipe)
         forget_after(folder, found.step if found else 0, plan)

@@ -80,8 +80,7 @@ def model_states(recipe: Recipe, size: ModelSize, ranks: int) -> list[Held]:
 
 def checkpoint_width(recipe: Recipe) -> int:
     """Count a checkpoint's bytes for a trained parameter: the optimiser's, and weights of their own but at stage 3."""
-    # Measured over files of all stages: 16 for float32 with stages 1 and 2, 12 with stage 3, which writes the copy
-    # alone.
+    # Measured on files of all stages: 16 for float32 with stages 1 and 2, 12 with stage 3 (the copy alone).
     weights = DTYPES[recipe.compute.dtype].itemsize if recipe.zero.stage < 3 else 0
     return weights + _optimiser_states(recipe)[0]
 
@@ -98,7 +97,7 @@ def gradient_width(recipe: Recipe) -> int:
 
 
 def offloads(recipe: Recipe) -> bool:
-    """Tell whether the optimiser, and the gradients that it reads, are in host memory; DeepSpeed offloads only shards."""
+    """Tell whether optimiser, and the gradients that it reads, are in host memory; DeepSpeed offloads shards only."""
     return recipe.zero.stage > 0 and recipe.zero.offload == "cpu"
 
 

@@ -103,8 +103,7 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
         set_lr(engine.optimizer, lr)
         engine.step()  # DeepSpeed clips, checks the norm, updates, and clears the gradients
         norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
-        # was_step_applied alone is true where clip_or_drop has taken the gradients away: the optimiser then stepped on
-        # none.
+        # Where clip_or_drop took the gradients away, was_step_applied is true of an update of nothing.
         applied = engine.was_step_applied() and norm < float("inf")
         if not applied:
             break  # what follows would train on the result of an update that was left out
@@ -217,7 +216,7 @@ def agree(sums: dict[str, Tensor], waited: float, inputs: StepInputs) -> _Agreed
     )
     if world_size > 1:
         dist.all_reduce(packed)
-    # The one place where a step waits for the device.
+    # Here the step waits for the device: whether a spike is left out is decided before the last backward pass.
     found = packed.tolist()
     bad_losses, stop, out_of_data, data_s, *samples = found[len(names) :]
     metrics = dict(zip(names, found, strict=False))
