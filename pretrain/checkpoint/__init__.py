@@ -1,1 +1,1 @@
-"""Write, verify, publish, resume, retain."""
+"""Checkpoints: write, verify, publish, resume, retain."""

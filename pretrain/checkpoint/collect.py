@@ -15,7 +15,7 @@ NO_RANK_STATE: Mapping[str, RankState] = {}
 
 @dataclass
 class Collected:
-    """What one rank has to write.
+    """Files that one rank has to write.
 
     Attributes:
         states: Path and content of each file.
@@ -29,7 +29,7 @@ class Collected:
 
 
 class _Collector:
-    """Stands in for DeepSpeed's checkpoint engine during one save (deepspeed.runtime.checkpoint_engine)."""
+    """Stand-in for DeepSpeed's checkpoint engine during one save (deepspeed.runtime.checkpoint_engine)."""
 
     def __init__(self, copies: HostCopies | None) -> None:
         self.collected = Collected()
@@ -40,10 +40,10 @@ class _Collector:
         self.collected.states.append((Path(path), content))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Folders are made when files are written: a failure here, on one rank, would leave the others at a barrier."""
+        """Make no folder: it comes with the files. A failure here, on one rank, would leave the others at a barrier."""
 
     def create(self, info: Any) -> None:
-        """Nothing to prepare."""
+        """Prepare nothing."""
 
     def commit(self, info: Any) -> bool:
         return True
@@ -65,7 +65,7 @@ def collect(
     copies: HostCopies | None,
     rank_state: Mapping[str, RankState] = NO_RANK_STATE,
 ) -> Collected:
-    """What this rank writes for a checkpoint of a DeepSpeed engine in `folder`; all ranks call it together.
+    """Collect what this rank writes for a checkpoint of a DeepSpeed engine in `folder`; all ranks call it together.
 
     Args:
         engine: DeepSpeed's engine.
@@ -82,6 +82,7 @@ def collect(
     engine.checkpoint_engine = collector
     engine._copy_recovery_script = lambda path: collector.collected.afterwards.append(lambda: copy_scripts(path))
     try:
+        # Without `latest`: DeepSpeed would write it to the disk at once, past this engine, while all ranks wait.
         engine.save_checkpoint(str(folder), tag=tag, client_state=noted_shapes(engine.module), save_latest=False)
     finally:
         engine.checkpoint_engine = own_engine

@@ -15,12 +15,12 @@ from pretrain.errors import CheckpointError
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint of ours (one that was never finished has no manifest)."""
+    """Tell whether `folder` is a checkpoint of ours (one that was never finished has no manifest)."""
     return (folder / MANIFEST).is_file()
 
 
 def newest_checkpoint(root: Path) -> Path:
-    """The newest checkpoint below `root` that verifies.
+    """Find the newest checkpoint below `root` that verifies.
 
     Raises:
         CheckpointError: there is none; the message says what is wrong with those that are there.
@@ -35,7 +35,7 @@ def newest_checkpoint(root: Path) -> Path:
 
 
 def consolidated_state(folder: Path) -> dict[str, Tensor]:
-    """Float32 weights by the names that they have in the objective, merged from the shards of all ranks.
+    """Merge the shards of all ranks into float32 weights, by the names that they have in the objective.
 
     The files are unpickled; only a checkpoint whose hashes verify gets that far.
 
@@ -50,7 +50,7 @@ def consolidated_state(folder: Path) -> dict[str, Tensor]:
 
 
 def merged(folder: Path, world_size: int, stage: int) -> dict[str, Tensor]:
-    """Weights and buffers in DeepSpeed's folder of a checkpoint; floating point ones in float32.
+    """Merge weights and buffers in DeepSpeed's folder of a checkpoint; floating point ones in float32.
 
     Without ZeRO they are those of the forward pass: the optimiser's float32 copies have no names there.
 
@@ -70,9 +70,11 @@ def merged(folder: Path, world_size: int, stage: int) -> dict[str, Tensor]:
         state[name] = _copy(gather(part.pieces, 0, part.shape.numel(), f"{folder}: {name}")).reshape(part.shape)
     for name, shape in stored.trained.items():
         state[name] = shards.read(WEIGHT, name, 0, shape.numel()).reshape(shape)
+    # Tied weights are stored once, under one of their names; a strict load asks for all.
     return state | {alias: state[name] for alias, name in stored.aliases.items() if name in state}
 
 
 def _copy(value: Tensor) -> Tensor:
-    """Out of the file that `value` is mapped from."""
+    """Copy a value out of the file that it is mapped from."""
+    # A mapped tensor holds its file's room on the disk, also when retention has long removed the checkpoint.
     return value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)

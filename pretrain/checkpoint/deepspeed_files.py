@@ -16,7 +16,7 @@ Groups = list[list[str]]
 
 @dataclass(frozen=True)
 class Stored:
-    """What DeepSpeed noted of the parameters: groups and shapes of trained ones, other names of any."""
+    """Notes of DeepSpeed on the parameters: groups and shapes of trained ones, other names of any."""
 
     groups: Groups
     trained: Mapping[str, torch.Size]
@@ -40,17 +40,18 @@ def stored_parameters(folder: Path, world_size: int, stage: int) -> Stored:
 
 def load_file(path: Path) -> dict[str, Any]:
     """Unpickle a file, whose hash was verified; tensors stay in it until they are read."""
+    # weights_only would refuse fp16's loss scaler, an object in DeepSpeed's files.
     content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     return content
 
 
 def sharded_shapes(model: dict[str, Any]) -> dict[str, torch.Size]:
-    """Whole shapes of frozen parameters and of buffers of which each rank's file of a stage-3 model has a share."""
+    """Return whole shapes of frozen parameters and buffers of which each rank's file of a stage-3 model has a share."""
     return {**(model["frozen_param_shapes"] or {}), **model.get(NOTE, {})}
 
 
 def model_files(folder: Path, world_size: int, stage: int) -> list[Path]:
-    """Files with the model, by rank where each has its own.
+    """Find the files with the model, by rank where each has its own.
 
     Raises:
         CheckpointError: files are missing.
@@ -61,7 +62,7 @@ def model_files(folder: Path, world_size: int, stage: int) -> list[Path]:
 
 
 def optimizer_files(folder: Path, world_size: int, stage: int) -> list[Path]:
-    """Files with each rank's part of the optimiser; none without ZeRO, where it is in the model's file.
+    """Find the files with each rank's part of the optimiser; none without ZeRO, where it is in the model's file.
 
     Raises:
         CheckpointError: files are missing.
@@ -69,6 +70,7 @@ def optimizer_files(folder: Path, world_size: int, stage: int) -> list[Path]:
     if stage == 0:
         return []
     names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world_size)]
+    # DeepSpeed puts `bf16_` in front of the names where it trains in that format.
     prefix = "bf16_" if (folder / f"bf16_{names[0]}").exists() else ""
     return _existing([folder / f"{prefix}{name}" for name in names])
 

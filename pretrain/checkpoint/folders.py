@@ -24,22 +24,22 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is published."""
+    """Return the folder that the checkpoint of `step` is published as."""
     return root / f"step_{step:08d}"
 
 
 def working_folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written before it is published."""
+    """Return the folder that the checkpoint of `step` is written in before it is published."""
     return root / f".saving_step_{step:08d}"
 
 
 def is_name(name: str) -> bool:
-    """Whether a published checkpoint may be called so."""
+    """Tell whether a published checkpoint may be called so."""
     return _NAME.fullmatch(name) is not None
 
 
 def step_of(folder: Path) -> int:
-    """The step of a published checkpoint, from its name."""
+    """Read the step of a published checkpoint from its name."""
     match = _NAME.fullmatch(folder.name)
     if match is None:
         raise ValueError(f"{folder}: not the name of a checkpoint")
@@ -47,7 +47,7 @@ def step_of(folder: Path) -> int:
 
 
 def published(root: Path) -> list[Path]:
-    """Folders with a checkpoint's name, oldest step first. They may still be damaged."""
+    """List folders with a checkpoint's name, oldest step first. They may still be damaged."""
     if not root.is_dir():
         return []
     return sorted((path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)), key=step_of)
@@ -60,6 +60,7 @@ def publish(root: Path, step: int) -> Path:
         # Only a damaged one is written again: a good one would have been resumed from.
         remove(target)
     working_folder_of(root, step).rename(target)
+    # Without this a power cut may undo the rename, when retention has already removed older checkpoints.
     sync_folder(root)
     return target
 
@@ -67,6 +68,7 @@ def publish(root: Path, step: int) -> Path:
 def remove(folder: Path) -> None:
     """Remove a checkpoint; a kill in between never leaves half of it under its public name."""
     doomed = folder.with_name(f".removing_{folder.name}")
+    # A removal that was cut short may have left that name, and a folder can't be renamed onto one that is not empty.
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -96,7 +98,7 @@ def supersede_after(root: Path, step: int) -> None:
 
 
 def retained(steps: list[int], keep_last: int, keep_every_steps: int | None) -> set[int]:
-    """The steps whose checkpoints stay: the newest `keep_last`, and the first at or after each multiple.
+    """Choose the steps whose checkpoints stay: the newest `keep_last`, and the first at or after each multiple.
 
     Args:
         steps: Steps of all published checkpoints, ascending.
@@ -130,7 +132,7 @@ def apply_retention(
 
 
 def run_of(source: Path) -> Path | None:
-    """The run folder that a checkpoint lies in; None for one that was copied elsewhere, and for an export."""
+    """Find the run folder that a checkpoint lies in; None for one that was copied elsewhere, and for an export."""
     folder = source.resolve()
     inside = folder in published(folder.parent) and folder.parent.name == RunFolder(Path()).checkpoints.name
     return folder.parent.parent if inside else None

@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint consists of. Written last, so a folder without one was never finished."""
+"""manifest.json: the files that a checkpoint consists of. Written last, so a folder without one was never finished."""
 
 import hashlib
 import json
@@ -29,14 +29,15 @@ class Manifest:
     files: tuple[FileEntry, ...]
 
     def to_json(self) -> str:
-        """The content of manifest.json."""
+        """Return the content of manifest.json."""
         content = {"version": VERSION, "step": self.step, "files": [asdict(entry) for entry in self.files]}
         return json.dumps(content, indent=1)
 
 
 def describe_file(folder: Path, relative: str) -> FileEntry:
-    """Size and hash of a file as it lies on disk, after making sure that it does."""
+    """Measure size and hash of a file as it lies on disk, after making sure that it does."""
     with (folder / relative).open("rb") as file:
+        # First on the disk, then in the manifest, which must not promise bytes that a power cut takes.
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileEntry(relative, file.tell(), digest)
@@ -48,7 +49,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
         CheckpointError: missing, damaged, or of another version.
@@ -64,7 +65,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
-    """The manifest out of the content of a manifest.json found at `where`.
+    """Parse the content of a manifest.json found at `where`.
 
     Raises:
         CheckpointError: damaged, or of another version.
@@ -79,7 +80,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 
 def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, empty where it verifies.
+    """List the problems of a checkpoint; none where it verifies.
 
     Sizes of all files are compared, and the hashes of every `parts`-th file from `part` on, so that ranks share the
     reading.
@@ -96,6 +97,7 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
             found.append(f"{path}: missing")
         elif size != entry.bytes:
             found.append(f"{path}: {size} bytes instead of {entry.bytes}")
+    # A wrong size is reason enough: hashes mean reading everything.
     if not found:
         found = [
             f"{folder / entry.path}: content differs from its sha256"

@@ -1,4 +1,4 @@
-"""Where every value of a checkpoint lies, whichever number of ranks and ZeRO stage wrote it.
+"""The place of every value of a checkpoint, whichever number of ranks and ZeRO stage wrote it.
 
 DeepSpeed lays the float32 weights, and each state of the optimiser, out in one of three ways:
 
@@ -70,7 +70,7 @@ class Shards:
     loss_scale: Mapping[str, float]
 
     def read(self, kind: str, name: str, begin: int, count: int) -> Tensor:
-        """Values `begin` to `begin + count` of a flattened parameter's weights or of a state of it.
+        """Read values `begin` to `begin + count` of a flattened parameter's weights or of a state of it.
 
         Raises:
             CheckpointError: the checkpoint has no such values.
@@ -78,7 +78,7 @@ class Shards:
         return gather(self.pieces[kind].get(name, []), begin, count, f"{self.folder}: {kind} of {name}")
 
     def read_untrained(self, name: str, begin: int, count: int) -> Tensor | None:
-        """Values of a flattened frozen parameter or buffer; None: the checkpoint has none of that name.
+        """Read values of a flattened frozen parameter or buffer; None: the checkpoint has none of that name.
 
         Raises:
             CheckpointError: the checkpoint has not all of the values.
@@ -88,19 +88,20 @@ class Shards:
         return self.whole[name].flatten()[begin : begin + count] if name in self.whole else None
 
     def untrained_shape(self, name: str) -> torch.Size | None:
-        """Shape of a frozen parameter or buffer; None: the checkpoint has none of that name."""
+        """Return the shape of a frozen parameter or buffer; None: the checkpoint has none of that name."""
         found = self.sharded.get(name) or self.whole.get(name)
         return None if found is None else found.shape
 
 
 def gather(pieces: Iterable[Piece], begin: int, count: int, what: str) -> Tensor:
-    """Values `begin` to `begin + count`, put together from `pieces`, which are in order."""
+    """Put values `begin` to `begin + count` together from `pieces`, which are in order."""
     found = []
     for piece in pieces:
         first, last = max(begin, piece.begin), min(begin + count, piece.begin + piece.count)
         if first < last:
             found.append(piece.line[piece.offset + first - piece.begin :][: last - first])
     values = torch.cat(found) if found else torch.empty(0)
+    # A gap between pieces must not shift what follows: the sum of lengths is what tells.
     if len(values) != count:
         raise CheckpointError(f"{what}: {len(values)} of the {count} values from {begin} on are in the checkpoint")
     return values
@@ -122,6 +123,7 @@ def open_shards(folder: Path, world_size: int, stage: int, groups: Groups, shape
     models = [load_file(path) for path in model_files(folder, world_size, stage)]
     _check_names(folder, models[0], groups, shapes)
     optimizers = [load_file(path)["optimizer_state_dict"] for path in optimizer_files(folder, world_size, stage)]
+    # Without ZeRO DeepSpeed stores the optimiser in the model's file.
     if stage == 0:
         optimizers = [models[0]["optimizer"]]
     base = _base_state(optimizers[0])
@@ -137,6 +139,7 @@ def open_shards(folder: Path, world_size: int, stage: int, groups: Groups, shape
         whole={
             name: value
             for name, value in models[0]["module"].items()
+            # Stage 3 leaves an empty tensor where a parameter is sharded; below it an empty buffer is really empty.
             if name not in sharded and (value.numel() or stage < 3)
         },
         sharded=sharded,
@@ -153,6 +156,7 @@ def _check_names(folder: Path, model: dict[str, Any], groups: Groups, shapes: Ma
     else:
         stored = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
         ours = list(itertools.chain.from_iterable(groups))
+        # The optimiser's states go by number: in another order each parameter would silently get another's moments.
         if sorted(stored) == sorted(ours) and list(stored) != ours:
             raise CheckpointError(
                 f"{folder}: the optimiser's parameters are the present run's, but in another order. Continue with the "
@@ -168,7 +172,7 @@ def _check_names(folder: Path, model: dict[str, Any], groups: Groups, shapes: Ma
 
 
 def _base_state(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """state_dict of the torch optimiser inside DeepSpeed's wrapper, if there is one."""
+    """Return the state_dict of the torch optimiser inside DeepSpeed's wrapper, if there is one."""
     for key in ("base_optimizer_state", "optimizer_state_dict"):
         if key in optimizer:
             return dict(optimizer[key])
@@ -180,7 +184,7 @@ Parts = list[dict[int, Tensor]]
 
 
 def _lines(optimizers: list[dict[str, Any]], model: dict[str, Any], stage: int, groups: Groups) -> dict[str, Parts]:
-    """The float32 weights and the states of the optimiser; no states before the first step."""
+    """Collect the float32 weights and the states of the optimiser; no states before the first step."""
     if stage == 0:
         masters = optimizers[0].get("fp32_groups")
         names = itertools.chain.from_iterable(groups)
@@ -202,7 +206,7 @@ def _is_line(value: Any) -> bool:
 
 
 def _scalars(state: dict[int, dict[str, Any]], stage: int, groups: Groups) -> dict[str, dict[str, Tensor]]:
-    """States of one number. A line has one for all its parameters, which then is each one's."""
+    """Collect states of one number. A line has one for all its parameters, which then is each one's."""
     if stage == 0:
         names = [[name] for name in itertools.chain.from_iterable(groups)]
     elif len(state) == len(groups):
@@ -220,7 +224,7 @@ def _scalars(state: dict[int, dict[str, Any]], stage: int, groups: Groups) -> di
 def _pieces(
     parts: Parts, stage: int, groups: Groups, shapes: Mapping[str, torch.Size], gaps: list[list[int]] | None
 ) -> dict[str, list[Piece]]:
-    """Where each parameter lies in what the ranks wrote; `gaps` are values behind each parameter that mean nothing."""
+    """Locate each parameter in what the ranks wrote; `gaps` are values behind each parameter that mean nothing."""
     if stage == 0:
         return {
             name: [Piece(0, parts[0][number].numel(), parts[0][number].flatten(), 0)]
@@ -238,7 +242,7 @@ def _pieces(
 
 
 def _cut_line(line: list[Tensor], sizes: list[tuple[str, int, int]]) -> dict[str, list[Piece]]:
-    """Stages 1 and 2: parameters behind one another; a parameter may lie on several ranks."""
+    """Locate parameters of stages 1 and 2, which lie behind one another; one may lie on several ranks."""
     edges = [0, *itertools.accumulate(len(part) for part in line)]
     found: dict[str, list[Piece]] = {}
     start = 0
@@ -253,7 +257,7 @@ def _cut_line(line: list[Tensor], sizes: list[tuple[str, int, int]]) -> dict[str
 
 
 def _cut_each(parts: Parts, sizes: list[tuple[str, int]]) -> dict[str, list[Piece]]:
-    """Stage 3: every rank has an equal piece of every parameter. DeepSpeed cuts no parameter where a part ends."""
+    """Locate parameters of stage 3: an equal piece of each on every rank. DeepSpeed cuts none where a part ends."""
     found: dict[str, list[Piece]] = {}
     number = offset = 0
     for name, size in sizes:

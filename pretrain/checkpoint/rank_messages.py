@@ -34,12 +34,13 @@ class Board:
         self._store.set(f"{self._space}/{key}", text)
 
     def wait(self, key: str, timeout_s: float = float("inf")) -> str:
-        """The message under `key`, as soon as it is there.
+        """Wait for the message under `key` and return it.
 
         Raises:
             CheckpointError: it did not come in time, or the board was closed.
         """
         full, deadline, pause = f"{self._space}/{key}", time.monotonic() + timeout_s, SHORTEST_LOOK_S
+        # Looked for, not waited for in the store: nothing could end such a wait when the board is closed.
         while not self._store.check([full]):
             if self.closed:
                 raise CheckpointError(f"{key}: the run ended before it came")
@@ -50,7 +51,8 @@ class Board:
         return bytes(self._store.get(full)).decode()
 
     def take(self, key: str, timeout_s: float) -> str:
-        """As `wait`; the message is removed."""
+        """Wait as `wait` does, and remove the message."""
         text = self.wait(key, timeout_s)
+        # Rank 0 serves the store: the messages of a run of weeks would all stay in its memory.
         self._store.delete_key(f"{self._space}/{key}")
         return text

@@ -58,19 +58,21 @@ def write_rank_state(folder: Path, states: Mapping[str, RankState], rank: int) -
 
 
 def digests(states: Mapping[str, RankState]) -> dict[str, str]:
-    """A hash of the bytes of each tensor that must be the same on all ranks."""
+    """Hash the bytes of each tensor that must be the same on all ranks."""
     return {name: _digest(state.tensor) for name, state in states.items() if state.reshape == SAME}
 
 
 def _digest(tensor: Tensor) -> str:
     values = tensor.detach().cpu().contiguous()
+    # With format and shape: the same bytes in another shape are other values.
     kind = hashlib.sha256(f"{values.dtype} {list(values.shape)}".encode())
+    # As bytes: NaN is unequal to itself, and NumPy knows no bfloat16.
     kind.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return kind.hexdigest()
 
 
 def unequal(found: Sequence[Mapping[str, str]]) -> list[str]:
-    """What `digests` of all ranks, in their order, say is not the same on all; one line each."""
+    """Compare the `digests` of all ranks, in their order; one line for each tensor that is not the same on all."""
     names = sorted({name for one in found for name in one})
     others = {name: [rank for rank, one in enumerate(found) if one.get(name) != found[0].get(name)] for name in names}
     return [
@@ -122,7 +124,7 @@ def _file(folder: Path, rank: int) -> Path:
 
 
 def _read(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Content of a rank's file, mapped from it; empty where it wrote none."""
+    """Read a rank's file, mapped from the disk; empty where it wrote none."""
     path = _file(folder, rank)
     if not path.is_file():
         return {}
@@ -150,7 +152,7 @@ def _of_rank(part: Mapping[str, Mapping[str, Any]], name: str, folder: Path, ran
 
 
 def _deal(parts: Sequence[Tensor], rank: int, world_size: int) -> Tensor:
-    """The rows of `rank` of the whole, whose row i is row i // R of part i mod R; only these rows are read."""
+    """Deal out `rank`'s rows of the whole, whose row i is row i // R of part i mod R; only these rows are read."""
     total, before = sum(len(part) for part in parts), len(parts)
     rows = torch.arange(rank, total, world_size)
     dealt = parts[0].new_empty((len(rows), *parts[0].shape[1:]))

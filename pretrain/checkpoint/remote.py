@@ -42,17 +42,18 @@ class RemoteCheckpoints:
         return self.url
 
     def of(self, step: int) -> str:
-        """URL of the checkpoint of `step`."""
+        """Return the URL of the checkpoint of `step`."""
         return storage.join(self.url, "checkpoints", folders.folder_of(Path(), step).name)
 
     def steps(self) -> list[int]:
-        """Steps whose checkpoints are complete, ascending."""
+        """List steps whose checkpoints are complete, ascending."""
         found = storage.find(storage.join(self.url, "checkpoints"), self._request_s)
+        # By the manifest, not by the folder: without one it is an upload, or a removal, that was cut short.
         manifests = [Path(path).parent for path in found if Path(path).name == MANIFEST]
         return sorted(folders.step_of(folder) for folder in manifests if folders.is_name(folder.name))
 
     def manifest(self, step: int) -> Manifest:
-        """Raises: CheckpointError: damaged. StorageError: not there."""
+        """Read a checkpoint's manifest. Raises CheckpointError: damaged; StorageError: not there."""
         url = storage.join(self.of(step), MANIFEST)
         return parse_manifest(storage.read_bytes(url, deadline_s=self._request_s), url)
 
@@ -127,5 +128,6 @@ class RemoteCheckpoints:
             if target.is_file() and describe_file(folder, entry.path) == entry:
                 continue
             storage.download(url, str(target), entry.bytes, max(end - time.monotonic(), 1.0))
+            # A right size tells nothing of bytes that were damaged in the store.
             if describe_file(folder, entry.path) != entry:
                 raise StorageError(f"{url}: content differs from its sha256")

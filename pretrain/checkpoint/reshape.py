@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Layout:
-    """How weights and optimiser are spread: number of ranks, ZeRO stage, and where the optimiser is kept."""
+    """Spread of weights and optimiser: number of ranks, ZeRO stage, and where the optimiser is kept."""
 
     world_size: int
     stage: int
@@ -33,7 +33,7 @@ class Layout:
 
     @classmethod
     def of(cls, world_size: int, zero: Mapping[str, Any]) -> "Layout":
-        """The layout of a recipe's section `zero`; without ZeRO nothing is offloaded."""
+        """Return the layout of a recipe's section `zero`; without ZeRO nothing is offloaded."""
         return cls(world_size, zero["stage"], zero["offload"] if zero["stage"] else "none")
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Layout:
         return f"{self.world_size} ranks, ZeRO stage {self.stage}{offloaded}"
 
     def fits(self, other: "Layout") -> bool:
-        """Whether shards of `other` can be loaded as they are. Without ZeRO every rank holds everything."""
+        """Tell whether shards of `other` can be loaded as they are. Without ZeRO every rank holds everything."""
         return self == other or self.stage == other.stage == 0
 
 
@@ -85,6 +85,7 @@ def load_reshaped(
         engine.optimizer.checkpoint_event_prologue()
     with torch.no_grad():
         if not weights_only:
+            # Before anything is copied: a refusal must leave the engine as it was.
             check_optimizer(shards, engine.basic_optimizer)
             _fill_optimizer(shards, engine.basic_optimizer, list(_held(engine, now.stage, groups)))
         _fill_module(shards, module, now.stage)
@@ -95,6 +96,7 @@ def load_reshaped(
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
+    # Stage 3 leaves an empty tensor in the parameter and keeps the whole shape beside it.
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -113,7 +115,7 @@ def check_optimizer(shards: Shards, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _held(engine: Any, stage: int, groups: Groups) -> Iterator[HeldSpan]:
-    """What this rank's optimiser updates."""
+    """Yield what this rank's optimiser updates."""
     parameters = dict(engine.module.named_parameters())
     lines = [group["params"] for group in engine.basic_optimizer.param_groups]
     for number, group in enumerate(groups):
@@ -123,6 +125,7 @@ def _held(engine: Any, stage: int, groups: Groups) -> Iterator[HeldSpan]:
                 yield HeldSpan(name, 0, parameter.numel(), lines[number][place], 0)
             elif stage == 3:
                 yield from _held_of_each(name, parameter)
+            # None: no value of this parameter lies in this rank's piece of the line.
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -130,7 +133,7 @@ def _held(engine: Any, stage: int, groups: Groups) -> Iterator[HeldSpan]:
 
 
 def _held_of_each(name: str, parameter: Any) -> Iterator[HeldSpan]:
-    """Stage 3: an equal piece of every parameter on every rank; the last ones are shorter, or have none."""
+    """Yield this rank's pieces under stage 3: an equal one of every parameter; the last ranks' are shorter, or none."""
     optimizer = parameter._z3_optimizer
     number, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
     begin = share * torch.distributed.get_rank()
@@ -169,6 +172,7 @@ def _fill_module(shards: Shards, module: nn.Module, stage: int) -> None:
         if stage == 3:
             target = parameter.ds_tensor.data  # type: ignore[attr-defined]
             begin = target.numel() * torch.distributed.get_rank()
+            # The last ranks' shares end in padding, which is in no file's pieces.
             count = max(0, min(target.numel(), shape.numel() - begin))
             target.view(-1)[:count].copy_(_forward_values(shards, name, begin, count))
         else:
@@ -183,7 +187,7 @@ def _fill_module(shards: Shards, module: nn.Module, stage: int) -> None:
 
 
 def _forward_values(shards: Shards, name: str, begin: int, count: int) -> Tensor:
-    """A stretch of a parameter or buffer: float32 where it is trained, as the forward pass had it where it is not."""
+    """Read a stretch of a parameter or buffer: float32 where it is trained, else as the forward pass had it."""
     if name in shards.shapes:
         return shards.read(WEIGHT, name, begin, count)
     values = shards.read_untrained(name, begin, count)

@@ -22,7 +22,7 @@ FETCH_S = 3600.0
 
 
 def open_remote(options: Checkpoint) -> RemoteCheckpoints | None:
-    """Where the recipe uploads checkpoints to; None: nowhere."""
+    """Open the place that the recipe uploads checkpoints to; None: nowhere."""
     return RemoteCheckpoints(options.upload, options.upload_deadline_s) if options.upload else None
 
 
@@ -82,9 +82,10 @@ def restore_newest(root: Path, remote: RemoteCheckpoints, ranks: Ranks) -> None:
 
 
 def _steps(root: Path, remote: RemoteCheckpoints, ranks: Ranks) -> list[int]:
-    """Steps at `remote`, found by rank 0 for all."""
+    """List the steps at `remote`, found by rank 0 for all."""
     steps: list[int] = []
     problem = ""
+    # One answer for all: ranks that see different lists would go into different collectives.
     if ranks.first:
         try:
             steps = remote.steps()
@@ -104,7 +105,7 @@ def _steps(root: Path, remote: RemoteCheckpoints, ranks: Ranks) -> list[int]:
 
 
 def restore(root: Path, remote: RemoteCheckpoints, step: int, ranks: Ranks) -> bool:
-    """Download the checkpoint of `step` and publish it below `root`; whether it verified."""
+    """Download the checkpoint of `step` and publish it below `root`; tell whether it verified."""
     folder = folders.working_folder_of(root, step)
     problem = ""
     try:
@@ -121,12 +122,13 @@ def restore(root: Path, remote: RemoteCheckpoints, step: int, ranks: Ranks) -> b
         folders.publish(root, step)
         logger.warning("checkpoint of step %d restored from %s", step, remote.of(step))
         _restore_records(root.parent, remote)
+    # A barrier: nobody may look for the checkpoint before rank 0 has renamed it.
     from_first(ranks, None)
     return True
 
 
 def _restore_records(run_dir: Path, remote: RemoteCheckpoints) -> None:
-    """metrics.jsonl and the like, where the local ones are gone; a run goes on without them."""
+    """Restore metrics.jsonl and the like, where the local ones are gone; a run goes on without them."""
     for name in RECORDS:
         url = storage.join(remote.url, name)
         try:
@@ -142,7 +144,7 @@ def _problems_on_all(ranks: Ranks, folder: Path) -> list[str]:
 
 
 def local_copy(path: str | Path, cache: Path | None = None) -> Path:
-    """A local path for readers of weights: `path` itself, or a copy of the uploaded checkpoint that a URL names.
+    """Return a local path for readers of weights: `path` itself, or a copy of the uploaded checkpoint that a URL names.
 
     Args:
         path: A local path; the URL of an uploaded run, which means its newest checkpoint that verifies; the URL of one

@@ -37,7 +37,7 @@ class Resumable:
 
 
 def find_checkpoint(root: Path, ranks: Ranks, resume: str = "auto") -> Resumable | None:
-    """The checkpoint to continue from, the same on all ranks; None: start from the beginning.
+    """Find the checkpoint to continue from, the same on all ranks; None: start from the beginning.
 
     Args:
         root: The run's folder of checkpoints.
@@ -49,6 +49,7 @@ def find_checkpoint(root: Path, ranks: Ranks, resume: str = "auto") -> Resumable
     """
     if ranks.first:
         folders.clean_leftovers(root)
+    # Rank 0's list for all: a file server may show ranks different folders, and they would verify different ones.
     candidates = from_first(ranks, [str(folder) for folder in reversed(folders.published(root))])
     if resume == "never":
         if candidates:
@@ -80,7 +81,7 @@ def _asked_for(root: Path, ranks: Ranks, folder: Path) -> Resumable:
 
 
 def open_verified(folder: Path, ranks: Ranks, asked: str = "") -> Resumable:
-    """The checkpoint in `folder`; all ranks call it together and share the reading.
+    """Open the checkpoint in `folder` once it has verified; all ranks call it together and share the reading.
 
     Args:
         folder: The checkpoint.
@@ -109,7 +110,7 @@ def _open(folder: Path) -> Resumable:
 
 
 def layout_of(found: Resumable) -> Layout:
-    """The layout that a checkpoint was written with."""
+    """Return the layout that a checkpoint was written with."""
     return Layout.of(found.state["world_size"], found.state["recipe"]["zero"])
 
 
@@ -135,6 +136,7 @@ def load(
     before = layout_of(found)
     if before.fits(now):
         split_buffers(engine)
+        # No scheduler's state: the rate is a function of the step (engine/schedules.py).
         path, _ = engine.load_checkpoint(str(found.folder), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{found.folder / TAG}: DeepSpeed found nothing to load")

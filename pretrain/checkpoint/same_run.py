@@ -1,4 +1,4 @@
-"""Whether a run may go on under a recipe that differs from the one it was started with."""
+"""Comparison of a run's recipe with the one it was started with: which differences let the run go on."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -41,7 +41,7 @@ HARMLESS = (
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys; lists stay values."""
+    """Flatten nested sections to dotted keys; lists stay values."""
     items: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
@@ -50,18 +50,20 @@ def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    # JSON gives lists for tuples: the same betas would count as a difference, and no run could go on.
     return list(value) if isinstance(value, tuple) else value
 
 
 def is_harmless(key: str) -> bool:
-    """Whether a run goes on when this key differs. Where a source lies may change: its fingerprint is compared."""
+    """Tell whether a run goes on when this key differs. Where a source lies may change: its fingerprint is compared."""
     if key.startswith("data.sources.") and key.endswith((".shards", ".val", ".test", ".expected_samples")):
         return True
+    # With the dot: the entry `log` must not let a key that only begins like it pass.
     return any(key == entry or key.startswith(entry + ".") for entry in HARMLESS)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with the old and the new value."""
+    """Find the dotted keys whose values differ, with the old and the new value."""
     old, new = flat(before), flat(now)
     return {
         key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
@@ -69,7 +71,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 
 
 def _new_keys(before: dict[str, Any], recipe: Recipe) -> set[str]:
-    """Keys that the program has learnt since, at their defaults, which are what it did before."""
+    """Find keys that the program has learnt since, at their defaults, which are what it did before."""
     components = {name: type(getattr(recipe, name))() for name in COMPONENTS}
     blank = replace(type(recipe)(), **components)
     old, now = flat(before), flat(asdict(recipe))

@@ -54,7 +54,7 @@ AGAIN_S = 10.0
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint holds beside DeepSpeed's files: `state` is JSON, `recipe_text` YAML for people.
+    """Content of a checkpoint beside DeepSpeed's files: `state` is JSON, `recipe_text` YAML for people.
 
     `keep` are the steps whose checkpoints must not be removed when this one is published; `rank_state` is what the
     objective keeps on this rank beside its weights, with the same names and rules on all ranks.
@@ -68,7 +68,7 @@ class Content:
 
 
 class Saver:
-    """Saves, publishes and retires the checkpoints of one run. Every rank has one and calls it at the same steps.
+    """Saver of one run: writes, publishes and retires checkpoints. Every rank has one and calls it at the same steps.
 
     Args:
         root: The run's folder of checkpoints, visible to all ranks.
@@ -110,6 +110,7 @@ class Saver:
         Raises:
             CheckpointError: checkpoint.max_failures saves in a row have failed.
         """
+        # The thread before may still be writing from the very copies that this save is about to fill.
         self._settle()
         if self._failures > self._options.max_failures:
             raise CheckpointError(
@@ -133,7 +134,7 @@ class Saver:
         return time.monotonic() - started
 
     def finish(self) -> str:
-        """Return when the newest checkpoint is published, and uploaded; a failed save is tried again first.
+        """Wait until the newest checkpoint is published, and uploaded; a failed save is tried again first.
 
         Returns:
             What could not be uploaded, and why; an empty string where nothing is missing.
@@ -151,7 +152,7 @@ class Saver:
         return from_first(self.ranks, self._uploader.finish())
 
     def wait(self) -> None:
-        """Return when no save is going on; how it ended has been logged. Needs no other rank's help."""
+        """Wait until no save is going on; how it ended has been logged. Needs no other rank's help."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -167,12 +168,13 @@ class Saver:
             return
         self.wait()
         self._unsettled = False
+        # On the main thread, where collectives are safe: ranks must count failures alike, or they part at a save.
         problems = sorted({problem for problem in gather_objects(self.ranks, self._problem) if problem})
         self._problem = "; ".join(problems)
         self._failures = self._failures + 1 if problems else 0
 
     def _run(self, number: int, folder: Path, content: Content, collected: Collected, started: float) -> None:
-        """One save, in a thread. Whatever goes wrong ends in `_problem`, on all ranks."""
+        """Run one save, in a thread. Whatever goes wrong ends in `_problem`, on all ranks."""
         key = f"save/{number}"
         try:
             self._board.post(f"{key}/{self.ranks.rank}", self._write_part(folder, content, collected))
@@ -190,7 +192,7 @@ class Saver:
             self._uploader.offer(content.step, content.keep)
 
     def _write_part(self, folder: Path, content: Content, collected: Collected) -> str:
-        """Write this rank's files; a JSON message for rank 0: sizes and hashes, or what went wrong."""
+        """Write this rank's files; return a JSON message for rank 0: sizes and hashes, or what went wrong."""
         try:
             same = digests(collected.rank_state)
             written = write_files(folder, content if self.ranks.first else None, collected, self.ranks.rank)
@@ -200,7 +202,7 @@ class Saver:
             return json.dumps({"problem": f"rank {self.ranks.rank}: {folder}: {advice(reason or error)}"})
 
     def _judge(self, key: str, folder: Path, content: Content) -> str:
-        """Rank 0: publish what all ranks have written, or clear it away; what is wrong, else an empty string."""
+        """Publish on rank 0 what all have written, or clear it away; return what is wrong, else an empty string."""
         parts = [
             json.loads(self._board.take(f"{key}/{rank}", PARTS_TIMEOUT_S)) for rank in range(self.ranks.world_size)
         ]
@@ -215,8 +217,10 @@ class Saver:
         return "; ".join(problems)
 
     def _publish(self, folder: Path, content: Content, entries: list[FileEntry]) -> None:
+        # The manifest is the last file, and old checkpoints go after the rename: a kill at any line leaves a whole one.
         write_manifest(folder, Manifest(content.step, tuple(sorted(entries, key=lambda entry: entry.path))))
         published = folders.publish(self.root, content.step)
+        # What is being uploaded must not go from under the threads that read it.
         keep = content.keep | (self._uploader.busy() if self._uploader else set())
         try:
             removed = folders.apply_retention(self.root, self._options.keep_last, self._keep_every_steps, keep)
@@ -247,7 +251,7 @@ def write_files(folder: Path, content: Content | None, collected: Collected, ran
 
 
 def _reason(folder: Path) -> OSError | None:
-    """The operating system's word on why torch could not write into `folder`, found by trying."""
+    """Find the operating system's word on why torch could not write into `folder`, by trying."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".probe").write_bytes(bytes(2**20))
@@ -259,7 +263,7 @@ def _reason(folder: Path) -> OSError | None:
 def open_saver(
     root: Path, ranks: Ranks, options: Checkpoint, keep_every_steps: int | None, keep: Set[int] = frozenset()
 ) -> Saver:
-    """The saver of a run, with what uploads its checkpoints where the recipe says so; all ranks call it together.
+    """Open the saver of a run, with what uploads its checkpoints where the recipe says so; all ranks call it together.
 
     `keep` are the steps that must not be removed, until the first save says which.
     """

@@ -16,7 +16,7 @@ NOTE = "sharded_buffers"
 
 
 def share_of(count: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Begin and length of a rank's share of `count` values; DeepSpeed's, without what pads the last ones."""
+    """Return begin and length of a rank's share of `count` values; DeepSpeed's, without what pads the last ones."""
     share = -(-count // world_size)
     begin = min(rank * share, count)
     return begin, min(share, count - begin)
@@ -59,7 +59,7 @@ def split_buffers(engine: Any) -> None:
 
 
 def noted_shapes(module: nn.Module) -> dict[str, dict[str, torch.Size]]:
-    """What is to be noted in DeepSpeed's files: nothing where no buffer is cut."""
+    """Collect what is to be noted in DeepSpeed's files: nothing where no buffer is cut."""
     shapes = {
         f"{prefix}.{name}" if prefix else name: shape
         for prefix, part in module.named_modules()
@@ -70,7 +70,7 @@ def noted_shapes(module: nn.Module) -> dict[str, dict[str, torch.Size]]:
 
 
 def stored_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor, torch.Size]]:
-    """Name, value and whole shape of the buffers that belong to a checkpoint, not of those that are computed anew."""
+    """Yield name, value and whole shape of buffers that belong to a checkpoint, not of those that are computed anew."""
     for prefix, part in module.named_modules():
         whole: Mapping[str, torch.Size] = part.shapes if isinstance(part, ShardedBuffers) else {}
         for name, buffer in part.named_buffers(recurse=False):

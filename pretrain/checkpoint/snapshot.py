@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class HostCopies:
-    """Copies nested states into host memory that is reused from save to save.
+    """Copies of nested states in host memory that is reused from save to save.
 
     The memory stays taken between saves: fresh pages cost the kernel more time than the copy itself. Tensors that share
     a storage share its copy, so that what is written is byte for byte what the state itself would have given.
@@ -30,19 +30,21 @@ class HostCopies:
         self._used, self._copied = [], {}
 
     def take(self, state: Any) -> Any:
-        """A copy of a state made of dicts, lists, tuples, tensors on any device, and small objects."""
+        """Copy a state made of dicts, lists, tuples, tensors on any device, and small objects."""
         if isinstance(state, Tensor):
             return self._tensor(state)
         if isinstance(state, dict):
             made = copy.copy(state)  # keeps the class, and the attributes that state_dict() puts on its dictionary
             made.update({key: self.take(value) for key, value in state.items()})
             return made
+        # Not named tuples and the like, whose constructors take their values one by one.
         if type(state) in (list, tuple):
             return type(state)(self.take(value) for value in state)
         return copy.deepcopy(state)
 
     def end(self) -> None:
         """Wait until the accelerator's copies have arrived, and let go of memory that was not needed."""
+        # By address: a freed storage's is used again, and the next save would take the old bytes for the new.
         self._free, self._copied = {}, {}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -53,6 +55,7 @@ class HostCopies:
         return made.requires_grad_(tensor.requires_grad)
 
     def _storage(self, storage: torch.UntypedStorage) -> Tensor:
+        # The storage itself, since every view has a Python object of its own for it.
         key = storage._cdata
         if key not in self._copied:
             pinned = storage.device.type == "cuda"

@@ -31,7 +31,7 @@ END = "end"
 
 
 class Uploader:
-    """Keeps `remote` up to date with the published checkpoints below `root`.
+    """Thread that keeps `remote` up to date with the published checkpoints below `root`.
 
     Args:
         root: The run's folder of checkpoints, visible to all ranks.
@@ -70,20 +70,21 @@ class Uploader:
         self._thread.start()
 
     def offer(self, step: int, keep: Set[int] = frozenset()) -> None:
-        """A checkpoint was published (rank 0 acts on it): upload it, then what failed before; `keep` stay as well."""
+        """Offer a published checkpoint (rank 0 acts on it): upload it, then what failed before; `keep` stay as well."""
         with self._changed:
             self._keep = keep
+            # A rewind publishes a step anew: the store has its files of before.
             self._uploaded.discard(step)
             self._failed.clear()
             self._changed.notify()
 
     def busy(self) -> set[int]:
-        """The step that is being uploaded: its local files must stay."""
+        """Return the step that is being uploaded: its local files must stay."""
         current = self._current
         return set() if current is None else {current}
 
     def finish(self) -> str:
-        """Return when all that is to be uploaded is there, or has failed once more.
+        """Wait until all that is to be uploaded is there, or has failed once more.
 
         Returns:
             On rank 0 what could not be uploaded and why; else, and on other ranks, an empty string.
@@ -104,12 +105,13 @@ class Uploader:
         )
 
     def _lead(self) -> None:
-        """Rank 0's thread: choose, upload, tell, until `finish`."""
+        """Run rank 0's thread: choose, upload, tell, until `finish`."""
         self._look_at_remote()
         while (step := self._next()) is not None:
             started = time.monotonic()
             try:
                 problem = self._upload_with_all(step)
+            # Of any kind: a thread that ends here would leave all later checkpoints on the local disk, without a word.
             except Exception as error:  # a thread has nobody to raise to; the checkpoint stays in the queue
                 problem = str(error)
             seconds = time.monotonic() - started
@@ -131,19 +133,21 @@ class Uploader:
             logger.warning("%s can't be listed, all local checkpoints will be uploaded: %s", self._remote, error)
 
     def _next(self) -> int | None:
-        """The newest step that waits, as soon as there is one; None: nothing waits and `finish` was called."""
+        """Wait for a step to upload and return the newest; None: nothing waits and `finish` was called."""
         with self._changed:
             while True:
                 waiting = self._waiting() - self._failed.keys()
                 if waiting:
+                    # Newest first: a lost disk would need it, and retention may take older ones meanwhile.
                     self._current = max(waiting)
                     return self._current
                 if self._ending or self._board.closed:
                     return None
+                # With a time limit, since nobody notifies when the board is closed.
                 self._changed.wait(timeout=1.0)
 
     def _waiting(self) -> set[int]:
-        """Steps that are on the disk, are to be kept, and are not in the store."""
+        """List steps that are on the disk, are to be kept, and are not in the store."""
         try:
             steps = [folders.step_of(folder) for folder in folders.published(self._root)]
         except OSError as error:
@@ -153,8 +157,9 @@ class Uploader:
         return wanted - self._uploaded
 
     def _upload_with_all(self, step: int) -> str:
-        """Rank 0's side of one upload; what went wrong on any rank, else an empty string."""
+        """Do rank 0's side of one upload; return what went wrong on any rank, else an empty string."""
         manifest = read_manifest(folders.folder_of(self._root, step))
+        # First: under the old manifest a mixture of old and new files would pass for a checkpoint.
         self._remote.unpublish(step)
         self._number += 1
         key = f"upload/{self._number}"
@@ -164,6 +169,7 @@ class Uploader:
         answers = {self._board.take(f"{key}/{rank}", timeout) for rank in range(self._ranks.world_size)} - {""}
         if answers:
             return "; ".join(sorted(answers))
+        # Before the manifest: whoever restores this checkpoint finds metrics that reach as far.
         for path in self._extras:
             if path.is_file():
                 self._remote.upload_beside(path)
@@ -175,7 +181,7 @@ class Uploader:
         return ""
 
     def _upload_share(self, step: int) -> str:
-        """Upload this rank's files; what went wrong, else an empty string."""
+        """Upload this rank's files; return what went wrong, else an empty string."""
         folder = folders.folder_of(self._root, step)
         try:
             # Large files in turn, so that shares are of like size.
@@ -186,7 +192,7 @@ class Uploader:
         return ""
 
     def _follow(self) -> None:
-        """The thread of the other ranks: do as rank 0 says."""
+        """Run the thread of the other ranks: do as rank 0 says."""
         number = 1
         try:
             while (word := self._board.wait(f"upload/{number}")) != END:

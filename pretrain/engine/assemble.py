@@ -80,7 +80,7 @@ def check_continues(found: Resumable, recipe: Recipe, ranks: Ranks, sources: lis
 
 
 def layout(recipe: Recipe, ranks: Ranks) -> Layout:
-    """How this run spreads weights and optimiser over its ranks."""
+    """Describe how this run spreads weights and optimiser over its ranks."""
     return Layout.of(ranks.world_size, asdict(recipe.zero))
 
 
@@ -89,7 +89,7 @@ def fingerprints(sources: list[OpenSource]) -> dict[str, str]:
 
 
 def keep_every(recipe: Recipe, schedule: Schedule) -> int | None:
-    """Steps between two checkpoints that are kept for good; None: only the last ones are kept."""
+    """Compute the steps between two checkpoints that are kept for good; None: only the last ones are kept."""
     epochs = recipe.checkpoint.keep_every_epochs
     return max(1, round(epochs * schedule.steps_per_epoch)) if epochs else None
 
@@ -170,7 +170,7 @@ def build_run(
 def open_ledger(
     recipe: Recipe, folder: RunFolder, sources: list[OpenSource], ranks: Ranks, found: Resumable | None
 ) -> BadSampleLedger:
-    """Counts of unusable samples, with those of the checkpoint."""
+    """Open the counts of unusable samples, with those of the checkpoint."""
     names = [source.name for source in sources]
     ledger = BadSampleLedger(folder.root, names, recipe.data.bad_rate, recipe.data.bad_minimum, ranks.rank)
     if found is not None:

@@ -36,7 +36,7 @@ class MicroBatches:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro-batch, or a stand-in after an error.
+        """Return the next micro-batch, or a stand-in after an error.
 
         Raises:
             DataError: there has been no micro-batch yet, and so no step that could be lost.
@@ -49,6 +49,7 @@ class MicroBatches:
                     raise
                 logger.error("no more data: %s", error)
                 self.error = error
+                # Without samples: the ledger would count those of the last micro-batch twice.
                 self._last = self._last | {"bad": [], "source": torch.empty(0), "view": torch.empty(0)}
         assert self._last is not None
         return self._last
@@ -67,7 +68,7 @@ class MicroBatches:
         self._stream.close()
 
     def agreed_error(self, ranks: Ranks) -> DataError:
-        """What ended the data of some rank; all ranks call this after they have agreed that one has no more."""
+        """Name the error that ended a rank's data; all ranks call this after they have agreed that one has no more."""
         said = gather_objects(ranks, None if self.error is None else str(self.error))
         rank, first = next((rank, text) for rank, text in enumerate(said) if text is not None)
         others = sum(text is not None for text in said) - 1

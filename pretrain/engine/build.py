@@ -1,4 +1,4 @@
-"""From a recipe to a DeepSpeed engine."""
+"""Construction of a DeepSpeed engine from a recipe."""
 
 import contextlib
 import logging
@@ -46,7 +46,7 @@ def count_model(method: Method) -> ModelSize:
 
 
 def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool = False) -> Built:
-    """Objective, optimiser and DeepSpeed engine, with the recipe's first weights.
+    """Build objective, optimiser and DeepSpeed engine, with the recipe's first weights.
 
     Args:
         method: The run.
@@ -63,6 +63,7 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
     config = deepspeed_config(recipe, accumulation, parameters, on_cpu)
     torch.set_float32_matmul_precision(recipe.compute.matmul)
     if on_cpu:
+        # Some kernels add up in any order unless told not to, and a resumed run would not be the same bit for bit.
         torch.use_deterministic_algorithms(True)
     seed_everything(recipe.run.seed)
     objective = _build_objective(method, config, parameters)
@@ -71,10 +72,12 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
     turns, cache = turns_of(objective), open_cache(objective, accumulation)
     optimizer = build_optimizer(recipe, objective, ranks.device)
+    # Taken now: DeepSpeed makes flat tensors of the groups and forgets the names.
     groups = _group_names(objective, optimizer)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
     forget_steps(engine.basic_optimizer)
     if recipe.compute.compile:
+        # In place, so that parameters keep their names: weight decay groups and checkpoints go by them.
         engine.compile()
     return Built(engine, config, parameters, groups, turns, cache)
 

@@ -10,7 +10,7 @@ Config = dict[str, object]
 
 
 def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu: bool) -> Config:
-    """The dictionary for deepspeed.initialize.
+    """Build the dictionary for deepspeed.initialize.
 
     Args:
         recipe: The run.
@@ -22,6 +22,7 @@ def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu:
         "train_batch_size": recipe.batch.samples,
         "train_micro_batch_size_per_gpu": recipe.batch.micro,
         "gradient_accumulation_steps": accumulation,
+        # Left to `clip_or_drop` (step.py) there, which also drops a gradient that is not finite.
         "gradient_clipping": 0.0 if unwrapped(recipe) else recipe.optim.clip_grad or 0.0,
         "zero_optimization": _zero(recipe, parameters, on_cpu),
         # Optimisers are torch's own, also with offload: DeepSpeedCPUAdam would have to be compiled on the machine.
@@ -33,6 +34,7 @@ def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu:
     if recipe.compute.dtype == "bf16":
         config["bf16"] = {"enabled": True}
     if recipe.compute.dtype == "fp16":
+        # A loss scale of 0 is DeepSpeed's word for a dynamic one.
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "min_loss_scale": 1}
     if recipe.compute.dtype == "bf16" and recipe.zero.stage > 0:
         # Micro-batches are added up in float32: bf16 keeps 8 bits, and small gradients would vanish in the sum.
@@ -42,7 +44,7 @@ def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu:
 
 
 def unwrapped(recipe: Recipe) -> bool:
-    """Whether torch's optimiser updates as it is: DeepSpeed has none of its own that checks and clips the gradient."""
+    """Tell whether torch's optimiser updates as it is: DeepSpeed has none then that checks and clips the gradient."""
     return recipe.zero.stage == 0 and recipe.compute.dtype == "fp32"
 
 
@@ -69,14 +71,14 @@ def _zero(recipe: Recipe, parameters: int, on_cpu: bool) -> Config:
 
 
 def builds_sharded(recipe: Recipe, parameters: int) -> bool:
-    """Whether the model is built inside deepspeed.zero.Init, so that no rank ever holds all of it."""
+    """Tell whether the model is built inside deepspeed.zero.Init, so that no rank ever holds all of it."""
     if recipe.zero.stage < 3 or recipe.zero.init == "never":
         return False
     return recipe.zero.init == "always" or parameters > ZERO_INIT_PARAMETERS
 
 
 def describe(recipe: Recipe, config: Config, world_size: int) -> list[str]:
-    """What is printed at the start: batch, precision and ZeRO in one line each."""
+    """Describe batch, precision and ZeRO for the log of the start, in one line each."""
     zero, batch = recipe.zero, recipe.batch
     sharded = {0: "nothing", 1: "optimiser", 2: "optimiser + gradients", 3: "optimiser + gradients + weights"}[
         zero.stage

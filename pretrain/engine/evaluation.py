@@ -1,4 +1,4 @@
-"""Evaluation while training: when it is due, and which step has been best so far."""
+"""Evaluation while training: its intervals, and the best step so far."""
 
 import json
 import logging
@@ -20,7 +20,8 @@ class Best:
     value: float | None = None
 
     def consider(self, step: int, metric: str, value: float) -> bool:
-        """Take note of an evaluation; whether it is the best so far. The first of equals stays."""
+        """Take note of an evaluation and tell whether it is the best so far. The first of equals stays."""
+        # Not `<=`: NaN compares as false, and would pass for the best.
         if self.value is not None and not value > self.value:
             return False
         self.step, self.metric, self.value = step, metric, value
@@ -37,11 +38,11 @@ class Best:
 
 
 class Periodic(Protocol):
-    """What is done every so many epochs."""
+    """Work that is done every so many epochs."""
 
     every_epochs: float
 
 
 def every_steps(evaluation: Periodic, schedule: Schedule) -> int:
-    """Steps between two evaluations, or measures of health."""
+    """Compute the steps between two evaluations, or measures of health."""
     return max(1, round(evaluation.every_epochs * schedule.steps_per_epoch))

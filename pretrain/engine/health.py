@@ -33,7 +33,7 @@ Labelled = tuple[int, str, Arrays]
 
 
 def open_health(method: Method, ranks: Ranks, objective: Objective) -> "HealthSignal | None":
-    """The signal that the recipe asks for, if any.
+    """Open the signal that the recipe asks for, if any.
 
     Raises:
         RecipeError: the method gives no features.
@@ -48,7 +48,7 @@ def open_health(method: Method, ranks: Ranks, objective: Objective) -> "HealthSi
 
 
 class HealthSignal:
-    """Measures; ranks share the videos.
+    """Measure of features by nearest neighbours; ranks share the videos.
 
     Args:
         method: the run, with health.shards.
@@ -66,7 +66,7 @@ class HealthSignal:
         self._reader = SampleReader([self._index], None, recipe.data.deadline_s)
 
     def __call__(self, objective: Any) -> dict[str, float]:
-        """Top-1 accuracy in percent, that of always saying the largest class, and the videos; equal on all ranks.
+        """Measure top-1 accuracy in percent, that of always saying the largest class, and videos; equal on all ranks.
 
         All ranks call it; `objective` is in evaluation mode.
 
@@ -101,9 +101,10 @@ class HealthSignal:
         }
 
     def _keep_up(self, objective: Any, done: int) -> None:
-        """With sharded weights every rank takes part in every forward pass, also one that has fewer videos."""
+        """Take part in the other ranks' forward passes, as sharded weights ask of a rank that has fewer videos."""
         if self._recipe.zero.stage < 3:
             return
+        # The most that any rank has: videos that can't be used make batches fewer on one rank and not on the others.
         videos = -(-self._index.samples // self._ranks.world_size)
         blank = {name: value[:1].to(self._ranks.device) for name, value in self._blank.items()
                  if isinstance(value, Tensor)}  # fmt: skip
@@ -126,7 +127,7 @@ class HealthSignal:
             yield waiting
 
     def _places(self) -> Iterator[tuple[int, int, int]]:
-        """Number, shard and row of this rank's videos."""
+        """Yield number, shard and row of this rank's videos."""
         rows = [(shard, row) for shard, count in enumerate(self._index.shards.samples.tolist()) for row in range(count)]
         for number in range(self._ranks.rank, len(rows), self._ranks.world_size):
             yield (number, *rows[number])
@@ -135,6 +136,7 @@ class HealthSignal:
         number, shard, row = place
         members = parse_sample(self._reader.read(0, shard, row))
         label = members.label
+        # To Python a bool is an int, but no class is called True.
         if isinstance(label, bool) or not isinstance(label, str | int):
             raise SampleError("label", f"{label!r} is no class name or number")
         return number, str(label), self._samples.without_chance(self._source, members)

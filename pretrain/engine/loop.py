@@ -62,6 +62,7 @@ def train(method: Method, resume: str = "auto") -> int:
     Raises:
         TubeletError: the run can't start or go on; exit code 1.
     """
+    # First of all: once its launcher is gone, a rank can hardly tell whether it ever had one.
     die_with_launcher()
     recipe = method.recipe
     ranks = join(timeout_s=recipe.watchdog.join_s)
@@ -78,6 +79,7 @@ def train(method: Method, resume: str = "auto") -> int:
         stop.close()
         lock.release()
         leave(ranks)
+        # Last: to leave the process group may hang on a rank that is gone, which only the watchdog ends.
         watchdog.close()
 
 
@@ -98,6 +100,7 @@ def _train(method: Method, resume: str, ranks: Ranks, folder: RunFolder, stop: S
             best = Best(**found.state["best"])
             upload_rest(folder.checkpoints, ranks, recipe.checkpoint, keep_every(recipe, schedule), best.steps)
             return 0
+    # After the checks above: a command that they refuse must leave the run folder as it is.
     if ranks.first:
         describe_start(folder, recipe)
         forget_after(folder, found.step if found else 0, plan)
@@ -144,6 +147,7 @@ def _loop(run: Run, steps_done: int) -> int:
             if went_back is not None:
                 saved = steps_done = went_back
                 continue
+        # After an update only: averages and teachers would count a step that did not change the weights.
         if result.applied:
             run.built.engine.module.after_step()
         last = steps_done == run.schedule.last
@@ -154,6 +158,7 @@ def _loop(run: Run, steps_done: int) -> int:
             with run.watchdog.long("evaluate"):
                 _check_health(run, steps_done)
         is_best = bool(evaluate_every) and (steps_done % evaluate_every == 0 or last) and _evaluate(run, steps_done)
+        # Behind the evaluation: the checkpoint says whether its step is the best, and only then is kept.
         if steps_done % save_every == 0 or is_best or last or result.stop:
             with run.watchdog.long("save"):
                 _save(run, steps_done)
@@ -166,7 +171,7 @@ def _loop(run: Run, steps_done: int) -> int:
 
 
 def _evaluate(run: Run, steps_done: int) -> bool:
-    """Measure on held-out data; whether this step is the best so far, whose checkpoint stays."""
+    """Measure on held-out data; tell whether this step is the best so far, whose checkpoint stays."""
     assert run.evaluation is not None
     started, module = time.monotonic(), run.built.engine.module
     module.eval()
@@ -192,7 +197,7 @@ def _check_health(run: Run, steps_done: int) -> None:
 
 
 def _stop_reason(run: Run) -> str:
-    """Who was asked to stop, and how; all ranks call this after they have agreed that one was."""
+    """Name the first rank that was asked to stop, and the reason; all ranks call this once they agree that one was."""
     reasons = gather_objects(run.ranks, run.stop.reason)
     rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
     return f"{reason} at rank {rank}" if rank else reason
@@ -203,6 +208,7 @@ def _finish(run: Run, steps_done: int, exit_code: int, reason: str) -> int:
         not_uploaded = run.saver.finish()
     run.stop.saved_in(run.saver.longest_s)
     run.reporter.summary(steps_done, exit_code, reason)
+    # Only of a finished run: nothing would start it again, while one that was stopped uploads at its next start.
     if not_uploaded and exit_code == 0:
         raise CheckpointError(not_uploaded)
     return exit_code

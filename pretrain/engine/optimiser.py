@@ -23,6 +23,7 @@ def parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str
             # A parameter sharded by zero.Init has an empty shape of its own; ds_shape is the real one.
             rule = objective.rule(plain_name(name), getattr(parameter, "ds_shape", parameter.shape))
             groups.setdefault((rule.decays, rule.lr_scale, rule.turn), []).append(parameter)
+    # sorted is stable: checkpoints know groups by their number, so the order must follow from the recipe alone.
     ordered = sorted(groups, key=lambda group: not group[0])
     for decay, scale, turn in ordered:
         members = groups[decay, scale, turn]
@@ -42,7 +43,7 @@ def parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str
 
 
 def build_optimizer(recipe: Recipe, objective: Objective, device: torch.device) -> torch.optim.Optimizer:
-    """The recipe's optimiser over `objective`: one fused kernel on an accelerator, torch's plain loop on the CPU.
+    """Build the recipe's optimiser over `objective`: one fused kernel on an accelerator, torch's plain loop on the CPU.
 
     The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit optimiser without ZeRO takes a step with
     zero gradients when it is built, which would otherwise decay the weights once.
@@ -107,6 +108,7 @@ def forget_steps(optimizer: torch.optim.Optimizer) -> None:
     """
     for state in optimizer.state.values():
         if "step" in state:
+            # Of the same kind and place: fused kernels take the counter as a tensor on the device.
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
         for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             if state.get(moment) is not None:

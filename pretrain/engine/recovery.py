@@ -40,10 +40,12 @@ def intervene(run: Run, steps_done: int, lr: float, result: StepResult) -> tuple
     found = None
     if decision.action == "rewind":
         run.watchdog.expect_long("rewind")
+        # What is being written may be the newest checkpoint to go back to.
         run.saver.wait()
         dist.barrier()  # rank 0 has published
         found = find_checkpoint(run.folder.checkpoints, run.ranks)
         decision = decision if found else _nothing_to_go_back_to(decision)
+    # Before the weights are replaced: the record's norms are to be those of the bad step.
     _record(run, steps_done, decision, found, lr, result)
     if decision.action == "stop":
         raise TrainingError(decision.reason)
@@ -84,6 +86,7 @@ def rewind(run: Run, step: int, found: Resumable) -> Run:
     check_continues(found, run.recipe, run.ranks, run.sources)
     run.guard.rewound(guard_state(found.state), step, found.step)
     run.inputs.batches.close()
+    # Before anything is loaded: a kill from here on must not lead into the same step with a fresh budget.
     if run.ranks.first:
         remember(run.folder.guard, run.guard.state)
     load(

@@ -1,4 +1,4 @@
-"""What is told of a run while it goes on: metrics.jsonl, console, wandb, pictures; written by rank 0."""
+"""Reports of a run while it goes on: metrics.jsonl, console, wandb, pictures; written by rank 0."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ SLOW_STEPS = 2
 
 
 class Meter:
-    """Turns seconds into clips, tokens and MFU.
+    """Conversion of seconds into clips, tokens and MFU.
 
     MFU is the share of the device's matrix product rate (log.peak_tflops, or measured) that the model's own work makes
     up: forward and backward, three times the forward pass. Work that is done twice for activation checkpointing does
@@ -39,13 +39,14 @@ class Meter:
     def __init__(self, method: Method, ranks: Ranks) -> None:
         recipe, cost = method.recipe, method.cost()
         self.clips = recipe.batch.samples * recipe.input.views
+        # Two operations a multiply-accumulate, and a backward pass is two forward passes.
         self._flops = 2 * 3 * cost.executed * self.clips
         self._tokens = cost.tokens.get("all")
         self._device, self._world_size = ranks.device, ranks.world_size
         self.peak_tflops = recipe.log.peak_tflops or matmul_tflops(ranks.device, DTYPES[recipe.compute.dtype])
 
     def measure(self, result: StepResult) -> Record:
-        """Speed and memory of one step."""
+        """Measure speed and memory of one step."""
         record: Record = {
             "speed/step_s": result.step_s,
             "speed/data_wait_share": result.data_s / result.step_s,
@@ -59,7 +60,7 @@ class Meter:
 
 
 class Reporter:
-    """Writes what rank 0 reports; on other ranks nothing is built and nothing is written."""
+    """Writer of what rank 0 reports; on other ranks nothing is built and nothing is written."""
 
     def __init__(self, method: Method, folder: RunFolder, schedule: Schedule, ranks: Ranks, first_step: int) -> None:
         recipe = method.recipe
@@ -104,7 +105,7 @@ class Reporter:
             self._lines.write(record | {"optim/lr": lr, "optim/skipped": 1, "guard/left_out": 1})
 
     def rewound(self, steps_done: int) -> None:
-        """The run went back to `steps_done`: metrics.jsonl was shortened, so it is another file now."""
+        """Reopen metrics.jsonl after a rewind to `steps_done`, which has shortened it: it is another file now."""
         if self._writes:
             self._lines.close()
             self._lines = JsonLines(self._folder.metrics)
@@ -170,7 +171,7 @@ class Reporter:
 
 
 def newest_picture(folder: Path) -> str | None:
-    """Path of the contact sheet of the highest step, if there is one."""
+    """Find the path of the contact sheet of the highest step, if there is one."""
     sheets = sorted(folder.glob("step_*.png"))
     return str(sheets[-1]) if sheets else None
 

@@ -1,4 +1,4 @@
-"""How many steps, and the rates of each: pure functions of the recipe and the step, so nothing has to be saved.
+"""Number of steps, and the rates of each: pure functions of the recipe and the step, so nothing has to be saved.
 
 timm's and torch's schedulers are not used: each knows one rule for the ends of its warm-up, and all of them keep a
 state that a resumed run would have to restore. Official ones differ by that rule, by where the decay is counted from,
@@ -50,35 +50,36 @@ class Schedule:
     weight_decay_ends: tuple[float, float] | None = None
 
     def lr(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0."""
+        """Compute the learning rate of step `step`, counted from 0."""
         position = self._position(step)
         if position >= self.warmup:
             return SHAPES[self.shape](self, position)
         done, whole = WARMUP_ENDS[self.warmup_ends](position, self.warmup, self.hold)
+        # A warm-up of one step with both ends on its line has a line of no length.
         return self.warmup_start + (self.peak - self.warmup_start) * done / max(1, whole)
 
     def weight_decay(self, step: int) -> float | None:
-        """Weight decay of step `step`; None where it is constant (VideoMAE, utils.cosine_scheduler without warm-up)."""
+        """Compute the weight decay of a step; None: constant (VideoMAE, utils.cosine_scheduler without warm-up)."""
         if self.weight_decay_ends is None:
             return None
         return half_cosine(*self.weight_decay_ends, self._position(step) / self.total)
 
     def epoch(self, steps_done: int) -> float:
-        """Passes over the data after `steps_done` steps."""
+        """Count passes over the data after `steps_done` steps."""
         return steps_done / self.steps_per_epoch
 
     def progress(self, position: int) -> float:
-        """Share of the decay that lies behind at a step: 0 before it begins, 1 at the schedule's end."""
+        """Compute the share of the decay that lies behind at a step: 0 before it begins, 1 at the schedule's end."""
         begin = self.warmup if self.decay_from is None else self.decay_from
         return min(max(0.0, (position - begin) / max(1, self.total - begin)), 1.0)
 
     def _position(self, step: int) -> int:
-        """The step whose rate step `step` has: that of its epoch's beginning, or of one before."""
+        """Find the step whose rate step `step` has: that of its epoch's beginning, or of one before."""
         return max(0, step // self.hold * self.hold - self.lag)
 
 
 def half_cosine(start: float, end: float, progress: float) -> float:
-    """From `start` at progress 0 to `end` at 1, along half a cosine; also SNCLR's and MoCo v3's teacher momentum."""
+    """Follow half a cosine from `start` at progress 0 to `end` at 1; also SNCLR's and MoCo v3's teacher momentum."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
 
 
@@ -109,6 +110,7 @@ SHAPES: dict[str, Callable[[Schedule, int], float]] = {
 
 #: `schedule.warmup_ends`: from step, length of the warm-up and steps that share a rate to (part done, whole).
 WARMUP_ENDS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
+    # VideoMAE's linspace(start, peak, W) reaches the peak in its last step; timm's lr * t / W does not ("start").
     "both": lambda step, warmup, hold: (step, warmup - hold),
     "start": lambda step, warmup, hold: (step, warmup),
     "end": lambda step, warmup, hold: (step + hold, warmup),
@@ -116,7 +118,7 @@ WARMUP_ENDS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
 
 
 def build_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
-    """The schedule of a recipe whose data gives `steps_per_epoch` steps a pass.
+    """Build the schedule of a recipe whose data gives `steps_per_epoch` steps a pass.
 
     Raises:
         RecipeError: no step in an epoch, or a warm-up, decay or milestone that doesn't fit into the schedule.
@@ -191,7 +193,7 @@ def _check_fits(recipe: Recipe, schedule: Schedule) -> None:
 
 
 def describe_schedule(recipe: Recipe, schedule: Schedule) -> str:
-    """The line of the log at the start: lengths, shape, and how the rate follows from the batch."""
+    """Describe the schedule for the log of the start: lengths, shape, and how the rate follows from the batch."""
     optim, scaled = recipe.optim, rate_scales(recipe.optim, "base_lr")
     formula = f"{optim.base_lr:g} x {recipe.batch.samples} / {optim.base_batch} = " if scaled else ""
     down = "" if schedule.shape == "constant" else f", down to {schedule.floor:.4g}"
@@ -202,14 +204,14 @@ def describe_schedule(recipe: Recipe, schedule: Schedule) -> str:
 
 
 def every_steps(recipe: Recipe, schedule: Schedule) -> int:
-    """Steps between two checkpoints."""
+    """Compute the steps between two checkpoints."""
     if recipe.checkpoint.every_steps is not None:
         return recipe.checkpoint.every_steps
     return max(1, round(recipe.checkpoint.every_epochs * schedule.steps_per_epoch))
 
 
 def pictures_every_steps(recipe: Recipe, schedule: Schedule) -> int:
-    """Steps between two pictures; 0: none."""
+    """Compute the steps between two pictures; 0: none."""
     if recipe.log.pictures_every_steps is not None:
         return recipe.log.pictures_every_steps
     return schedule.steps_per_epoch

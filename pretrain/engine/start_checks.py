@@ -106,7 +106,7 @@ def _compare_recipes(recipes: list[dict[str, Any]], rank: int) -> Finding:
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what may differ from host to host."""
+    """Drop from the recipe what may differ from host to host."""
     items = flat(asdict(recipe))
 
     def is_place(key: str) -> bool:
@@ -116,24 +116,26 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_hash(recipe: dict[str, Any]) -> str:
-    """Sixteen digits that tell recipes apart."""
+    """Compute sixteen digits that tell recipes apart."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def check_clock(ranks: Ranks) -> Finding:
-    """This host's clock against the median of all, read right after a barrier."""
+    """Compare this host's clock with the median of all, read right after a barrier."""
     best = float("inf")
+    # The best of three: a process that is woken late after the barrier seems to have a clock that is ahead.
     for _ in range(3):
         if ranks.world_size > 1:
             dist.barrier()
         clocks = gather_objects(ranks, time.time())
+        # The median: one host that is far off must not make all others look wrong.
         skew = clocks[ranks.rank] - sorted(clocks)[len(clocks) // 2]
         best = min(best, skew, key=abs)
     return judge_clock(best)
 
 
 def judge_clock(skew_s: float) -> Finding:
-    """What to think of a clock that differs by so much."""
+    """Judge a clock that differs by so much."""
     value, advice = f"{skew_s:+.1f} s", "start a time service (chrony, ntpd)"
     if abs(skew_s) <= SKEW_S:
         return Finding("clock", "ok", f"within {SKEW_S:g} s")

@@ -25,7 +25,7 @@ from pretrain.runtime.seeds import seed_forward
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What stays the same from step to step.
+    """Inputs that stay the same from step to step.
 
     Attributes:
         engine: DeepSpeed engine around the objective.
@@ -96,12 +96,14 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
         note("backward")
         engine.backward(poisoned(loss, always=spike is not None and inputs.guard.drops_spikes))
         if spike is not None or agreed.nonfinite:
+            # Before engine.step(), which clears them; on all ranks, since sharded gradients are put together by all.
             inputs.incidents.look_at_gradients(engine.module)
         own_norm = None if inputs.own_clip is None else clip_or_drop(engine.module, inputs.own_clip, inputs.incidents)
         note("optimiser")
         set_lr(engine.optimizer, lr)
         engine.step()  # DeepSpeed clips, checks the norm, updates, and clears the gradients
         norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
+        # Where clip_or_drop took the gradients away, was_step_applied is true of an update of nothing.
         applied = engine.was_step_applied() and norm < float("inf")
         if not applied:
             break  # what follows would train on the result of an update that was left out
@@ -109,6 +111,7 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
         metrics=metrics,
         finite_loss=agreed.nonfinite == 0,
         applied=applied,
+        # NaN compares as false, so that a norm of NaN is told as inf like the others.
         grad_norm=norm if norm < float("inf") else float("inf"),
         loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
         spike=spike,
@@ -123,7 +126,7 @@ def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
 
 @dataclass
 class _Sums:
-    """What a step's micro-batches add up to: means of metrics, seconds of waiting for data."""
+    """Sums over a step's micro-batches: means of metrics, seconds of waiting for data."""
 
     metrics: dict[str, Tensor] = field(default_factory=dict)
     waited: float = 0.0
@@ -162,13 +165,14 @@ def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums, kept: list[
     output = inputs.engine(to_device(batch, inputs.ranks.device))
     inputs.incidents.note(batch, output.loss)
     for name, value in {**output.metrics, "loss": output.loss}.items():
+        # In float64: a bfloat16 metric would lose its last digits in the sum over micro-batches.
         sums.metrics[name] = sums.metrics.get(name, 0.0) + value.detach().double() / inputs.accumulation
     loss: Tensor = output.loss
     return loss
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch's tensors on `device`; copies overlap with work where the memory is pinned."""
+    """Move the batch's tensors to `device`; copies overlap with work where the memory is pinned."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
@@ -176,11 +180,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def poisoned(loss: Tensor, always: bool = False) -> Tensor:
-    """The loss itself where it is finite, else, or if `always`, NaN with a NaN gradient.
+    """Return the loss itself where it is finite, else, or if `always`, NaN with a NaN gradient.
 
     An infinite loss can have a finite gradient (a sum that overflowed), which would go unnoticed into the update. Works
     on the device, without waiting for it.
     """
+    # A product: NaN then goes through the backward pass into every gradient, which a constant NaN would not.
     return loss * (float("nan") if always else torch.where(loss.isfinite(), 1.0, float("nan")))
 
 
@@ -195,12 +200,13 @@ class _Agreed:
 
 
 def agree(sums: dict[str, Tensor], waited: float, inputs: StepInputs) -> _Agreed:
-    """One small all-reduce: means of the metrics, and the flags, whose sum is above 0 where any rank raised one."""
+    """Make one small all-reduce: means of the metrics, and flags, whose sum is above 0 where any rank raised one."""
     world_size, device = inputs.ranks.world_size, inputs.ranks.device
     names = list(sums)
     flags = [float(inputs.asked_to_stop()), float(inputs.batches.error is not None), waited / world_size]
     samples = inputs.ledger.numbers()
     nonfinite = (~sums["loss"].isfinite()).double().reshape(1)
+    # Metrics and flags in one tensor: every further all-reduce would wait for the slowest rank once more.
     packed = torch.cat(
         [
             torch.stack([sums[name].reshape(()) for name in names]) / world_size,
@@ -210,6 +216,7 @@ def agree(sums: dict[str, Tensor], waited: float, inputs: StepInputs) -> _Agreed
     )
     if world_size > 1:
         dist.all_reduce(packed)
+    # Here the step waits for the device: whether a spike is left out is decided before the last backward pass.
     found = packed.tolist()
     bad_losses, stop, out_of_data, data_s, *samples = found[len(names) :]
     metrics = dict(zip(names, found, strict=False))

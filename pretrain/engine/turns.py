@@ -85,6 +85,7 @@ def in_turns(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
         def step(self, closure: Any = None) -> Any:
             every: list[dict[str, Any]] = self.param_groups
+            # torch's step walks over `param_groups`; the rest must be there again for DeepSpeed and for checkpoints.
             self.param_groups = [group for group in every if self.turn in (EVERY, group["turn"])]
             try:
                 return super().step(closure)

@@ -1,1 +1,1 @@
-"""When something goes wrong in a step: results and decisions, incidents, skipped steps, first non-finite module."""
+"""Guards of a step: results and decisions, incidents, skipped steps, first non-finite module."""

@@ -1,4 +1,4 @@
-"""Where in a module a value first stops being finite: in its weights, in a forward pass, or in a backward pass."""
+"""Search for the module in which a value first stops being finite: in weights, a forward pass, or a backward pass."""
 
 import functools
 import warnings
@@ -41,7 +41,7 @@ class Activation:
 
 @dataclass
 class Probe:
-    """Watches one forward and backward pass of a module. A context manager: the hooks go when it ends.
+    """Watch over one forward and backward pass of a module. A context manager: the hooks go when it ends.
 
     Attributes:
         activations: By dotted name, in the order in which modules finish.
@@ -62,6 +62,7 @@ class Probe:
             self._handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(part.register_forward_hook(after, with_kwargs=True))
         for name, parameter in self.module.named_parameters():
+            # torch refuses a hook on a tensor that gets no gradient.
             if parameter.requires_grad:
                 self._handles.append(parameter.register_hook(functools.partial(self._parameter_gradient, name)))
         return self
@@ -95,6 +96,7 @@ class Probe:
         if _finite(gradient):
             self._last_sound = name
         elif self.finding is None:
+            # Only the first: whatever is behind it in the pass is not finite either.
             maker = self._last_sound or ROOT
             text = f"the gradient with respect to the output of {name} is not finite: made in the backward of {maker}"
             self.finding = NonFinite("backward", maker, text, _clips(gradient, self.clips))
@@ -106,7 +108,7 @@ class Probe:
 
 
 def bad_weights(module: nn.Module) -> NonFinite | None:
-    """The first parameter or buffer that is not finite."""
+    """Find the first parameter or buffer that is not finite."""
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if not _finite(value):
             return NonFinite("weights", name.rpartition(".")[0] or ROOT, f"{name} is not finite ({_count([value])})")
@@ -114,7 +116,7 @@ def bad_weights(module: nn.Module) -> NonFinite | None:
 
 
 def function_without_gradient(loss_of: Callable[[], Tensor]) -> str | None:
-    """The operation whose backward gives NaN, as torch's anomaly mode names it; None where it finds none."""
+    """Name the operation whose backward gives NaN, as torch's anomaly mode does; None where it finds none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -126,7 +128,7 @@ def function_without_gradient(loss_of: Callable[[], Tensor]) -> str | None:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Floating-point tensors in nested tuples, lists and dictionaries."""
+    """Yield floating-point tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -148,6 +150,7 @@ def _count(values: list[Tensor]) -> str:
 
 
 def _clips(value: Tensor, clips: int) -> tuple[int, ...]:
+    # Where the first dimension counts something else, windows for example, its rows are no clips to blame.
     if value.dim() < 2 or len(value) != clips:
         return ()
     rows = (~value.detach().isfinite()).flatten(1).any(1)
@@ -159,5 +162,6 @@ def _describe(values: list[Tensor]) -> Activation:
     sound = line[line.isfinite()]
     if not len(sound):
         return Activation(0.0, 0.0, len(line))
+    # In float64: the square of a float32 above 1.8e19 is infinite in its own format.
     rms = float(sound.double().square().mean().sqrt())
     return Activation(float(sound.abs().max()), rms, len(line) - len(sound))

@@ -1,4 +1,4 @@
-"""What a bad step was made of, written down so that it can be looked into: RUN/incidents/step_00000123.json.
+"""Record of what a bad step was made of, so that it can be looked into: RUN/incidents/step_00000123.json.
 
 In a good step this costs a few references: to the keys and positions of the micro-batches and to their losses on the
 device. Norms are computed, and ranks talk to each other, only when there is something to record.
@@ -43,7 +43,7 @@ class Norms:
 
 @dataclass
 class Incidents:
-    """Notes what a step is made of, and writes it to the run folder if the step turns out bad.
+    """Notes on what a step is made of, written to the run folder if the step turns out bad.
 
     Args:
         folder: RUN/incidents.
@@ -62,13 +62,14 @@ class Incidents:
     _gradients: dict[str, Norms] | None = None
 
     def begin(self, step: int) -> None:
-        """Step `step`, counted from 0, begins."""
+        """Begin step `step`, counted from 0."""
         self._step, self._batches, self._losses, self._gradients = step, [], [], None
 
     def note(self, batch: Batch, loss: Tensor) -> None:
         """Remember a micro-batch; what it is called, not its pixels."""
         names = ("key", "position", "epoch", "view", "source", "bad")
         self._batches.append({name: batch[name] for name in names})
+        # Left on the device: to read it here would wait for every micro-batch of every good step.
         self._losses.append(loss.detach())
 
     def look_at_gradients(self, module: nn.Module) -> None:
@@ -87,6 +88,7 @@ class Incidents:
         Returns:
             Where it is; None on other ranks, and where it could not be written, which the log then says.
         """
+        # Before rank 0 goes on alone: all ranks put sharded weights together, and would wait for one that had left.
         weights = _by_module(module, _weight)
         ranks = gather_objects(self.ranks, self._describe())
         if not self.ranks.first:
@@ -150,19 +152,21 @@ def _row(weights: Norms, gradients: Norms | None) -> dict[str, Any]:
 
 
 def _by_module(module: nn.Module, value_of: Any) -> dict[str, Norms]:
-    """Norms by dotted name of the module that holds the parameters itself."""
+    """Compute norms by dotted name of the module that holds the parameters itself."""
     sums: dict[str, list[Tensor]] = {}
     for name, parameter in module.named_parameters():
         value = value_of(parameter)
         if value is not None:
             sums.setdefault(name.rpartition(".")[0], []).append(_squares(value))
+    # One wait for the device a module, not one a parameter.
     totals = {name: torch.stack(parts).sum(0).tolist() for name, parts in sums.items()}
     return {name: Norms(math.sqrt(squares), round(nonfinite)) for name, (squares, nonfinite) in totals.items()}
 
 
 def _squares(value: Tensor) -> Tensor:
-    """Sum of the squares of finite values, and the count of the others, float64 [2]."""
+    """Sum the squares of finite values and count the others, float64 [2]."""
     finite = value.isfinite()
+    # In float64, where no square of a finite float32 overflows: the norm of finite weights must be finite.
     squares = torch.where(finite, value, 0).double().square().sum()
     return torch.stack([squares, (~finite).sum().double()])
 
@@ -198,7 +202,7 @@ def _write(folder: Path, step: int, content: dict[str, Any]) -> Path | None:
 
 
 def plain(value: Any) -> Any:
-    """Numbers that JSON can't express (nan, inf) as strings."""
+    """Turn numbers that JSON can't express (nan, inf) into strings."""
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -55,7 +55,7 @@ class StepResult:
 
 @dataclass
 class GuardState:
-    """What the guard remembers from step to step.
+    """Memory of the guard from step to step.
 
     Attributes:
         window: Losses of the latest updates, oldest first.
@@ -80,7 +80,7 @@ class GuardState:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is done about a bad step.
+    """Reaction to a bad step.
 
     Attributes:
         kind: What was bad.

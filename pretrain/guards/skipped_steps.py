@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def guard_state(saved: dict[str, Any]) -> GuardState:
-    """The guard's state in a checkpoint's state.json; checkpoints from before it was kept have none."""
+    """Read the guard's state from a checkpoint's state.json; checkpoints from before it was kept have none."""
     return GuardState(**saved.get("guard", {}))
 
 
@@ -32,7 +32,7 @@ def remember(path: Path, state: GuardState) -> None:
 
 
 def state_at_start(path: Path, ranks: Ranks, saved: dict[str, Any] | None) -> GuardState:
-    """The guard's state as a run starts or goes on; the same on all ranks.
+    """Build the guard's state as a run starts or goes on; the same on all ranks.
 
     Args:
         path: RUN/guard.json.
@@ -44,12 +44,15 @@ def state_at_start(path: Path, ranks: Ranks, saved: dict[str, Any] | None) -> Gu
     """
     if saved is None:
         if ranks.first:
+            # Of an earlier run in this folder: a fresh start must not leave out what that one did.
             path.unlink(missing_ok=True)
         return GuardState()
     state = guard_state(saved)
     try:
+        # Rank 0's text for all: ranks that read different versions from a file server would leave out different steps.
         text = from_first(ranks, path.read_text(encoding="utf-8") if ranks.first and path.exists() else "{}")
         noted = json.loads(text)
+        # Either may know more: the file after a rewind, the checkpoint where the file could not be written.
         state.rewinds = max(state.rewinds, noted.get("rewinds", 0))
         state.left_out = sorted({*state.left_out, *noted.get("left_out", [])})
     except (ValueError, TypeError, AttributeError) as error:

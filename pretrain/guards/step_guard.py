@@ -1,4 +1,4 @@
-"""What happens when a step goes wrong: the loss or the gradient is not finite, or the loss jumps far above recent ones.
+"""Judgement of steps that go wrong: loss or gradient are not finite, or the loss jumps far above recent ones.
 
 Every number that is judged here has been agreed on by all ranks, and the guard's own state is the same on all, so all
 come to the same decision without talking about it. The state is saved in checkpoints: a resumed run decides as the
@@ -23,7 +23,7 @@ LEAST_DEVIATION = 1e-3
 
 
 class StepGuard:
-    """Judges each step by the recipe's rules.
+    """Judge of each step by the recipe's rules.
 
     An fp16 step that only overflowed the loss scale, with a finite loss, is the loss scale's ordinary work: it does not
     count until the scale can't go lower.
@@ -33,15 +33,15 @@ class StepGuard:
         self._options, self.state = options, state or GuardState()
 
     def saved(self) -> dict[str, Any]:
-        """The state, for a checkpoint."""
+        """Return the state, for a checkpoint."""
         return asdict(self.state)
 
     def lr(self, scheduled: float) -> float:
-        """The learning rate of the coming step."""
+        """Return the learning rate of the coming step."""
         return scheduled * self._options.lower_lr_factor if self.state.lowered_left else scheduled
 
     def leaves_out(self, step: int) -> bool:
-        """Whether step `step`, counted from 0, passes without being trained on."""
+        """Tell whether step `step`, counted from 0, passes without being trained on."""
         return step in self.state.left_out
 
     def spike(self, loss: float, source: str = "") -> Spike | None:
@@ -53,6 +53,7 @@ class StepGuard:
         window, options = self.state.windows.get(source, []) if source else self.state.window, self._options
         if options.spike == "ignore" or not math.isfinite(loss) or 2 * len(window) < options.window:
             return None
+        # Medians: a spike that is in the window already would lift a mean and its deviation, and hide the next one.
         median = statistics.median(window)
         spread = statistics.median(abs(value - median) for value in window) * MAD_TO_DEVIATION
         deviation = max(spread, LEAST_DEVIATION * abs(median))
@@ -61,13 +62,14 @@ class StepGuard:
 
     @property
     def drops_spikes(self) -> bool:
-        """Whether the update of a step whose loss is a spike is left out."""
+        """True where the update of a step whose loss is a spike is left out."""
         return self._options.spike not in ("ignore", "record")
 
     def decide(self, step: int, result: StepResult) -> Decision | None:
-        """Take note of step `step` (counted from 1); what to do where it was bad."""
+        """Take note of step `step` (counted from 1), and say what to do where it was bad."""
         state = self.state
         state.lowered_left = max(0, state.lowered_left - 1)
+        # Only losses of updates enter the window: one NaN would make its median worthless.
         if result.applied:
             state.in_a_row = 0
             self._remember(result.metrics["loss"], result.source)
@@ -96,7 +98,7 @@ class StepGuard:
         return Decision(kind, what, asked, "stop", f"step {step}: {what}, {end} {advice}", result.spike)
 
     def _spent(self, asked: Action) -> str:
-        """The budget that leaves no way but to stop; empty where none is spent."""
+        """Name the budget that leaves no way but to stop; empty where none is spent."""
         options, state = self._options, self.state
         if state.in_a_row > options.max_skips:
             return f"{state.in_a_row} steps in a row without an update (guard.max_skips = {options.max_skips})"
@@ -114,7 +116,7 @@ class StepGuard:
             state.window = [*state.window, loss][-most:]
 
     def lower(self) -> None:
-        """The coming steps get the lowered rate."""
+        """Give the coming steps the lowered rate."""
         self.state.lowered += 1
         self.state.lowered_left = self._options.lower_lr_steps
 
@@ -128,7 +130,9 @@ class StepGuard:
         """
         first = max(target, step - self._options.leave_out)
         now = self.state
+        # Those of rewinds since then too: going further back must not train on steps that were left out before.
         left_out = sorted({*before.left_out, *now.left_out, *range(first, step)})
+        # Rewinds are counted on: with the count of the checkpoint the budget would never be spent.
         self.state = GuardState(**asdict(before) | {"rewinds": now.rewinds + 1, "left_out": left_out})
 
 
@@ -141,7 +145,7 @@ _WORDS = {
 
 
 def describe(result: StepResult) -> tuple[Kind, str]:
-    """What is bad about a step."""
+    """Describe what is bad about a step."""
     if not result.finite_loss:
         return "loss", "the loss is not finite"
     if result.spike is None:

@@ -12,7 +12,7 @@ CHUNK = 1024
 
 
 def knn_scores(train: Tensor, targets: Tensor, queries: Tensor, classes: int, neighbours: int = NEIGHBOURS) -> Tensor:
-    """Votes [n, classes] of the nearest training features, by cosine similarity with weight exp(similarity / 0.07).
+    """Count votes [n, classes] of the nearest training features, by cosine similarity, weighted exp(similarity / 0.07).
 
     Args:
         train: features [m, C].
@@ -27,7 +27,7 @@ def knn_scores(train: Tensor, targets: Tensor, queries: Tensor, classes: int, ne
 
 
 def leave_one_out_scores(features: Tensor, targets: Tensor, classes: int, neighbours: int = NEIGHBOURS) -> Tensor:
-    """As `knn_scores` of every feature [m, C] among all the others: nobody votes for itself."""
+    """Score every feature [m, C] among all the others as `knn_scores` does: nobody votes for itself."""
     unit, votes = F.normalize(features.float(), dim=1), []
     for start in range(0, len(unit), CHUNK):
         similarity = unit[start : start + CHUNK] @ unit.t()
@@ -43,6 +43,6 @@ def _votes(similarity: Tensor, targets: Tensor, classes: int, neighbours: int) -
 
 
 def accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:
-    """Top-k accuracy in percent."""
+    """Compute top-k accuracy in percent."""
     top = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return 100 * (top == targets[:, None]).any(dim=1).float().mean().item()

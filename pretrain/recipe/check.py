@@ -27,6 +27,7 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
 def recipe_warnings(recipe: Recipe) -> list[str]:
     """Name options of the sections of every recipe that have no effect, or that are likely not meant."""
     data, warnings = recipe.data, []
+    # An option given at its default can't be told from one that was left out, so only other values are told of.
     if data.cache_dir is None and data.cache_gb != type(data)().cache_gb:
         warnings.append(f"data.cache_gb={data.cache_gb:g} has no effect: data.cache_dir is null")
     warnings += optim_warnings(recipe)
@@ -44,6 +45,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     if recipe.batch.samples > 1 and data.workers == 0 and recipe.batch.micro > 8:
         warnings.append("data.workers=0 decodes in the training process: the accelerator waits for every batch")
     ranks = _launched_ranks() or recipe.batch.ranks
+    # Lane p mod lanes is one rank's only where the ranks divide the lanes; the order of samples is the same anyway.
     if ranks and data.lanes % ranks:
         warnings.append(
             f"data.lanes={data.lanes} is no multiple of {ranks} ranks: a rank reads from "
@@ -53,7 +55,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
 
 
 def _guard_warnings(guard: Guard) -> list[str]:
-    """Options of policies that neither of the two kinds of bad step has."""
+    """List options of policies that neither of the two kinds of bad step has."""
     options = {"lower_lr": ("lower_lr_factor", "lower_lr_steps", "max_lowered"), "rewind": ("leave_out", "max_rewinds")}
     return [
         f"guard.{name} has no effect: neither guard.nonfinite nor guard.spike is {policy}"
@@ -68,7 +70,7 @@ def _launched_ranks() -> int | None:
 
 
 def _check_ranges(recipe: Recipe) -> list[str]:
-    """Numbers that must be positive, or lie in a range."""
+    """Check numbers that must be positive, or lie in a range."""
     positive = {
         "data": ("lanes", "shuffle_window", "prefetch", "cache_gb", "deadline_s", "epoch_samples"),
         "batch": ("samples", "micro", "ranks"),

@@ -30,7 +30,7 @@ REPLACED_BY = {
 
 
 def optim_problems(recipe: Recipe) -> list[str]:
-    """What in `optim` can't work."""
+    """List what in `optim` can't work."""
     optim, problems = recipe.optim, []
     if not 0 <= optim.momentum < 1:
         problems.append(f"optim.momentum: found {optim.momentum}, allowed: a number from 0 to below 1")
@@ -52,12 +52,12 @@ def optim_problems(recipe: Recipe) -> list[str]:
 
 
 def schedule_problems(recipe: Recipe) -> list[str]:
-    """What in `schedule` can't work, as far as it shows without the data's number of steps an epoch."""
+    """List what in `schedule` can't work, as far as it shows without the data's number of steps an epoch."""
     return [*_lengths(recipe), *_decay_problems(recipe), *_milestone_problems(recipe), *_rate_problems(recipe)]
 
 
 def optim_warnings(recipe: Recipe) -> list[str]:
-    """Keys of `optim` and `schedule` that are set and do nothing."""
+    """List keys of `optim` and `schedule` that are set and do nothing."""
     name, shape = recipe.optim.name, recipe.schedule.shape
     reasons = {
         f"optim.{key}": f"optim.name is {name}"
@@ -86,6 +86,7 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 def _is_changed(recipe: Recipe, key: str) -> bool:
     section, _, name = key.partition(".")
+    # Of a new section, not of its class: defaults made by a factory are no attributes of the class.
     return _value(recipe, key) != getattr(type(getattr(recipe, section))(), name)
 
 

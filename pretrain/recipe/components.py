@@ -32,7 +32,7 @@ def load_component(section: str, name: str, pattern: str) -> ModuleType:
 
 
 def component_names(pattern: str) -> list[str]:
-    """Names that a recipe can give: components only. Imports them all, so it is for errors and documents."""
+    """List the names that a recipe can give: components only. Imports them all, so it is for errors and documents."""
     package = importlib.import_module(pattern.partition(".{}")[0])
     found = {info.name: _import_any(info.name, pattern) for info in pkgutil.iter_modules(package.__path__)}
     return sorted(name for name, module in found.items() if module is not None and _is_component(module))
@@ -50,13 +50,15 @@ def _is_component(module: ModuleType) -> bool:
 
 
 def _import(name: str, pattern: str) -> ModuleType | None:
-    """The module; None where there is no such file. An import that fails inside of it is an error of that file."""
+    """Import the module; None where there is no such file. An import that fails inside it is an error of that file."""
+    # The name becomes part of a module's path: with a dot it would lead to something inside another file.
     if not name.isidentifier():
         return None
     wanted = pattern.format(name)
     try:
         return importlib.import_module(wanted)
     except ModuleNotFoundError as error:
+        # Only where the component itself is missing: a library that it needs and that is not installed has to be named.
         if error.name is not None and (wanted == error.name or wanted.startswith(f"{error.name}.")):
             return None
         raise

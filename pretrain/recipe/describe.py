@@ -1,4 +1,4 @@
-"""What the schema says about itself: the text under a field, the values it allows, all keys there are."""
+"""Self-description of the schema: the text under a field, the values it allows, all keys there are."""
 
 import ast
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass, in one line, by field name.
+    """Read the string literal under each field of a dataclass, in one line, by field name.
 
     Python drops these strings at run time, so they are read from the source; inherited fields keep theirs. Fields
     without one are left out.
@@ -36,13 +36,13 @@ def field_docs(cls: type) -> dict[str, str]:
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """Annotation of each field, by name."""
+    """Resolve the annotation of each field, by name."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def allowed_values(annotation: Any) -> str:
-    """What a field of this annotation accepts, in words."""
+    """Describe in words what a field of this annotation accepts."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         choices = [allowed_values(argument) for argument in arguments if argument is not types.NoneType]
@@ -60,7 +60,7 @@ def allowed_values(annotation: Any) -> str:
 
 
 def all_keys(cls: type, components: dict[str, type] | None = None, prefix: str = "") -> Iterator[str]:
-    """Every dotted key below a dataclass; the keys of named entries carry `<name>`, as in data.sources.<name>.shards.
+    """Yield all dotted keys below a dataclass; those of named entries carry `<name>`, as in data.sources.<name>.shards.
 
     Args:
         components: dataclasses of the sections that the schema leaves open, by their dotted key.
@@ -77,7 +77,7 @@ def all_keys(cls: type, components: dict[str, type] | None = None, prefix: str =
 
 
 def suggestion(found: str, allowed: Sequence[str]) -> str:
-    """`, did you mean 'x'?` when something near is allowed, else all that is allowed."""
+    """Suggest the nearest allowed name (`; did you mean 'x'?`), else list all that is allowed."""
     near = difflib.get_close_matches(found, allowed, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
@@ -85,7 +85,7 @@ def suggestion(found: str, allowed: Sequence[str]) -> str:
 
 
 def key_suggestion(key: str, siblings: Sequence[str], keys: Sequence[str]) -> str:
-    """The same for a dotted key: a sibling of nearly its name first, then the same last part in other sections."""
+    """Suggest the same for a dotted key: a sibling of nearly its name, then the same last part in other sections."""
     last = key.rpartition(".")[2]
     near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
     if near:

@@ -1,4 +1,4 @@
-"""Recipe files: where they are, what is in them, on which line."""
+"""Recipe files: their places, contents and line numbers."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Layer:
     whole: frozenset[str] = frozenset({"data.sources"})
 
     def where(self, key: str) -> str:
-        """`file:line: key` of a dotted key, or of the nearest section above it that has a line."""
+        """Format a dotted key as `file:line: key`, with the line of the nearest section above it that has one."""
         above = key
         while above and above not in self.lines:
             above = above.rpartition(".")[0]
@@ -39,12 +39,12 @@ class Layer:
 
 
 def recipe_names(folder: str = "") -> list[str]:
-    """Names that `--recipe` takes: the files of recipes/, or of a folder in it."""
+    """List the names that `--recipe` takes: the files of recipes/, or of a folder in it."""
     return sorted(path.stem for path in (RECIPES / folder).glob("*.yaml"))
 
 
 def recipe_path(name_or_path: str, beside: Path | None = None, folder: str = "") -> Path:
-    """The file of a recipe: a name in recipes/, or a path (with a slash or .yaml), relative to `beside` if given.
+    """Find a recipe's file: a name in recipes/, or a path (with a slash or .yaml), relative to `beside` if given.
 
     Args:
         name_or_path: as above.
@@ -72,7 +72,7 @@ def recipe_path(name_or_path: str, beside: Path | None = None, folder: str = "")
 
 
 def read_layers(name_or_path: str, folder: str = "") -> list[Layer]:
-    """The recipe's file, preceded by the file that its `base:` names."""
+    """Read the recipe's file, preceded by the file that its `base:` names."""
     path = recipe_path(name_or_path, folder=folder)
     layer = _read(path)
     base = layer.content.pop("base", None)
@@ -88,7 +88,7 @@ def read_layers(name_or_path: str, folder: str = "") -> list[Layer]:
 
 
 def override_layer(overrides: list[str]) -> tuple[Layer, list[str]]:
-    """The command line's `key=value` words, and what is wrong with them.
+    """Read the command line's `key=value` words, and list what is wrong with them.
 
     Values are YAML, so `[1, 2]`, `null` and `1e-3` mean what they do in a file.
     """
@@ -99,10 +99,12 @@ def override_layer(overrides: list[str]) -> tuple[Layer, list[str]]:
             problems.append(f"command line: {word!r} is neither an option nor key=value, such as optim.base_lr=1e-3")
             continue
         try:
+            # Word by word: from_dotlist of all would stop at the first bad one and report nothing of the others.
             OmegaConf.from_dotlist([word])
             good.append(word)
         except yaml.YAMLError:
             problems.append(f"command line: {key}: {value!r} is not a YAML value; quote text with ' or \"")
+    # `data.sources={...}` replaces all sources as a file does; `data.sources.mine.shards=...` is another key, and adds.
     whole = frozenset(word.partition("=")[0] for word in good)
     return Layer("command line", _plain(OmegaConf.from_dotlist(good)), whole=whole), problems
 
@@ -118,6 +120,7 @@ def _read(path: Path) -> Layer:
     try:
         text = path.read_text(encoding="utf-8")
         content = OmegaConf.create(text or "{}")
+        # Parsed a second time, because OmegaConf keeps no line numbers.
         lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -130,13 +133,14 @@ def _read(path: Path) -> Layer:
 
 
 def _plain(content: Any) -> dict[str, Any]:
+    # Unresolved: `${data.root}` must see what a later layer gives.
     plain = OmegaConf.to_container(content, resolve=False)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
 def _display(path: Path) -> str:
-    """Path as a person at this prompt would type it."""
+    """Shorten a path to what a person at this prompt would type."""
     resolved, here = path.resolve(), Path.cwd()
     return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(resolved)
 

@@ -1,4 +1,4 @@
-"""From a recipe's name and `key=value` words to a typed Recipe, with everything that is wrong reported at once."""
+"""Reading of a recipe: from its name and `key=value` words to a typed Recipe, all that is wrong reported at once."""
 
 from dataclasses import dataclass, field, is_dataclass
 from types import ModuleType
@@ -22,7 +22,7 @@ MOVED = {f"data.{key}": f"input.{key}" for key in ("frames", "stride", "height",
 
 @dataclass
 class Reading:
-    """What came out of reading a recipe: `recipe` is complete where nothing is wrong."""
+    """Result of reading a recipe: `recipe` is complete where nothing is wrong."""
 
     recipe: Recipe | None = None
     problems: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Reading:
 
 
 def load_recipe(name_or_path: str, overrides: list[str] | None = None, schema: type[Recipe] = Recipe) -> Recipe:
-    """The recipe `recipes/<name>.yaml` or the file at a path, with overrides, types checked and presets filled in.
+    """Load `recipes/<name>.yaml`, or the file at a path, with overrides, types checked and presets filled in.
 
     `recipe.model`, `recipe.objective` and `recipe.input` are instances of the `Config` of the files that they name.
 
@@ -53,7 +53,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None, schema: t
 
 
 def read_recipe(name_or_path: str, overrides: list[str] | None = None, schema: type[Recipe] = Recipe) -> Reading:
-    """As `load_recipe`, but a recipe with bad values still comes back, with defaults in their place.
+    """Read a recipe as `load_recipe` does, but one with bad values still comes back, with defaults in their place.
 
     So cross-field checks can be reported together with the bad values. `recipe` is None where a section can't be built.
     """
@@ -98,6 +98,7 @@ def _open_components(
     """Put the schema of the named model, objective and input into the configuration."""
     modules: dict[str, ModuleType] = {}
     patterns = {"model": "pretrain.models.{}", "objective": schema.METHODS, "input": "pretrain.samples.{}"}
+    # In this order: which input is the default only the objective knows.
     for section in COMPONENTS:
         naming = [layer for layer in layers if "name" in _mapping(layer.content.get(section))]
         by_default = section == "input" and "objective" in modules and not naming
@@ -109,6 +110,7 @@ def _open_components(
             else:
                 reading.bad_keys.add(section)
             continue
+        # The method's own input where none is named, so that no recipe has to repeat it.
         name = modules["objective"].METHOD.INPUT if by_default else str(naming[-1].content[section]["name"])
         try:
             modules[section] = load_component(section, name, patterns[section])
@@ -116,17 +118,18 @@ def _open_components(
             where = naming[-1].where(f"{section}.name") if naming else f"{section}.name"
             reading.add(section, f"{where}: {error}")
             continue
+        # Before the layers are merged: until then the section's type is Any, and a misspelt key would pass.
         config[section] = OmegaConf.structured(modules[section].Config)
     return modules
 
 
 def _mapping(content: Any) -> dict[str, Any]:
-    """A section's entries; none where something else stands in its place, which `_Merge` then reports."""
+    """Return a section's entries; none where something else stands in its place, which `_Merge` then reports."""
     return content if isinstance(content, dict) else {}
 
 
 class _Merge:
-    """Assigns one layer value by value, because OmegaConf's own merge stops at the first thing that is wrong."""
+    """Merge of one layer, value by value, because OmegaConf's own stops at the first thing that is wrong."""
 
     def __init__(self, config: DictConfig, layer: Layer, reading: Reading) -> None:
         self.config, self.layer, self.reading = config, layer, reading
@@ -190,6 +193,7 @@ class _Merge:
             self.reading.add(key, f"{self.layer.where(key)}: found {value!r}, allowed: {allowed}")
 
     def unknown(self, key: str, siblings: list[str]) -> None:
+        # Not translated: the error names the new key and the line, and a recipe keeps one meaning.
         if key in MOVED:
             self.reading.add(key, f"{self.layer.where(key)}: no such key any more; it is {MOVED[key]} now")
             return
@@ -212,6 +216,7 @@ def _check_values(config: DictConfig, layers: list[Layer], reading: Reading) -> 
     """Report values that are still missing, and `${...}` that lead nowhere; false where there are such."""
     lost = []
     for key in _leaves(config):
+        # Already reported where it was read; a second line would hide which of the two is the cause.
         if key in reading.bad_keys:
             continue
         layer = next((layer for layer in reversed(layers) if key in layer.lines), layers[-2 if layers[1:] else 0])
@@ -227,6 +232,7 @@ def _check_values(config: DictConfig, layers: list[Layer], reading: Reading) -> 
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> list[str]:
+    # Nodes, not values: `node[name]` resolves `${...}` and raises at the first that leads nowhere.
     keys = []
     for name in map(str, node):
         below = node._get_node(name)
@@ -241,6 +247,7 @@ def _to_object(config: DictConfig, modules: dict[str, ModuleType], reading: Read
     try:
         recipe = OmegaConf.to_object(config)
         assert isinstance(recipe, Recipe)
+        # Presets last: they follow from the size, which any layer may have given.
         recipe.model = modules["model"].ARCHITECTURE.resolve(recipe.model)
     except RecipeError as error:
         for problem in error.problems:

@@ -1,4 +1,4 @@
-"""Writes the tables of all keys into docs/recipes.md: python -m pretrain.recipe.manual
+"""Writer of the tables of all keys in docs/recipes.md: python -m pretrain.recipe.manual
 
 The schema is the one place where a key is described; a test fails while the page says something else.
 """
@@ -19,7 +19,7 @@ BEGIN, END = "<!-- keys: written by python -m pretrain.recipe.manual -->", "<!--
 
 
 def key_tables() -> str:
-    """A Markdown table for every section; of models and objectives, those that the recipes name."""
+    """Build a Markdown table for every section; of models and objectives, those that the recipes name."""
     recipes = [load_recipe(name) for name in recipe_names()]
     tables = []
     for section, schema in field_types(Recipe).items():
@@ -66,6 +66,7 @@ def _rows(schema: Any, prefix: str) -> list[str]:
             rows += _rows(annotation, f"{prefix}{field.name}.")
             continue
         cells = [f"`{prefix}{field.name}`", _default(field), allowed_values(annotation), docs.get(field.name, "")]
+        # A bare | in a cell would open another column.
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return rows
 

@@ -15,7 +15,7 @@ class Rates:
 
 
 def actual_rates(recipe: Recipe) -> Rates:
-    """The recipe's rates for its batch: base rate x batch.samples / optim.base_batch, where `optim.scaled` says so.
+    """Compute the rates for the recipe's batch: base x batch.samples / optim.base_batch, where `optim.scaled` says so.
 
     input.views does not count (VideoMAEv2, run_mae_pretraining.py: total_batch_size leaves num_sample out).
     """
@@ -25,5 +25,5 @@ def actual_rates(recipe: Recipe) -> Rates:
 
 
 def rate_scales(optim: Optim, key: str) -> bool:
-    """Whether the rate that `key` names grows with the batch."""
+    """Tell whether the rate that `key` names grows with the batch."""
     return optim.scaled == "all" or (optim.scaled == "peak" and key == "base_lr")

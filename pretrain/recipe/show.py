@@ -13,7 +13,7 @@ COMMENT_COLUMN = 44
 
 
 def show_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML with a comment for every key; `load_recipe` reads it back to an equal Recipe."""
+    """Show the resolved recipe as YAML with a comment for every key; `load_recipe` reads it back to an equal Recipe."""
     lines = [f"# {recipe.run.name}, resolved. Every key there is; this text is itself a recipe."]
     schema: type = type(recipe)
     for field in dataclasses.fields(recipe):
@@ -49,10 +49,12 @@ def _with_comment(text: str, comment: str) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """One value in YAML's flow style, on one line."""
+    """Format one value in YAML's flow style, on one line."""
     if isinstance(value, tuple):
         value = list(value)
+    # Wide: the lines that a long value is folded into would not have the section's indent.
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    # A bare scalar is followed by the mark for the end of a document.
     return text.removesuffix("\n").removesuffix("\n...")
 
 

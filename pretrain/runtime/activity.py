@@ -26,8 +26,7 @@ _current = Moment("start")
 def note(phase: str) -> None:
     """Note that this process is now in `phase`. Costs a microsecond, so it can be called for every micro-batch."""
     global _current
-    # One assignment of a frozen object: the watchdog's thread reads phase and time without a lock, and never half of a
-    # change.
+    # One assignment of a frozen object: the watchdog's thread reads it without a lock, and never half of a change.
     _current = Moment(phase)
 
 

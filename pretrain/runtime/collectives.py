@@ -118,8 +118,7 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        # Back to rank after rank: reduce_scatter deals out blocks by rank, so in the order of positions ranks would get
-        # each other's gradients.
+        # Back to blocks by rank, as reduce_scatter deals them out: else ranks would get each other's gradients.
         by_rank = gradients[0].unflatten(0, (-1, ctx.ranks.world_size, ctx.views)).transpose(0, 1).flatten(1, 2)
         if ctx.gradient == "official":
             return by_rank[ctx.ranks.rank], None, None, None

@@ -86,7 +86,6 @@ def names(ranks: Iterable[int], hosts: list[str]) -> str:
 
 def odd_ones(values: list[str]) -> tuple[str, list[int]]:
     """Find what most ranks have (the first of equals), and the ranks that have something else."""
-    # dict.fromkeys keeps the ranks' order, where a set's changes from process to process: ranks would disagree on who
-    # is odd in a tie.
+    # dict.fromkeys keeps the ranks' order; a set's differs between processes, and so would the winner of a tie.
     usual = max(dict.fromkeys(values), key=values.count)
     return usual, [rank for rank, value in enumerate(values) if value != usual]

@@ -111,8 +111,7 @@ class GradientCache:
         self._parts.append({name: value.detach().clone() for name, value in embeddings.items()})
         if len(self._parts) < self.micro_batches:
             return next(iter(embeddings.values())).new_zeros((), dtype=torch.float32), {}
-        # Before the comparison draws: the second pass must draw the same numbers, or its gradients are those of another
-        # loss.
+        # Before the comparison draws: other numbers in the second pass would be the gradients of another loss.
         self._random = _random_state(embeddings)
         with torch.enable_grad():
             rows = {name: value.requires_grad_(value.is_floating_point()) for name, value in _joined(self._parts)}

@@ -60,8 +60,7 @@ def check_disk_space(folder: Path, checkpoint: int, kept: int) -> Finding:
 def check_disk_rate(folder: Path, name: str) -> Finding:
     """Write a file into the run folder, durably, and read it back."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Random bytes: a disk or file system that compresses would store zeros at no cost and show a rate no checkpoint
-    # gets.
+    # Random bytes: a file system that compresses would store zeros at a rate that no checkpoint gets.
     path, data = folder / f".doctor_{name}", os.urandom(1 << 20)
     started = time.perf_counter()
     try:

@@ -22,8 +22,7 @@ class RunFileHandler(logging.FileHandler):
         """Tell the first failed write on the console; the lines themselves are there as well."""
         error = sys.exc_info()[1]
         if not self._failing and isinstance(error, OSError):
-            # First the flag, then the line: the warning comes back to this very handler, and would warn of itself for
-            # ever.
+            # First the flag, then the line: it comes back to this very handler, and would warn of itself for ever.
             self._failing = True
             logging.getLogger(__name__).warning("%s takes no more lines: %s", self.baseFilename, advice(error))
         elif not isinstance(error, OSError):

@@ -31,8 +31,7 @@ def die_with_launcher(environ: Mapping[str, str] | None = None) -> None:
         os._exit(1)  # deepspeed's launcher shares its ranks' session: it was killed before this process came so far
     front_end = parent_of(parent)
     watched = front_end if front_end is not None and _is_front_end(front_end) else None
-    # Polled, since PR_SET_PDEATHSIG follows the thread that forked and does not reach below the launcher
-    # (docs/decisions.md).
+    # Polled: PR_SET_PDEATHSIG follows the thread that forked and does not reach below the launcher.
     threading.Thread(target=_watch, args=(parent, watched), daemon=True, name="watch-launcher").start()
 
 

@@ -145,8 +145,7 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
         # Only now: rank 0 serves the store for the process group too, and the server ends with its last owner.
         del store
         dist.barrier()
-        # Else the time for joining holds for every collective, and a first step that compiles would fail after two
-        # minutes.
+        # Else the time for joining holds for every collective, and a first step that compiles would exceed it.
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=WORK_TIMEOUT_S))
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
@@ -199,8 +198,7 @@ def leave(ranks: Ranks) -> None:
 def set_timeout(seconds: float) -> None:
     """Make collectives that this rank starts from now on fail when the others have not come after `seconds`."""
     if dist.is_initialized():
-        # The default group's alone: ZeRO reduces in groups of its own, with the back end's default (NCCL 10 minutes,
-        # gloo 30).
+        # The default group's alone: ZeRO's own groups keep the back end's default (NCCL 10 minutes, gloo 30).
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 

@@ -88,8 +88,7 @@ class Progress:
         return "  ".join(parts)
 
     def _seconds_left(self, step: int) -> float:
-        # From the step at which this start began: counted from 0, a resumed run would seem to have done all of it just
-        # now.
+        # From where this start began: counted from 0, a resumed run would seem to have done all of it just now.
         done = max(1, step - self._goal.first)
         return (time.monotonic() - self._started) / done * (self._goal.last - step)
 

@@ -24,8 +24,7 @@ def roll_call(environ: Mapping[str, str], timeout_s: float) -> dist.Store:
     # torchrun's agent serves the store itself.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
-    # Not the store's own wait, which names nobody. multi_tenant: init_distributed opens its store at the same port,
-    # which could not be bound a second time.
+    # No wait_for_workers, which names nobody. multi_tenant: init_distributed opens a store at the same port.
     store = dist.TCPStore(
         environ["MASTER_ADDR"],
         int(environ["MASTER_PORT"]),

@@ -91,7 +91,7 @@ class SignedReads:
         import urllib3
 
         if self._pool is None:
-            # No retries of its own: they would run past the deadline, and nest inside those of the client.
+            # No retries of its own, which would run past the deadline: after a failure the client reads, and retries.
             self._pool = urllib3.PoolManager(maxsize=CONNECTIONS, retries=False)
         wait = urllib3.Timeout(connect=connect_s, read=min(silence_s, deadline - time.monotonic()))
         asked = {"Range": f"bytes={start}-{end - 1}"}

@@ -104,8 +104,7 @@ class StopWatch:
             )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Only noted: a handler runs between any two instructions, and a save from here would meet the engine in
-        # mid-step.
+        # Only noted: a handler runs between any two instructions, and a save from here would meet half a step.
         self.reason = signal.Signals(number).name
 
 

@@ -80,8 +80,7 @@ def _read_range(url: str, start: int, end: int, deadline_s: float, denied_for_go
         if len(data) == end - start:
             SIGNED.client_has_read(fs, path)
             return data
-        # An answer that the network cut is worth another try; a file that is too short is damaged, and waiting cures
-        # nothing.
+        # An answer cut by the network is worth another try; of a file that is too short, waiting cures nothing.
         if int(fs.size(path)) >= end:
             raise ConnectionError(f"the answer ended after {len(data)} of {end - start} bytes")
         raise StorageError(

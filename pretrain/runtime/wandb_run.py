@@ -47,7 +47,7 @@ class WandbRun:
 
 
 def wandb_mode(setting: str, environ: Any = os.environ) -> str:
-    """Resolve `setting` to online, offline or disabled; `auto`: online with a key (of environment or ~/.netrc)."""
+    """Resolve `setting`: online, offline or disabled; `auto`: online with a key (environment, netrc), else offline."""
     if setting != "auto":
         return setting
     if "WANDB_MODE" in environ:

@@ -206,8 +206,7 @@ class Watchdog:
         seen = self._beats.read()
         gone = [one for one in seen.values() if one.age_s > GONE_BEATS * self._options.beat_s]
         idle_s = min((one.idle_s for one in seen.values() if one not in gone), default=0.0)
-        # Only the rank whose verdict stands tells of it: eight judges would write eight lines, which count as hangs in
-        # a row.
+        # Only the rank whose verdict stands tells: the lines of eight judges would count as eight hangs in a row.
         if (gone or idle_s > self.limits.stop_after_s) and self._beats.give_up(reason := self._reason(seen, gone)):
             logger.critical(reason)
             record = {"from_step": self._first_step, "step": self._step + 1, "reason": reason, "at": time.time()}

@@ -1,1 +1,1 @@
-"""After a run: load, export, model card, reconstruction, replay of a step."""
+"""Tools for the time after a run: load, export, model card, reconstruction, replay of a step."""

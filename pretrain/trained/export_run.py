@@ -1,4 +1,4 @@
-"""Writes the weights of a run for use elsewhere, in a format that its method has."""
+"""Export of a run's weights for use elsewhere, in a format that its method has."""
 
 import json
 from pathlib import Path
@@ -35,6 +35,7 @@ def export_run(trained: Trained, dest: str, layout: str) -> str:
     chosen = formats[layout]
     if not dest.endswith(chosen.suffix):
         raise WeightsError(f"{dest}: --format {layout} writes a file, give one ending in {chosen.suffix}")
+    # Before the card: a format that can't express this model refuses, and no folder with a card alone is left behind.
     remark = chosen.write(trained.objective, dest)
     if chosen.usage:
         for name, content in method.describe(trained.source).items():
@@ -46,7 +47,7 @@ def export_run(trained: Trained, dest: str, layout: str) -> str:
 
 
 def _test_scores(source: Path) -> dict[str, float]:
-    """Scores of the test of this checkpoint, where its run was tested."""
+    """Read the scores of the test of this checkpoint, where its run was tested."""
     root = run_of(source)
     path = root / "predictions" / f"step_{step_of(source):08d}" / "scores.json" if root else None
     if path is None or not path.is_file():

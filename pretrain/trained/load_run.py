@@ -52,6 +52,7 @@ def load_trained(path: str | Path, programs: Mapping[str, type[Recipe]] = PRETRA
     objective = method.build()
     if is_checkpoint(source):
         load_checkpoint(objective, source)
+        # The averages, where there are some: the live weights are not what the run was judged by.
         objective.keep_evaluated_weights()
     else:
         method.take_export(objective, source)
@@ -65,6 +66,7 @@ def load_stored_recipe(path: Path, programs: Mapping[str, type[Recipe]] = PRETRA
         RecipeError: of another program than the known ones.
     """
     program = program_of(path)
+    # Not guessed from its keys: read as the wrong kind, every section would be wrong, which is not the reason.
     if program is None or program not in programs:
         raise RecipeError(
             f"{path}: program: found {program!r}, allowed here: {', '.join(programs)}. A recipe stored before programs "
@@ -74,7 +76,7 @@ def load_stored_recipe(path: Path, programs: Mapping[str, type[Recipe]] = PRETRA
 
 
 def find_trained(path: str | Path) -> Path:
-    """The folder with weights and recipe.yaml that `path` means: of a run, its newest checkpoint that verifies.
+    """Find the folder with weights and recipe.yaml that `path` means: of a run, its newest checkpoint that verifies.
 
     Raises:
         CheckpointError: nothing of that kind is there.
@@ -95,6 +97,7 @@ def load_checkpoint(objective: Objective, source: Path) -> None:
         WeightsError: the weights don't fit the recipe.
     """
     state = consolidated_state(source)
+    # Not strict: torch's own error would name neither the file nor both lists of keys in one line.
     outcome = objective.load_state_dict(state, strict=False)
     if outcome.missing_keys or outcome.unexpected_keys:
         raise WeightsError(

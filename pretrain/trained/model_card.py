@@ -44,12 +44,13 @@ def write_card(
 
 
 def run_metrics(source: Path) -> Metrics:
-    """The last training and validation metrics of a run up to a checkpoint; none for what is no checkpoint."""
+    """Read the last training and validation metrics of a run up to a checkpoint; none for what is no checkpoint."""
     latest: dict[str, tuple[Any, int]] = {}
     root = run_of(source)
     if root is None:
         return latest
     for record in read_records(RunFolder(root).metrics):
+        # The run may have gone on since: metrics of later steps are of other weights.
         if record["step"] <= step_of(source):
             latest |= {name: (value, record["step"]) for name, value in record.items() if name.startswith(SHOWN)}
     return latest
@@ -58,7 +59,7 @@ def run_metrics(source: Path) -> Metrics:
 def model_card(
     recipe: Recipe, source: str, parameters: int, usage: str, metrics: Metrics, library: str, task: str
 ) -> str:
-    """The card as Markdown, with the fields that model hubs read in front."""
+    """Write the card as Markdown, with the fields that model hubs read in front."""
     rows = {
         "model": f"{recipe.model.name}, {parameters:,} parameters",
         "weights": source,

@@ -1,4 +1,4 @@
-"""How well a trained model fills in clips that it has not seen, in numbers and as a picture."""
+"""Reconstruction of clips that a trained model has not seen: its quality in numbers and as a picture."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +21,7 @@ MICRO = 8
 
 
 def held_out_batches(trained: Trained, shards: str, clips: int) -> Iterator[Batch]:
-    """Centre-cropped clips of other shards, always the same ones: `clips` of them, rounded up to a multiple of 8.
+    """Open centre-cropped clips of other shards, always the same ones: `clips` of them, rounded up to a multiple of 8.
 
     Positions in the videos and masks come from the samples' generators, as in training. Where the shards hold fewer
     videos, each gives several clips.
@@ -36,6 +36,7 @@ def held_out_batches(trained: Trained, shards: str, clips: int) -> Iterator[Batc
         recipe.data,
         sources={"held_out": Source(shards=shards, stride=_stride(trained))},
         epoch_samples=count * MICRO,
+        # Lanes are part of the order: with the recipe's, two runs would be compared on different clips.
         lanes=1,
         workers=0,
     )
@@ -46,20 +47,20 @@ def held_out_batches(trained: Trained, shards: str, clips: int) -> Iterator[Batc
 
 
 def _stride(trained: Trained) -> int | None:
-    """The stride of the run's own sources, where they agree; else the recipe's default."""
+    """Return the stride of the run's own sources, where they agree; else the recipe's default."""
     strides = {source.stride for source in trained.recipe.data.sources.values()}
     return strides.pop() if len(strides) == 1 else None
 
 
 @torch.no_grad()
 def reconstruction_errors(trained: Trained, batches: list[Batch]) -> dict[str, float]:
-    """Root mean squared errors over hidden pixels, by what fills them in (see the objective), 1 = full range."""
+    """Compute root mean squared errors over hidden pixels by what fills them in (see the objective), 1 = full range."""
     found = [trained.objective.reconstruction_errors(batch) for batch in batches]  # type: ignore[operator]
     return {name: float(torch.stack([errors[name] for errors in found]).square().mean().sqrt()) for name in found[0]}
 
 
 def reconstruction_pictures(trained: Trained, batches: list[Batch], clips: int) -> dict[str, Tensor]:
-    """Original, masked and reconstructed videos, uint8 [clips, T, H, W, 3], one clip from each batch in turn."""
+    """Collect original, masked and reconstructed videos, uint8 [clips, T, H, W, 3], one clip of each batch in turn."""
     rows = [trained.objective.pictures(batch) for batch in batches[:clips]]
     per_batch = -(-clips // len(rows))
     return {name: torch.cat([row[name][:per_batch] for row in rows])[:clips] for name in rows[0]}

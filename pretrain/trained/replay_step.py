@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepPlace:
-    """What is replayed: run folder, step (counted from 1), checkpoint with its step, number of ranks, the record."""
+    """Step to replay: run folder, step (counted from 1), checkpoint with its step, number of ranks, the record."""
 
     run: RunFolder
     step: int
@@ -70,7 +70,7 @@ class MicroBatch:
 
 
 def find_place(run: Path, step: int) -> StepPlace:
-    """What there is of a step.
+    """Find what there is of a step.
 
     Raises:
         CheckpointError: no run there.
@@ -82,6 +82,7 @@ def find_place(run: Path, step: int) -> StepPlace:
     if step < 1:
         raise TrainingError(f"step {step}: steps are counted from 1, as in metrics.jsonl")
     records = sorted(folder.incidents.glob(f"step_{step:08d}*.json"))
+    # The last of several: a step that is run again after a rewind is recorded once more.
     record = json.loads(records[-1].read_text(encoding="utf-8")) if records else {}
     checkpoint = _newest_before(folder.checkpoints, step)
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8")) if checkpoint else {}
@@ -103,7 +104,7 @@ def _newest_before(root: Path, step: int) -> Path | None:
 
 
 def _launched(run: Path) -> int:
-    """Ranks of the run's latest start."""
+    """Read the number of ranks of the run's latest start."""
     report = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     return int(report.get("variables", {}).get("WORLD_SIZE", 1))
 
@@ -111,6 +112,7 @@ def _launched(run: Path) -> int:
 def build_objective(place: StepPlace, method: Method, device: torch.device) -> Objective:
     """Build the objective as it was before the step, in the recipe's number format."""
     recipe = method.recipe
+    # Without a checkpoint before the step, the weights are those that the run drew first.
     seed_everything(recipe.run.seed)
     objective = method.build()
     if place.checkpoint is not None:
@@ -123,7 +125,7 @@ def build_objective(place: StepPlace, method: Method, device: torch.device) -> O
 
 
 def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterator[MicroBatch]:
-    """The step's micro-batches, of all ranks or one, each through a forward and a backward pass.
+    """Replay the step's micro-batches, of all ranks or one, each through a forward and a backward pass.
 
     Raises:
         TrainingError: the run has no such rank.
@@ -132,6 +134,7 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     if rank is not None and not 0 <= rank < place.world_size:
         raise TrainingError(f"--rank: found {rank}, allowed: 0 to {place.world_size - 1}, the step's ranks")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    # On a CPU only: on an accelerator every operation without such a kernel would raise instead.
     torch.use_deterministic_algorithms(device.type == "cpu")
     recipe = method.recipe
     sources = open_sources(recipe)
@@ -152,15 +155,19 @@ def _run(objective: Objective, batch: Batch, seed: int, place: StepPlace, rank: 
         loss: Tensor = objective(to_device(batch, device)).loss
         return loss
 
+    # Gradients would add up: a NaN of the micro-batch before would be found in this one too.
     objective.zero_grad(set_to_none=True)
     with Probe(objective, len(batch["key"])) as probe:
         loss = loss_of()
+        # A NaN loss makes every gradient NaN, which says nothing: the forward pass has the finding then.
         if loss.isfinite():
             loss.backward()  # type: ignore[no-untyped-call]
+    # Weights first: one that is not finite is the cause of all that the passes show.
     finding = bad_weights(objective) or probe.finding
     if finding is None and not loss.isfinite():
         finding = NonFinite("forward", ROOT, "the loss is not finite, though every module's output is")
     if finding is not None and finding.phase == "backward":
+        # Only now, and once more: anomaly mode raises at its first finding, and all other modules stay unseen.
         function = function_without_gradient(loss_of)
         if function:
             finding = NonFinite(finding.phase, finding.module, f"{finding.text} ({function})", finding.clips)
@@ -186,7 +193,7 @@ def _recorded(record: dict[str, Any], rank: int, micro: int) -> float | None:
 
 
 def _gradient_norms(objective: Objective) -> dict[str, float]:
-    """Norm of each parameter's gradient."""
+    """Compute the norm of each parameter's gradient."""
     return {
         name: float(parameter.grad.float().norm())
         for name, parameter in objective.named_parameters()
@@ -195,7 +202,7 @@ def _gradient_norms(objective: Objective) -> dict[str, float]:
 
 
 def most_suspicious(replayed: list[MicroBatch]) -> MicroBatch:
-    """The first micro-batch with a finding, else the one with the highest loss; the others' clips are let go."""
+    """Choose the first micro-batch with a finding, else the one of highest loss; the others' clips are let go."""
     found = [one for one in replayed if one.finding is not None]
     chosen = found[0] if found else max(replayed, key=lambda one: one.loss)
     for one in replayed:
@@ -205,9 +212,10 @@ def most_suspicious(replayed: list[MicroBatch]) -> MicroBatch:
 
 
 def write_report(place: StepPlace, replayed: list[MicroBatch]) -> Path:
-    """RUN/incidents/replay_step_00000123.json: all that was measured."""
+    """Write RUN/incidents/replay_step_00000123.json: all that was measured."""
     rows = []
     for one in replayed:
+        # Not asdict, which would copy the clips only to have them dropped.
         row = {name: value for name, value in vars(one).items() if name != "video"}
         row["finding"] = asdict(one.finding) if one.finding else None
         row["activations"] = {name: asdict(value) for name, value in one.activations.items()}
