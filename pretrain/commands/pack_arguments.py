@@ -51,7 +51,7 @@ exit code: 0 done (rejected videos are reported, not an error), 1 failed or --ch
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; every option's help states unit and default."""
+    """Build the parser; every option's help states unit and default."""
     parser = argparse.ArgumentParser(
         "pack.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,6 +82,7 @@ def _add_source_options(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument(
         "--with",
+        # `with` is a word of Python's.
         dest="companions",
         type=_listed,
         default=(),
@@ -166,6 +167,7 @@ def _add_video_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--preset", help="the encoder's preset: slower is smaller (default: medium, av1 8, vp9 4)")
     group.add_argument(
         "--tune",
+        # argparse fills in help texts by %, so a per cent sign is written twice.
         help="the encoder's tune, or none; fastdecode makes reading a third to a half faster and files 10 to 15 %% "
         "larger (default: fastdecode for h264, else none)",
     )
@@ -224,6 +226,7 @@ def _add_run_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--workers",
         type=_whole,
+        # The cores that this process may use: os.cpu_count() tells those of the whole node, in a job of four as well.
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="encoding processes, one core each; 0 works in this process (default: the cores, %(default)s)",
@@ -248,6 +251,7 @@ def _positive(text: str) -> int:
 
 def _quality(text: str) -> int:
     value = int(text)
+    # Above 95 Pillow leaves out parts of JPEG's compression: large files, hardly any gain.
     if not 1 <= value <= 95:
         raise argparse.ArgumentTypeError(f"{text}: 1 to 95")
     return value
@@ -267,6 +271,7 @@ def _rate(text: str) -> Fraction:
         raise argparse.ArgumentTypeError(f"{text!r} is no frame rate; e.g. 25, 29.97 or 30000/1001") from error
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text}: more than 0")
+    # FFmpeg's fractions have 32 bits.
     return value.limit_denominator(100_000)
 
 

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    # Here and not above: they load torch, and --help and a wrong option answer without it.
     from pretrain.commands.program import print_sections
     from pretrain.objectives.base import method_of, problems_of
     from pretrain.plan.estimate import Planner
@@ -50,6 +51,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise RecipeError(problems)
     counts = _sweep(arguments.sweep) if arguments.sweep else [arguments.gpus or recipe.batch.ranks or 8]
     supply = Resources(arguments.decode_ms, arguments.view_ms, arguments.cores, arguments.store_gbs)
+    # Sources that are not there are no error: a run is planned before its data is packed.
     found, _ = find_indices(recipe)
     epoch = epoch_of(recipe, found)
     indices = [index for index in found.values() if index is not None]
@@ -66,7 +68,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(text: str) -> list[int]:
-    """`gpus=8,16,…,1024` as numbers; an ellipsis goes on doubling, or by the step before it."""
+    """Read `gpus=8,16,…,1024` as numbers; an ellipsis goes on doubling."""
     name, _, values = text.partition("=")
     words = values.replace("...", "…").split(",")
     try:

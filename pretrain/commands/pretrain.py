@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(method: "Method", arguments: argparse.Namespace) -> int:
+    # Here and not above: --print, --check and --dry-run answer without loading deepspeed.
     from pretrain.engine.loop import train
 
     return train(method, resume=arguments.resume)

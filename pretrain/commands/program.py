@@ -1,4 +1,4 @@
-"""What commands with a recipe share: `--recipe`, `key=value` overrides, looking at a recipe without running it."""
+"""Common part of commands with a recipe: `--recipe`, `key=value` overrides, looking at a recipe without running it."""
 
 import argparse
 import difflib
@@ -25,7 +25,7 @@ OPTIONS = ("--recipe", "--print", "--check", "--dry-run", "--resume", "--help")
 
 @dataclass(frozen=True)
 class Program:
-    """What tells one command from another: its words, its kind of recipe, and what it does with one.
+    """Traits of one command: its words, its kind of recipe, and what it does with one.
 
     Attributes:
         name: file in launch/.
@@ -46,6 +46,7 @@ class Program:
 
 def run_program(program: Program, argv: Sequence[str] | None = None) -> int:
     """Run a command line, sys.argv by default; returns the exit code."""
+    # First of all: once the launcher is gone, it can hardly be told from init.
     die_with_launcher()
     first_rank = os.environ.get("RANK", "0") == "0"
     try:
@@ -55,6 +56,7 @@ def run_program(program: Program, argv: Sequence[str] | None = None) -> int:
         return int(leave.code or 0)
     except RecipeError as error:
         if first_rank:
+            # A wrong recipe is wrong on all ranks alike, so one tells it.
             print(_problem_list(error.problems), file=sys.stderr)
         return 2
     except TubeletError as error:
@@ -63,6 +65,7 @@ def run_program(program: Program, argv: Sequence[str] | None = None) -> int:
         print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
+        # A full or lost disk is told in one line. Any other is a fault of the program, and its traceback is wanted.
         if not of_a_disk(error):
             raise
         rank = "" if first_rank else f"rank {os.environ['RANK']}: "
@@ -75,6 +78,7 @@ def _dispatch(arguments: argparse.Namespace, program: Program, first_rank: bool)
 
     reading = read_recipe(arguments.recipe, arguments.overrides, program.schema)
     problems = reading.problems
+    # Otherwise the method's checks follow: all that is wrong is told at one go.
     if reading.recipe is None:
         raise RecipeError(problems)
     method = method_of(reading.recipe)
@@ -93,7 +97,7 @@ def _dispatch(arguments: argparse.Namespace, program: Program, first_rank: bool)
 
 
 def _inspect(arguments: argparse.Namespace, method: "Method") -> int:
-    """What looks at a recipe without running it; the launcher starts many ranks, one of them answers."""
+    """Look at a recipe without running it; the launcher starts many ranks, one of them answers."""
     if arguments.print:
         from pretrain.recipe.show import show_recipe
 
@@ -109,7 +113,7 @@ def _inspect(arguments: argparse.Namespace, method: "Method") -> int:
 
 
 def print_sections(sections: "list[Section]") -> None:
-    """Tables in colour on a terminal; elsewhere one line a row, so that a log can be searched."""
+    """Print tables in colour on a terminal; elsewhere one line a row, so that a log can be searched."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -126,6 +130,7 @@ def print_sections(sections: "list[Section]") -> None:
         table.add_column(overflow="fold")
         table.add_column(style="dim")
         for row in section.rows:
+            # Remarks hold square brackets, which rich would take for markup.
             table.add_row(*map(escape, row))
         console.print(table, "")
 
@@ -166,6 +171,7 @@ def _parser(program: Program) -> argparse.ArgumentParser:
 
 def _parse(argv: Sequence[str], program: Program) -> argparse.Namespace:
     parser = _parser(program)
+    # Launchers put options of theirs in front, so values and options may stand in any order.
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], OPTIONS, n=1, cutoff=0.5)

@@ -56,6 +56,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
         shown.append(reconstruction_pictures(trained, batches, arguments.pictures))
     out = arguments.out or local_copy(arguments.run) / "pictures" / "held_out"
     videos = {name: torch.cat([one[name] for one in shown]) for name in shown[0]}
+    # It adds .png and .gif itself.
     for path in save_pictures(videos, out.with_suffix(""), arguments.pictures * len(shown)):
         print(f"picture: {path}")
     return 0

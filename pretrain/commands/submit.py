@@ -34,12 +34,13 @@ CONTAINERS = ("pyxis", "apptainer")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Options of submit.py; what it does not know belongs to the program that the job runs."""
+    """Build the options of submit.py; what it does not know belongs to the program that the job runs."""
     parser = argparse.ArgumentParser(
         prog="submit.py",
         description="Submit pre-training, fine-tuning or packing to Slurm. Other arguments go to the program.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Else pack.py's --part would be refused here, as short for either --parts or --partition.
         allow_abbrev=False,
     )
     parser.add_argument("program", choices=("pretrain", "finetune", "pack"), help="launch/slurm/<program>.sbatch")
@@ -111,11 +112,12 @@ def _problem(arguments: argparse.Namespace, words: list[str]) -> str:
 
 
 def limit_seconds(text: str) -> int | None:
-    """Seconds of Slurm's `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`; None for anything else: Slurm judges it."""
+    """Read Slurm's `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`, seconds; None for anything else: Slurm judges it."""
     days, dash, clock = text.rpartition("-")
     numbers = clock.split(":")
     if not all(number.isdecimal() for number in [*numbers, *([days] if dash else [])]) or len(numbers) > 3:
         return None
+    # Slurm's rule: two numbers are minutes and seconds, but behind days they are hours and minutes.
     units = [3600, 60, 1] if dash or len(numbers) == 3 else [60, 1]
     clock_s = sum(int(number) * unit for number, unit in zip(numbers, units, strict=False))
     return 86400 * int(days or 0) + clock_s
@@ -124,11 +126,13 @@ def limit_seconds(text: str) -> int | None:
 def sbatch_command(
     arguments: argparse.Namespace, words: Sequence[str], before: str
 ) -> tuple[dict[str, str], list[str]]:
-    """What to add to the environment, and the command; `before`: job that has to end first, empty for none."""
+    """Build what to add to the environment, and the command; `before`: job that has to end first, empty for none."""
+    # --parsable: the job's number alone, on which the next of a chain depends.
     options = ["sbatch", "--parsable", f"--time={arguments.time}"]
     for name in ("partition", "account", "qos"):
         if value := getattr(arguments, name):
             options.append(f"--{name}={value}")
+    # By the environment: templates are scripts of the repository and not filled in, so what ran can be read and typed.
     environ = {"TUBELET_" + key: value for key, value in _container(arguments).items()}
     if arguments.program == "pack":
         options += [f"--array=0-{arguments.parts - 1}", f"--cpus-per-task={arguments.cpus_per_task}"]
@@ -136,17 +140,20 @@ def sbatch_command(
         options += _sizes(arguments)
         environ |= _settings(arguments)
     if arguments.chain:
+        # afterany, not afterok: a job that was stopped ends with 75, and is just what the next one goes on from.
         options += ["--no-requeue"] + ([f"--dependency=afterany:{before}"] if before else [])
     return environ, [*options, *arguments.sbatch, f"launch/slurm/{arguments.program}.sbatch", *words]
 
 
 def _sizes(arguments: argparse.Namespace) -> list[str]:
+    # 0 is said too: what is left out stays as the template has it, 8.
     gpus = 0 if arguments.no_gpus else arguments.gpus_per_node
     return [
         f"--nodes={arguments.nodes}",
         f"--ntasks-per-node={arguments.gpus_per_node}",
         f"--gpus-per-node={gpus}",
         f"--cpus-per-task={arguments.cpus_per_task}",
+        # B: only to the batch shell, which passes it on. Slurm sends it up to 60 s early.
         f"--signal=B:USR1@{arguments.stop_lead}",
     ]
 
@@ -161,7 +168,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _container(arguments: argparse.Namespace) -> dict[str, str]:
-    """The repository is mounted where it is outside, so that its scripts and paths are the same inside."""
+    """Mount the repository in the container where it is outside, so that its scripts and paths are the same inside."""
     if not arguments.container:
         return {}
     mounts = [str(ROOT), *arguments.mount]
@@ -183,6 +190,7 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
         done = subprocess.run(command, env=os.environ | environ, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             return 1
+        # Where there are several clusters the number is followed by ;CLUSTER.
         before = done.stdout.strip().partition(";")[0]
         print(before)
     return 0

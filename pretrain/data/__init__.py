@@ -1,1 +1,1 @@
-"""Shards, order, streaming, decoding, sampling, transforms, masks, packing."""
+"""Shards, order, streaming, decoding, packing."""

@@ -116,11 +116,11 @@ class LinkedVideo(io.RawIOBase):
         self._next, self._ahead = -1, 1
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True: FFmpeg reads it."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Return True: any byte can be asked for."""
         return True
 
     def tell(self) -> int:

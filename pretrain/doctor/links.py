@@ -1,4 +1,4 @@
-"""How fast ranks exchange data: all together, and each with its neighbour, so that a slow link names its hosts."""
+"""Rates of exchange between ranks: all together, and each with its neighbour, so that a slow link names its hosts."""
 
 import time
 
@@ -18,7 +18,7 @@ SLOW = 0.5
 
 
 def check_links(ranks: Ranks, hosts: list[str]) -> list[Finding]:
-    """Findings on the all-reduce of all ranks, and on this rank's link to the next one."""
+    """Measure the all-reduce of all ranks, and this rank's link to the next one."""
     if ranks.world_size == 1:
         return []
     block = torch.ones(SIZE["cpu" if ranks.device.type == "cpu" else "accelerator"] // 4, device=ranks.device)
@@ -31,7 +31,7 @@ def check_links(ranks: Ranks, hosts: list[str]) -> list[Finding]:
 
 
 def judge_link(rank: int, links: list[float], hosts: list[str]) -> Finding:
-    """This rank's link among those of its kind: within a host, or between hosts. `links[r]` is r to r + 1, GB/s."""
+    """Judge a rank's link among those of its kind: within a host, or between hosts. `links[r]` is r to r + 1, GB/s."""
     size = len(links)
 
     def between(one: int) -> bool:
@@ -48,8 +48,9 @@ def judge_link(rank: int, links: list[float], hosts: list[str]) -> Finding:
 
 
 def _all_reduce_rate(block: torch.Tensor, ranks: Ranks) -> float:
-    """Bus bandwidth of an all-reduce, GB/s: bytes that each rank has to send and receive, by time."""
+    """Measure the bus bandwidth of an all-reduce, GB/s: bytes that each rank has to send and receive, by time."""
     best = float("inf")
+    # One more than is meant to count: connections are set up in the first.
     for _ in range(1 + REPEATS):
         dist.barrier()
         synchronize(block.device)
@@ -63,7 +64,7 @@ def _all_reduce_rate(block: torch.Tensor, ranks: Ranks) -> float:
 
 
 def _link_rate(block: torch.Tensor, ranks: Ranks) -> float:
-    """Rate from this rank to the next in the ring, GB/s, while no link next to it is busy."""
+    """Measure the rate from this rank to the next in the ring, GB/s, while no link next to it is busy."""
     size, rank, rate = ranks.world_size, ranks.rank, 0.0
     # Links of one round share no rank; the last one of an odd ring needs a round of its own.
     rounds = [range(0, size - 1, 2), range(1, size - 1, 2), range(size - 1, size)]

@@ -1,1 +1,1 @@
-"""What a run will need and take, computed before it is paid for."""
+"""Needs and costs of a run, computed before it is paid for."""

@@ -52,7 +52,7 @@ class RunOutline:
 
 
 def dry_run(method: Method) -> list[Section]:
-    """The report, section by section.
+    """Make the report, section by section.
 
     Missing data is reported, not raised: a published recipe is looked at before its data is there.
     """
@@ -75,6 +75,7 @@ def dry_run(method: Method) -> list[Section]:
 
 
 def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | None]) -> RunOutline:
+    # Launched: the numbers are those of this very start, whatever the recipe was published with.
     if "WORLD_SIZE" in os.environ:
         ranks, origin = int(os.environ["WORLD_SIZE"]), "launched"
     elif recipe.batch.ranks:
@@ -147,12 +148,13 @@ def _found(source: Source, index: ShardIndex | None) -> str:
 
 
 def _shares(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> dict[str, str]:
-    """What each source gives to an epoch, in words."""
+    """Describe what each source gives to an epoch, in words."""
     sources = recipe.data.sources
     sizes = {name: source_size(source, indices[name]) for name, source in sources.items()}
     remarks = {name: recipe.input.describe_source(source) for name, source in sources.items()}
     if not all(sizes.values()):
         return remarks
+    # One shard as large as its source: quotas depend on sizes alone, and no index need be there.
     shapes = [
         SourceShape(name, np.array([sizes[name]], dtype=np.int64), source.weight) for name, source in sources.items()
     ]
@@ -176,6 +178,7 @@ def _batch_section(method: Method, plan: RunOutline) -> Section:
         f"{batch.samples:,} / ({batch.micro} micro x {plan.ranks} ranks); {batch.micro * views} clips a forward pass",
     )
     macs = method.cost().executed
+    # `selective` recomputes no matrix product, and nothing else is counted.
     passes = 1 + BACKWARD_COST + int(recipe.compute.activation_checkpointing is True)
     section.add(
         "work",
@@ -230,7 +233,7 @@ def _schedule_section(recipe: Recipe, plan: RunOutline) -> Section:
 
 
 def _shape_remark(schedule: Schedule) -> str:
-    """How the learning rate goes on after the warm-up, in words and numbers."""
+    """Describe how the learning rate goes on after the warm-up, in words and numbers."""
     words = []
     if schedule.milestones:
         at = ", ".join(f"{step:,}" for step in schedule.milestones)
@@ -245,7 +248,7 @@ def _shape_remark(schedule: Schedule) -> str:
 
 
 def _marks(schedule: Schedule) -> list[int]:
-    """Steps that show the shape: first, middle and end of the warm-up, quarters of the decay, milestones, last."""
+    """List steps that show the shape: first, middle and end of the warm-up, quarters of the decay, milestones, last."""
     begin = max(schedule.warmup, schedule.decay_from or 0)
     quarters = [begin + (schedule.total - begin) * part // 4 for part in range(4)]
     drops = [step for milestone in schedule.milestones for step in (milestone - 1, milestone)]
@@ -267,8 +270,9 @@ def _memory_section(method: Method, plan: RunOutline) -> Section:
 
 
 def _deepspeed_section(recipe: Recipe, plan: RunOutline) -> Section:
-    """The configuration that DeepSpeed gets where there are accelerators."""
+    """Show the configuration that DeepSpeed gets where there are accelerators."""
     section = Section("deepspeed.initialize")
+    # As on the machines that will train, not as on the one that plans, which may have no accelerator.
     config = deepspeed_config(recipe, accumulation=plan.accumulation, parameters=plan.size.parameters, on_cpu=False)
     for key, value in config.items():
         section.add(key, json.dumps(value))

@@ -84,7 +84,7 @@ class Estimate:
 
 
 class Planner:
-    """Plans one recipe on any number of one kind of accelerator.
+    """Planner of one recipe on any number of one kind of accelerator.
 
     Args:
         method: the run.
@@ -105,7 +105,7 @@ class Planner:
         self._traces: dict[int, Trace] = {}
 
     def trace(self, micro: int) -> Trace:
-        """The work of a micro-batch; traced once, since it does not depend on the number of accelerators."""
+        """Trace the work of a micro-batch once, since it does not depend on the number of accelerators."""
         if micro not in self._traces:
             self._traces[micro] = trace_step(self.method, micro)
         return self._traces[micro]
@@ -117,6 +117,7 @@ class Planner:
             RecipeError: batch.samples can't be dealt to that many.
         """
         recipe, gpu = self.recipe, self.gpu
+        # Only where the ranks divide the lanes has each rank lanes of its own, which keeps its reads close together.
         if gpus < 1 or recipe.batch.samples % gpus or recipe.data.lanes % gpus:
             raise RecipeError(
                 f"--gpus {gpus}: must divide batch.samples={recipe.batch.samples} and data.lanes={recipe.data.lanes}"
@@ -131,6 +132,7 @@ class Planner:
         videos_per_s = recipe.batch.samples / times.total
         clips_per_s = videos_per_s * recipe.input.views
         feeding = feeding_of(recipe, videos_per_s, gpus, self.supply, self.indices)
+        # A backward pass costs two forward ones. Recomputed work is no model's work: counted, it would raise the MFU.
         model_flops = 3 * trace.forward_flops / trace.clips
         return Estimate(
             gpus=gpus,
@@ -162,7 +164,7 @@ class Planner:
         return build_schedule(self.recipe, self.epoch_steps).total
 
     def _times(self, trace: Trace, accumulation: int, gpus: int, traffic: Traffic) -> Times:
-        """Roofline: each kernel takes as long as its arithmetic or its memory traffic, whichever is longer."""
+        """Estimate by a roofline: each kernel takes the time of its arithmetic or memory traffic, the longer one."""
         gpu, zero = self.gpu, self.recipe.zero
         seconds = {BACKWARD: 0.0, "forward": 0.0}
         for kernel in trace.operations:
@@ -181,16 +183,17 @@ class Planner:
         return Times(forward, backward, update, exposed)
 
     def _largest_micro(self, gpus: int, states: Memory) -> int:
-        """Videos whose activations fit beside the states: they grow by the same amount with each video."""
+        """Count the videos whose activations fit beside the states: they grow by the same amount with each one."""
         one, two = self.trace(1).peak_bytes, self.trace(2).peak_bytes
         room = self.gpu.memory * USABLE - OVERHEAD
         if states.total > room:
             return 0
         beside = self._memory(gpus, activations=1e15)  # so many that they decide which moment holds most
+        # What a further video adds is the difference of two traces; what does not grow with them is in `one`.
         return max(0, int((room - (beside.total - 1e15) - one) // (two - one)) + 1)
 
     def _choose_micro(self, gpus: int, largest: int, states: Memory) -> tuple[int, list[str]]:
-        """The recipe's micro-batch where it divides and fits, else the largest that does; and why."""
+        """Choose the recipe's micro-batch where it divides and fits, else the largest that does; and say why."""
         recipe, gpu = self.recipe, self.gpu
         share, wanted = recipe.batch.samples // gpus, recipe.batch.micro
         if wanted <= largest and share % wanted == 0:

@@ -1,4 +1,4 @@
-"""What it takes to keep accelerators fed: cores that decode, and a store that delivers."""
+"""Needs of accelerators that are to be kept fed: cores that decode, and a store that delivers."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ VIDEO_BYTES = 1.4e6
 
 @dataclass(frozen=True)
 class Resources:
-    """What a user has, per accelerator and in all.
+    """Means that a user has, per accelerator and in all.
 
     Attributes:
         decode_ms: one core's time for one video's clip.
@@ -30,7 +30,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Feeding:
-    """What the accelerators ask for.
+    """Needs of the accelerators.
 
     Attributes:
         videos_per_s: decoded videos a second, whole job.
@@ -50,7 +50,7 @@ class Feeding:
 def feeding_of(
     recipe: Recipe, videos_per_s: float, ranks: int, supply: Resources, indices: list[ShardIndex]
 ) -> Feeding:
-    """Needs of a job that trains on `videos_per_s` decoded videos a second."""
+    """Compute the needs of a job that trains on `videos_per_s` decoded videos a second."""
     samples = sum(index.samples for index in indices)
     size = sum(shard.bytes for index in indices for shard in index.shards) / samples if samples else VIDEO_BYTES
     seconds = (supply.decode_ms + supply.view_ms * (recipe.input.views - 1)) / 1e3
@@ -58,7 +58,7 @@ def feeding_of(
 
 
 def shortages(recipe: Recipe, feeding: Feeding, supply: Resources) -> list[str]:
-    """What can't keep up, and what to change."""
+    """Say what can't keep up, and what to change."""
     found = []
     if feeding.cores > supply.cores:
         found.append(

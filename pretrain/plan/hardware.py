@@ -67,7 +67,7 @@ HERE = "here"
 
 
 def find_gpu(name: str, rates: Path | None = None) -> Gpu:
-    """The accelerator called `name`, with the rates of a file where one is given.
+    """Find the accelerator called `name`, with the rates of a file where one is given.
 
     Args:
         name: one of `SHEETS`, or `here`: this machine's device, measured now.
@@ -96,7 +96,7 @@ def _read_rates(path: Path) -> dict[str, Any]:
 
 
 def _measure() -> Gpu:
-    """This machine's device: an accelerator where there is one, else one core."""
+    """Measure this machine's device: an accelerator where there is one, else one core."""
     import time
 
     import torch
@@ -105,6 +105,7 @@ def _measure() -> Gpu:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # 2^28 bytes, read and written again: far more than any cache holds, which would answer in place of the memory.
     source = torch.empty(2**26, device=device)
     target = torch.empty_like(source)
     best = float("inf")
@@ -113,6 +114,7 @@ def _measure() -> Gpu:
         started = time.perf_counter()
         target.copy_(source)
         synchronize(device)
+        # The best of five: whatever else goes on can only make a copy slower.
         best = min(best, time.perf_counter() - started)
     rate = matmul_tflops(device, dtype)
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""What of a recipe's data is there, before anything is trained."""
+"""A recipe's data as far as it is there, before anything is trained."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,9 +12,10 @@ INDEX_DEADLINE_S = 10.0
 
 
 def find_indices(recipe: Recipe) -> tuple[dict[str, ShardIndex | None], dict[str, DataError]]:
-    """The index of every source, None where there is none that can be used, and the errors of those."""
+    """Read the index of every source; None where there is none that can be used, and the errors of those."""
     indices: dict[str, ShardIndex | None] = {}
     errors: dict[str, DataError] = {}
+    # At once, since each source that does not answer takes the whole deadline.
     with ThreadPoolExecutor(max_workers=16) as pool:
         found = pool.map(_index_or_error, [source.shards for source in recipe.data.sources.values()])
     for name, index in zip(recipe.data.sources, found, strict=True):
@@ -40,5 +41,5 @@ def epoch_of(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> tuple[int
 
 
 def source_size(source: Source, index: ShardIndex | None) -> int | None:
-    """Videos of a source: those of its index, else those that the recipe expects."""
+    """Count the videos of a source: those of its index, else those that the recipe expects."""
     return index.samples if index else source.expected_samples

@@ -48,7 +48,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class MemoryMoment:
-    """What comes and goes, at one time; bytes."""
+    """Memory that comes and goes, at one time; bytes."""
 
     gradients: float
     buffers: float
@@ -61,7 +61,7 @@ class MemoryMoment:
 
 
 def memory_of(recipe: Recipe, size: ModelSize, ranks: int, activations: float, on_cpu: bool = False) -> Memory:
-    """Memory of one rank.
+    """Compute the memory of one rank.
 
     Args:
         recipe: number format, ZeRO stage, offload, buckets, optimiser.
@@ -117,7 +117,7 @@ class _Flow:
         self.update = 0.0 if offloads(recipe) or fused else self.share * _update_width(recipe)
 
     def moments(self) -> Iterator[MemoryMoment]:
-        """Of the recipe's ZeRO stage."""
+        """List those of the recipe's ZeRO stage."""
         stage = self.recipe.zero.stage
         if stage == 0:
             return self._unsharded()
@@ -126,7 +126,7 @@ class _Flow:
         return self._gathering() if stage == 3 else self._bucketed()
 
     def _unsharded(self) -> Iterator[MemoryMoment]:
-        """Without ZeRO; updates go tensor by tensor, so their temporaries are small."""
+        """List those without ZeRO; updates go tensor by tensor, so their temporaries are small."""
         yield MemoryMoment(self.kept, 0.0, self.activations)
         # engine.allreduce_bucket flattens gradients into one tensor.
         yield MemoryMoment(self.gradients, min(self.trained, ALLREDUCE_VALUES) * self.width)
@@ -135,7 +135,7 @@ class _Flow:
             yield MemoryMoment(self.gradients, self.trained * 4)
 
     def _bf16_optimizer(self) -> Iterator[MemoryMoment]:
-        """DeepSpeed's BF16_Optimizer, which stage 1 gets: gradients are accumulated whole, and never let go."""
+        """List those of DeepSpeed's BF16_Optimizer, which stage 1 gets: gradients are kept whole, and never let go."""
         passing = self.trained * self.width  # parameters' own gradients: backward_prologue zeroes and keeps them
         yield MemoryMoment(self.gradients, passing, self.activations)
         # engine.allreduce_bucket flattens each group's gradients, and sends a copy in the computing format.
@@ -143,7 +143,7 @@ class _Flow:
         yield MemoryMoment(self.gradients, passing + self.update)
 
     def _bucketed(self) -> Iterator[MemoryMoment]:
-        """DeepSpeedZeroOptimizer, stages 1 and 2: gradients are copied into a bucket, and reduced when it is full."""
+        """List those of DeepSpeedZeroOptimizer, stages 1 and 2: gradients go into a bucket, reduced when it is full."""
         copies = 2 if self.config["overlap_comm"] else 1
         # setup_buckets: the bucket has the format of what is accumulated at stage 1, of the weights at stage 2.
         value = self.summed if self.recipe.zero.stage == 1 else self.width
@@ -163,7 +163,7 @@ class _Flow:
         yield MemoryMoment(part, (0.0 if in_float32 else self._flat_gradients()) + self.update)
 
     def _gathering(self) -> Iterator[MemoryMoment]:
-        """DeepSpeedZeroOptimizer_Stage3: one bucket that stays, and weights that come and go."""
+        """List those of DeepSpeedZeroOptimizer_Stage3: one bucket that stays, and weights that come and go."""
         bucket = self.bucket * self.width
         yield MemoryMoment(self.gradients, bucket + self._gathered(self.parameters), self.activations)
         # reduce_scatter_coalesced copies the bucket; __avg_scatter_grads turns the rank's share of it into float32.
@@ -174,7 +174,7 @@ class _Flow:
         yield MemoryMoment(self.gradients, bucket + self._flat_gradients() + self.update)
 
     def _gathered(self, parameters: float) -> float:
-        """Bytes of whole weights, when `parameters` of them are still to be used.
+        """Count the bytes of whole weights, when `parameters` of them are still to be used.
 
         At most stage3_max_live_parameters are gathered. Those of a prefetch are there twice: AllGatherCoalescedHandle
         cuts each parameter out of the flat buffer of the all-gather, which lives until all parameters in it were used.
@@ -184,18 +184,18 @@ class _Flow:
         return (live + flat) * self.width
 
     def _left(self, passed: float) -> float:
-        """Activations that are left when the backward pass has gone over `passed` parameters."""
+        """Estimate the activations that are left when the backward pass has gone over `passed` parameters."""
         return self.activations * max(0.0, 1 - passed / self.trained)
 
     def _flat_gradients(self) -> float:
-        """The rank's gradients behind one another, and then in float32."""
+        """Count the bytes of the rank's gradients behind one another, and then in float32."""
         if offloads(self.recipe):
             return 0.0
         return self.share * (self.summed if self.summed == 4 else self.summed + 4)
 
 
 def _update_width(recipe: Recipe) -> int:
-    """Bytes a parameter of temporaries, where torch updates a flat tensor operation by operation (a CPU).
+    """Count bytes a parameter of temporaries, where torch updates a flat tensor operation by operation (a CPU).
 
     Adam's are the root of the second moment and what bias correction makes of it (adam.py, _single_tensor_adam). SGD's
     is the gradient with the decay (sgd.py, _single_tensor_sgd), which Adam holds as well; LARS has it on all devices.

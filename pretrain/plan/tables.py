@@ -20,7 +20,7 @@ TIME_PARTS = ("forward", "backward", "optimiser", "communication")
 
 
 def sections(recipe: Recipe, plan: Estimate, supply: Resources) -> list[Section]:
-    """The tables of one plan."""
+    """Make the tables of one plan."""
     return [
         _work(plan),
         _memory(recipe, plan),
@@ -79,6 +79,7 @@ def _step(recipe: Recipe, plan: Estimate) -> Section:
     detail = f"gradients {sent.gradients / 1e9:,.2f}, weights {sent.weights / 1e9:,.2f}"
     section.add("sent by each rank", f"{sent.total / 1e9:,.2f} GB", f"{detail}; {plan.communication_s:.3f} s alone")
     section.add("rate", f"{plan.clips_per_s:,.0f} clips/s", f"{plan.clips_per_s / plan.gpus:,.1f} an accelerator")
+    # Publications relate MFU to the data sheet; plan.mfu is relative to the rate that matrix products reach.
     sheet = plan.mfu * gpu.matmul_tflops / gpu.peak_tflops
     section.add("MFU", f"{plan.mfu:.0%} of the matmul rate", f"{sheet:.0%} of {gpu.peak_tflops:g} TFLOP/s")
     return section
@@ -98,6 +99,7 @@ def _feeding(plan: Estimate, supply: Resources) -> Section:
 
 def _run(plan: Estimate) -> Section:
     section = Section("the whole recipe")
+    # Each node writes its part of a checkpoint, all at the same time.
     nodes = max(1, plan.gpus // plan.gpu.per_node)
     size = plan.checkpoint_bytes
     section.add("checkpoint", f"{size / 1e9:,.1f} GB", f"{size / 1e9 / nodes * WRITE_S_PER_GB:.0f} s at 2 GB/s a node")
@@ -117,7 +119,7 @@ def _problems(plan: Estimate) -> Section:
 
 
 def sweep_section(plans: Sequence[Estimate]) -> Section:
-    """One line a number of accelerators."""
+    """Make one line for each number of accelerators."""
     section, first = Section("scaling"), plans[0]
     for plan in plans:
         efficiency = plan.clips_per_s / plan.gpus / (first.clips_per_s / first.gpus)
@@ -129,7 +131,7 @@ def sweep_section(plans: Sequence[Estimate]) -> Section:
 
 
 def as_json(plan: Estimate) -> dict[str, Any]:
-    """A plan for other programs; bytes, seconds, FLOPs."""
+    """Return a plan for other programs; bytes, seconds, FLOPs."""
     trace = plan.trace
     return {
         "gpus": plan.gpus,
@@ -158,7 +160,7 @@ def as_json(plan: Estimate) -> dict[str, Any]:
 
 
 def draw(plans: Sequence[Estimate], path: Path) -> None:
-    """Memory and time of one plan, or of each plan of a sweep, stacked by part; .png, .svg or .pdf.
+    """Draw memory and time of one plan, or of each plan of a sweep, stacked by part; .png, .svg or .pdf.
 
     Raises:
         RecipeError: matplotlib is not installed.
@@ -167,12 +169,14 @@ def draw(plans: Sequence[Estimate], path: Path) -> None:
         import matplotlib
     except ImportError as error:
         raise RecipeError("--plot: needs matplotlib: pip install 'tubelet[plot]'") from error
+    # Login nodes have no display, and another back end would look for one.
     matplotlib.use("agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     labels = [str(plan.gpus) for plan in plans]
+    # p=part: without it all of them would read the last part.
     _stack(left, labels, plans, [(part, lambda plan, p=part: getattr(plan.memory, p) / 1e9) for part in MEMORY_PARTS])
     left.axhline(plans[0].gpu.memory / 1e9, color="black", linestyle=":", label=plans[0].gpu.name)
     left.set(title="memory of one accelerator", ylabel="GB")

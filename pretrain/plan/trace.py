@@ -68,11 +68,11 @@ class Trace:
     largest_bytes: int
 
     def flops(self, part: str | None = None) -> float:
-        """Of one part, or of all."""
+        """Count the operations of one part, or of all."""
         return sum(operation.flops for operation in self.operations if part in (None, operation.part))
 
     def bytes(self, part: str | None = None) -> float:
-        """Read and written, of one part or of all."""
+        """Count the bytes read and written, of one part or of all."""
         return sum(operation.bytes for operation in self.operations if part in (None, operation.part))
 
     @property
@@ -117,7 +117,7 @@ def trace_step(method: Method, micro: int, on_cpu: bool = False) -> Trace:
 
 @contextmanager
 def _attention_of(cpu: bool) -> Iterator[None]:
-    """While open, attention chooses the kernels of a CPU, or of an accelerator."""
+    """Let attention choose the kernels of a CPU, or of an accelerator, while this is open."""
     before, Attention.written_out = Attention.written_out, cpu
     try:
         yield
@@ -130,7 +130,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 class _Counter(TorchDispatchMode):
-    """Sees every kernel: counts its work, and the memory that is alive."""
+    """Counter of every kernel's work, and of the memory that is alive."""
 
     def __init__(self, module: nn.Module, batch: Batch) -> None:
         super().__init__()
@@ -139,6 +139,7 @@ class _Counter(TorchDispatchMode):
         self.peak = self.largest = self._alive = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         for tensor in (*module.parameters(), *module.buffers()):
+            # Weights are there before and after: the model's states count them.
             self._known[tensor.untyped_storage()] = 0
         for value in batch.values():
             if isinstance(value, Tensor):
@@ -157,7 +158,8 @@ class _Counter(TorchDispatchMode):
         return output
 
     def _hold(self, tensor: Tensor) -> bool:
-        """Count the storage of a tensor while it lives; whether it is a new one."""
+        """Count the storage of a tensor while it lives; tell whether it is a new one."""
+        # Storages, not tensors: views share one, which lives as long as the last of them.
         storage = tensor.untyped_storage()
         if storage in self._known:
             return False
@@ -177,7 +179,7 @@ def _size(tensor: Tensor) -> int:
 
 @contextmanager
 def _parts_noted(module: nn.Module, counter: _Counter) -> Iterator[None]:
-    """While open, `counter.part` follows the module whose forward pass runs."""
+    """Let `counter.part` follow the module whose forward pass runs, while this is open."""
     above: list[str] = []
 
     def enter(name: str) -> Any:

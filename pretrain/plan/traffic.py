@@ -9,7 +9,7 @@ from pretrain.runtime.dtypes import DTYPES
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends (and receives as much), bytes a step, by purpose."""
+    """Bytes that one rank sends in a step (and receives as many), by purpose."""
 
     gradients: float
     weights: float
@@ -21,7 +21,7 @@ class Traffic:
 
 
 def traffic_of(recipe: Recipe, parameters: int, ranks: int, accumulation: int) -> Traffic:
-    """Bytes of ring collectives: a reduce-scatter or an all-gather sends (n-1)/n of its whole.
+    """Compute the bytes of ring collectives: a reduce-scatter or an all-gather sends (n-1)/n of its whole.
 
     Stage 0 reduces whole gradients once a step (reduce-scatter and all-gather). Stage 1 scatters gradients and gathers
     weights once. Stages 2 and 3 scatter gradients after each micro-batch; stage 3 gathers weights in each forward and
@@ -38,7 +38,7 @@ def traffic_of(recipe: Recipe, parameters: int, ranks: int, accumulation: int) -
 
 
 def seconds_of(sent: float, gpu: Gpu, ranks: int) -> float:
-    """Time to send so many bytes while nothing else goes on.
+    """Compute the time to send so many bytes while nothing else goes on.
 
     A ring is as slow as its slowest link; between nodes each rank has its share of the network.
     """

@@ -30,7 +30,7 @@ ERASED_ASPECT = (0.3, 3.3)
 
 @dataclass
 class PixelAugment:
-    """What is done to the pixels of training clips: all uint8, all draws the sample's own."""
+    """Augmentations of the pixels of training clips: all uint8, all draws the sample's own."""
 
     randaugment: str | None = "rand-m7-n4-mstd0.5-inc1"
     """timm's RandAugment in its own notation, the same parameters for all frames of a clip; null: none"""
@@ -44,20 +44,22 @@ class PixelAugment:
 
 @functools.cache
 def randaugment(notation: str) -> Any:
-    """timm's RandAugment of a notation such as `rand-m7-n4-mstd0.5-inc1`; raises AssertionError or ValueError."""
+    """Build timm's RandAugment of a notation such as `rand-m7-n4-mstd0.5-inc1`; raises AssertionError or ValueError."""
     ensure_torchvision()
+    # timm imports torchvision, which does not load where its CUDA build lies beside a CPU torch.
     from timm.data.auto_augment import rand_augment_transform
 
     return rand_augment_transform(notation, {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC})
 
 
 def rand_augment(clip: Clip, notation: str, rng: np.random.Generator) -> Clip:
-    """RandAugment with timm's operations, parameters equal in all frames.
+    """Apply RandAugment with timm's operations, parameters equal in all frames.
 
     timm draws from Python's global generator while it works on a picture. Here that name inside timm's module means a
     generator of this sample, seeded alike for every frame: so all frames get the same, and nothing global is touched.
     """
     policy = randaugment(notation)
+    # The choice of operations is the one draw that timm takes from NumPy's global generator.
     chosen = rng.choice(len(policy.ops), policy.num_layers, replace=policy.choice_weights is None,
                         p=policy.choice_weights)  # fmt: skip
     seeds = [int(seed) for seed in rng.integers(2**63, size=policy.num_layers)]
@@ -71,6 +73,7 @@ def _with_seed(op: Any, seed: int, frame: Image.Image) -> Image.Image:
     from timm.data import auto_augment
 
     name: Any = auto_augment
+    # Put back in any case: timm's other users in this process would draw this sample's numbers.
     before, name.random = name.random, random.Random(seed)
     try:
         result: Image.Image = op(frame)
@@ -82,7 +85,7 @@ def _with_seed(op: Any, seed: int, frame: Image.Image) -> Image.Image:
 def resized_crop_box(
     width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """A box with a random share of the area and a log-uniform aspect; the largest centred one after 10 misses."""
+    """Draw a box with a random share of the area and a log-uniform aspect; the largest centred one after 10 misses."""
     for _ in range(TRIES):
         wanted = rng.uniform(*area) * width * height
         ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -110,6 +113,7 @@ def erase(clip: Clip, rng: np.random.Generator) -> Clip:
         wanted = rng.uniform(*ERASED_AREA) * height * width
         ratio = math.exp(rng.uniform(math.log(ERASED_ASPECT[0]), math.log(ERASED_ASPECT[1])))
         box_height, box_width = round(math.sqrt(wanted * ratio)), round(math.sqrt(wanted / ratio))
+        # Smaller than the frame on both sides, as officially: no clip becomes noise altogether.
         if 0 < box_width < width and 0 < box_height < height:
             y, x = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
             noise = rng.standard_normal((frames, box_height, box_width, 3), dtype=np.float32)
@@ -123,7 +127,7 @@ def erase(clip: Clip, rng: np.random.Generator) -> Clip:
 def augment(
     clip: Clip, options: PixelAugment, flip: bool, size: tuple[int, int], draw: Any, crop: str = "resized"
 ) -> Clip:
-    """One training view of a decoded clip, in the official order.
+    """Make one training view of a decoded clip, in the official order.
 
     Args:
         clip: uint8 [T, h, w, 3].
@@ -142,6 +146,7 @@ def augment(
         box = resized_crop_box(clip.shape[2], clip.shape[1], options.area, options.aspect, draw("crop"))
         clip = crop_resize(clip, box, *size)
     if flip and draw("flip").random() < 0.5:
+        # A copy: torch takes no array with negative strides.
         clip = np.ascontiguousarray(clip[:, :, ::-1])
     erasing = draw("erasing")
     return erase(clip, erasing) if erasing.random() < options.erasing else clip

@@ -64,6 +64,7 @@ class Config(Input):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf
         ]
         module, hint = DECODERS[self.decoder]
+        # Not imported: torchcodec needs FFmpeg's libraries, and a recipe may be checked where nothing is decoded.
         if importlib.util.find_spec(module) is None:
             found.append(f"input.decoder: {self.decoder} is not installed here; {hint}")
         return found
@@ -110,7 +111,7 @@ class ClipSamples(Samples):
         return self.collate(made_up_samples(count, arrays))
 
     def without_chance(self, source: SourceInfo, members: Members) -> Arrays:
-        """The centre crop of the clip in the middle of the video, `video` uint8 [1, T, H, W, 3]."""
+        """Cut the centre crop of the clip in the middle of the video, `video` uint8 [1, T, H, W, 3]."""
         options = self._options
         with open_video(members.video(), options.decoder, members.stamps) as reader:
             clip = reader.frames(middle_frames(reader, options, source.options.stride or options.stride))
@@ -125,7 +126,7 @@ class ClipSamples(Samples):
     def _videos(
         self, place: Place, source: SourceInfo, members: Members, each: Sequence[Draw]
     ) -> list[transforms.Clip]:
-        """One clip as each view shows it, [T, H, W, 3]; decoded once, its start drawn once (repeated augmentation)."""
+        """Make one clip as each view shows it, [T, H, W, 3]; decoded once, at one start (repeated augmentation)."""
         options = self._options
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
         stride = source.options.stride or options.stride
@@ -133,7 +134,9 @@ class ClipSamples(Samples):
             frames = random_frames(reader, options, stride, members.grid, rng)
             if options.crop == "center":
                 clip = transforms.centre_crop(reader.frames(frames), options.width, options.height)
+                # Nothing of a centre crop is drawn: views differ by what the method draws beside them.
                 return [clip] * len(each)
+            # Boxes before frames: only what they hold is converted to RGB.
             clips = reader.crops(frames, functools.partial(self._boxes, each))
         return [transforms.resize(clip, options.width, options.height) for clip in clips]
 
@@ -174,6 +177,6 @@ def middle_frames(reader: VideoReader, options: Config, stride: int) -> sampling
 
 
 def made_up_videos(options: Config, views: int) -> transforms.Clip:
-    """Noise in the size of clips, uint8 [views, T, H, W, 3]: flat pictures would hide what normalisation does."""
+    """Make noise in the size of clips, uint8 [views, T, H, W, 3]: flat pictures would hide what normalisation does."""
     one = generator("made-up video").integers(256, size=(1, *options.size, 3), dtype=np.uint8)
     return np.repeat(one, views, axis=0)

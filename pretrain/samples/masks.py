@@ -24,7 +24,7 @@ DecoderMask = Literal["running_cell", "frame", "random", "none"]
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """How clips of one token grid are masked.
+    """Plan by which the clips of one token grid are masked.
 
     Args:
         time, height, width: token grid T', H', W'.
@@ -66,7 +66,7 @@ class MaskPlan:
         return share * (self.tokens - self.visible) // self.tokens if self.skip_visible else share
 
     def problems(self) -> list[str]:
-        """What makes this plan impossible, in words for the recipe's author."""
+        """Say what makes this plan impossible, in words for the recipe's author."""
         found = []
         cells = self.height * self.width
         if not 0 < hidden_positions(cells, self.ratio) < cells:
@@ -90,21 +90,22 @@ class MaskPlan:
 
 
 def hidden_positions(cells: int, ratio: float) -> int:
-    """Spatial positions hidden by a tube mask: int(ratio x H'W'), rounded down as officially."""
+    """Count the spatial positions hidden by a tube mask: int(ratio x H'W'), rounded down as officially."""
     return int(ratio * cells)
 
 
 def tube_visible(plan: MaskPlan, rng: np.random.Generator) -> Index:
-    """Tokens that the encoder sees, ascending: the same random positions in every slice."""
+    """Draw the tokens that the encoder sees, ascending: the same random positions in every slice."""
     cells = plan.height * plan.width
     kept = np.zeros(cells, dtype=bool)
+    # A permutation and no draw for each cell: all samples of a batch must hide the same number.
     kept[rng.permutation(cells)[hidden_positions(cells, plan.ratio) :]] = True
     return (np.arange(plan.time)[:, None] * cells + np.flatnonzero(kept)).reshape(-1)
 
 
 @functools.lru_cache(maxsize=8)
 def running_cell_maps(time: int, height: int, width: int, ratio: float) -> npt.NDArray[np.uint8]:
-    """The four running-cell masks [4, T', H'*W']; 1 = not reconstructed, first index = start of the queue.
+    """Build the four running-cell masks [4, T', H'*W']; 1 = not reconstructed, first index = start of the queue.
 
     mask[s, t, y, x] = queue[(2*(y mod 2) + x mod 2 + s + t + 1) mod 4], queue = int(4*ratio) ones, then zeros.
 
@@ -143,7 +144,7 @@ def _queue_ones(ratio: float) -> int:
 
 
 def decoder_targets(plan: MaskPlan, visible: Index, rng: np.random.Generator) -> tuple[Index, npt.NDArray[np.float32]]:
-    """Tokens to reconstruct, ascending, and their weight in the loss: 1 where the encoder did not see them, else 0."""
+    """Draw tokens to reconstruct, ascending, and their weight in the loss: 1 if the encoder did not see one, else 0."""
     hidden = np.ones(plan.tokens, dtype=bool)
     hidden[visible] = False
     kept = _reconstructed(plan, hidden, rng)
@@ -156,7 +157,7 @@ def decoder_targets(plan: MaskPlan, visible: Index, rng: np.random.Generator) ->
 
 
 def _reconstructed(plan: MaskPlan, hidden: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Which of the N tokens the decoder reconstructs."""
+    """Tell which of the N tokens the decoder reconstructs."""
     if plan.decoder == "none":
         return hidden
     if plan.decoder == "running_cell":
@@ -172,7 +173,7 @@ def _reconstructed(plan: MaskPlan, hidden: npt.NDArray[np.bool_], rng: np.random
 def draw(
     plan: MaskPlan, encoder_rng: np.random.Generator, decoder_rng: np.random.Generator
 ) -> dict[str, npt.NDArray[np.int64] | npt.NDArray[np.float32]]:
-    """Masks of one view: `visible` int64 [Nv], `targets` int64 [M], `weight` float32 [M]."""
+    """Draw the masks of one view: `visible` int64 [Nv], `targets` int64 [M], `weight` float32 [M]."""
     visible = tube_visible(plan, encoder_rng)
     targets, weight = decoder_targets(plan, visible, decoder_rng)
     return {"visible": visible, "targets": targets, "weight": weight}

@@ -1,4 +1,4 @@
-"""Which frames of a video a clip holds: the official rules of VideoMAE V1 and V2, as pure functions.
+"""Choice of the frames that a clip holds: the official rules of VideoMAE V1 and V2, as pure functions.
 
 Functions take the number of frames n and whatever was drawn, and return frame indices, int64, zero-based; those for
 clips of a given rate take the duration and return times, for which the opened video knows the frames (`indices_at`).
@@ -15,12 +15,12 @@ Times = npt.NDArray[np.float64]
 
 
 def clip_starts(num_frames: int, frames: int, stride: int) -> int:
-    """Number of start positions of a pre-training clip: n - L*s + 1, or 1 for a video shorter than L*s."""
+    """Count the start positions of a pre-training clip: n - L*s + 1, or 1 for a video shorter than L*s."""
     return max(num_frames - frames * stride + 1, 1)
 
 
 def grid_starts(starts: int, stride: int, step: int, phase: int) -> range:
-    """The starts in [0, starts) from which a clip meets as many reference frames of a video as its stride can.
+    """List the starts in [0, starts) from which a clip meets as many reference frames of a video as its stride can.
 
     Args:
         starts: From `clip_starts`.
@@ -31,12 +31,13 @@ def grid_starts(starts: int, stride: int, step: int, phase: int) -> range:
     Returns:
         Every start that is `phase` modulo the greatest common divisor of stride and step; all starts if none is.
     """
+    # Modulo this, all frames of a clip lie where its start lies: no other start meets more reference frames.
     spacing = math.gcd(stride, step)
     return range(phase % spacing, starts, spacing) or range(starts)
 
 
 def clip_frames(num_frames: int, frames: int, stride: int, start: int) -> Indices:
-    """Frames of a pre-training clip that begins at frame `start` (in [0, `clip_starts`)).
+    """List the frames of a pre-training clip that begins at frame `start` (in [0, `clip_starts`)).
 
     Where the video ends too early, the last index that was reached is repeated. The official loop counts from 1 and
     compares with "<", so the very last frame of a short video is not used (n = 33, s = 4 ends with 28, 28, ...).
@@ -47,7 +48,7 @@ def clip_frames(num_frames: int, frames: int, stride: int, start: int) -> Indice
 
 
 def latest_start(duration: float, frames: int, fps: float) -> float:
-    """The last time at which a clip of so many frames a second may begin, seconds; 0 for a video that is shorter.
+    """Compute the last time at which a clip of so many frames a second may begin, seconds; 0 for a shorter video.
 
     As for `clip_starts`, a clip of L frames spans L / fps seconds. The start is drawn uniformly from [0, this]: a time
     and not the number of a frame, so that the same draw shows the same seconds of a video whatever its own rate is.
@@ -56,7 +57,7 @@ def latest_start(duration: float, frames: int, fps: float) -> float:
 
 
 def clip_times(duration: float, frames: int, fps: float, start: float) -> Times:
-    """When the frames of a clip are shown that begins `start` seconds (in [0, `latest_start`]) after the first frame.
+    """Compute when a clip's frames are shown that begins `start` seconds (in [0, `latest_start`]) after the first.
 
     Args:
         duration: Of the video, seconds, the last frame's own included.
@@ -68,18 +69,19 @@ def clip_times(duration: float, frames: int, fps: float, start: float) -> Times:
         float64 [frames], ascending; where the video ends too early, the last time before its end is repeated.
     """
     times = start + np.arange(frames) / fps
+    # The product is often a whole number: a rounding error above it would add a frame behind the video's end.
     last = max(math.ceil((duration - start) * fps - 1e-6) - 1, 0)
     return np.minimum(times, start + last / fps)
 
 
 def dense_end(num_frames: int, frames: int, stride: int) -> int | None:
-    """Exclusive end of the centred validation clip (V2); None where the video is not longer than the clip spans."""
+    """Compute the exclusive end of the centred validation clip (V2); None for a video no longer than the clip spans."""
     span = frames * stride
     return (span + num_frames) // 2 if num_frames > span else None
 
 
 def dense_frames(num_frames: int, frames: int, stride: int, end: int | None) -> Indices:
-    """Frames of a fine-tuning clip, dense sampling (Kinetics, UCF101, HMDB51, ...).
+    """List the frames of a fine-tuning clip, dense sampling (Kinetics, UCF101, HMDB51, ...).
 
     Args:
         num_frames: Frames of the video, n.
@@ -90,15 +92,17 @@ def dense_frames(num_frames: int, frames: int, stride: int, end: int | None) -> 
     span = frames * stride
     if num_frames <= span:
         some = num_frames // stride
+        # Officially both ends belong to it, so that the last is n, which does not exist; `clip` takes it back.
         index = np.concatenate([np.linspace(0, num_frames, some), np.full(frames - some, float(num_frames))])
         return np.clip(index, 0, num_frames - 1).astype(np.int64)
     if end is None:
         raise ValueError(f"a video of {num_frames} frames is longer than {span}: say where the clip ends")
+    # Both ends again: the mean step is span / (L - 1), 4.27 for 16 frames at rate 4, while tests use exactly 4.
     return np.clip(np.linspace(end - span, end, frames), end - span, end - 1).astype(np.int64)
 
 
 def dense_views(num_frames: int, frames: int, stride: int, clips: int) -> Indices:
-    """Frames of all temporal test clips, [clips, L]: evenly spread over the strided video, padded with its last frame.
+    """List the frames of all temporal test clips, [clips, L]: spread evenly over the strided video, its last one pads.
 
     One clip is centred (the official code divides by zero there).
     """
@@ -110,12 +114,12 @@ def dense_views(num_frames: int, frames: int, stride: int, clips: int) -> Indice
 
 
 def sparse_segment(num_frames: int, segments: int) -> int:
-    """Length of a segment of sparse sampling; an offset inside it is drawn in training. 0: the video is too short."""
+    """Compute a segment's length for sparse sampling; training draws an offset in it. 0: the video is too short."""
     return num_frames // segments
 
 
 def sparse_frames(num_frames: int, segments: int, offsets: npt.ArrayLike) -> Indices:
-    """Frames of a fine-tuning clip, sparse sampling (Something-Something V2): one of each segment.
+    """List the frames of a fine-tuning clip, sparse sampling (Something-Something V2): one of each segment.
 
     Args:
         num_frames: Frames of the video, n.
@@ -130,7 +134,7 @@ def sparse_frames(num_frames: int, segments: int, offsets: npt.ArrayLike) -> Ind
 
 
 def sparse_views(num_frames: int, segments: int, clips: int) -> Indices:
-    """Frames of all temporal test clips, [clips, segments]: interleaved positions over the whole video."""
+    """List the frames of all temporal test clips, [clips, segments]: interleaved positions over the whole video."""
     tick = num_frames / segments
     every = sorted(int(t * tick / clips + x * tick) for t in range(clips) for x in range(segments))
     return np.array(every, dtype=np.int64).reshape(segments, clips).T

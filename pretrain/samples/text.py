@@ -45,14 +45,14 @@ class Backend(Protocol):
     pad: int | None
 
     def ids(self, text: str) -> list[int]:
-        """Without start and end."""
+        """Encode a text, without start and end."""
 
     def text(self, ids: list[int]) -> str:
-        """Inverse of `ids`, as far as there is one."""
+        """Decode ids: the inverse of `ids`, as far as there is one."""
 
 
 class Tokenizer:
-    """Texts to arrays of one length; picklable, for spawned data workers.
+    """Encoder of texts to arrays of one length; picklable, for spawned data workers.
 
     Args:
         source: `clip`, or a tokenizer.json (or a folder with one), any fsspec URL.
@@ -90,7 +90,7 @@ class Tokenizer:
         return vars(self) | {"_backend": None}
 
     def encode(self, texts: str | Sequence[str]) -> Encoded:
-        """Ids of texts, which may be empty.
+        """Encode texts, which may be empty.
 
         Raises:
             SampleError: too long where that is refused, no string, or a text that spells out the start or end token,
@@ -114,7 +114,7 @@ class Tokenizer:
         return Encoded(ids, lengths, cut)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids up to the first end; without start, end, and padding behind."""
+        """Decode ids up to the first end; without start, end, and padding behind."""
         body: list[int] = []
         for index, value in enumerate(int(value) for value in ids):
             if value == self.end_id and index:
@@ -147,6 +147,7 @@ class _BytePairs:
         self.size = int(self._tokenizer.vocab_size)
         self.start: int | None = int(self._tokenizer.sot_token_id)
         self.end: int | None = int(self._tokenizer.eot_token_id)
+        # As open_clip pads. 0 is the id of "!" as well, so `lengths` or the end tell what is padding, and not the id.
         self.pad: int | None = 0
 
     def ids(self, text: str) -> list[int]:
@@ -178,6 +179,7 @@ class _File:
     def ids(self, text: str) -> list[int]:
         # Half of an emoji, as cut captions end with, is no Unicode: the replacement character stands for it.
         clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # Start and end are put around the text after it was cut, or a long text would lose its end.
         found: list[int] = self._tokenizer.encode(clean, add_special_tokens=False).ids
         return found
 
@@ -196,7 +198,8 @@ class _File:
         return next((int(found) for found in known if found is not None), None)
 
     def _marks(self, source: str) -> tuple[int | None, int | None]:
-        """What the file's post-processor puts in front of a text and behind it."""
+        """Find what the file's post-processor puts in front of a text and behind it."""
+        # By a trial, since post-processors are of many kinds and none of them tells its marks.
         encoding = self._tokenizer.encode("a")
         body = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
         if not body:
@@ -210,7 +213,7 @@ class _File:
 
 
 def _open_clip_module() -> ModuleType:
-    """open_clip's tokenizer.py alone: the package imports timm, torchvision and more, 100 MB in every data worker."""
+    """Load open_clip's tokenizer.py alone: the package imports timm, torchvision and more, 100 MB in each worker."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.submodule_search_locations is None:
         raise DataError(f"tokenizer={CLIP}: its vocabulary ships with open_clip; {EXTRA}")
@@ -226,7 +229,7 @@ def _open_clip_module() -> ModuleType:
 
 
 def _read(source: str) -> tuple[str, str | None]:
-    """A tokenizer.json, and the padding token that a Hugging Face folder's tokenizer_config.json states."""
+    """Read a tokenizer.json, and the padding token that a Hugging Face folder's tokenizer_config.json states."""
     fs, inner = storage.filesystem(source)
     where = storage.join(source, "tokenizer.json") if fs.isdir(inner) else source
     if not storage.exists(where):
@@ -235,6 +238,7 @@ def _read(source: str) -> tuple[str, str | None]:
         )
     content = _json(source, where)
     beside = storage.join(source, "tokenizer_config.json")
+    # A tokenizer.json often leaves out which token pads; the file beside it has it.
     pad = json.loads(_json(source, beside)).get("pad_token") if where != source and storage.exists(beside) else None
     return content, pad["content"] if isinstance(pad, dict) else pad
 

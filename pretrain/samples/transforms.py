@@ -17,7 +17,7 @@ SCALES = (1.0, 0.875, 0.75, 0.66)
 
 
 def crop_sizes(width: int, height: int, out_width: int, out_height: int) -> list[tuple[int, int]]:
-    """All (width, height) pairs that MultiScaleCrop chooses from, in the official order: scales at most one step apart.
+    """List (width, height) pairs that MultiScaleCrop chooses from, in the official order: scales at most a step apart.
 
     Sizes within 2 pixels of the output snap to it (GroupMultiScaleCrop in the official transforms.py).
     """
@@ -28,7 +28,7 @@ def crop_sizes(width: int, height: int, out_width: int, out_height: int) -> list
 
 
 def crop_offsets(width: int, height: int, crop_width: int, crop_height: int) -> list[tuple[int, int]]:
-    """The 13 (x, y) offsets of MultiScaleCrop: corners, centre, edge middles, quarter points, in the official order."""
+    """List MultiScaleCrop's 13 (x, y) offsets in the official order: corners, centre, edge middles, quarter points."""
     dx, dy = (width - crop_width) // 4, (height - crop_height) // 4
     corners_and_centre = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2)]
     edges = [(0, 2), (4, 2), (2, 4), (2, 0)]
@@ -37,7 +37,7 @@ def crop_offsets(width: int, height: int, crop_width: int, crop_height: int) -> 
 
 
 def multiscale_box(width: int, height: int, out_width: int, out_height: int, rng: np.random.Generator) -> Box:
-    """One crop of MultiScaleCrop.
+    """Draw one crop of MultiScaleCrop.
 
     A size that snapped to an output just larger than the video would leave it; it is cut to the video, where the
     official code fills up to 2 pixels with black.
@@ -87,7 +87,7 @@ def centre_crop(clip: Clip, out_width: int, out_height: int) -> Clip:
 
 
 def spatial_starts(width: int, height: int, short: int, crops: int) -> tuple[str, list[int]]:
-    """Test crops along the long side of a video whose short side is `short`: ("columns" or "rows", starts in pixels).
+    """Place test crops along a video's long side, its short one being `short`: ("columns" or "rows", starts in pixels).
 
     One crop is centred (the official code divides by zero there).
     """
@@ -98,7 +98,7 @@ def spatial_starts(width: int, height: int, short: int, crops: int) -> tuple[str
 
 
 def spatial_views(clip: Clip, short: int, crops: int) -> list[Clip]:
-    """Square test crops, short x short, of a clip whose short side is `short` already."""
+    """Cut square test crops, short x short, of a clip whose short side is `short` already."""
     axis, starts = spatial_starts(clip.shape[2], clip.shape[1], short, crops)
     if axis == "columns":
         return [clip[:, :, start : start + short] for start in starts]

@@ -54,7 +54,7 @@ class VideoReader(abc.ABC):
         return self.crops(indices, whole)[0]
 
     def crops(self, indices: npt.ArrayLike, boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
-        """What `frames` gives, cut to boxes: decoders that can make less of a picture than all of it do.
+        """Decode some frames and cut boxes out of them: decoders that can make less of a picture than all of it do.
 
         Args:
             indices: As for `frames`.
@@ -66,6 +66,7 @@ class VideoReader(abc.ABC):
         Raises:
             SampleError: as by `frames`.
         """
+        # Each frame once: a clip of a short video repeats its last one, for which a decoder would go back again.
         wanted, inverse = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
         if wanted[0] < 0 or wanted[-1] >= self.num_frames:
             raise SampleError("too_short", f"frames {wanted[0]}..{wanted[-1]} asked of a video of {self.num_frames}")
@@ -73,12 +74,13 @@ class VideoReader(abc.ABC):
         for clip in decoded:
             if clip.shape[0] != len(wanted) or clip.ndim != 4 or clip.shape[3] != 3:
                 raise SampleError("decode", f"{len(wanted)} RGB frames asked, an array {clip.shape} delivered")
+        # Nearly all clips are; indexing would copy every pixel of theirs.
         as_asked = len(wanted) == len(inverse) and _sorted(inverse)
         return decoded if as_asked else [clip[inverse] for clip in decoded]
 
     @abc.abstractmethod
     def times(self) -> npt.NDArray[np.float64]:
-        """Seconds from the first frame to each frame, float64 [num_frames], variable frame rates included.
+        """Return the seconds from the first frame to each, float64 [num_frames], variable frame rates included.
 
         Raises:
             SampleError: "decode" where frames and time stamps don't agree.
@@ -90,7 +92,7 @@ class VideoReader(abc.ABC):
         return float(self.times()[-1]) + 1 / (self.fps or 1.0)
 
     def indices_at(self, seconds: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Numbers of the frames that are shown at some times: int64, of the same shape.
+        """Find the numbers of the frames that are shown at some times: int64, of the same shape.
 
         Args:
             seconds: Since the first frame; before it the first frame is meant, after the end the last.
@@ -98,6 +100,7 @@ class VideoReader(abc.ABC):
         Raises:
             SampleError: as by `times`.
         """
+        # Half a millisecond later: times that were rounded down would mean the frame before.
         after = np.searchsorted(self.times(), np.asarray(seconds, dtype=np.float64) + ROUNDING_S, side="right")
         return np.clip(after - 1, 0, self.num_frames - 1).astype(np.int64)
 
@@ -136,7 +139,7 @@ class PartReader(VideoReader):
             raise SampleError("segment", f"no frame is shown from {segment}")
 
     def times(self) -> npt.NDArray[np.float64]:
-        """From the segment's first frame on."""
+        """Return the times from the segment's first frame on."""
         part = self._times[self._first : self._first + self.num_frames]
         return part - part[0]
 
@@ -193,5 +196,5 @@ def _sorted(inverse: npt.NDArray[np.int64]) -> bool:
 
 
 def cut_all(frames: npt.NDArray[np.uint8], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
-    """Boxes cut out of whole frames, uint8 [T, H, W, 3]."""
+    """Cut boxes out of whole frames, uint8 [T, H, W, 3]."""
     return [cut(frames, box) for box in boxes(frames.shape[2], frames.shape[1])]

@@ -24,7 +24,7 @@ AnyArray = npt.NDArray[Any]
 
 
 def decode_arrays(data: bytes, max_bytes: int = MAX_BYTES) -> dict[str, AnyArray]:
-    """All arrays of a file by name; the one of an npy file is named "".
+    """Decode all arrays of a file by name; the one of an npy file is named "".
 
     Args:
         data: The whole file.
@@ -55,7 +55,7 @@ def decode_arrays(data: bytes, max_bytes: int = MAX_BYTES) -> dict[str, AnyArray
 
 
 def decode_array(data: bytes, name: str = "", max_bytes: int = MAX_BYTES) -> AnyArray:
-    """One array of a file.
+    """Decode one array of a file.
 
     Args:
         data: The whole file.

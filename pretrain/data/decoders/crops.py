@@ -21,12 +21,12 @@ Boxes = Callable[[int, int], Sequence[Box]]
 
 
 def whole(width: int, height: int) -> list[Box]:
-    """One box around the whole picture."""
+    """Return one box around the whole picture."""
     return [Box(0, 0, width, height)]
 
 
 def hull(boxes: Sequence[Box]) -> Box:
-    """The smallest box around some boxes."""
+    """Compute the smallest box around some boxes."""
     x, y = min(box.x for box in boxes), min(box.y for box in boxes)
     right = max(box.x + box.width for box in boxes)
     bottom = max(box.y + box.height for box in boxes)
@@ -34,5 +34,5 @@ def hull(boxes: Sequence[Box]) -> Box:
 
 
 def cut(pictures: npt.NDArray[np.uint8], box: Box) -> npt.NDArray[np.uint8]:
-    """The part of pictures [..., H, W, 3] in a box; a view of their memory."""
+    """Cut a box out of pictures [..., H, W, 3]; a view of their memory."""
     return pictures[..., box.y : box.y + box.height, box.x : box.x + box.width, :]

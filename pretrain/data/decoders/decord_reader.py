@@ -21,7 +21,7 @@ decord.logging.set_level(decord.logging.FATAL)
 
 
 class DecordReader(VideoReader):
-    """Reads with decord.VideoReader."""
+    """Reader by decord.VideoReader."""
 
     def __init__(self, data: bytes, stamps: range | None = None) -> None:
         self._data, self._stamps = data, stamps
@@ -36,7 +36,7 @@ class DecordReader(VideoReader):
         self.fps = float(self._reader.get_avg_fps())
 
     def times(self) -> npt.NDArray[np.float64]:
-        """By time stamps; decord's own are rounded to float32, a frame's length after some hours."""
+        """Return times by time stamps; decord's own are rounded to float32, a frame's length after some hours."""
         return frame_times(self._data, self._stamps, self.num_frames)
 
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
@@ -56,12 +56,12 @@ class DecordReader(VideoReader):
 
 
 def _without_index(data: bytes) -> bool:
-    """Whether this is an AVI file that has lost its index; a RIFF file may have two kinds."""
+    """Tell whether this is an AVI file that has lost its index; a RIFF file may have two kinds."""
     return data[:4] == b"RIFF" and data[8:12] == b"AVI " and data.rfind(b"idx1") < 0 and data.find(b"indx") < 0
 
 
 def _first_words(error: Exception) -> str:
-    """decord's message without its source path, time and C++ stack."""
+    """Strip decord's message of its source path, time and C++ stack."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rsplit(".cc:", 1)[-1][:200]
 

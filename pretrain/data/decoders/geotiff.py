@@ -16,7 +16,7 @@ MAX_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class RasterFacts:
-    """What a raster's file says of it.
+    """Facts that a raster's file states.
 
     Attributes:
         bands, height, width: its size; pixels.
@@ -63,6 +63,7 @@ def decode_raster(
         inside = 0 <= row < row + height <= file.height and 0 <= column < column + width <= file.width
         if not inside:
             raise SampleError("too_short", f"window {window} asked of a raster of {file.height} x {file.width} pixels")
+        # Before anything is read: a few bytes of header can state a raster that fills the memory.
         size = sum(dtype(kind).itemsize for kind in file.dtypes) * height * width
         if size > max_bytes:
             raise SampleError("too_large", f"{size} bytes of pixels, at most {max_bytes} are decoded")
@@ -71,7 +72,7 @@ def decode_raster(
 
 
 def probe_raster(data: bytes) -> RasterFacts:
-    """What the file says of its raster, without reading pixels; errors as for `decode_raster`."""
+    """Read a raster's facts from its file, without pixels; errors as for `decode_raster`."""
     with _opened(data) as file:
         kinds = np.result_type(*file.dtypes)
         names = tuple(name or "" for name in file.descriptions)
@@ -98,6 +99,7 @@ def _opened(data: bytes) -> Iterator[Any]:
     # Only the one driver: GDAL's others would follow what a file names, other files and addresses among it.
     try:
         with rasterio.Env(GDAL_NUM_THREADS="1"), warnings.catch_warnings():
+            # Not every raster has a place on the Earth, and workers would say so for each sample.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with MemoryFile(data) as memory:
                 try:

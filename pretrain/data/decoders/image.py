@@ -64,11 +64,11 @@ class ImageReader(VideoReader):
         return cut_all(self._picture, boxes)
 
     def close(self) -> None:
-        """Nothing stays open: the picture is decoded at once."""
+        """Do nothing: the picture is decoded at once, and no file stays open."""
 
 
 def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Any:
-    """A Pillow image whose pixels are not decoded yet; errors as for `decode_image`."""
+    """Open a Pillow image without decoding its pixels; errors as for `decode_image`."""
     from PIL import Image, UnidentifiedImageError
 
     if not data:
@@ -88,7 +88,7 @@ def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Any:
 
 
 def upright_rgb(image: Any, background: tuple[int, int, int] | None = WHITE) -> Any:
-    """An opened Pillow image as one of mode RGB, by the rules above; errors as for `decode_image`."""
+    """Convert an opened Pillow image to mode RGB, upright, by the rules above; errors as for `decode_image`."""
     from PIL import Image, ImageOps
 
     try:
@@ -100,6 +100,7 @@ def upright_rgb(image: Any, background: tuple[int, int, int] | None = WHITE) -> 
             raise SampleError("decode", f"a picture of mode {image.mode} holds measurements, not colours")
         if background is None or not image.has_transparency_data:
             return image.convert("RGB")
+        # Not convert("RGB"): that shows the colour which an encoder happened to leave below transparent pixels.
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer).convert("RGB")
     except SampleError:
@@ -110,8 +111,9 @@ def upright_rgb(image: Any, background: tuple[int, int, int] | None = WHITE) -> 
 
 
 def _eight_bits(image: Any) -> Any:
-    """A grey picture of 16 bits, [0, 65535], as one of 8 bits."""
+    """Scale a grey picture of 16 bits, [0, 65535], to 8 bits."""
     from PIL import Image
 
+    # 32 bits, since 65,535 x 255 does not fit into 16. Pillow's own conversion cuts all above 255.
     values = np.asarray(image).astype(np.uint32)
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))

@@ -25,7 +25,7 @@ EARLIER_S = (0, 2, 20, 1 << 20)
 
 
 class LinkedReader(PyAVReader):
-    """Reads with av.open by byte ranges.
+    """Reader by av.open and byte ranges.
 
     Args:
         video: What is read, and what of it is meant.
@@ -42,6 +42,7 @@ class LinkedReader(PyAVReader):
         try:
             super().__init__(b"", video.span.stamps)
         except SampleError:
+            # FFmpeg takes a failed read for the end of the file: without this an outage would become a bad sample.
             video.check()
             raise
         if not self.num_frames and video.span.segment is not None:
@@ -56,6 +57,7 @@ class LinkedReader(PyAVReader):
         super()._open(options)
         for stream in self._container.streams:
             if stream is not self._stream:
+                # The demuxer then leaves out the bytes of sound and subtitles, which would be fetched too.
                 stream.discard = av.stream.Discard.all
 
     def _trusts(self, stamps: range) -> bool:
@@ -83,6 +85,7 @@ class LinkedReader(PyAVReader):
         stamps, packets = [], 0
         try:
             for packet in self._from(latest):
+                # Decoding times never go back, and no frame is shown before it is decoded.
                 if end is not None and packet.dts is not None and packet.dts >= end:
                     break
                 packets += 1
@@ -105,7 +108,7 @@ class LinkedReader(PyAVReader):
         self.stamps, self.num_frames = shown, len(shown)
 
     def _count(self, frames: int) -> None:
-        """Without time stamps: the segment's frames by number, at the mean rate."""
+        """Choose the segment's frames by number, at the mean rate, where there are no time stamps."""
         segment, rate = self._video.span.segment, float(self._stream.average_rate or 1)
         times = np.arange(frames) / rate
         bounds = np.array([0, np.inf] if segment is None else [segment.start, segment.end or np.inf])
@@ -117,7 +120,7 @@ class LinkedReader(PyAVReader):
         return self._container.format.name in INDEXED
 
     def _from(self, latest: int | None) -> Iterator[av.Packet]:
-        """Packets in file order from the last key frame at or before a time stamp on.
+        """Demux packets in file order from the last key frame at or before a time stamp on.
 
         From the file's beginning, if that is None; from a key frame before, if the container can't be sought in.
         """
@@ -149,6 +152,7 @@ class LinkedReader(PyAVReader):
                 self._video.check()
                 if self._promised is None:
                     raise
+                # The promise may be wrong, and not the video: then a read of all packets is only slow.
                 self._distrust(error, wanted)
             return self._read(wanted, boxes)
         except (SampleError, FFmpegError) as error:
@@ -166,7 +170,7 @@ class LinkedReader(PyAVReader):
         return self._crops(wanted, boxes)
 
     def _groups(self, stamps: list[int]) -> Iterator[list[int]]:
-        """Time stamps that lie close to each other."""
+        """Group time stamps that lie close to each other."""
         apart = APART_S / float(self._stream.time_base or 1)
         group: list[int] = []
         for stamp in stamps:
@@ -177,7 +181,7 @@ class LinkedReader(PyAVReader):
         yield group
 
     def _needed(self, wanted: list[int]) -> dict[int, av.Packet]:
-        """Packets by time stamp, in decoding order, from the key frame before the first wanted to the last wanted.
+        """Collect packets by time stamp, in decoding order, from the key frame before the first wanted to the last one.
 
         Raises:
             SampleError: "decode" where one is not there, or is not what was promised.
@@ -191,6 +195,7 @@ class LinkedReader(PyAVReader):
                 break
             if self._promised is not None and (packet.is_discard or stamp not in self._promised):
                 break
+            # Seeking may have led further back than needed.
             if packet.is_keyframe and stamp <= wanted[0]:
                 packets, key = {}, stamp
             packets[stamp] = packet

@@ -1,4 +1,4 @@
-"""Which coded pictures of H.264 no other picture refers to: told by two bits of their NAL units.
+"""Coded pictures of H.264 to which no other picture refers, told by two bits of their NAL units.
 
 Source: ITU-T H.264, 7.4.1 (nal_ref_idc, nal_unit_type).
 """
@@ -10,7 +10,7 @@ SLICES = frozenset(range(1, 6))
 
 
 def length_bytes(extradata: bytes) -> int | None:
-    """Bytes of the length in front of each NAL unit, from the avcC record of MP4 and Matroska (ISO 14496-15, 5.3.3).
+    """Read how many bytes hold each NAL unit's length, from the avcC record of MP4 and Matroska (ISO 14496-15, 5.3.3).
 
     None for streams with start codes (MPEG-TS, AVI), which have no such record.
     """
@@ -18,7 +18,7 @@ def length_bytes(extradata: bytes) -> int | None:
 
 
 def is_reference(packet: Any, length: int | None) -> bool:
-    """Whether other pictures may refer to the one in a packet; True where that can't be told.
+    """Tell whether other pictures may refer to the one in a packet; True where that can't be told.
 
     Args:
         packet: One coded picture (both fields of it, if interlaced), with the buffer protocol.
@@ -35,4 +35,5 @@ def is_reference(packet: Any, length: int | None) -> bool:
                 return True
             slices += 1
         place += length + int.from_bytes(data[place : place + length], "big")
+    # A packet without a slice is something else than a picture, and the decoder must see it.
     return slices == 0

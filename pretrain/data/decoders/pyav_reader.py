@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class PyAVReader(VideoReader):
-    """Reads with av.open from memory.
+    """Reader by av.open from memory.
 
     Args:
         data: The whole file.
@@ -56,18 +56,19 @@ class PyAVReader(VideoReader):
         self.fps = float(self._stream.average_rate or 0)
 
     def times(self) -> npt.NDArray[np.float64]:
-        """By time stamps; by the mean rate where the container stores none."""
+        """Return times by time stamps; by the mean rate where the container stores none."""
         if self.stamps is None:
             return np.arange(self.num_frames) / (self.fps or 1.0)
         stamps = np.array(self.stamps, dtype=np.int64)
         return (stamps - stamps[0]) * float(self._stream.time_base or 1)
 
     def _file(self) -> Any:
-        """The file, at its beginning."""
+        """Return the file, at its beginning."""
         return io.BytesIO(self._data)
 
     def _open(self, options: dict[str, str]) -> None:
         try:
+            # A title in another encoding must not cost the video.
             self._container = av.open(self._file(), mode="r", metadata_errors="ignore", options=options)
         except (FFmpegError, ValueError) as error:
             raise SampleError("open", str(error)) from error
@@ -79,6 +80,7 @@ class PyAVReader(VideoReader):
         if context is None:
             self._container.close()
             raise SampleError("decode", "FFmpeg has no decoder for its codec")
+        # Workers are the parallelism: threads here would only compete with theirs.
         self._stream.thread_type = "NONE"
         self._length_bytes = length_bytes(context.extradata or b"") if context.name == "h264" else None
         self._rgb = RGBConverter(self._stream)
@@ -89,6 +91,7 @@ class PyAVReader(VideoReader):
             self._open(UNTRIED)
         except SampleError:
             return False
+        # A cut or replaced file has another header. What it bears out is believed until a packet says otherwise.
         found = self._stream.start_time, self._stream.frames, self._stream.duration
         if found != (stamps.start, len(stamps), len(stamps) * stamps.step):
             self.close()
@@ -138,7 +141,7 @@ class PyAVReader(VideoReader):
             raise SampleError("decode", "time stamps are not those that the packer promised")
 
     def _index(self, packets: list[av.Packet]) -> bool:
-        """Keep packets, in decoding order, with what finds them by time stamp; whether that finds each of them."""
+        """Keep packets, in decoding order, with what finds them by time stamp; tell whether that finds each of them."""
         places = {packet.pts: place for place, packet in enumerate(packets) if packet.pts is not None}
         self._places: dict[int, int] = places
         self._packets = packets
@@ -182,7 +185,7 @@ class PyAVReader(VideoReader):
         return [found[stamp] for stamp in asked]
 
     def _from_key(self, stamp: int) -> range:
-        """Places, in decoding order, of the packets from the key frame at or before a frame to that frame."""
+        """List, in decoding order, the places of packets from the key frame at or before a frame to that frame."""
         before = bisect.bisect_right(self._keys, stamp)
         first = self._places[self._keys[before - 1]] if before else 0
         place = self._places[stamp]
@@ -207,7 +210,7 @@ class PyAVReader(VideoReader):
         return found | self._drain(stamps)
 
     def _drain(self, stamps: set[int]) -> dict[int, av.VideoFrame]:
-        """What the decoder still holds back; it is as new afterwards."""
+        """Take what the decoder still holds back; it is as new afterwards."""
         context = self._stream.codec_context
         rest = _of(context.decode(None), stamps) if context.is_open else {}
         if context.is_open:
@@ -242,7 +245,7 @@ def _of(frames: list[av.VideoFrame], stamps: set[int]) -> dict[int, av.VideoFram
 
 
 def frame_times(data: bytes, stamps: range | None, frames: int) -> npt.NDArray[np.float64]:
-    """Times of the frames of a video in memory, seconds from the first one, for decoders that don't tell them.
+    """List the times of a video's frames, seconds from the first one, for decoders that don't tell them.
 
     Raises:
         SampleError: "decode" where that decoder sees another number of frames than there are time stamps.

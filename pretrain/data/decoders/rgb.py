@@ -17,7 +17,7 @@ UPRIGHT = {90: ["transpose=cclock"], -90: ["transpose=clock"], 180: ["hflip", "v
 
 
 class RGBConverter:
-    """Converts the frames of one stream."""
+    """Converter of the frames of one stream."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -28,7 +28,7 @@ class RGBConverter:
         self._targets: list[npt.NDArray[np.uint8]] = []
 
     def crops(self, frames: Iterable[av.VideoFrame], count: int, boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
-        """Pictures of `count` frames in each box, each written once, into its place: uint8 [count, height, width, 3].
+        """Convert `count` frames in each box, each written once, into its place: uint8 [count, height, width, 3].
 
         Raises:
             SampleError: "decode" for damaged frames, frames of two sizes, and rotation by no multiple of 90 degrees.
@@ -70,7 +70,7 @@ class RGBConverter:
         return self._graph.vpull()
 
     def _picture(self, frame: av.VideoFrame, part: Box) -> npt.NDArray[np.uint8]:
-        """RGB [H, W, 3] of a part of a frame."""
+        """Convert a part of a frame to RGB [H, W, 3]."""
         if _may_be_cut_first(frame):
             return self._rgb(self._cut(frame, part))
         return cut(self._rgb(frame), part)
@@ -81,7 +81,7 @@ class RGBConverter:
         return _pixels(plane)[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
 
     def _cut(self, frame: av.VideoFrame, box: Box) -> av.VideoFrame:
-        """A box of even corners of a yuv420p frame; valid until the next call."""
+        """Cut a box of even corners out of a yuv420p frame; valid until the next call."""
         if self._part is None or (self._part.width, self._part.height) != (box.width, box.height):
             self._part = av.VideoFrame(box.width, box.height, "yuv420p")
             self._targets = [_pixels(plane)[:, : plane.width] for plane in self._part.planes]
@@ -89,12 +89,13 @@ class RGBConverter:
             x, y = (box.x, box.y) if number == 0 else (box.x // 2, box.y // 2)
             height, width = target.shape
             target[:] = _pixels(plane)[y : y + height, x : x + width]
+        # Left out, FFmpeg would convert by a matrix and range that need not be the frame's.
         self._part.colorspace, self._part.color_range = frame.colorspace, frame.color_range
         return self._part
 
 
 def _may_be_cut_first(frame: av.VideoFrame) -> bool:
-    """Whether FFmpeg converts each block of 2 x 2 pixels by itself, so that cutting first changes no bit.
+    """Tell whether FFmpeg converts each block of 2 x 2 pixels by itself, so that cutting first changes no bit.
 
     It interpolates chroma over rows where the height is odd, and takes interlaced frames field by field. Frames that a
     filter turned may count their rows upwards, with planes that begin at their end.
@@ -108,12 +109,12 @@ def _may_be_cut_first(frame: av.VideoFrame) -> bool:
 
 
 def _even(box: Box, frame: av.VideoFrame) -> Box:
-    """A box widened to whole blocks of 2 x 2 pixels, but not over the right edge of a frame of odd width."""
+    """Widen a box to whole blocks of 2 x 2 pixels, but not over the right edge of a frame of odd width."""
     x, y = box.x - box.x % 2, box.y - box.y % 2
     right, bottom = box.x + box.width, box.y + box.height
     return Box(x, y, min(right + right % 2, frame.width) - x, bottom + bottom % 2 - y)
 
 
 def _pixels(plane: Any) -> npt.NDArray[np.uint8]:
-    """The bytes of a plane, [rows, bytes a row with padding], without copying."""
+    """View the bytes of a plane, [rows, bytes a row with padding], without copying."""
     return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)

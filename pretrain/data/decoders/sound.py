@@ -94,7 +94,7 @@ def decode_sound(
 
 
 def _bounds(data: VideoFile, rate: int) -> tuple[int, int | None]:
-    """Numbers of the first sample of what is meant, and of the one behind its last; None: to the end of the file."""
+    """Give the numbers of the first sample of what is meant and of the one behind its last; None: to the file's end."""
     segment = data.span.segment if isinstance(data, LinkedVideo) else None
     if segment is None:
         return 0, None
@@ -102,7 +102,7 @@ def _bounds(data: VideoFile, rate: int) -> tuple[int, int | None]:
 
 
 def probe_sound(data: VideoFile) -> SoundFacts:
-    """What the header of the first sound stream says; errors as for `decode_sound`."""
+    """Read what the header of the first sound stream says; errors as for `decode_sound`."""
     with _opened(data) as container:
         stream = container.streams.audio[0]
         context = stream.codec_context
@@ -131,7 +131,7 @@ def _opened(data: VideoFile) -> Any:
 
 
 def _resampled(container: Any, rate: int, channels: int, first: int, count: int | None) -> tuple[Samples, int]:
-    """Sound around the window at `rate`, and the number of its first sample, counted from time 0."""
+    """Return the sound around the window at `rate`, and the number of its first sample, counted from time 0."""
     stream = container.streams.audio[0]
     stream.thread_type = "NONE"
     own = stream.codec_context.sample_rate
@@ -149,7 +149,7 @@ def _resampled(container: Any, rate: int, channels: int, first: int, count: int 
 
 
 def _stored(container: Any, stream: Any, channels: int, begin: float, end: float) -> tuple[Samples, int]:
-    """Sound at the stored rate around [begin, end) seconds, and the number of its first sample."""
+    """Return the sound at the stored rate around [begin, end) seconds, and the number of its first sample."""
     zero = _time_zero(container, stream)
     own = stream.codec_context.sample_rate
     late = True
@@ -168,6 +168,7 @@ def _time_zero(container: Any, stream: Any) -> Fraction:
     import av
 
     cover = av.stream.Disposition.attached_pic
+    # A song's cover picture is a video stream for FFmpeg; its time is no beginning.
     films = [one for one in container.streams.video if not one.disposition & cover]
     lead = films[0] if films else stream
     return (lead.start_time or 0) * (lead.time_base or stream.time_base)
@@ -176,7 +177,7 @@ def _time_zero(container: Any, stream: Any) -> Fraction:
 def _pieces(
     stream: Any, container: Any, channels: int, zero: Fraction, begin: float, end: float
 ) -> tuple[list[tuple[float, Samples]], bool]:
-    """Decoded pieces with their times, seconds, up to `end`; and whether the first one comes after `begin`."""
+    """Decode pieces with their times, seconds, up to `end`; and tell whether the first one comes after `begin`."""
     pieces: list[tuple[float, Samples]] = []
     clock = 0.0
     late = False
@@ -194,7 +195,7 @@ def _pieces(
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Decoded frames as float planes of one or two channels, at the stored rate."""
+    """Decode frames to float planes of one or two channels, at the stored rate."""
     import av
 
     context = stream.codec_context
@@ -206,18 +207,19 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _mixed(piece: Samples, channels: int) -> Samples:
-    """Not by FFmpeg, whose sum of two channels is louder than both and leaves [-1, 1]."""
+    """Mix channels, not by FFmpeg, whose sum of two is louder than both and leaves [-1, 1]."""
     if piece.shape[0] == channels:
         return piece
     return piece.mean(0, keepdims=True) if channels == 1 else np.repeat(piece, 2, 0)
 
 
 def _joined(pieces: list[tuple[float, Samples]], own: int) -> tuple[Samples, int]:
-    """One array of all pieces, holes filled with silence, and the number of its first sample."""
+    """Join all pieces to one array, holes filled with silence; return it and the number of its first sample."""
     number = round(pieces[0][0] * own)
     parts: list[Samples] = []
     length = 0
     for clock, piece in pieces:
+        # Without silence in a hole all that follows it would be heard too early.
         hole = round(clock * own) - number - length
         if hole > HOLE_S * own:
             parts.append(np.zeros((piece.shape[0], hole), dtype=np.float32))
@@ -235,11 +237,12 @@ def _at_rate(heard: Samples, own: int, rate: int, channels: int) -> Samples:
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(heard), format="fltp", layout=LAYOUTS[channels])
     frame.sample_rate, frame.time_base, frame.pts = own, Fraction(1, own), 0
     converter = av.AudioResampler(format="fltp", layout=LAYOUTS[channels], rate=rate)
+    # None brings out what the filter still holds; the end would be missing without it.
     return np.concatenate([one.to_ndarray() for one in [*converter.resample(frame), *converter.resample(None)]], axis=1)
 
 
 def _window(heard: Samples, begins: int, first: int, count: int | None) -> Samples:
-    """Samples [first, first + count) of those that begin at number `begins`; zeros where there are none."""
+    """Cut samples [first, first + count) out of those that begin at number `begins`; zeros where there are none."""
     if count is None:
         count = max(begins + heard.shape[1] - first, 0)
     found = heard[:, max(first - begins, 0) : max(first - begins + count, 0)]

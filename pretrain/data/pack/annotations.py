@@ -23,7 +23,7 @@ Row = tuple[int, dict[str, Any] | str]
 
 
 def database_rows(source: str, text: str) -> list[Row]:
-    """Rows of an annotation file in ActivityNet's json, one for each annotated segment, numbered in file order.
+    """Read an annotation file in ActivityNet's json: a row for each annotated segment, numbered in file order.
 
     Raises:
         RecipeError: another kind of json.
@@ -46,7 +46,7 @@ def database_rows(source: str, text: str) -> list[Row]:
 
 
 def annotated(rows: list[Row], root: str) -> list[Row]:
-    """Rows with a path, start and end in the place of their id and the columns' official names."""
+    """Give rows a path, start and end in the place of their id and the columns' official names."""
     if not any(isinstance(row, dict) and ID_COLUMN in row and "path" not in row for _, row in rows):
         return rows
     files = _files(root)
@@ -62,17 +62,20 @@ def _renamed(row: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
         if official in row:
             row[ours] = row.pop(official)
     if "classname" in row:
+        # HACS' label says whether the class is shown (1 or -1); it must not become the class.
         row["shows_class"] = row.pop("label", None)
         row["label"] = row.pop("classname")
     piece = _piece(row)
+    # Cut out already: the film's seconds would lie behind the end of the piece.
     if piece in files:
         del row["start"], row["end"]
         return row | {"path": files[piece]}
+    # ActivityNet's videos are named v_<id>.
     return row | {"path": files.get(name) or files.get(f"v_{name}") or f"{name}.mp4"}
 
 
 def _piece(row: dict[str, Any]) -> str | None:
-    """Name of a piece that a downloader of Kinetics has cut out: id_000010_000020."""
+    """Name the piece that a downloader of Kinetics has cut out: id_000010_000020."""
     try:
         start, end = float(row["start"]), float(row["end"])
     except (KeyError, TypeError, ValueError):
@@ -82,7 +85,7 @@ def _piece(row: dict[str, Any]) -> str | None:
 
 
 def _files(root: str) -> dict[str, str]:
-    """Paths of the videos below a folder, relative to it, by name without ending."""
+    """List the paths of the videos below a folder, relative to it, by name without ending."""
     try:
         names = storage.find(root or ".")
     except StorageError:

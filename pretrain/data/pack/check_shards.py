@@ -28,7 +28,7 @@ DEADLINE_S = 300.0
 
 
 def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = ()) -> Iterator[str]:
-    """Every problem of the data set at `url`, one line each, as they are found.
+    """List every problem of the data set at `url`, one line each, as they are found.
 
     Args:
         url: folder with index.json and shards.
@@ -54,7 +54,7 @@ def _crashed(url: str, shard: Shard) -> list[str]:
 
 
 def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> list[str]:
-    """Problems of one shard."""
+    """List the problems of one shard."""
     where = storage.join(url, shard.name)
     problems: list[str] = []
     try:
@@ -67,6 +67,7 @@ def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> lis
             problems.append(f"{where}: {found.samples} samples, the index says {shard.samples}")
         problems += _check_members(where, members, load_members(url, shard.name))
     except TubeletError as error:
+        # Not readable as a whole: its members would all fail with the same words.
         return [*problems, str(error)]
     if decoders is not None:
         for number, key in enumerate(members.keys):
@@ -85,6 +86,7 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
     try:
         files, facts = _read_sample(storage.read_bytes(where, offset, offset + size))
         kinds = {ending: kind_of_ending(ending) for ending in files}
+        # In the order of KINDS: a video with a picture beside it is a video sample.
         main = next((ending for kind in KINDS for ending in files if kinds[ending] == kind), None)
         for ending, content in files.items():
             if ending != main or kinds[ending] != "video":
@@ -122,7 +124,7 @@ def _check_member(ending: str, content: VideoFile, facts: dict[str, object], kin
 
 
 def _signatures(video: VideoFile) -> Signatures:
-    """Of all frames: of a linked film or segment by PyAV, some frames at a time, since it may be long."""
+    """Sum up all frames; those of a linked film or segment by PyAV, some at a time, since it may be long."""
     if isinstance(video, LinkedVideo):
         with open_video(video, "pyav") as reader:
             parts = np.array_split(np.arange(reader.num_frames), -(-reader.num_frames // FRAMES))
@@ -134,7 +136,7 @@ def _signatures(video: VideoFile) -> Signatures:
 
 
 def _read_sample(data: bytes) -> tuple[dict[str, VideoFile], dict[str, object]]:
-    """Members by ending, and the json (empty without), out of the tar members of one sample."""
+    """Read members by ending, and the json (empty without), out of the tar members of one sample."""
     from webdataset.tariterators import base_plus_ext
 
     files: dict[str, VideoFile] = {}

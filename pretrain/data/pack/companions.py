@@ -33,7 +33,7 @@ class Companion:
 
 
 def beside(path: str, names: Sequence[str]) -> tuple[Companion, ...]:
-    """The files of the same stem as `path`; whether they are there shows when the sample is packed."""
+    """Name the files of the same stem as `path`; whether they are there shows when the sample is packed."""
     stem = posixpath.splitext(path)[0] if kind_of(path) else path  # a folder of frames may have a dot in its name
     return tuple(Companion(name, f"{stem}.{name}") for name in names)
 
@@ -41,7 +41,7 @@ def beside(path: str, names: Sequence[str]) -> tuple[Companion, ...]:
 def from_row(
     row: dict[str, Any], path: str, names: Sequence[str], rooted: Callable[[str], str]
 ) -> tuple[Companion, ...]:
-    """Companions of a manifest's row, taken out of it.
+    """Take the companions of a manifest's row out of it.
 
     Args:
         row: the columns; those that become companions are removed.
@@ -50,11 +50,13 @@ def from_row(
         rooted: puts the data root in front of a relative path.
     """
     columns = [name for name in names if name in row]
+    # Removed from the row, or a file of its own would stand in the json's meta as well.
     found = [_from_column(name, row.pop(name), rooted) for name in columns]
     return (*found, *beside(path, [name for name in names if name not in columns]))
 
 
 def _from_column(name: str, value: Any, rooted: Callable[[str], str]) -> Companion:
+    # A text of several lines is no path, whatever it ends like.
     if isinstance(value, str) and "\n" not in value and (kind_of(value) or extension_of(value) == "json"):
         ending = extension_of(value)
         return Companion(ending if ending == name else f"{name}.{ending}", rooted(value))
@@ -66,7 +68,7 @@ def _from_column(name: str, value: Any, rooted: Callable[[str], str]) -> Compani
 
 
 def _is_json(text: str) -> bool:
-    """Whether a csv's text is a list or an object, boxes for example."""
+    """Tell whether a csv's text is a list or an object, boxes for example."""
     try:
         return text.lstrip().startswith(("[", "{")) and json.loads(text) is not None
     except ValueError:
@@ -74,13 +76,14 @@ def _is_json(text: str) -> bool:
 
 
 def read_companion(companion: Companion) -> bytes:
-    """Its content, verified by what its ending says that it is.
+    """Read its content, verified by what its ending says that it is.
 
     Raises:
         SampleError: "companion" where it is missing or damaged.
         DataError: the store does not answer.
     """
     if not companion.path:
+        # Sorted, so that a list with its fields in another order packs the same bytes.
         text = companion.value if isinstance(companion.value, str) else json.dumps(companion.value, sort_keys=True)
         return text.encode()
     try:

@@ -1,4 +1,4 @@
-"""What a member holds, found by decoding all of it: before it is packed, and when shards are checked."""
+"""Contents of members, found by decoding all of each: before it is packed, and when shards are checked."""
 
 import json
 import tempfile
@@ -89,6 +89,7 @@ def _raster(data: bytes) -> dict[str, Any]:
     from pretrain.data.decoders.geotiff import decode_raster, probe_raster
 
     stated = probe_raster(data)
+    # Every pixel once: no header tells of a damaged tile.
     decode_raster(data)
     return {
         "bands": stated.bands, "height": stated.height, "width": stated.width, "dtype": stated.dtype,

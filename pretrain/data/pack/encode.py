@@ -22,7 +22,7 @@ MP4_OPTIONS = {"movflags": "+faststart", "fflags": "+bitexact"}
 
 @dataclass
 class Losses:
-    """What went missing while decoding."""
+    """Losses of a decode: what failed, and what came flawed."""
 
     failed: int = 0
     corrupt: int = 0
@@ -40,7 +40,7 @@ class Losses:
 
 
 def decode(container: Any, streams: list[Any], losses: Losses) -> Iterator[Any]:
-    """Video frames, and packets of other streams, in file order; counts what does not decode."""
+    """Yield video frames, and packets of other streams, in file order; count what does not decode."""
     import av
 
     for packet in container.demux(streams):
@@ -50,6 +50,7 @@ def decode(container: Any, streams: list[Any], losses: Losses) -> Iterator[Any]:
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
+            # Not the end: a film is judged by all that it loses, and may lose 5 %.
             losses.failed += 1
             continue
         for frame in frames:
@@ -97,6 +98,7 @@ def encode_video(
                 sound.finish()
     except av.error.FFmpegError as error:
         raise SampleError("encode", str(error)) from error
+    # By the file's own table: of a file whose end is missing, all packets that are there may decode.
     losses.check(facts.listed + hidden)
 
 
@@ -146,7 +148,7 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
 
 
 def with_decoding_times(packets: Iterable[Any]) -> Iterator[Any]:
-    """All packets; the first ones of a Matroska file with B frames have no decoding time, and mp4 needs one."""
+    """Yield all packets with decoding times: mp4 needs them, the first of a Matroska file with B frames have none."""
     early: list[Any] = []
     for packet in packets:
         if packet.size and packet.dts is None:
@@ -161,7 +163,7 @@ def with_decoding_times(packets: Iterable[Any]) -> Iterator[Any]:
 
 
 def output_size(facts: Facts, short_side: int | None) -> tuple[int, int]:
-    """(width, height) of the encoded video: upright, square pixels, short side at most `short_side`, both even."""
+    """Compute the encoded (width, height): upright, square pixels, short side at most `short_side`, both even."""
     width, height = Fraction(facts.width) * facts.pixel_aspect, Fraction(facts.height)
     if facts.rotation in (90, 270):
         width, height = height, width
@@ -192,6 +194,7 @@ class _Clock:
     def stamp(self, frame: Any, stream_base: Fraction) -> Any:
         time = self.next
         if self.vfr and frame.pts is not None:
+            # Never the same time twice, nor an earlier one, as some originals have: encoders refuse it.
             time = max(time, round((frame.pts * stream_base - Fraction(self.start)) / self.base))
         frame.pts, frame.time_base, self.next = time, self.base, time + 1
         return frame
@@ -208,10 +211,12 @@ class _Sink:
         self.stream = out.add_stream(encoder.name, rate=options.fps or facts.fps, options=_encoder_options(options))
         context = self.stream.codec_context
         context.width, context.height, context.pix_fmt = self.width, self.height, "yuv420p"
+        # x264's bytes depend on the number of threads, and a restart must write the shards that an earlier run wrote.
         context.thread_count = 1
         self.base = 1 / options.fps if options.fps else (CLOCK if facts.vfr else 1 / facts.fps)
         context.time_base = self.base
         if options.codec == "hevc":
+            # FFmpeg's own choice, hev1, is not played by QuickTime and Safari.
             context.codec_tag = "hvc1"
         os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder prints a page for every video
         self.graph: Any = None
@@ -260,6 +265,7 @@ class _Sink:
             270: [("transpose", "clock")],
         }
         rate = [("fps", f"fps={self.options.fps}:round=up")] if self.options.fps else []
+        # setsar: the size is that of square pixels, and the original's aspect would stretch the picture once more.
         size = f"{self.width}:{self.height}:flags=bicubic+accurate_rnd:out_range=tv"
         return [*turns.get(self.facts.rotation, []), *rate, ("scale", size), ("setsar", "1"), ("format", "yuv420p")]
 
@@ -296,7 +302,7 @@ def _encoder_options(options: Options) -> dict[str, str]:
 
 
 def picture_type(number: int, phase: int, options: Options) -> int:
-    """What frame `number` is coded as, in FFmpeg's numbers: 1 key frame, 2 P, 3 B, 0 as the encoder likes.
+    """Choose what frame `number` is coded as, in FFmpeg's numbers: 1 key frame, 2 P, 3 B, 0 as the encoder likes.
 
     Frames phase, phase + grid, ... are references. So is the last one before a key frame, which no B frame may
     look across.

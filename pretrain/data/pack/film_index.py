@@ -1,4 +1,4 @@
-"""What a container's index says about its video, read by ranges; and where long videos are cut into pieces by it."""
+"""A container's index of its video, read by ranges; and the cutting of long videos into pieces by it."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ UNTRIED = {"codec_whitelist": "none"}
 
 
 def open_file(path: str) -> str | LinkedVideo:
-    """What av.open takes for a path or URL.
+    """Turn a path or URL into what av.open takes.
 
     Raises:
         SampleError: "missing", or "storage" where access is denied.
@@ -36,7 +36,7 @@ def open_file(path: str) -> str | LinkedVideo:
 
 
 def open_ranges(path: str) -> LinkedVideo:
-    """A path or URL as a file that is read by ranges; errors as by `open_file`."""
+    """Open a path or URL as a file that is read by ranges; errors as by `open_file`."""
     try:
         return LinkedVideo(path, Span(storage.size(path)))
     except StorageError as error:
@@ -49,7 +49,7 @@ def open_ranges(path: str) -> LinkedVideo:
 
 @dataclass(frozen=True)
 class FilmIndex:
-    """What a container's index says about its video.
+    """Facts of a container's index about its video.
 
     Attributes:
         container: FFmpeg's name.
@@ -72,7 +72,7 @@ class FilmIndex:
     ranges: tuple[Range, ...]
 
     def span(self, segment: Segment | None) -> Span:
-        """What reading a segment of the file needs to know."""
+        """Build what reading a segment of the file needs to know."""
         frames = None
         if segment is not None and self.keys:
             latest, (_, end) = segment.latest_key(self.first, self.time_base), segment.ticks(self.first, self.time_base)
@@ -99,6 +99,7 @@ def read_index(path: str) -> FilmIndex:
             if indexed:
                 container.seek(video.start_time or 0, stream=video)  # Matroska's index is read at the first seek
             entries = list(video.index_entries) if indexed else []
+            # FFmpeg takes a failed read for the end of the file: a store that is gone must not pass for a short index.
             file.check()
             return FilmIndex(
                 container.format.name,
@@ -128,7 +129,7 @@ def _key_frames(video: Any, entries: list[Any]) -> tuple[tuple[int, int], ...]:
 
 
 def _even(video: Any, found: list[int]) -> range | None:
-    """Decoding times that are evenly spaced, as many as the header says, mean that the frames are shown so as well.
+    """Infer even time stamps of the frames from decoding times that are even, and as many as the header says.
 
     It is a promise and no proof: readers hold it against every packet (decoders/pyav_reader.py).
     """
@@ -143,7 +144,7 @@ def _even(video: Any, found: list[int]) -> range | None:
 
 
 def cut_items(items: Iterable[Item], seconds: float, at_keys: bool, threads: int = 16) -> list[Item]:
-    """Long videos as pieces of `seconds`; a rest shorter than half of that belongs to the piece before it.
+    """Cut long videos into pieces of `seconds`; a rest shorter than half of that belongs to the piece before it.
 
     Args:
         items: Videos; those that are segments already, and frame folders, stay as they are. So do files that can't be
@@ -175,6 +176,7 @@ def _pieces(index: FilmIndex, seconds: float, at_keys: bool) -> list[Segment]:
     cuts = [number * seconds for number in range(1, count)]
     if at_keys and index.keys:
         keys = [float((stamp - index.first) * index.time_base) for stamp, _ in index.keys]
+        # Between key frames a piece would have to be encoded anew, or read from the key frame before it.
         cuts = [min(keys, key=lambda key: abs(key - cut)) for cut in cuts]
     # To the microsecond, since bounds are part of keys and fingerprints.
     bounds = sorted({round(cut, 6) for cut in cuts} - {0.0})

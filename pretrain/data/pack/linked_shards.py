@@ -77,6 +77,7 @@ def _write_shard(name: str, items: list[Item], indexes: dict[str, FilmIndex], de
 
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, name)
+        # No times: the same list gives the same shards, and so the same fingerprint.
         with open(path, "wb") as file, TarWriter(file, mtime=0) as tar:
             for sample in _samples(items, indexes):
                 tar.write(sample)
@@ -88,6 +89,7 @@ def _write_shard(name: str, items: list[Item], indexes: dict[str, FilmIndex], de
 
 def _samples(items: list[Item], indexes: dict[str, FilmIndex]) -> Iterator[dict[str, object]]:
     for item in items:
+        # Absolute, since training may start in another folder.
         where = item.path if "://" in item.path else os.path.abspath(item.path)
         facts = {"key": item.key, "label": item.label, "source": item.name, "bytes": item.size, "meta": item.meta}
         if item.segment is not None:
@@ -102,7 +104,7 @@ def _samples(items: list[Item], indexes: dict[str, FilmIndex]) -> Iterator[dict[
 
 
 def _read_indexes(items: list[Item]) -> dict[str, FilmIndex]:
-    """The index of every file of which not all is needed for a sample, by path; without those that can't be read."""
+    """Read the index of each file of which a sample needs a part only, by path; without those that can't be read."""
     films = [item for item in items if item.kind == "video" and (item.segment is not None or item.size > FILM_BYTES)]
     paths = sorted({item.path for item in films})
     with ThreadPoolExecutor(THREADS) as pool:
@@ -119,10 +121,11 @@ def _try_index(path: str) -> FilmIndex | None:
 
 
 def _there(items: list[Item], indexes: dict[str, FilmIndex]) -> list[Item]:
-    """Items without the segments that begin behind the end of their file, about which there is a line each."""
+    """Leave out the segments that begin behind the end of their file, with a line about each."""
     kept = []
     for item in items:
         index = indexes.get(item.path)
+        # A duration of 0 is one that the file does not state.
         if index and item.segment and 0 < index.duration <= item.segment.start:
             logger.warning("%s: left out, no frames from %s: it lasts %.3f s", item.path, item.segment, index.duration)
         else:

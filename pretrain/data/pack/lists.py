@@ -73,6 +73,7 @@ def _auto(line: str) -> ListLine:
     three = _THREE.fullmatch(line)
     if three is None:
         return _v1(line) if " " in line or "\t" in line else _video(line, None)
+    # No class is negative: -1 in the last column can only be V2's mark of a video.
     if int(three["b"]) < 0:
         return _v2(line)
     raise ValueError(

@@ -1,4 +1,4 @@
-"""What a video file holds: read from its packets, without decoding more than one frame."""
+"""Facts of a video file, read from its packets, without decoding more than one frame."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -61,8 +61,10 @@ def probe(path: str, shown: range | None = None) -> Facts:
         with av.open(path) as container:
             video = video_stream(container)
             stamps, packets, discarded = _time_stamps(container, video, shown)
+        # Opened anew: the packets have been read to the end, and not every container can be sought back in.
         with av.open(path) as container:
             video = video_stream(container)
+            # PyAV tells the rotation of a frame, not of a stream.
             frame = next(container.decode(video), None)
             if frame is None:
                 raise SampleError("no-frames", f"the {codec_name(video)} stream decodes to nothing")
@@ -89,12 +91,12 @@ def probe(path: str, shown: range | None = None) -> Facts:
 
 
 def codec_name(stream: Any) -> str:
-    """FFmpeg's name of a stream's codec ("av1"), not of the library that decodes it ("libdav1d")."""
+    """Return FFmpeg's name of a stream's codec ("av1"), not of the library that decodes it ("libdav1d")."""
     return str(stream.codec_context.codec.canonical_name)
 
 
 def video_stream(container: Any) -> Any:
-    """The first stream that is a film, not the cover picture of a song."""
+    """Find the first stream that is a film, not the cover picture of a song."""
     import av
 
     cover = av.stream.Disposition.attached_pic
@@ -106,10 +108,11 @@ def video_stream(container: Any) -> Any:
 
 
 def _time_stamps(container: Any, video: Any, shown: range | None) -> tuple[np.ndarray, int, int]:
-    """Presentation times in order, seconds (empty where the container has none), coded frames, frames edited out."""
+    """Read presentation times in order, seconds (empty where there are none); count coded frames, frames edited out."""
     stamps: list[int] = []
     packets = discarded = 0
     for packet in container.demux(video):
+        # What an edit list hides is never shown, though other frames may need it.
         if packet.size == 0 or packet.is_discard or (shown is not None and packet.pts not in shown):
             discarded += bool(packet.size)
             continue
@@ -127,6 +130,7 @@ def _rate(stamps: np.ndarray, packets: int, video: Any) -> tuple[Fraction, bool]
     measured = (len(stamps) - 1) / float(stamps[-1] - stamps[0])
     grid = stamps[0] + np.arange(len(stamps)) / measured
     vfr = bool(np.abs(stamps - grid).max() * measured > GRID_TOLERANCE)
+    # Where both agree the stated rate is kept: it is exact (30000/1001), a measured one is rounded.
     if abs(measured - stated) < 0.002 * measured:
         return Fraction(stated), vfr
     return Fraction(measured).limit_denominator(1001), vfr

@@ -1,4 +1,4 @@
-"""What the command line decides about packing, in one picklable object."""
+"""Options of packing, as the command line decides them, in one picklable object."""
 
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,6 +23,7 @@ class FFmpegEncoder:
 ENCODERS: dict[Codec, FFmpegEncoder] = {
     # Without cpu-independent the bytes differ from run to run: x264's AVX-512 macroblock tree (measured).
     "h264": FFmpegEncoder("libx264", 23, "medium", extra=(("x264-params", "cpu-independent=1"),)),
+    # Closed GOPs: after a seek, frames that lean on the GOP before would be wrong.
     "hevc": FFmpegEncoder(
         "libx265", 26, "medium", extra=(("x265-params", "pools=none:frame-threads=1:open-gop=0:log-level=error"),)
     ),
@@ -79,5 +80,5 @@ class Options:
 
     @property
     def gridded(self) -> bool:
-        """Whether encoded videos have a grid of reference frames."""
+        """True where encoded videos have a grid of reference frames."""
         return self.codec == "h264" and self.grid > 1

@@ -20,6 +20,7 @@ def pack_as_is(item: Item, options: Options, folder: str) -> Packed:
     data, ending = fetch_whole(item.path), extension_of(item.path)
     found = describe(ending, data)
     shapes = [one["shape"] for one in found.get("arrays", {}).values()]
+    # An npy of one dimension decodes well, and would fail at every crop in training.
     if item.kind == "raster" and any(len(shape) not in (2, 3) for shape in shapes):
         raise SampleError("shape", f"shape {shapes[0]}; a raster is [height, width] or [bands, height, width]")
     facts = {

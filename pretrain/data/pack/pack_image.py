@@ -46,7 +46,7 @@ def pack_image(item: Item, options: Options, folder: str) -> Packed:
 
 
 def _reason_to_encode(original: dict[str, Any], options: Options) -> str | None:
-    """Why the file can't stay as it is; None where it can."""
+    """Tell why the file can't stay as it is; None where it can."""
     if original["format"] not in KEPT:
         return f"{original['format']} is kept as PNG"
     if original["orientation"] not in (0, 1):
@@ -58,7 +58,7 @@ def _reason_to_encode(original: dict[str, Any], options: Options) -> str | None:
 
 
 def _encoded(image: Any, options: Options) -> tuple[bytes, str]:
-    """The upright picture, resized if asked for: JPEG where it was one, else PNG, which loses nothing."""
+    """Encode the upright picture, resized if asked for: JPEG where it was one, else PNG, which loses nothing."""
     from PIL import Image
 
     was_jpeg = image.format in ("JPEG", "MPO")

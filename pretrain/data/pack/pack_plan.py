@@ -1,4 +1,4 @@
-"""The plan: which key each video gets, in which order, and which part packs it. Pure, so that every run agrees."""
+"""The plan: the key of each video, their order, and the part that packs each. Pure, so that every run agrees."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ class Plan:
     repeated: tuple[Item, ...]
 
     def part(self, part: Part) -> list[Item]:
-        """The items of one part. Videos go by their size in bytes, so equal files always meet in the same part;
+        """Select the items of one part. Videos go by their size in bytes, so equal files always meet in the same part;
         segments by their bounds as well, or a film would be the work of one part."""
         if part.count == 1:
             return list(self.items)
@@ -91,7 +91,7 @@ def _bounds(item: Item) -> str:
 
 
 def _with_keys(items: list[Item]) -> list[Item]:
-    """Keys from names; where two names give one key, all of them get a hash of their path, whatever their order."""
+    """Make keys from names; where two names give one key, all get a hash of their path, whatever their order."""
     keys = [key_from(item.key or _stem(item)) for item in items]
     shared = {key for key, count in Counter(keys).items() if count > 1}
     return [
@@ -101,7 +101,7 @@ def _with_keys(items: list[Item]) -> list[Item]:
 
 
 def _stem(item: Item) -> str:
-    """The name without its ending; with the bounds in milliseconds for a segment, so that keys sort by time."""
+    """Return the name without its ending; with the bounds in milliseconds for a segment, so that keys sort by time."""
     if item.is_folder:
         return item.name
     stem = posixpath.splitext(item.name)[0]
@@ -112,11 +112,12 @@ def _stem(item: Item) -> str:
 
 
 def key_from(name: str) -> str:
-    """A sample key from a path: no dots (webdataset cuts at the first one), letters, digits, `_`, `-` and `/` only."""
+    """Make a sample key from a path: no dots (webdataset cuts at the first), letters, digits, `_`, `-` and `/` only."""
     parts = [_UNSAFE.sub("_", part) for part in name.split("://")[-1].split("/") if part not in ("", ".", "..")]
     key = "/".join(parts) or "_"
     return key if len(key) <= _LONGEST_KEY else f"{key[: _LONGEST_KEY - 17]}-{_hash(key):016x}"
 
 
 def _hash(text: str) -> int:
+    # Python's own hash is another in every process; parts, restarts and machines must agree.
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -32,7 +32,7 @@ Progress = Callable[[int, int, int], None]
 
 @dataclass
 class Report:
-    """What a run did; `index` is None while other parts are missing, `noun` says what to call the samples."""
+    """Result of a run; `index` is None while other parts are missing, `noun` says what to call the samples."""
 
     index: ShardIndex | None
     rejected: list[Rejected]
@@ -89,11 +89,13 @@ def pack(
 
 @contextmanager
 def _work_folder(dest: str, part: Part) -> Iterator[str]:
-    """An empty local folder that belongs to this part alone; deleted by the next run when this one fails."""
+    """Make an empty local folder that belongs to this part alone; deleted by the next run when this one fails."""
     name = hashlib.sha256(f"{os.path.abspath(dest)}\x1f{part}".encode()).hexdigest()[:12]
+    # With the user's number: the temporary folder is everyone's, and another user's files can't be deleted.
     folder = os.path.join(tempfile.gettempdir(), f"tubelet-pack-{os.getuid()}-{name}")
     with open(folder + ".lock", "w") as lock:
         try:
+            # The kernel frees it at the end of the process, kill -9 included; a mere lock file would stay.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(
@@ -124,6 +126,7 @@ class _Packer:
         self.bytes_read = 0
         self.file: shards.ShardFile | None = None
         self.entry = self._new_entry()
+        # Told once: by one part for all, and not again after a restart.
         if not self.finished and part.index == 0:
             self.entry.rejected += [_repeated(item) for item in plan.repeated]
         self.report = Report(None, [], len(self.seen), self.start)
@@ -148,6 +151,7 @@ class _Packer:
         if isinstance(result, Packed):
             self.bytes_read += result.bytes_read
             sha256 = result.facts["sha256"]
+            # Also of shards that an earlier start has finished: the journal holds the hashes of their originals.
             if sha256 in self.seen:
                 result.discard()
                 result = Rejected(item.name, item.path, "duplicate", f"the same bytes as {self.seen[sha256]}")
@@ -170,6 +174,7 @@ class _Packer:
     def _close_shard(self) -> None:
         if self.file is None:
             return
+        # First the shard, then its entry: killed between the two, it does not count and is packed again.
         self.entry.shard = self.file.publish(self.dest)
         shards.write_entry(self.dest, self.entry)
         self.finished.append(self.entry)

@@ -88,6 +88,7 @@ def _produce(
             _verify(target, key, options)
             return None
         except SampleError as error:
+            # AVI with packed B frames or MPEG program streams, say: random reads would silently give other frames.
             why = str(error)
             logger.info("%s: the stream can't be kept (%s); encoding it", source, why)
     encode_video(source, original, target, options, grid_phase(key, options), shown)
@@ -103,7 +104,7 @@ def _copy(source: str, original: Facts, target: str, options: Options) -> None:
 
 
 def _verify(path: str, key: str, options: Options) -> int:
-    """Frames of the file at `path`, after a sequential decode and random reads with every decoder."""
+    """Count the frames of the file at `path`, after a sequential decode and random reads with every decoder."""
     signatures = sequential_signatures(path)
     if options.decoders and options.reads:
         with open(path, "rb") as file:
@@ -125,6 +126,7 @@ def _from_frames(item: Item, options: Options, target: str) -> Packed:
 
         for name in names:
             data = fetch(storage.join(item.path, name))
+            # With its length: the same bytes divided into other pictures are another sample.
             digest.update(len(data).to_bytes(8, "big") + data)
             sizes.append(len(data))
             try:
@@ -142,7 +144,7 @@ def _from_frames(item: Item, options: Options, target: str) -> Packed:
 
 
 def select_frames(item: Item) -> list[str]:
-    """Names of the pictures of a frame folder, by the last number in the name.
+    """Name the pictures of a frame folder, ordered by the last number in the name.
 
     Raises:
         SampleError: "missing" or "frames-missing" when the folder does not hold what the list says.
@@ -153,6 +155,7 @@ def select_frames(item: Item) -> list[str]:
         raise refusal(error) from error
     if not names:
         raise SampleError("missing", "no such folder, or no pictures in it; relative paths start at --data-root")
+    # By number: as words, img_10 would come before img_2.
     names.sort(key=lambda name: (_number(name), name))
     if item.frames is None:
         return names
@@ -171,7 +174,8 @@ def _number(name: str) -> int:
 
 
 def _describe(item: Item, path: str, sha256: str, options: Options, reencoded: str | None) -> dict[str, Any]:
-    """The sample's json: what training needs of the video as written."""
+    """Build the sample's json: what training needs of the video as written."""
+    # Of the file as written: the original's header may promise frames that it does not have.
     written = probe(path)
     turned = written.rotation in (90, 270)
     facts: dict[str, Any] = {
@@ -198,19 +202,20 @@ def _describe(item: Item, path: str, sha256: str, options: Options, reencoded: s
 
 
 def grid_phase(key: str, options: Options) -> int:
-    """First frame of the grid of reference frames: drawn for each video, or no clip would ever begin between them."""
+    """Draw the first frame of the grid of reference frames for each video, or no clip would ever begin between them."""
     return int(generator(key, "pack-grid").integers(options.grid)) if options.gridded else 0
 
 
 @contextlib.contextmanager
 def _local(path: str, folder: str) -> Iterator[str]:
-    """A local file with the content of `path`, which may be a URL."""
+    """Provide a local file with the content of `path`, which may be a URL."""
     if "://" not in path and not zip_source.is_entry(path):
         if not os.path.isfile(path):
             raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
         yield path
         return
     with tempfile.NamedTemporaryFile(dir=folder, suffix="." + extension_of(path)) as copy:
+        # A file and no stream: it is hashed, probed, encoded, and FFmpeg seeks in it.
         copy.write(fetch(path))
         copy.flush()
         yield copy.name

@@ -33,7 +33,7 @@ class OrderedPool(Generic[A, R]):
         self._pool: ProcessPoolExecutor | None = None
 
     def map(self, tasks: Iterable[A]) -> Iterator[R]:
-        """Results in the order of `tasks`; a crash of a worker costs the task that caused it, nothing else."""
+        """Yield results in the order of `tasks`; a crash of a worker costs the task that caused it, nothing else."""
         if self.workers == 0:
             yield from map(self.call, tasks)
             return
@@ -72,7 +72,7 @@ class OrderedPool(Generic[A, R]):
             return result
 
     def _alone(self, task: A) -> R:
-        """Whichever task broke the pool breaks it again here; the others pass."""
+        """Run one task alone: whichever broke the pool breaks it again here; the others pass."""
         with _new_pool(1) as single:
             try:
                 return single.submit(self.call, task).result()

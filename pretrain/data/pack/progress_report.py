@@ -1,4 +1,4 @@
-"""What packing shows: a progress bar, or log lines where there is no terminal, and the summary at the end."""
+"""Progress and summary of packing: a bar, or log lines where there is no terminal, and a report at the end."""
 
 import sys
 import time
@@ -16,10 +16,11 @@ SHOWN_REASONS = 3
 
 @contextmanager
 def progress_bar(total: int, noun: str = "videos") -> Iterator[Progress]:
-    """A function for `pack` to call after every sample: a live bar with rate and time left on a terminal."""
+    """Provide a function for `pack` to call after every sample: a live bar with rate and time left on a terminal."""
     from rich.console import Console
 
     console = Console(file=sys.stderr)
+    # In a log file a live bar is thousands of lines of control characters.
     if not console.is_terminal:
         yield _log_lines(noun)
         return
@@ -90,7 +91,7 @@ class _Rates:
 
 
 def report_text(report: Report, dest: str) -> str:
-    """The summary: what was packed, what was left out and why."""
+    """Write the summary: what was packed, what was left out and why."""
     lines = [f"pack: {report.packed} {report.noun} packed" + _kept(report) + f", {len(report.rejected)} rejected"]
     if report.resumed:
         lines[0] += f"; {report.resumed} were already done"

@@ -46,10 +46,11 @@ class HashingReader:
         self.sha256 = hashlib.sha256()
         self._next = 0
         self._chunk = memoryview(b"")
+        # Kept until a sample's end is known, so that its CRC-32 and the shard's sha256 come from one read of the file.
         self._recent, self._recent_from = bytearray(), 0
 
     def read(self, count: int = -1) -> bytes:
-        """Up to `count` bytes (all that is left for -1), fewer only at the end."""
+        """Read up to `count` bytes (all that is left for -1), fewer only at the end."""
         parts = []
         while count and (self._chunk or self._fill()):
             piece = self._chunk if count < 0 else self._chunk[:count]
@@ -60,9 +61,10 @@ class HashingReader:
         return b"".join(parts)
 
     def checksum(self, begin: int, end: int) -> int:
-        """CRC-32 of the bytes [begin, end), read already; bytes before `end` are forgotten."""
+        """Compute the CRC-32 of the bytes [begin, end), read already; bytes before `end` are forgotten."""
         recent = memoryview(self._recent)
         found = zlib.crc32(recent[begin - self._recent_from : end - self._recent_from])
+        # A bytearray can't shrink while a view of it exists.
         recent.release()
         del self._recent[: end - self._recent_from]
         self._recent_from = end
@@ -127,8 +129,8 @@ def scan_shard(url: str, name: str, media_only: bool = True) -> tuple[Shard, Mem
 
 
 def _with_media(samples: list[_Sample]) -> list[_Sample]:
-    """Samples that hold what their shard is made of. Videos come first because indexes have always been made so: that
-    of a shard must stay what it was, to the fingerprint."""
+    """Select samples that hold what their shard is made of. Videos come first because indexes have always been made so:
+    that of a shard must stay what it was, to the fingerprint."""
     for wanted in ({"video"}, {"image", "sound", "array", "raster"}, {"text"}):
         kept = [sample for sample in samples if sample.is_link or sample.kinds & wanted]
         if kept:
@@ -137,12 +139,13 @@ def _with_media(samples: list[_Sample]) -> list[_Sample]:
 
 
 def _samples(where: str, reader: HashingReader) -> list[_Sample]:
-    """Neighbouring members of one key, grouped as webdataset does."""
+    """Group neighbouring members of one key, as webdataset does."""
     from webdataset.tariterators import base_plus_ext  # imports torch: seconds that --help and workers can do without
 
     samples: list[_Sample] = []
     end = 0
     try:
+        # "r|" never seeks: the hashing reader can't go back, and a store is asked for each byte once.
         with tarfile.open(fileobj=cast(Any, reader), mode="r|", bufsize=1 << 20) as tar:
             for member in tar:
                 cast(Any, tar).members.clear()  # tarfile remembers every member otherwise
@@ -172,7 +175,7 @@ def _finish(samples: list[_Sample], reader: HashingReader) -> None:
 
 
 def _check_end(where: str, end: int, size: int) -> None:
-    """tarfile takes a cut or overwritten header for the end of the file; the end marker tells them apart."""
+    """Look for the end marker: tarfile takes a cut or overwritten header for the end of the file as well."""
     marker = storage.read_bytes(where, end, end + BLOCK) if end + BLOCK <= size else b""
     if marker != bytes(BLOCK):
         raise DataError(

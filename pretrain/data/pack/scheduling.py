@@ -1,4 +1,4 @@
-"""What encoders do to the scheduling of the process that they run in, undone."""
+"""Ordinary scheduling, given back after what encoders do to the process that they run in."""
 
 import contextlib
 import os

@@ -45,7 +45,7 @@ class Entry:
     rejected: list[Rejected] = field(default_factory=list)
 
     def to_json(self) -> bytes:
-        """The entry as it is stored."""
+        """Write the entry as it is stored."""
         return json.dumps(asdict(self), indent=1).encode()
 
     @staticmethod
@@ -71,6 +71,7 @@ class ShardFile:
         self.path = os.path.join(folder, name)
         self.samples = 0
         self._file = open(self.path, "wb")
+        # No times and no user of this machine: packed bytes depend on the videos and options alone.
         self._tar = TarWriter(self._file, user="tubelet", group="tubelet", mtime=0, format="PAX_FORMAT")
 
     @property
@@ -90,6 +91,7 @@ class ShardFile:
         """Close the file, copy it and its member table to the folder `url`."""
         self._tar.close()
         self._file.close()
+        # Read back by the code that indexes shards of others: an entry must not depend on who wrote its shard.
         shard, members, _ = scan_shard(self.folder, self.name)
         storage.upload(self.path, storage.join(url, self.name))
         write_members(url, self.name, members)
@@ -98,12 +100,12 @@ class ShardFile:
 
 
 def shard_name(part: Part, number: int) -> str:
-    """Name of a part's shard."""
+    """Name a part's shard."""
     return f"{part.prefix}-{number:06d}.tar"
 
 
 def read_journal(url: str, part: Part, plan: str) -> list[Entry]:
-    """Entries of the shards of `part` that are finished, in order.
+    """Read the entries of the shards of `part` that are finished, in order.
 
     Raises:
         DataError: they belong to another plan.
@@ -144,7 +146,7 @@ def _part_url(url: str, part: Part) -> str:
 
 @dataclass(frozen=True)
 class PartResult:
-    """What a finished part wrote and left out."""
+    """Result of a finished part: what it wrote and left out."""
 
     plan: str
     shards: list[Shard]
@@ -157,7 +159,7 @@ def write_part(url: str, part: Part, result: PartResult) -> None:
 
 
 def read_part(url: str, part: Part) -> PartResult | None:
-    """What a part wrote, None while it isn't done."""
+    """Read what a part wrote; None while it isn't done."""
     where = _part_url(url, part)
     if not storage.exists(where):
         return None
@@ -189,8 +191,10 @@ def merge(url: str, count: int, require: bool = False) -> tuple[ShardIndex, list
         return None
     if len({result.plan for result in results}) > 1:
         raise DataError(f"{url}: the parts come from different videos or options; pack all with one command line")
+    # By name: parts end in any order, and equal data must have equal fingerprints.
     shards = sorted((shard for result in results for shard in result.shards), key=lambda shard: shard.name)
     rejected = [one for result in results for one in result.rejected]
+    # Before the error below, which sends its reader to this file.
     storage.write_bytes(
         storage.join(url, REJECTED_NAME), b"".join(json.dumps(asdict(one)).encode() + b"\n" for one in rejected)
     )
@@ -230,7 +234,7 @@ def remove_old(url: str) -> None:
 
 
 def count_parts(url: str) -> int:
-    """Into how many parts the data set at `url` was divided.
+    """Count the parts into which the data set at `url` was divided.
 
     Raises:
         DataError: no part is done there, or parts of different divisions are.

@@ -1,4 +1,4 @@
-"""Does a video decode, and do random reads give the frames that a sequential decode gives?
+"""Verification of videos: each decodes, and random reads give the frames that a sequential decode gives.
 
 Some files can't be read at random exactly: packed B frames in AVI, MPEG program streams, open GOPs cut out of longer
 ones. A training clip from them silently holds other frames than it says.
@@ -42,6 +42,7 @@ def sequential_signatures(path: str) -> Signatures:
             video = video_stream(container)
             video.codec_context.thread_count = 1
             for frame in decode(container, [video], losses):
+                # As the readers deliver it: PyAV turns no frame by itself.
                 picture = np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90 % 4)
                 signatures.append(signature(picture))
     except av.error.FFmpegError as error:
@@ -54,7 +55,7 @@ def sequential_signatures(path: str) -> Signatures:
 
 
 def signature(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Means of a GRID x GRID raster of a picture [H, W, 3], flattened; small pictures are used as they are."""
+    """Compute the means of a GRID x GRID raster of a picture [H, W, 3], flattened; small pictures stay as they are."""
     rows = np.linspace(0, picture.shape[0], min(GRID, picture.shape[0]), endpoint=False).astype(int)
     columns = np.linspace(0, picture.shape[1], min(GRID, picture.shape[1]), endpoint=False).astype(int)
     sums = np.add.reduceat(np.add.reduceat(picture, rows, axis=0, dtype=np.float32), columns, axis=1)
@@ -78,6 +79,7 @@ def check_random_reads(data: VideoFile, signatures: Signatures, decoder: str, re
     from pretrain.data.decoders import open_video
 
     count = len(signatures)
+    # Drawn by the key: a restart and --check repeat the same reads.
     rng = generator(key, "pack-check")
     chosen = np.unique(np.append(rng.choice(count, min(reads, count), replace=False), count - 1))
     order = [chosen.tolist(), [int(chosen[0])]]  # a clip, then a seek backwards
@@ -94,8 +96,8 @@ def check_random_reads(data: VideoFile, signatures: Signatures, decoder: str, re
 
 
 def even_stamps(path: str) -> range | None:
-    """Time stamps of all frames of a local file, in its stream's time base, if they are evenly spaced and PyAV can read
-    frames by them alone; None otherwise.
+    """Find the time stamps of a local file's frames, in its stream's time base, if they are evenly spaced and PyAV can
+    read frames by them alone; None otherwise.
 
     What hides frames, as edit lists do, leaves them uneven, or other in number than the header says.
     """
@@ -112,6 +114,7 @@ def even_stamps(path: str) -> range | None:
         if found != list(even):
             return None
         with PyAVReader(data, even) as reader:
+            # Tried as training will read: a promise that fails here would cost every clip a second opening.
             reader.frames([0, len(even) // 2, len(even) - 1])
             return even if isinstance(reader.stamps, range) else None
     except SampleError:
@@ -125,6 +128,8 @@ def _compare(pictures: npt.NDArray[np.uint8], indices: list[int], signatures: Si
             raise SampleError("inexact", f"{decoder} delivers pictures of {picture.shape[:2]}: not those of the stream")
         distances = np.abs(signatures - found).mean(axis=1)
         nearest = int(distances.argmin())
+        # By the nearest frame, since a threshold alone misses reads that are off by one in slow scenes, or rejects
+        # decoders that convert colours otherwise (10 bits: 7 levels).
         if distances[index] > SAME_PICTURE or distances[index] > distances[nearest] + TIE:
             raise SampleError(
                 "inexact",
