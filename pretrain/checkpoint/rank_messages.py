@@ -14,7 +14,7 @@ from pretrain.errors import CheckpointError
 SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.02, 1.0
 
 
-class Board:
+class RankMessages:
     """Messages by key, each written once, visible to all ranks that use the same `space`.
 
     Args:
@@ -37,10 +37,10 @@ class Board:
         """Wait for the message under `key` and return it.
 
         Raises:
-            CheckpointError: it did not come in time, or the board was closed.
+            CheckpointError: it did not come in time, or the messages are closed.
         """
         full, deadline, pause = f"{self._space}/{key}", time.monotonic() + timeout_s, SHORTEST_LOOK_S
-        # Looked for, not waited for in the store: nothing could end such a wait when the board is closed.
+        # Looked for, not waited for in the store: nothing could end such a wait when the messages are closed.
         while not self._store.check([full]):
             if self.closed:
                 raise CheckpointError(f"{key}: the run ended before it came")

@@ -28,7 +28,7 @@ import torch
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.collect import Collected, collect
 from pretrain.checkpoint.manifest import FileEntry, Manifest, describe_file, write_manifest
-from pretrain.checkpoint.rank_messages import Board
+from pretrain.checkpoint.rank_messages import RankMessages
 from pretrain.checkpoint.rank_state import RankState, digests, unequal, write_rank_state
 from pretrain.checkpoint.remote import RECORDS
 from pretrain.checkpoint.restore import open_remote
@@ -75,7 +75,7 @@ class Saver:
         ranks: This process among all.
         options: The recipe's section.
         keep_every_steps: One checkpoint of every so many steps stays for good; None: none.
-        board: Messages between the ranks' threads.
+        messages: those between the ranks' threads.
         uploader: Takes published checkpoints to an object store; None: they stay where they are.
     """
 
@@ -85,11 +85,11 @@ class Saver:
         ranks: Ranks,
         options: Checkpoint,
         keep_every_steps: int | None,
-        board: Board,
+        messages: RankMessages,
         uploader: Uploader | None = None,
     ) -> None:
         self.root, self.ranks, self._options = root, ranks, options
-        self._keep_every_steps, self._board, self._uploader = keep_every_steps, board, uploader
+        self._keep_every_steps, self._messages, self._uploader = keep_every_steps, messages, uploader
         self._copies = HostCopies() if options.asynchronous else None
         self._thread: threading.Thread | None = None
         self._problem = ""
@@ -160,7 +160,7 @@ class Saver:
     def close(self) -> None:
         """End the threads. An upload that is going on is left: the next start takes it up again."""
         self.wait()
-        self._board.closed = True
+        self._messages.closed = True
 
     def _settle(self) -> None:
         """Wait for the save that is going on and agree with all ranks on how it ended."""
@@ -177,10 +177,10 @@ class Saver:
         """Run one save, in a thread. Whatever goes wrong ends in `_problem`, on all ranks."""
         key = f"save/{number}"
         try:
-            self._board.post(f"{key}/{self.ranks.rank}", self._write_part(folder, content, collected))
+            self._messages.post(f"{key}/{self.ranks.rank}", self._write_part(folder, content, collected))
             if self.ranks.first:
-                self._board.post(key, self._judge(key, folder, content))
-            self._problem = self._board.wait(key, 2 * PARTS_TIMEOUT_S)
+                self._messages.post(key, self._judge(key, folder, content))
+            self._problem = self._messages.wait(key, 2 * PARTS_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to
             self._problem = advice(error)
         if self._problem:
@@ -204,7 +204,7 @@ class Saver:
     def _judge(self, key: str, folder: Path, content: Content) -> str:
         """Publish on rank 0 what all have written, or clear it away; return what is wrong, else an empty string."""
         parts = [
-            json.loads(self._board.take(f"{key}/{rank}", PARTS_TIMEOUT_S)) for rank in range(self.ranks.world_size)
+            json.loads(self._messages.take(f"{key}/{rank}", PARTS_TIMEOUT_S)) for rank in range(self.ranks.world_size)
         ]
         problems = [part["problem"] for part in parts if "problem" in part] or unequal([part["same"] for part in parts])
         if not problems:
@@ -268,12 +268,12 @@ def open_saver(
     `keep` are the steps that must not be removed, until the first save says which.
     """
     # A space of its own for each run: several may follow one another in one set of processes.
-    board = Board(from_first(ranks, secrets.token_hex(8)))
+    messages = RankMessages(from_first(ranks, secrets.token_hex(8)))
     remote, uploader = open_remote(options), None
     if remote is not None:
         extras = tuple(root.parent / name for name in RECORDS)
-        uploader = Uploader(root, remote, ranks, board, options.keep_last, keep_every_steps, extras, keep)
-    return Saver(root, ranks, options, keep_every_steps, board, uploader)
+        uploader = Uploader(root, remote, ranks, messages, options.keep_last, keep_every_steps, extras, keep)
+    return Saver(root, ranks, options, keep_every_steps, messages, uploader)
 
 
 def upload_rest(

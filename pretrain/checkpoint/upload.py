@@ -15,7 +15,7 @@ from typing import Any
 
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import read_manifest, write_durably
-from pretrain.checkpoint.rank_messages import Board
+from pretrain.checkpoint.rank_messages import RankMessages
 from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.errors import TubeletError
 from pretrain.runtime.disk import Tolerance, advice
@@ -37,7 +37,7 @@ class Uploader:
         root: The run's folder of checkpoints, visible to all ranks.
         remote: Where they go.
         ranks: This process among all.
-        board: Messages between ranks.
+        messages: Messages between ranks.
         keep_last: Newest checkpoints that stay at `remote`.
         keep_every_steps: One of every so many steps stays there for good; None: none.
         keep: Further steps that stay there.
@@ -49,13 +49,13 @@ class Uploader:
         root: Path,
         remote: RemoteCheckpoints,
         ranks: Ranks,
-        board: Board,
+        messages: RankMessages,
         keep_last: int,
         keep_every_steps: int | None,
         extras: tuple[Path, ...] = (),
         keep: Set[int] = frozenset(),
     ) -> None:
-        self._root, self._remote, self._ranks, self._board = root, remote, ranks, board
+        self._root, self._remote, self._ranks, self._messages = root, remote, ranks, messages
         self._keep_last, self._keep_every_steps, self._extras = keep_last, keep_every_steps, extras
         self._changed = threading.Condition()
         self._uploaded: set[int] = set()
@@ -123,7 +123,7 @@ class Uploader:
                     self._uploaded.add(step)
                     self.longest_s = max(self.longest_s, seconds)
             self._tell(step, problem, seconds)
-        self._board.post(f"upload/{self._number + 1}", END)
+        self._messages.post(f"upload/{self._number + 1}", END)
 
     def _look_at_remote(self) -> None:
         try:
@@ -141,9 +141,9 @@ class Uploader:
                     # Newest first: a lost disk would need it, and retention may take older ones meanwhile.
                     self._current = max(waiting)
                     return self._current
-                if self._ending or self._board.closed:
+                if self._ending or self._messages.closed:
                     return None
-                # With a time limit, since nobody notifies when the board is closed.
+                # With a time limit, since nobody notifies when the messages are closed.
                 self._changed.wait(timeout=1.0)
 
     def _waiting(self) -> set[int]:
@@ -163,10 +163,10 @@ class Uploader:
         self._remote.unpublish(step)
         self._number += 1
         key = f"upload/{self._number}"
-        self._board.post(key, str(step))
-        self._board.post(f"{key}/0", self._upload_share(step))
+        self._messages.post(key, str(step))
+        self._messages.post(f"{key}/0", self._upload_share(step))
         timeout = 2 * self._remote.deadline_s
-        answers = {self._board.take(f"{key}/{rank}", timeout) for rank in range(self._ranks.world_size)} - {""}
+        answers = {self._messages.take(f"{key}/{rank}", timeout) for rank in range(self._ranks.world_size)} - {""}
         if answers:
             return "; ".join(sorted(answers))
         # Before the manifest: whoever restores this checkpoint finds metrics that reach as far.
@@ -195,11 +195,11 @@ class Uploader:
         """Run the thread of the other ranks: do as rank 0 says."""
         number = 1
         try:
-            while (word := self._board.wait(f"upload/{number}")) != END:
-                self._board.post(f"upload/{number}/{self._ranks.rank}", self._upload_share(int(word)))
+            while (word := self._messages.wait(f"upload/{number}")) != END:
+                self._messages.post(f"upload/{number}/{self._ranks.rank}", self._upload_share(int(word)))
                 number += 1
         except Exception as error:
-            if not self._board.closed:
+            if not self._messages.closed:
                 logger.warning("uploads end, rank 0 does not answer: %s", error)
 
     def _tell(self, step: int, problem: str, seconds: float) -> None:

@@ -50,17 +50,17 @@ def _plan(arguments: argparse.Namespace) -> int:
     if problems:
         raise RecipeError(problems)
     counts = _sweep(arguments.sweep) if arguments.sweep else [arguments.gpus or recipe.batch.ranks or 8]
-    supply = Resources(arguments.decode_ms, arguments.view_ms, arguments.cores, arguments.store_gbs)
+    resources = Resources(arguments.decode_ms, arguments.view_ms, arguments.cores, arguments.store_gbs)
     # Sources that are not there are no error: a run is planned before its data is packed.
     found, _ = find_indices(recipe)
     epoch = epoch_of(recipe, found)
     indices = [index for index in found.values() if index is not None]
-    planner = Planner(method, find_gpu(arguments.gpu, arguments.rates), supply, indices, epoch[1] if epoch else None)
+    planner = Planner(method, find_gpu(arguments.gpu, arguments.rates), resources, indices, epoch[1] if epoch else None)
     plans = [planner.estimate(count) for count in counts]
     if arguments.json:
         content = [as_json(plan) for plan in plans]
         arguments.json.write_text(json.dumps(content if arguments.sweep else content[0], indent=1), encoding="utf-8")
-    print_sections([sweep_section(plans)] if arguments.sweep else sections(recipe, plans[0], supply))
+    print_sections([sweep_section(plans)] if arguments.sweep else sections(recipe, plans[0], resources))
     if arguments.plot:
         draw(plans, arguments.plot)
         print(f"plot: {arguments.plot}")

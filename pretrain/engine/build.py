@@ -13,6 +13,7 @@ from pretrain.engine.model_states import ModelSize, size_of
 from pretrain.engine.optimiser import build_optimizer, forget_steps
 from pretrain.engine.turns import Turn, turns_of
 from pretrain.errors import RecipeError
+from pretrain.models.cross_rank_batch_norm import convert_batch_norm
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective, WholeBatchObjective
 from pretrain.runtime.gradient_cache import GradientCache
@@ -67,6 +68,9 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
         torch.use_deterministic_algorithms(True)
     seed_everything(recipe.run.seed)
     objective = _build_objective(method, config, parameters)
+    if objective.cross_rank_batch_norm:
+        # Before the optimiser and the engine: both hold parts of the model.
+        convert_batch_norm(objective, ranks)
     if recipe.run.init_weights and not resumes:
         path = recipe.run.init_weights
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))

@@ -28,7 +28,7 @@ from pretrain.engine.assemble import (
 from pretrain.engine.evaluation import Best
 from pretrain.engine.evaluation import every_steps as evaluate_every_steps
 from pretrain.engine.optimiser import set_weight_decay
-from pretrain.engine.recovery import intervene, pass_over
+from pretrain.engine.recovery import pass_over, recover
 from pretrain.engine.schedules import build_schedule, every_steps, pictures_every_steps
 from pretrain.engine.start_checks import check_hosts
 from pretrain.engine.step import to_device, train_step
@@ -143,7 +143,7 @@ def _loop(run: Run, steps_done: int) -> int:
             steps_done += 1
             run.watchdog.step_done(steps_done)
             run.reporter.step(steps_done, lr, result)
-            run, went_back = intervene(run, steps_done, lr, result)
+            run, went_back = recover(run, steps_done, lr, result)
             if went_back is not None:
                 saved = steps_done = went_back
                 continue

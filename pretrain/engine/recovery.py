@@ -25,7 +25,7 @@ from pretrain.guards.skipped_steps import guard_state, remember
 logger = logging.getLogger(__name__)
 
 
-def intervene(run: Run, steps_done: int, lr: float, result: StepResult) -> tuple[Run, int | None]:
+def recover(run: Run, steps_done: int, lr: float, result: StepResult) -> tuple[Run, int | None]:
     """Judge the step that was just made, and act; all ranks do the same.
 
     Returns:
@@ -103,7 +103,7 @@ def rewind(run: Run, step: int, found: Resumable) -> Run:
     dist.barrier()
     stream = open_stream(run.method, run.sources, run.ranks, found.step)
     ledger = open_ledger(run.recipe, run.folder, run.sources, run.ranks, found)
-    logger.warning("going on from step %d; left out: %s", found.step, run.guard.state.left_out)
+    logger.warning("going on from step %d; skipped steps: %s", found.step, run.guard.state.skipped_steps)
     inputs = replace(run.inputs, batches=MicroBatches(stream), ledger=ledger)
     return replace(run, inputs=inputs, best=Best(**found.state["best"]))
 
@@ -115,6 +115,6 @@ def pass_over(run: Run, steps_done: int, lr: float) -> int:
     """
     for _ in range(run.inputs.accumulation):
         run.inputs.ledger.record(next(run.inputs.batches))
-    run.reporter.left_out(steps_done + 1, lr)
+    run.reporter.skipped_step(steps_done + 1, lr)
     logger.warning("step %d is left out, as decided when the run went back", steps_done + 1)
     return steps_done + 1

@@ -98,11 +98,11 @@ class Reporter:
             self._speeds.append(record["speed/step_s"])
         self._last = record
 
-    def left_out(self, steps_done: int, lr: float) -> None:
+    def skipped_step(self, steps_done: int, lr: float) -> None:
         """Report a step that passed without being trained on: it has no loss."""
         if self._writes:
             record: Record = {"step": steps_done, "epoch": self._schedule.epoch(steps_done)}
-            self._lines.write(record | {"optim/lr": lr, "optim/skipped": 1, "guard/left_out": 1})
+            self._lines.write(record | {"optim/lr": lr, "optim/skipped": 1, "guard/skipped_step": 1})
 
     def rewound(self, steps_done: int) -> None:
         """Reopen metrics.jsonl after a rewind to `steps_done`, which has shortened it: it is another file now."""

@@ -40,7 +40,7 @@ class Activation:
 
 
 @dataclass
-class Probe:
+class FirstNonFinite:
     """Watch over one forward and backward pass of a module. A context manager: the hooks go when it ends.
 
     Attributes:
@@ -55,7 +55,7 @@ class Probe:
     _handles: list[Any] = field(default_factory=list)
     _last_sound: str = ""
 
-    def __enter__(self) -> "Probe":
+    def __enter__(self) -> "FirstNonFinite":
         for name, part in self.module.named_modules():
             before = functools.partial(self._before, name)
             after = functools.partial(self._after, name)

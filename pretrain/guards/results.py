@@ -65,7 +65,7 @@ class GuardState:
         lowered: How often the learning rate was lowered.
         lowered_left: Coming steps that still have the lowered rate.
         rewinds: How often the run went back to a checkpoint.
-        left_out: Steps, counted from 0, that pass without being trained on.
+        skipped_steps: Steps, counted from 0, that pass without being trained on.
     """
 
     window: list[float] = field(default_factory=list)
@@ -75,7 +75,7 @@ class GuardState:
     lowered: int = 0
     lowered_left: int = 0
     rewinds: int = 0
-    left_out: list[int] = field(default_factory=list)
+    skipped_steps: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,18 @@ logger = logging.getLogger(__name__)
 
 def guard_state(saved: dict[str, Any]) -> GuardState:
     """Read the guard's state from a checkpoint's state.json; checkpoints from before it was kept have none."""
-    return GuardState(**saved.get("guard", {}))
+    return GuardState(**_with_present_names(saved.get("guard", {})))
+
+
+def _with_present_names(noted: dict[str, Any]) -> dict[str, Any]:
+    # Runs begun before the field was renamed go on: their skipped steps must not be trained on after all.
+    return {"skipped_steps" if name == "left_out" else name: value for name, value in noted.items()}
 
 
 def remember(path: Path, state: GuardState) -> None:
     """Write the file, from rank 0. A disk that does not take it costs memory of this rewind, not the run."""
     try:
-        write_durably(path, json.dumps({"rewinds": state.rewinds, "left_out": state.left_out}) + "\n")
+        write_durably(path, json.dumps({"rewinds": state.rewinds, "skipped_steps": state.skipped_steps}) + "\n")
     except OSError as error:
         logger.warning("%s could not be written; a kill before the next checkpoint forgets: %s", path, advice(error))
 
@@ -51,10 +56,10 @@ def state_at_start(path: Path, ranks: Ranks, saved: dict[str, Any] | None) -> Gu
     try:
         # Rank 0's text for all: ranks that read different versions from a file server would leave out different steps.
         text = from_first(ranks, path.read_text(encoding="utf-8") if ranks.first and path.exists() else "{}")
-        noted = json.loads(text)
+        noted = _with_present_names(json.loads(text))
         # Either may know more: the file after a rewind, the checkpoint where the file could not be written.
         state.rewinds = max(state.rewinds, noted.get("rewinds", 0))
-        state.left_out = sorted({*state.left_out, *noted.get("left_out", [])})
+        state.skipped_steps = sorted({*state.skipped_steps, *noted.get("skipped_steps", [])})
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: unreadable ({error}); remove it: the steps that rewinds left out are then trained on again"

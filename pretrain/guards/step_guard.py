@@ -42,7 +42,7 @@ class StepGuard:
 
     def leaves_out(self, step: int) -> bool:
         """Tell whether step `step`, counted from 0, passes without being trained on."""
-        return step in self.state.left_out
+        return step in self.state.skipped_steps
 
     def spike(self, loss: float, source: str = "") -> Spike | None:
         """Tell how far a step's loss lies above the recent ones of its source, where that is a spike.
@@ -131,9 +131,9 @@ class StepGuard:
         first = max(target, step - self._options.leave_out)
         now = self.state
         # Those of rewinds since then too: going further back must not train on steps that were left out before.
-        left_out = sorted({*before.left_out, *now.left_out, *range(first, step)})
+        skipped_steps = sorted({*before.skipped_steps, *now.skipped_steps, *range(first, step)})
         # Rewinds are counted on: with the count of the checkpoint the budget would never be spent.
-        self.state = GuardState(**asdict(before) | {"rewinds": now.rewinds + 1, "left_out": left_out})
+        self.state = GuardState(**asdict(before) | {"rewinds": now.rewinds + 1, "skipped_steps": skipped_steps})
 
 
 _WORDS = {

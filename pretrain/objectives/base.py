@@ -63,10 +63,13 @@ class Objective(nn.Module):
         turns: updates of one batch, in this order, each of parameters of its own; adversarial training has two.
         whole_batch: the loss looks across the global batch (contrast), so accumulating it over micro-batches would
             silently make it another loss.
+        cross_rank_batch_norm: batch norms take their statistics of all ranks' rows, so that another number of ranks
+            is the same training (`models/cross_rank_batch_norm.py`).
     """
 
     turns: ClassVar[tuple[str, ...]] = (ALL,)
     whole_batch: ClassVar[bool] = False
+    cross_rank_batch_norm: ClassVar[bool] = False
     model: Any
     #: The turn that the coming forward pass is for; the engine sets it where there are several.
     turn: str = ALL

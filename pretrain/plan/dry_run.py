@@ -292,12 +292,11 @@ def _checkpoint_section(recipe: Recipe, plan: RunOutline) -> Section:
     frozen = f", {weights} a frozen one" if plan.size.trained < plan.size.parameters else ""
     remark = f"{checkpoint_width(recipe)} bytes a parameter{frozen}"
     section.add("size", f"about {_gigabytes(checkpoint_bytes(recipe, plan.size))}", remark)
-    for_good = int(recipe.schedule.epochs / checkpoint.keep_every_epochs) if checkpoint.keep_every_epochs else 0
-    kept = (
-        f"and one every {checkpoint.keep_every_epochs:g} epochs for good: {for_good}"
-        if checkpoint.keep_every_epochs
-        else ""
-    )
+    kept, period = "", checkpoint.keep_every_epochs
+    if period:
+        # schedule.steps says the length instead of schedule.epochs, which then is only the default.
+        epochs = plan.schedule.epoch(plan.schedule.total) if plan.schedule else recipe.schedule.epochs
+        kept = f"and one every {period:g} epochs for good: {int(epochs / period)}"
     section.add("kept", f"the last {checkpoint.keep_last}", kept)
     return section
 

@@ -89,16 +89,16 @@ class Planner:
     Args:
         method: the run.
         gpu: the accelerator.
-        supply: cores and storage that feed it.
+        resources: cores and storage that feed it.
         indices: of the sources whose shards are there.
         epoch_steps: optimiser steps of an epoch; None: not known.
     """
 
     def __init__(
-        self, method: Method, gpu: Gpu, supply: Resources, indices: list[ShardIndex], epoch_steps: int | None
+        self, method: Method, gpu: Gpu, resources: Resources, indices: list[ShardIndex], epoch_steps: int | None
     ) -> None:
         self.method, self.recipe = method, method.recipe
-        self.gpu, self.supply, self.indices = gpu, supply, indices
+        self.gpu, self.resources, self.indices = gpu, resources, indices
         self.epoch_steps = epoch_steps
         self.size = count_model(method)
         self.parameters = self.size.parameters
@@ -131,7 +131,7 @@ class Planner:
         times = self._times(trace, accumulation, gpus, traffic)
         videos_per_s = recipe.batch.samples / times.total
         clips_per_s = videos_per_s * recipe.input.views
-        feeding = feeding_of(recipe, videos_per_s, gpus, self.supply, self.indices)
+        feeding = feeding_of(recipe, videos_per_s, gpus, self.resources, self.indices)
         # A backward pass costs two forward ones. Recomputed work is no model's work: counted, it would raise the MFU.
         model_flops = 3 * trace.forward_flops / trace.clips
         return Estimate(
@@ -152,7 +152,7 @@ class Planner:
             steps=self._steps(),
             checkpoint_bytes=checkpoint_bytes(recipe, self.size),
             feeding=feeding,
-            problems=problems + shortages(recipe, feeding, self.supply),
+            problems=problems + shortages(recipe, feeding, self.resources),
         )
 
     def _memory(self, gpus: int, activations: float) -> Memory:

@@ -48,22 +48,22 @@ class Feeding:
 
 
 def feeding_of(
-    recipe: Recipe, videos_per_s: float, ranks: int, supply: Resources, indices: list[ShardIndex]
+    recipe: Recipe, videos_per_s: float, ranks: int, resources: Resources, indices: list[ShardIndex]
 ) -> Feeding:
     """Compute the needs of a job that trains on `videos_per_s` decoded videos a second."""
     samples = sum(index.samples for index in indices)
     size = sum(shard.bytes for index in indices for shard in index.shards) / samples if samples else VIDEO_BYTES
-    seconds = (supply.decode_ms + supply.view_ms * (recipe.input.views - 1)) / 1e3
+    seconds = (resources.decode_ms + resources.view_ms * (recipe.input.views - 1)) / 1e3
     return Feeding(videos_per_s, videos_per_s * seconds / ranks, videos_per_s * size / 1e9, size, bool(samples))
 
 
-def shortages(recipe: Recipe, feeding: Feeding, supply: Resources) -> list[str]:
+def shortages(recipe: Recipe, feeding: Feeding, resources: Resources) -> list[str]:
     """Say what can't keep up, and what to change."""
     found = []
-    if feeding.cores > supply.cores:
+    if feeding.cores > resources.cores:
         found.append(
-            f"decoding needs {feeding.cores:.1f} cores for each accelerator, {supply.cores:g} are there: accelerators "
-            f"would wait {1 - supply.cores / feeding.cores:.0%} of the time. Raise input.views (now "
+            f"decoding needs {feeding.cores:.1f} cores for each accelerator, {resources.cores:g} are there: "
+            f"accelerators would wait {1 - resources.cores / feeding.cores:.0%} of the time. Raise input.views (now "
             f"{recipe.input.views}; further views of a decoded clip are nearly free), pack with the default stream "
             "(docs/data.md), or take nodes with more cores"
         )
@@ -72,10 +72,10 @@ def shortages(recipe: Recipe, feeding: Feeding, supply: Resources) -> list[str]:
             f"decoding needs {feeding.cores:.1f} busy workers for each accelerator, data.workers="
             f"{recipe.data.workers}: set data.workers={int(feeding.cores * 1.2) + 1}"
         )
-    if supply.store_gbs is not None and feeding.store_gbs > supply.store_gbs:
+    if resources.store_gbs is not None and feeding.store_gbs > resources.store_gbs:
         found.append(
-            f"the store must deliver {feeding.store_gbs:.2f} GB/s, {supply.store_gbs:g} are there: set data.cache_dir "
-            "to local disks (after the first epoch nothing is read twice), raise input.views, or pack with a smaller "
+            f"the store must deliver {feeding.store_gbs:.2f} GB/s, {resources.store_gbs:g} are there: set "
+            "data.cache_dir to local disks (after the first epoch nothing is read twice), raise input.views, or pack with a smaller "
             "--short-side"
         )
     return found

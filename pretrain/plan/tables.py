@@ -19,13 +19,13 @@ MEMORY_PARTS = ("weights", "gradients", "optimiser", "buffers", "activations")
 TIME_PARTS = ("forward", "backward", "optimiser", "communication")
 
 
-def sections(recipe: Recipe, plan: Estimate, supply: Resources) -> list[Section]:
+def sections(recipe: Recipe, plan: Estimate, resources: Resources) -> list[Section]:
     """Make the tables of one plan."""
     return [
         _work(plan),
         _memory(recipe, plan),
         _step(recipe, plan),
-        _feeding(plan, supply),
+        _feeding(plan, resources),
         _run(plan),
         _problems(plan),
     ]
@@ -85,13 +85,13 @@ def _step(recipe: Recipe, plan: Estimate) -> Section:
     return section
 
 
-def _feeding(plan: Estimate, supply: Resources) -> Section:
+def _feeding(plan: Estimate, resources: Resources) -> Section:
     section, need = Section("feeding it"), plan.feeding
     section.add("videos", f"{need.videos_per_s:,.0f} a second", "decoded once, for all their views")
-    remark = f"{supply.decode_ms:g} ms a video; {supply.cores:g} there"
+    remark = f"{resources.decode_ms:g} ms a video; {resources.cores:g} there"
     section.add("decoding cores", f"{need.cores:.1f} for each accelerator", remark)
     origin = "from the index" if need.measured_bytes else "assumed, no shards found"
-    there = "" if supply.store_gbs is None else f"; {supply.store_gbs:g} GB/s there"
+    there = "" if resources.store_gbs is None else f"; {resources.store_gbs:g} GB/s there"
     remark = f"{need.video_bytes / 1e6:.2f} MB a video, {origin}{there}"
     section.add("object store", f"{need.store_gbs:.3f} GB/s", remark)
     return section

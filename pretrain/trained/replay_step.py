@@ -23,7 +23,14 @@ from pretrain.data.stream_plan import StreamPlan, open_sources
 from pretrain.engine.assemble import open_stream
 from pretrain.engine.step import to_device
 from pretrain.errors import CheckpointError, TrainingError
-from pretrain.guards.first_nonfinite import ROOT, Activation, NonFinite, Probe, bad_weights, function_without_gradient
+from pretrain.guards.first_nonfinite import (
+    ROOT,
+    Activation,
+    FirstNonFinite,
+    NonFinite,
+    bad_weights,
+    function_without_gradient,
+)
 from pretrain.guards.incidents import plain
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective
@@ -157,7 +164,7 @@ def _run(objective: Objective, batch: Batch, seed: int, place: StepPlace, rank: 
 
     # Gradients would add up: a NaN of the micro-batch before would be found in this one too.
     objective.zero_grad(set_to_none=True)
-    with Probe(objective, len(batch["key"])) as probe:
+    with FirstNonFinite(objective, len(batch["key"])) as probe:
         loss = loss_of()
         # A NaN loss makes every gradient NaN, which says nothing: the forward pass has the finding then.
         if loss.isfinite():

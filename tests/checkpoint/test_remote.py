@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import MANIFEST, Manifest, describe_file, problems, write_manifest
-from pretrain.checkpoint.rank_messages import Board
+from pretrain.checkpoint.rank_messages import RankMessages
 from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.checkpoint.restore import local_copy, prepare_resume
 from pretrain.checkpoint.resume import find_checkpoint
@@ -44,17 +44,17 @@ def remote(s3_server: Any) -> RemoteCheckpoints:
 @pytest.fixture
 def uploader(tmp_path: Path) -> Iterator[Callable[..., Uploader]]:
     """Opens uploaders of tmp_path/run/checkpoints, each a rank of one run, and ends them."""
-    store, boards = dist.HashStore(), []
+    store, channels = dist.HashStore(), []
 
     def open_one(remote: RemoteCheckpoints, rank: int = 0, world_size: int = 1, space: str = "x") -> Uploader:
-        boards.append(Board(space, store))
+        channels.append(RankMessages(space, store))
         ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
         extras = (tmp_path / "run" / "metrics.jsonl",)
-        return Uploader(tmp_path / "run" / "checkpoints", remote, ranks, boards[-1], 2, 10, extras)
+        return Uploader(tmp_path / "run" / "checkpoints", remote, ranks, channels[-1], 2, 10, extras)
 
     yield open_one
-    for board in boards:
-        board.closed = True
+    for channel in channels:
+        channel.closed = True
 
 
 def objects(server: Any, step: int) -> list[str]:

@@ -97,9 +97,9 @@ def test_after_a_rewind_the_run_is_as_if_the_step_had_been_skipped(
     assert curve(toy, name) == curve(toy, f"nan skipped {stage}")
     records = toy.records(name)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    assert [record["step"] for record in records if record.get("guard/left_out")] == [6]
+    assert [record["step"] for record in records if record.get("guard/skipped_step")] == [6]
     assert incident(toy, name)["rewound_to"] == 4
-    assert json.loads((toy.folder / name / "guard.json").read_text()) == {"rewinds": 1, "left_out": [5]}
+    assert json.loads((toy.folder / name / "guard.json").read_text()) == {"rewinds": 1, "skipped_steps": [5]}
 
 
 def test_bf16_rewinds_too(toy: Any, outcome: Any) -> None:
@@ -161,7 +161,7 @@ def test_without_zero_the_record_has_the_gradient_that_was_not_finite(toy: Any, 
 def test_policies_that_end_the_run_leave_a_record(toy: Any, outcome: Any) -> None:
     assert outcome["spike stopped"].startswith("TrainingError: step 6: the loss")
     assert incident(toy, "spike stopped")["action"] == "stop"
-    assert [record["step"] for record in toy.records("rewinds spent") if "guard/left_out" in record] == [6, 7]
+    assert [record["step"] for record in toy.records("rewinds spent") if "guard/skipped_step" in record] == [6, 7]
     assert (
         "TrainingError: step 8: the loss is not finite, the run went back 1 times already (guard.max_rewinds = 1)"
         in outcome["rewinds spent"]
@@ -195,4 +195,4 @@ def test_kill_9_after_interventions_changes_nothing(toy: Any) -> None:
         json.loads((toy.folder / name / "checkpoints" / "step_00000020" / "state.json").read_text())["guard"]
         for name in ("dies", "whole")
     ]
-    assert states[0] == states[1] and states[0]["left_out"] == [10]
+    assert states[0] == states[1] and states[0]["skipped_steps"] == [10]

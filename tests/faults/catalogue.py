@@ -165,10 +165,10 @@ def nans() -> Iterator[Case]:
 
 def recorded(lab: Lab) -> None:
     """One step was left out, with all others as they should be, and the bad batch is in the run folder."""
-    left_out = [record["step"] for record in lab.records() if record["optim/skipped"]]
+    skipped_steps = [record["step"] for record in lab.records() if record["optim/skipped"]]
     losses = [record["train/loss"] for record in lab.records() if not record["optim/skipped"]]
-    if len(left_out) != 1 or not all(map(math.isfinite, losses)):
-        raise NotKept(f"steps without an update: {left_out}, losses {losses}")
+    if len(skipped_steps) != 1 or not all(map(math.isfinite, losses)):
+        raise NotKept(f"steps without an update: {skipped_steps}, losses {losses}")
     found = list((lab.run / "incidents").glob("step_*.json"))
     if len(found) != 1:
         raise NotKept(f"incidents: {found}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pretrain.guards.first_nonfinite import ROOT, Probe, bad_weights, function_without_gradient
+from pretrain.guards.first_nonfinite import ROOT, FirstNonFinite, bad_weights, function_without_gradient
 
 
 class Scaled(nn.Module):
@@ -36,9 +36,9 @@ class Root(nn.Module):
         return x.abs().sqrt()
 
 
-def probed(module: nn.Module, x: Tensor) -> Probe:
+def probed(module: nn.Module, x: Tensor) -> FirstNonFinite:
     torch.manual_seed(0)
-    with Probe(module, len(x)) as probe:
+    with FirstNonFinite(module, len(x)) as probe:
         loss = module(x).square().mean()
         if loss.isfinite():
             loss.backward()

@@ -90,10 +90,10 @@ def test_a_policy_may_be_used_so_often_in_a_run(policy: Any, used: str) -> None:
 
 
 def test_a_rewind_takes_the_checkpoint_s_state_but_keeps_budgets_and_left_out_steps() -> None:
-    guard = StepGuard(Guard(leave_out=3), GuardState([9.0], in_a_row=1, rewinds=1, left_out=[2]))
+    guard = StepGuard(Guard(leave_out=3), GuardState([9.0], in_a_row=1, rewinds=1, skipped_steps=[2]))
     guard.rewound(GuardState([1.0], skipped=4, lowered=2, lowered_left=5), step=9, target=7)
     assert guard.state == GuardState(
-        [1.0], in_a_row=0, skipped=4, lowered=2, lowered_left=5, rewinds=2, left_out=[2, 7, 8]
+        [1.0], in_a_row=0, skipped=4, lowered=2, lowered_left=5, rewinds=2, skipped_steps=[2, 7, 8]
     )
     assert [step for step in range(12) if guard.leaves_out(step)] == [2, 7, 8]
 
@@ -130,11 +130,14 @@ def test_a_guard_from_a_checkpoint_decides_as_the_one_that_went_on(seed: int) ->
 
 def test_left_out_steps_survive_a_kill_before_the_next_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "guard.json"
-    saved = {"guard": GuardState(window=[1.0], rewinds=1, left_out=[3]).__dict__}
-    remember(path, GuardState(rewinds=2, left_out=[3, 8]))
+    saved = {"guard": GuardState(window=[1.0], rewinds=1, skipped_steps=[3]).__dict__}
+    remember(path, GuardState(rewinds=2, skipped_steps=[3, 8]))
     state = state_at_start(path, ALONE, saved)
-    assert (state.rewinds, state.left_out, state.window) == (2, [3, 8], [1.0])
-    assert state_at_start(path, ALONE, {"skips": {"total": 3}}).left_out == [3, 8], "a checkpoint without a guard"
+    assert (state.rewinds, state.skipped_steps, state.window) == (2, [3, 8], [1.0])
+    assert state_at_start(path, ALONE, {"skips": {"total": 3}}).skipped_steps == [3, 8], "a checkpoint without a guard"
+    path.write_text('{"rewinds": 2, "left_out": [8, 9]}')
+    older = {"guard": {"rewinds": 1, "left_out": [3]}}
+    assert state_at_start(path, ALONE, older).skipped_steps == [3, 8, 9], "of a run begun under the field's old name"
     path.write_text('{"rewinds": ')
     with pytest.raises(CheckpointError, match="remove it"):
         state_at_start(path, ALONE, saved)

@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.commands.pack import main
 from pretrain.data.index import load_index
-from pretrain.data.pack import progress_report as screen
+from pretrain.data.pack import progress_report
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["--preset", "ultrafast", "--workers", "0", "--check-reads", "2", "--check-decoders", "pyav"]
@@ -87,8 +87,8 @@ def test_rejected_videos_are_summed_up(videos: Path, tmp_path: Path, capsys: pyt
 
 def test_log_lines_tell_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seconds = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(screen.time, "monotonic", lambda: float(next(seconds)))
-    with screen.progress_bar(500) as show:
+    monkeypatch.setattr(progress_report.time, "monotonic", lambda: float(next(seconds)))
+    with progress_report.progress_bar(500) as show:
         for done in range(101, 111):  # a restart that found 100 videos done
             show(done, 500, (done - 100) * 5_000_000)
     line = capsys.readouterr().err.splitlines()[0]

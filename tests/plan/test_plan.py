@@ -195,8 +195,8 @@ def test_what_does_not_fit_says_what_to_change() -> None:
 
 def test_starving_accelerators_are_named() -> None:
     recipe = load_recipe("vit_b_dual", ["input.views=1"])
-    supply = Resources(decode_ms=40, cores=4, store_gbs=0.5)
-    *_, cores, store = Planner(method_of(recipe), SHEETS["h100"], supply, [], None).estimate(64).problems
+    resources = Resources(decode_ms=40, cores=4, store_gbs=0.5)
+    *_, cores, store = Planner(method_of(recipe), SHEETS["h100"], resources, [], None).estimate(64).problems
     assert "cores for each accelerator, 4 are there" in cores and "input.views" in cores
     assert "0.5 are there" in store and "data.cache_dir" in store
 

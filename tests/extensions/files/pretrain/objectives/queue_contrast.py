@@ -52,10 +52,12 @@ METHOD = QueueContrastMethod
 class QueueContrast(WholeBatchObjective):
     """InfoNCE over the global batch and the queue."""
 
+    cross_rank_batch_norm = True
+
     def __init__(self, model: nn.Module, dim: int, options: Config) -> None:
         super().__init__()
         self.model, self.options = model, options
-        self.normalization = PixelNormalization()
+        self.normalization, self.norm = PixelNormalization(), nn.BatchNorm1d(dim)
         self.queue = F.normalize(torch.randn(options.queue, dim, generator=torch.Generator().manual_seed(5)), dim=1)
         self.keys = self.queue[:0]
 
@@ -65,7 +67,7 @@ class QueueContrast(WholeBatchObjective):
         return found
 
     def embed(self, batch: Batch) -> Embeddings:
-        return {"crops": F.normalize(self.features(batch), dim=1).unflatten(0, (-1, 2))}
+        return {"crops": F.normalize(self.norm(self.features(batch)), dim=1).unflatten(0, (-1, 2))}
 
     def compare(self, embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         crops = embeddings["crops"]
