@@ -43,7 +43,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """How a parameter is trained.
+    """Training of a parameter: rate, decay, turn.
 
     Attributes:
         lr_scale: factor on the learning rate.
