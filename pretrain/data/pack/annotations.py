@@ -23,7 +23,7 @@ Row = tuple[int, dict[str, Any] | str]
 
 
 def database_rows(source: str, text: str) -> list[Row]:
-    """Rows of an annotation file in ActivityNet's json, one for each annotated segment, numbered in file order.
+    """Read rows of an annotation file in ActivityNet's json, one for each annotated segment, numbered in file order.
 
     Raises:
         RecipeError: another kind of json.
@@ -46,9 +46,10 @@ def database_rows(source: str, text: str) -> list[Row]:
 
 
 def annotated(rows: list[Row], root: str) -> list[Row]:
-    """Rows with a path, start and end in the place of their id and the columns' official names."""
+    """Give rows a path, start and end in the place of their id and the columns' official names."""
     if not any(isinstance(row, dict) and ID_COLUMN in row and "path" not in row for _, row in rows):
         return rows
+    # Listed once for all rows: an id tells neither folder nor ending, and asking would be requests for each row.
     files = _files(root)
     return [(number, row if isinstance(row, str) else _renamed(row, files)) for number, row in rows]
 
@@ -62,17 +63,19 @@ def _renamed(row: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
         if official in row:
             row[ours] = row.pop(official)
     if "classname" in row:
+        # HACS calls 1 and -1 the label: taken for the class number, every clip would have one of two classes.
         row["shows_class"] = row.pop("label", None)
         row["label"] = row.pop("classname")
     piece = _piece(row)
     if piece in files:
+        # The file holds the piece alone, and its time begins at zero: bounds of the original would cut it again.
         del row["start"], row["end"]
         return row | {"path": files[piece]}
     return row | {"path": files.get(name) or files.get(f"v_{name}") or f"{name}.mp4"}
 
 
 def _piece(row: dict[str, Any]) -> str | None:
-    """Name of a piece that a downloader of Kinetics has cut out: id_000010_000020."""
+    """Name the piece that a downloader of Kinetics has cut out: id_000010_000020."""
     try:
         return f"{row[ID_COLUMN]}_{int(row['start']):06d}_{int(row['end']):06d}"
     except (KeyError, ValueError):
@@ -80,7 +83,7 @@ def _piece(row: dict[str, Any]) -> str | None:
 
 
 def _files(root: str) -> dict[str, str]:
-    """Paths of the videos below a folder, relative to it, by name without ending."""
+    """Find the videos below a folder: paths relative to it, by name without ending."""
     try:
         names = storage.find(root or ".")
     except StorageError:

@@ -28,7 +28,7 @@ DEADLINE_S = 300.0
 
 
 def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = ()) -> Iterator[str]:
-    """Every problem of the data set at `url`, one line each, as they are found.
+    """Yield every problem of the data set at `url`, one line each, as they are found.
 
     Args:
         url: folder with index.json and shards.
@@ -44,6 +44,7 @@ def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = 
         if name.endswith(".tar") and name not in known:
             yield f"{storage.join(url, name)}: not in the index; index again with --index-only, or delete it"
     check = functools.partial(check_shard, url, decoders=decoders)
+    # In processes of its own, since a damaged file may kill its decoder.
     pool: OrderedPool[Shard, list[str]] = OrderedPool(check, functools.partial(_crashed, url), workers)
     for problems in pool.map(index.shards):
         yield from problems
@@ -54,7 +55,7 @@ def _crashed(url: str, shard: Shard) -> list[str]:
 
 
 def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> list[str]:
-    """Problems of one shard."""
+    """List problems of one shard."""
     where = storage.join(url, shard.name)
     problems: list[str] = []
     try:
@@ -87,6 +88,7 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
         kinds = {ending: kind_of_ending(ending) for ending in files}
         main = next((ending for kind in KINDS for ending in files if kinds[ending] == kind), None)
         for ending, content in files.items():
+            # The main video is decoded once, below, where its signatures are needed as well.
             if ending != main or kinds[ending] != "video":
                 _check_member(ending, content, facts if ending == main else {}, kinds)
         if main is None or kinds[main] != "video":
@@ -122,7 +124,7 @@ def _check_member(ending: str, content: VideoFile, facts: dict[str, object], kin
 
 
 def _signatures(video: VideoFile) -> Signatures:
-    """Of all frames: of a linked film or segment by PyAV, some frames at a time, since it may be long."""
+    """Sum up all frames: of a linked film or segment by PyAV, some frames at a time, since it may be long."""
     if isinstance(video, LinkedVideo):
         with open_video(video, "pyav") as reader:
             parts = np.array_split(np.arange(reader.num_frames), -(-reader.num_frames // FRAMES))
@@ -134,7 +136,7 @@ def _signatures(video: VideoFile) -> Signatures:
 
 
 def _read_sample(data: bytes) -> tuple[dict[str, VideoFile], dict[str, object]]:
-    """Members by ending, and the json (empty without), out of the tar members of one sample."""
+    """Read members by ending, and the json (empty without), out of the tar members of one sample."""
     from webdataset.tariterators import base_plus_ext
 
     files: dict[str, VideoFile] = {}

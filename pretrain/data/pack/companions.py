@@ -33,7 +33,7 @@ class Companion:
 
 
 def beside(path: str, names: Sequence[str]) -> tuple[Companion, ...]:
-    """The files of the same stem as `path`; whether they are there shows when the sample is packed."""
+    """Name the files of the same stem as `path`; whether they are there shows when the sample is packed."""
     stem = posixpath.splitext(path)[0] if kind_of(path) else path  # a folder of frames may have a dot in its name
     return tuple(Companion(name, f"{stem}.{name}") for name in names)
 
@@ -41,7 +41,7 @@ def beside(path: str, names: Sequence[str]) -> tuple[Companion, ...]:
 def from_row(
     row: dict[str, Any], path: str, names: Sequence[str], rooted: Callable[[str], str]
 ) -> tuple[Companion, ...]:
-    """Companions of a manifest's row, taken out of it.
+    """Take the companions out of a manifest's row.
 
     Args:
         row: the columns; those that become companions are removed.
@@ -66,21 +66,23 @@ def _from_column(name: str, value: Any, rooted: Callable[[str], str]) -> Compani
 
 
 def _is_json(text: str) -> bool:
-    """Whether a csv's text is a list or an object, boxes for example."""
+    """Tell whether a csv's text is a list or an object, boxes for example."""
     try:
+        # A caption such as `null` or `3` is JSON as well, and is meant as text.
         return text.lstrip().startswith(("[", "{")) and json.loads(text) is not None
     except ValueError:
         return False
 
 
 def read_companion(companion: Companion) -> bytes:
-    """Its content, verified by what its ending says that it is.
+    """Read its content, verified by what its ending says that it is.
 
     Raises:
         SampleError: "companion" where it is missing or damaged.
         DataError: the store does not answer.
     """
     if not companion.path:
+        # Sorted, since packed bytes must not depend on the order of a manifest's keys.
         text = companion.value if isinstance(companion.value, str) else json.dumps(companion.value, sort_keys=True)
         return text.encode()
     try:

@@ -1,4 +1,4 @@
-"""What a member holds, found by decoding all of it: before it is packed, and when shards are checked."""
+"""Content of a member, found by decoding all of it: before it is packed, and when shards are checked."""
 
 import json
 import tempfile
@@ -51,6 +51,7 @@ def _video(data: bytes) -> dict[str, Any]:
 def _image(data: bytes) -> dict[str, Any]:
     from pretrain.data.decoders.image import decode_image
 
+    # By the decoder that training uses: what another one accepts may still fail there.
     _, height, width, _ = decode_image(data).shape
     return {"frames": 1, "width": width, "height": height}
 
@@ -64,6 +65,7 @@ def _sound(data: bytes) -> dict[str, Any]:
         raise SampleError("damaged", f"{len(data)} bytes, its header says {riff + 8}: the file is cut")
     stated = probe_sound(data)
     heard = decode_sound(data, stated.rate, min(stated.channels, 2))
+    # Compared with the header: a cut file may decode to its cut without an error.
     seconds = heard.shape[1] / stated.rate
     if stated.duration and seconds < (1 - SHORTER) * stated.duration - 0.1:
         raise SampleError(
@@ -99,6 +101,7 @@ def _raster(data: bytes) -> dict[str, Any]:
 
 def _text(data: bytes) -> dict[str, Any]:
     try:
+        # A byte order mark, as Windows editors write it, would become the text's first character.
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SampleError("damaged", f"not a text in UTF-8: {error}") from error

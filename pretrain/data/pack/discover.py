@@ -1,4 +1,4 @@
-"""What to pack: files of one kind (and frame folders) found in folders, zip archives, list files and manifests."""
+"""Discovery of what to pack: files of one kind (and frame folders) in folders, zip archives, lists and manifests."""
 
 import csv
 import functools
@@ -60,7 +60,7 @@ class Item:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What to take of the sources."""
+    """Selection from the sources."""
 
     data_root: str
     list_format: ListFormat
@@ -77,7 +77,7 @@ def gather(
     kind: AskedKind = "auto",
     companions: Sequence[str] = (),
 ) -> list[Item]:
-    """Every file of one kind named by `sources`, in the order given; folders are searched at any depth, by name.
+    """Gather every file of one kind named by `sources`, in their order; folders are searched at any depth, by name.
 
     Args:
         sources: folders, zip archives, files, list files or manifests; local paths or fsspec URLs.
@@ -103,6 +103,7 @@ def gather(
             problems.extend(error.problems)
     if problems:
         raise RecipeError(problems)
+    # Of several, indexes would leave out what has no video, silently: the rule for foreign shards.
     kinds = {item.kind for item in items}
     if len(kinds) > 1:
         found = " and ".join(plural_of([one]) for one in KINDS if one in kinds)
@@ -141,7 +142,7 @@ def _from_folder(source: str, wanted: _Wanted) -> list[Item]:
 
 
 def _from_zip(source: str, wanted: _Wanted) -> list[Item]:
-    """What the map beside an archive says, as Swin Transformer's zip mode has it, else all of the archive."""
+    """Take what the map beside an archive says, as Swin Transformer's zip mode has it, else all of the archive."""
     where = zip_source.map_of(source)
     if where is not None:
         return _from_list(where, replace(wanted, data_root=source))
@@ -152,7 +153,8 @@ def _from_zip(source: str, wanted: _Wanted) -> list[Item]:
 def _files(
     listing: dict[str, int], place: Callable[[str], str], wanted: _Wanted, kinds: Sequence[Kind]
 ) -> Iterator[Item]:
-    """Files of the wanted kind, or else of the first of some kinds that is there."""
+    """Yield files of the wanted kind, or else of the first of some kinds that is there."""
+    # macOS leaves `._name` files of the same ending beside its own.
     names = [name for name in listing if not posixpath.basename(name).startswith(".")]
     kind = wanted.kind or next((one for one in kinds if one in map(kind_of, names)), None)
     if kind is None:
@@ -165,7 +167,7 @@ def _files(
 
 
 def _videos(listing: dict[str, int], place: Callable[[str], str], wanted: _Wanted) -> Iterator[Item]:
-    """Videos below a folder; a sub-folder that holds images and no video counts as one frame folder."""
+    """Yield videos below a folder; a sub-folder that holds images and no video counts as one frame folder."""
     images: dict[str, int] = {}
     with_video: set[str] = set()
     for name, size in listing.items():
@@ -188,7 +190,7 @@ def _videos(listing: dict[str, int], place: Callable[[str], str], wanted: _Wante
 
 
 def _of_kind(item: Item, asked: Kind | None) -> Item:
-    """The item with its kind: the one asked for, or what its path ends like.
+    """Give the item its kind: the one asked for, or what its path ends like.
 
     Raises:
         RecipeError: it can't be of the kind that is asked for.
@@ -209,6 +211,7 @@ def _folder_label(parent: str, labels: LabelRule) -> str | None:
 
 def _from_list(source: str, wanted: _Wanted) -> list[Item]:
     try:
+        # Spreadsheets write a byte order mark, which would hide the first column's name.
         text = storage.read_bytes(source).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{source}: not a text file in UTF-8 ({error})") from error
@@ -226,7 +229,7 @@ def _from_list(source: str, wanted: _Wanted) -> list[Item]:
 
 
 def _completed(source: str, items: list[Item], root: str, wanted: _Wanted) -> list[Item]:
-    """Items of a list with their kinds, and with their companions, which a manifest's further columns may name."""
+    """Give items of a list their kinds, and their companions, which a manifest's further columns may name."""
     problems: list[str] = []
     completed: list[Item] = []
     rooted = functools.partial(_under, root)
@@ -243,7 +246,7 @@ def _completed(source: str, items: list[Item], root: str, wanted: _Wanted) -> li
 
 
 def _csv_header(text: str) -> str | None:
-    """The delimiter when the first line is a header with a column for the video; official lists have no header."""
+    """Find the delimiter when the first line is a header with a column for the video; official lists have none."""
     first = text.split("\n", 1)[0].strip()
     return next((d for d in ",\t;" if {"path", ID_COLUMN} & {c.strip().strip('"') for c in first.split(d)}), None)
 
@@ -252,6 +255,8 @@ def _csv_rows(source: str, text: str, delimiter: str) -> list[tuple[int, dict[st
     reader = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
     rows: list[tuple[int, dict[str, Any] | str]] = []
     for row in reader:
+        # csv puts what is too many under the key None, and None where columns are missing: an unquoted comma would move
+        # a path into the label.
         wrong = None in row or None in row.values()
         fault = (
             f"{len(reader.fieldnames or ())} columns expected as in the header; quote values that hold {delimiter!r}"
@@ -295,6 +300,7 @@ def _manifest_item(row: dict[str, Any] | str) -> Item:
             "no path; columns are path, and optionally label, key, start, end, frames; others are kept as meta"
         )
     label, key = row.pop("label", None), row.pop("key", "")
+    # A csv has text alone: "3" and 3 must be one class, whatever kind of list names it.
     if isinstance(label, str) and label.lstrip("-").isdigit():
         label = int(label)
     start, end, total = (row.pop(name, None) for name in ("start", "end", "frames"))
@@ -313,7 +319,7 @@ def _rooted(item: Item, root: str) -> Item:
 
 
 def _under(root: str, path: str) -> str:
-    """A path of a list, which starts at `root` where it is relative; `root` may be a zip archive."""
+    """Complete a path of a list, which starts at `root` where it is relative; `root` may be a zip archive."""
     if "://" in path or path.startswith("/") or not root:
         return path
     return zip_source.entry_path(root, path) if root.endswith(zip_source.ENDING) else storage.join(root, path)
@@ -332,5 +338,6 @@ def with_sizes(items: list[Item], threads: int = 16) -> list[Item]:
         except StorageError:
             return item
 
+    # Threads: each question waits for the store, not for this machine.
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(sized, items))

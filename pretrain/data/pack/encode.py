@@ -22,7 +22,7 @@ MP4_OPTIONS = {"movflags": "+faststart", "fflags": "+bitexact"}
 
 @dataclass
 class Losses:
-    """What went missing while decoding."""
+    """Counts of what went missing while decoding."""
 
     failed: int = 0
     corrupt: int = 0
@@ -40,7 +40,7 @@ class Losses:
 
 
 def decode(container: Any, streams: list[Any], losses: Losses) -> Iterator[Any]:
-    """Video frames, and packets of other streams, in file order; counts what does not decode."""
+    """Yield video frames, and packets of other streams, in file order; counts what does not decode."""
     import av
 
     for packet in container.demux(streams):
@@ -50,6 +50,7 @@ def decode(container: Any, streams: list[Any], losses: Losses) -> Iterator[Any]:
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
+            # Counted, not raised: `Losses.check` judges how much of the whole is lost.
             losses.failed += 1
             continue
         for frame in frames:
@@ -79,6 +80,7 @@ def encode_video(
     try:
         with av.open(source) as container, av.open(target, "w", format="mp4", options=MP4_OPTIONS) as out:
             video = video_stream(container)
+            # One thread: the worker processes occupy the cores already.
             video.codec_context.thread_count = 1
             sink = _Sink(out, facts, options, phase)
             sound = Sound(out, container, facts.start) if options.audio and facts.audio else None
@@ -146,9 +148,10 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
 
 
 def with_decoding_times(packets: Iterable[Any]) -> Iterator[Any]:
-    """All packets; the first ones of a Matroska file with B frames have no decoding time, and mp4 needs one."""
+    """Yield all packets; the first of a Matroska file with B frames have no decoding time, and mp4 needs one."""
     early: list[Any] = []
     for packet in packets:
+        # Packets of no size are the demuxer's end of a stream; mp4 would be given a frame without content.
         if packet.size and packet.dts is None:
             early.append(packet)
         elif packet.size:
@@ -161,7 +164,7 @@ def with_decoding_times(packets: Iterable[Any]) -> Iterator[Any]:
 
 
 def output_size(facts: Facts, short_side: int | None) -> tuple[int, int]:
-    """(width, height) of the encoded video: upright, square pixels, short side at most `short_side`, both even."""
+    """Compute (width, height) of the encoded video: upright, square pixels, short side at most `short_side`, even."""
     width, height = Fraction(facts.width) * facts.pixel_aspect, Fraction(facts.height)
     if facts.rotation in (90, 270):
         width, height = height, width
@@ -170,6 +173,7 @@ def output_size(facts: Facts, short_side: int | None) -> tuple[int, int]:
 
 
 def _even(length: Fraction) -> int:
+    # Even, since yuv420p halves both sides; x264 refuses odd ones.
     return max(2, 2 * round(length / 2))
 
 
@@ -192,6 +196,7 @@ class _Clock:
     def stamp(self, frame: Any, stream_base: Fraction) -> Any:
         time = self.next
         if self.vfr and frame.pts is not None:
+            # Never back or equal: two frames may be rounded to one tick, which encoders refuse.
             time = max(time, round((frame.pts * stream_base - Fraction(self.start)) / self.base))
         frame.pts, frame.time_base, self.next = time, self.base, time + 1
         return frame
@@ -212,6 +217,7 @@ class _Sink:
         self.base = 1 / options.fps if options.fps else (CLOCK if facts.vfr else 1 / facts.fps)
         context.time_base = self.base
         if options.codec == "hevc":
+            # FFmpeg's own choice, hev1, is not played by Apple's software.
             context.codec_tag = "hvc1"
         os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder prints a page for every video
         self.graph: Any = None
@@ -224,6 +230,7 @@ class _Sink:
             assert self.input is not None
             width, height, pix_fmt = self.input
             pts, base = frame.pts, frame.time_base
+            # The filter graph was configured for the first frame's size and format.
             frame = frame.reformat(width=width, height=height, format=pix_fmt)
             frame.pts, frame.time_base = pts, base
         self.graph.vpush(frame)
@@ -243,6 +250,7 @@ class _Sink:
         context.color_range, context.colorspace = 1, frame.colorspace  # 1 = limited range, what every player assumes
         context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
         self.graph = av.filter.Graph()
+        # Its default is one for each core, started anew for every video, in every worker process.
         self.graph.threads = 1
         nodes = [
             self.graph.add_buffer(
@@ -296,7 +304,7 @@ def _encoder_options(options: Options) -> dict[str, str]:
 
 
 def picture_type(number: int, phase: int, options: Options) -> int:
-    """What frame `number` is coded as, in FFmpeg's numbers: 1 key frame, 2 P, 3 B, 0 as the encoder likes.
+    """Choose how frame `number` is coded, in FFmpeg's numbers: 1 key frame, 2 P, 3 B, 0 as the encoder likes.
 
     Frames phase, phase + grid, ... are references. So is the last one before a key frame, which no B frame may
     look across.

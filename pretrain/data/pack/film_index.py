@@ -1,4 +1,4 @@
-"""What a container's index says about its video, read by ranges; and where long videos are cut into pieces by it."""
+"""Index of a container's video, read by ranges; and where long videos are cut into pieces by it."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ UNTRIED = {"codec_whitelist": "none"}
 
 
 def open_file(path: str) -> str | LinkedVideo:
-    """What av.open takes for a path or URL.
+    """Give what av.open takes for a path or URL.
 
     Raises:
         SampleError: "missing", or "storage" where access is denied.
@@ -36,7 +36,7 @@ def open_file(path: str) -> str | LinkedVideo:
 
 
 def open_ranges(path: str) -> LinkedVideo:
-    """A path or URL as a file that is read by ranges; errors as by `open_file`."""
+    """Open a path or URL as a file that is read by ranges; errors as by `open_file`."""
     try:
         return LinkedVideo(path, Span(storage.size(path)))
     except StorageError as error:
@@ -49,7 +49,7 @@ def open_ranges(path: str) -> LinkedVideo:
 
 @dataclass(frozen=True)
 class FilmIndex:
-    """What a container's index says about its video.
+    """Content of a container's index about its video.
 
     Attributes:
         container: FFmpeg's name.
@@ -72,7 +72,7 @@ class FilmIndex:
     ranges: tuple[Range, ...]
 
     def span(self, segment: Segment | None) -> Span:
-        """What reading a segment of the file needs to know."""
+        """Give what reading a segment of the file needs to know."""
         frames = None
         if segment is not None and self.keys:
             latest, (_, end) = segment.latest_key(self.first, self.time_base), segment.ticks(self.first, self.time_base)
@@ -93,6 +93,7 @@ def read_index(path: str) -> FilmIndex:
 
     file = open_ranges(path)
     try:
+        # Titles are in any encoding; PyAV would refuse the whole file for one that is not UTF-8.
         with av.open(file, mode="r", options=UNTRIED, metadata_errors="ignore") as container:
             video = video_stream(container)
             indexed = container.format.name in INDEXED
@@ -112,6 +113,7 @@ def read_index(path: str) -> FilmIndex:
             )
     except (av.error.FFmpegError, UnicodeDecodeError, ValueError) as error:
         file.check()
+        # Behind the check: FFmpeg reports a store that does not answer as a damaged file.
         raise SampleError("unreadable", str(error)) from error
 
 
@@ -128,7 +130,8 @@ def _key_frames(video: Any, entries: list[Any]) -> tuple[tuple[int, int], ...]:
 
 
 def _even(video: Any, found: list[int]) -> range | None:
-    """Decoding times that are evenly spaced, as many as the header says, mean that the frames are shown so as well.
+    """Find the even spacing: decoding times so spaced, as many as the header says, mean that frames are shown so as
+    well.
 
     It is a promise and no proof: readers hold it against every packet (decoders/pyav_reader.py).
     """
@@ -143,7 +146,7 @@ def _even(video: Any, found: list[int]) -> range | None:
 
 
 def cut_items(items: Iterable[Item], seconds: float, at_keys: bool, threads: int = 16) -> list[Item]:
-    """Long videos as pieces of `seconds`; a rest shorter than half of that belongs to the piece before it.
+    """Cut long videos into pieces of `seconds`; a rest shorter than half of that belongs to the piece before it.
 
     Args:
         items: Videos; those that are segments already, and frame folders, stay as they are. So do files that can't be

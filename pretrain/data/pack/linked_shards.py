@@ -60,6 +60,7 @@ def write_links(items: list[Item], dest: str) -> ShardIndex:
                  if zip_source.is_entry(item.path)]  # fmt: skip
     if problems:
         raise RecipeError(problems)
+    # Refused rather than replaced: runs under way may read that index.
     if storage.exists(storage.join(dest, INDEX_NAME)):
         raise DataError(f"{dest}: holds an index already; choose another DEST")
     indexes = _read_indexes(files)
@@ -77,6 +78,7 @@ def _write_shard(name: str, items: list[Item], indexes: dict[str, FilmIndex], de
 
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, name)
+        # No times: the same list must give the same shard, whose hash is in the fingerprint.
         with open(path, "wb") as file, TarWriter(file, mtime=0) as tar:
             for sample in _samples(items, indexes):
                 tar.write(sample)
@@ -88,6 +90,7 @@ def _write_shard(name: str, items: list[Item], indexes: dict[str, FilmIndex], de
 
 def _samples(items: list[Item], indexes: dict[str, FilmIndex]) -> Iterator[dict[str, object]]:
     for item in items:
+        # Absolute: training may start in another folder than this command.
         where = item.path if "://" in item.path else os.path.abspath(item.path)
         facts = {"key": item.key, "label": item.label, "source": item.name, "bytes": item.size, "meta": item.meta}
         if item.segment is not None:
@@ -102,8 +105,9 @@ def _samples(items: list[Item], indexes: dict[str, FilmIndex]) -> Iterator[dict[
 
 
 def _read_indexes(items: list[Item]) -> dict[str, FilmIndex]:
-    """The index of every file of which not all is needed for a sample, by path; without those that can't be read."""
+    """Read the index of every file of which a sample needs only a part, by path; without those that can't be read."""
     films = [item for item in items if item.kind == "video" and (item.segment is not None or item.size > FILM_BYTES)]
+    # Once a film, however many segments are of it.
     paths = sorted({item.path for item in films})
     with ThreadPoolExecutor(THREADS) as pool:
         found = zip(paths, pool.map(_try_index, paths), strict=True)
@@ -119,7 +123,7 @@ def _try_index(path: str) -> FilmIndex | None:
 
 
 def _there(items: list[Item], indexes: dict[str, FilmIndex]) -> list[Item]:
-    """Items without the segments that begin behind the end of their file, about which there is a line each."""
+    """Leave out the segments that begin behind the end of their file, with a line about each."""
     kept = []
     for item in items:
         index = indexes.get(item.path)

@@ -1,4 +1,4 @@
-"""What a video file holds: read from its packets, without decoding more than one frame."""
+"""Facts about a video file, read from its packets, without decoding more than one frame."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -63,6 +63,7 @@ def probe(path: str, shown: range | None = None) -> Facts:
             stamps, packets, discarded = _time_stamps(container, video, shown)
         with av.open(path) as container:
             video = video_stream(container)
+            # Of a file that is opened anew: listing its packets has gone to the end.
             frame = next(container.decode(video), None)
             if frame is None:
                 raise SampleError("no-frames", f"the {codec_name(video)} stream decodes to nothing")
@@ -78,6 +79,7 @@ def probe(path: str, shown: range | None = None) -> Facts:
                 pixel_aspect=Fraction(video.sample_aspect_ratio or 1),
                 fps=fps,
                 packets=packets,
+                # What an edit list hides is listed and not missing.
                 listed=max(packets, video.frames - discarded),
                 start=float(stamps[0]) if stamps.size else 0.0,
                 duration=float(stamps[-1] - stamps[0] + 1 / fps) if stamps.size else float(packets / fps),
@@ -89,12 +91,12 @@ def probe(path: str, shown: range | None = None) -> Facts:
 
 
 def codec_name(stream: Any) -> str:
-    """FFmpeg's name of a stream's codec ("av1"), not of the library that decodes it ("libdav1d")."""
+    """Give FFmpeg's name of a stream's codec ("av1"), not of the library that decodes it ("libdav1d")."""
     return str(stream.codec_context.codec.canonical_name)
 
 
 def video_stream(container: Any) -> Any:
-    """The first stream that is a film, not the cover picture of a song."""
+    """Find the first stream that is a film, not the cover picture of a song."""
     import av
 
     cover = av.stream.Disposition.attached_pic
@@ -106,7 +108,7 @@ def video_stream(container: Any) -> Any:
 
 
 def _time_stamps(container: Any, video: Any, shown: range | None) -> tuple[np.ndarray, int, int]:
-    """Presentation times in order, seconds (empty where the container has none), coded frames, frames edited out."""
+    """Collect presentation times in order, seconds (empty where there are none), coded frames, frames edited out."""
     stamps: list[int] = []
     packets = discarded = 0
     for packet in container.demux(video):
@@ -116,6 +118,7 @@ def _time_stamps(container: Any, video: Any, shown: range | None) -> tuple[np.nd
         packets += 1
         if packet.pts is not None:
             stamps.append(packet.pts)
+    # All or none: a gap in the list would pass for a variable frame rate.
     complete = stamps if len(stamps) == packets else []
     return np.sort(np.array(complete, dtype=np.float64)) * float(video.time_base), packets, discarded
 
@@ -127,6 +130,7 @@ def _rate(stamps: np.ndarray, packets: int, video: Any) -> tuple[Fraction, bool]
     measured = (len(stamps) - 1) / float(stamps[-1] - stamps[0])
     grid = stamps[0] + np.arange(len(stamps)) / measured
     vfr = bool(np.abs(stamps - grid).max() * measured > GRID_TOLERANCE)
+    # The stated rate is exact (30000/1001), the measured one is off by the rounding of time stamps.
     if abs(measured - stated) < 0.002 * measured:
         return Fraction(stated), vfr
     return Fraction(measured).limit_denominator(1001), vfr

@@ -1,4 +1,4 @@
-"""What the command line decides about packing, in one picklable object."""
+"""Options of packing, as the command line decides them, in one picklable object."""
 
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -27,6 +27,7 @@ ENCODERS: dict[Codec, FFmpegEncoder] = {
         "libx265", 26, "medium", extra=(("x265-params", "pools=none:frame-threads=1:open-gop=0:log-level=error"),)
     ),
     "av1": FFmpegEncoder("libsvtav1", 35, "8", extra=(("svtav1-params", "lp=1"),)),
+    # b=0: with a bit rate, libvpx takes crf for a limit and not for the quality.
     "vp9": FFmpegEncoder("libvpx-vp9", 32, "4", "cpu-used", (("b", "0"), ("row-mt", "0"), ("deadline", "good"))),
 }
 
@@ -67,17 +68,18 @@ class Options:
     min_frames: int = 1
     decoders: tuple[str, ...] = ("decord", "pyav")
     reads: int = 6
+    # Not in repr, which is in fingerprints: packings of videos that an earlier release began must go on.
     image_short_side: int | None = field(default=None, repr=False)
     image_quality: int = field(default=95, repr=False)
     shard_bytes: int = 512_000_000
     shard_samples: int | None = None
 
     def stated(self, kind: Kind) -> str:
-        """What the fingerprint of a plan says of them; for videos what it said before there were images."""
+        """Describe them for a plan's fingerprint; for videos as it was before there were images."""
         own = f"{self}, image_short_side={self.image_short_side}, image_quality={self.image_quality}"
         return own if kind == "image" else str(self)
 
     @property
     def gridded(self) -> bool:
-        """Whether encoded videos have a grid of reference frames."""
+        """Presence of a grid of reference frames in encoded videos."""
         return self.codec == "h264" and self.grid > 1

@@ -9,7 +9,7 @@ from pretrain.runtime import storage
 
 
 def fetch(path: str) -> bytes:
-    """All bytes of an original.
+    """Read all bytes of an original.
 
     Raises:
         SampleError: "missing", "storage" where access is denied, "unreadable" for a damaged entry of a zip archive.
@@ -26,7 +26,7 @@ def fetch(path: str) -> bytes:
 
 
 def fetch_whole(path: str) -> bytes:
-    """As `fetch`; SampleError "empty" for a file of 0 bytes."""
+    """Read as `fetch`; SampleError "empty" for a file of 0 bytes."""
     data = fetch(path)
     if not data:
         raise SampleError("empty", "the file has 0 bytes")
@@ -34,20 +34,20 @@ def fetch_whole(path: str) -> bytes:
 
 
 def size(path: str) -> int:
-    """Bytes of an original; StorageError where it is not there."""
+    """Tell the bytes of an original; StorageError where it is not there."""
     return zip_source.size(path) if zip_source.is_entry(path) else storage.size(path)
 
 
 def keep(data: bytes, ending: str, folder: str) -> str:
-    """Write a member's content to a new file in the local `folder`; its path."""
+    """Write a member's content to a new file in the local `folder` and return its path."""
     with tempfile.NamedTemporaryFile(dir=folder, suffix="." + ending, delete=False) as file:
         file.write(data)
     return file.name
 
 
 def refusal(error: StorageError) -> SampleError | DataError:
-    """What follows for the item: it is missing or denied; or, where the store does not answer, nothing, and the
-    packing stops: the next item would fare no better."""
+    """Tell an item's own error (missing, denied) from a store that does not answer, which stops the packing: the next
+    item would fare no better."""
     if isinstance(error.__cause__, FileNotFoundError):
         return SampleError("missing", str(error))
     if isinstance(error.__cause__, PermissionError):

@@ -46,9 +46,10 @@ def pack_image(item: Item, options: Options, folder: str) -> Packed:
 
 
 def _reason_to_encode(original: dict[str, Any], options: Options) -> str | None:
-    """Why the file can't stay as it is; None where it can."""
+    """Say why the file can't stay as it is; None where it can."""
     if original["format"] not in KEPT:
         return f"{original['format']} is kept as PNG"
+    # Readers that ignore the tag would train on turned pictures; 0 says no more than 1.
     if original["orientation"] not in (0, 1):
         return f"turned by its orientation {original['orientation']}"
     side = options.image_short_side
@@ -58,7 +59,7 @@ def _reason_to_encode(original: dict[str, Any], options: Options) -> str | None:
 
 
 def _encoded(image: Any, options: Options) -> tuple[bytes, str]:
-    """The upright picture, resized if asked for: JPEG where it was one, else PNG, which loses nothing."""
+    """Encode the upright picture, resized if asked for: JPEG where it was one, else PNG, which loses nothing."""
     from PIL import Image
 
     was_jpeg = image.format in ("JPEG", "MPO")
@@ -72,6 +73,7 @@ def _encoded(image: Any, options: Options) -> tuple[bytes, str]:
     picture.info.clear()
     target = io.BytesIO()
     if was_jpeg:
+        # Colour at full size: a second halving would lose what the first one has left.
         picture.save(target, "JPEG", quality=options.image_quality, subsampling=0, exif=b"")
     else:
         picture.save(target, "PNG")

@@ -41,14 +41,14 @@ class Plan:
     repeated: tuple[Item, ...]
 
     def part(self, part: Part) -> list[Item]:
-        """The items of one part. Videos go by their size in bytes, so equal files always meet in the same part;
+        """List the items of one part. Videos go by their size in bytes, so equal files always meet in the same part;
         segments by their bounds as well, or a film would be the work of one part."""
         if part.count == 1:
             return list(self.items)
         return [item for item in self.items if _hash(f"{item.size}{_bounds(item)}") % part.count == part.index]
 
     def fingerprint(self, options: object) -> str:
-        """Hash of what is packed and how; shards of another fingerprint can't be continued."""
+        """Hash what is packed and how; shards of another fingerprint can't be continued."""
         digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
         for item in self.items:
             # Without fields where nothing is in them: packings that an earlier release began can go on.
@@ -67,6 +67,7 @@ def make_plan(items: Sequence[Item], shuffle: bool = True) -> Plan:
     once, repeated = _without_repeats(items)
     keyed = _with_keys(once)
     if shuffle:
+        # By a hash and not by a generator: a longer list leaves the order of the others as it was.
         keyed.sort(key=lambda item: (_hash(item.key), item.key))
     return Plan(tuple(keyed), tuple(repeated))
 
@@ -91,7 +92,7 @@ def _bounds(item: Item) -> str:
 
 
 def _with_keys(items: list[Item]) -> list[Item]:
-    """Keys from names; where two names give one key, all of them get a hash of their path, whatever their order."""
+    """Make keys from names; where two names give one key, all of them get a hash of their path, in any order."""
     keys = [key_from(item.key or _stem(item)) for item in items]
     shared = {key for key, count in Counter(keys).items() if count > 1}
     return [
@@ -101,7 +102,7 @@ def _with_keys(items: list[Item]) -> list[Item]:
 
 
 def _stem(item: Item) -> str:
-    """The name without its ending; with the bounds in milliseconds for a segment, so that keys sort by time."""
+    """Strip the name's ending; with the bounds in milliseconds for a segment, so that keys sort by time."""
     if item.is_folder:
         return item.name
     stem = posixpath.splitext(item.name)[0]
@@ -112,7 +113,7 @@ def _stem(item: Item) -> str:
 
 
 def key_from(name: str) -> str:
-    """A sample key from a path: no dots (webdataset cuts at the first one), letters, digits, `_`, `-` and `/` only."""
+    """Make a sample key from a path: no dots (webdataset cuts at the first), letters, digits, `_`, `-`, `/` only."""
     parts = [_UNSAFE.sub("_", part) for part in name.split("://")[-1].split("/") if part not in ("", ".", "..")]
     key = "/".join(parts) or "_"
     return key if len(key) <= _LONGEST_KEY else f"{key[: _LONGEST_KEY - 17]}-{_hash(key):016x}"

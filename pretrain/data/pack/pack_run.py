@@ -32,7 +32,7 @@ Progress = Callable[[int, int, int], None]
 
 @dataclass
 class Report:
-    """What a run did; `index` is None while other parts are missing, `noun` says what to call the samples."""
+    """Summary of a run; `index` is None while other parts are missing, `noun` says what to call the samples."""
 
     index: ShardIndex | None
     rejected: list[Rejected]
@@ -89,11 +89,12 @@ def pack(
 
 @contextmanager
 def _work_folder(dest: str, part: Part) -> Iterator[str]:
-    """An empty local folder that belongs to this part alone; deleted by the next run when this one fails."""
+    """Give an empty local folder that belongs to this part alone; the next run deletes it when this one fails."""
     name = hashlib.sha256(f"{os.path.abspath(dest)}\x1f{part}".encode()).hexdigest()[:12]
     folder = os.path.join(tempfile.gettempdir(), f"tubelet-pack-{os.getuid()}-{name}")
     with open(folder + ".lock", "w") as lock:
         try:
+            # The kernel gives it back when its holder dies, by kill -9 too; a file that merely exists would stay.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(
@@ -120,10 +121,12 @@ class _Packer:
         self.items = plan.part(part)
         self.finished = shards.read_journal(dest, part, fingerprint)
         self.start = self.finished[-1].next if self.finished else 0
+        # From the journal: a duplicate of a video that was packed before the restart must still be found.
         self.seen = {sha256: name for entry in self.finished for sha256, name in entry.originals}
         self.bytes_read = 0
         self.file: shards.ShardFile | None = None
         self.entry = self._new_entry()
+        # Once for all parts, or the report would count each repeated line as often as there are parts.
         if not self.finished and part.index == 0:
             self.entry.rejected += [_repeated(item) for item in plan.repeated]
         self.report = Report(None, [], len(self.seen), self.start)
@@ -170,6 +173,7 @@ class _Packer:
     def _close_shard(self) -> None:
         if self.file is None:
             return
+        # The shard before its entry: a kill between them packs a shard again, the other order would lose one.
         self.entry.shard = self.file.publish(self.dest)
         shards.write_entry(self.dest, self.entry)
         self.finished.append(self.entry)

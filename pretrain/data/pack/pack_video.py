@@ -103,7 +103,7 @@ def _copy(source: str, original: Facts, target: str, options: Options) -> None:
 
 
 def _verify(path: str, key: str, options: Options) -> int:
-    """Frames of the file at `path`, after a sequential decode and random reads with every decoder."""
+    """Verify the file at `path`, a sequential decode and random reads with every decoder; return its frames."""
     signatures = sequential_signatures(path)
     if options.decoders and options.reads:
         with open(path, "rb") as file:
@@ -125,10 +125,12 @@ def _from_frames(item: Item, options: Options, target: str) -> Packed:
 
         for name in names:
             data = fetch(storage.join(item.path, name))
+            # With each length: other cuts of the same bytes are other pictures.
             digest.update(len(data).to_bytes(8, "big") + data)
             sizes.append(len(data))
             try:
                 picture = Image.open(io.BytesIO(data))
+                # Image.open reads the header alone; a cut picture would fail in the encoder, without its name.
                 picture.load()
             except OSError as error:
                 raise SampleError("damaged", f"{name}: {error}") from error
@@ -142,7 +144,7 @@ def _from_frames(item: Item, options: Options, target: str) -> Packed:
 
 
 def select_frames(item: Item) -> list[str]:
-    """Names of the pictures of a frame folder, by the last number in the name.
+    """Select the pictures of a frame folder, by the last number in the name.
 
     Raises:
         SampleError: "missing" or "frames-missing" when the folder does not hold what the list says.
@@ -153,6 +155,7 @@ def select_frames(item: Item) -> list[str]:
         raise refusal(error) from error
     if not names:
         raise SampleError("missing", "no such folder, or no pictures in it; relative paths start at --data-root")
+    # By number: in the order of names img_10 comes before img_9.
     names.sort(key=lambda name: (_number(name), name))
     if item.frames is None:
         return names
@@ -171,7 +174,7 @@ def _number(name: str) -> int:
 
 
 def _describe(item: Item, path: str, sha256: str, options: Options, reencoded: str | None) -> dict[str, Any]:
-    """The sample's json: what training needs of the video as written."""
+    """Describe the video as written, for the sample's json: what training needs."""
     written = probe(path)
     turned = written.rotation in (90, 270)
     facts: dict[str, Any] = {
@@ -192,19 +195,20 @@ def _describe(item: Item, path: str, sha256: str, options: Options, reencoded: s
     if reencoded is not None and options.gridded:
         facts["grid"] = {"step": options.grid, "phase": grid_phase(item.key, options)}
     stamps = even_stamps(path)
+    # Readers then need not list all packets for each clip, which costs more the longer the video is.
     if stamps is not None and len(stamps) == written.packets:
         facts["stamps"] = {"first": stamps.start, "step": stamps.step}
     return facts | ({"meta": item.meta} if item.meta else {})
 
 
 def grid_phase(key: str, options: Options) -> int:
-    """First frame of the grid of reference frames: drawn for each video, or no clip would ever begin between them."""
+    """Draw the first frame of the grid of reference frames for each video, or no clip would begin between them."""
     return int(generator(key, "pack-grid").integers(options.grid)) if options.gridded else 0
 
 
 @contextlib.contextmanager
 def _local(path: str, folder: str) -> Iterator[str]:
-    """A local file with the content of `path`, which may be a URL."""
+    """Give a local file with the content of `path`, which may be a URL."""
     if "://" not in path and not zip_source.is_entry(path):
         if not os.path.isfile(path):
             raise SampleError("missing", "no such file; relative paths in lists start at --data-root")

@@ -1,4 +1,4 @@
-"""What becomes of an item: a sample that is ready for its shard, or a line in the list of rejected ones."""
+"""Outcome of an item: a sample that is ready for its shard, or a line in the list of rejected ones."""
 
 import os
 from collections.abc import Mapping

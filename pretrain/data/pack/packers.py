@@ -1,4 +1,4 @@
-"""From an item of any kind to its sample: the packer of its kind, then what goes along. Runs in worker processes."""
+"""Packing of an item of any kind: the packer of its kind, then what goes along. Runs in worker processes."""
 
 import json
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def pack_sample(item: Item, options: Options, folder: str) -> Packed | Rejected:
 
 
 def _joined(packed: Packed, companions: list[tuple[Companion, bytes]], folder: str) -> Packed:
-    """The sample with its companions: members of their own, but a json goes into the sample's own json, as `meta`."""
+    """Join the sample with its companions: members of their own, but a json becomes `meta` in the sample's own json."""
     files, facts = dict(packed.files), dict(packed.facts)
     read = packed.bytes_read
     for companion, data in companions:
@@ -59,5 +59,5 @@ def _joined(packed: Packed, companions: list[tuple[Companion, bytes]], folder: s
 
 
 def _merged(content: Any, meta: dict[str, Any]) -> dict[str, Any]:
-    """What a companion json says, under what the manifest says; a list is no set of facts, and kept as `json`."""
+    """Put what a companion json says under what the manifest says; a list is no set of facts, kept as `json`."""
     return (content if isinstance(content, dict) else {"json": content}) | meta

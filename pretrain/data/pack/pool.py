@@ -1,4 +1,4 @@
-"""Many processes, results in order, and a file that kills its decoder costs one sample instead of the run."""
+"""Map over processes with results in order; a file that kills its decoder costs one sample instead of the run."""
 
 import logging
 import multiprocessing
@@ -20,7 +20,7 @@ AHEAD = 4
 
 
 class OrderedPool(Generic[A, R]):
-    """`map` over processes, in order, with a bounded number of tasks under way.
+    """Processes that map tasks in order, with a bounded number of them under way.
 
     Args:
         call: what to do with a task; picklable.
@@ -33,7 +33,7 @@ class OrderedPool(Generic[A, R]):
         self._pool: ProcessPoolExecutor | None = None
 
     def map(self, tasks: Iterable[A]) -> Iterator[R]:
-        """Results in the order of `tasks`; a crash of a worker costs the task that caused it, nothing else."""
+        """Yield results in the order of `tasks`; a crash of a worker costs the task that caused it, nothing else."""
         if self.workers == 0:
             yield from map(self.call, tasks)
             return
@@ -41,6 +41,7 @@ class OrderedPool(Generic[A, R]):
         try:
             for task in tasks:
                 waiting.append((task, self._submit(task)))
+                # Bounded, since results wait in order: behind one long video all others would pile up on the disk.
                 if len(waiting) >= self.workers * AHEAD:
                     yield self._first(waiting)
             while waiting:
@@ -66,13 +67,14 @@ class OrderedPool(Generic[A, R]):
         except BrokenProcessPool:
             self._pool = None
             result = self._alone(task)
+            # A broken pool fails all that it holds, and does not say which task broke it.
             again = [(task, self._submit(task)) for task, _ in waiting]
             waiting.clear()
             waiting.extend(again)
             return result
 
     def _alone(self, task: A) -> R:
-        """Whichever task broke the pool breaks it again here; the others pass."""
+        """Run a task by itself: the one that broke the pool breaks it again here, the others pass."""
         with _new_pool(1) as single:
             try:
                 return single.submit(self.call, task).result()
@@ -95,6 +97,7 @@ def _end_with_parent(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        # Not sys.exit, which in a thread ends that thread alone.
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

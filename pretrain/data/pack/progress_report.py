@@ -1,4 +1,4 @@
-"""What packing shows: a progress bar, or log lines where there is no terminal, and the summary at the end."""
+"""Progress bar of packing, or log lines where there is no terminal, and the summary at the end."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ SHOWN_REASONS = 3
 
 @contextmanager
 def progress_bar(total: int, noun: str = "videos") -> Iterator[Progress]:
-    """A function for `pack` to call after every sample: a live bar with rate and time left on a terminal."""
+    """Open a function for `pack` to call after every sample: a live bar with rate and time left on a terminal."""
     from rich.console import Console
 
     console = Console(file=sys.stderr)
@@ -90,7 +90,7 @@ class _Rates:
 
 
 def report_text(report: Report, dest: str) -> str:
-    """The summary: what was packed, what was left out and why."""
+    """Summarise what was packed, and what was left out and why."""
     lines = [f"pack: {report.packed} {report.noun} packed" + _kept(report) + f", {len(report.rejected)} rejected"]
     if report.resumed:
         lines[0] += f"; {report.resumed} were already done"

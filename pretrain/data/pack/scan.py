@@ -33,7 +33,7 @@ BLOCK = 512
 
 
 class HashingReader:
-    """A forward-only file over `url` that hashes all it hands out; each range read is retried by storage.
+    """Forward-only file over `url` that hashes all it hands out; each range read is retried by storage.
 
     Attributes:
         sha256: hash of everything read so far.
@@ -49,7 +49,7 @@ class HashingReader:
         self._recent, self._recent_from = bytearray(), 0
 
     def read(self, count: int = -1) -> bytes:
-        """Up to `count` bytes (all that is left for -1), fewer only at the end."""
+        """Read up to `count` bytes (all that is left for -1), fewer only at the end."""
         parts = []
         while count and (self._chunk or self._fill()):
             piece = self._chunk if count < 0 else self._chunk[:count]
@@ -60,9 +60,10 @@ class HashingReader:
         return b"".join(parts)
 
     def checksum(self, begin: int, end: int) -> int:
-        """CRC-32 of the bytes [begin, end), read already; bytes before `end` are forgotten."""
+        """Compute the CRC-32 of the bytes [begin, end), read already; bytes before `end` are forgotten."""
         recent = memoryview(self._recent)
         found = zlib.crc32(recent[begin - self._recent_from : end - self._recent_from])
+        # A bytearray that is looked into by a memoryview can't be shortened: BufferError.
         recent.release()
         del self._recent[: end - self._recent_from]
         self._recent_from = end
@@ -127,8 +128,8 @@ def scan_shard(url: str, name: str, media_only: bool = True) -> tuple[Shard, Mem
 
 
 def _with_media(samples: list[_Sample]) -> list[_Sample]:
-    """Samples that hold what their shard is made of. Videos come first because indexes have always been made so: that
-    of a shard must stay what it was, to the fingerprint."""
+    """Keep samples that hold what their shard is made of. Videos come first because indexes have always been made so:
+    that of a shard must stay what it was, to the fingerprint."""
     for wanted in ({"video"}, {"image", "sound", "array", "raster"}, {"text"}):
         kept = [sample for sample in samples if sample.is_link or sample.kinds & wanted]
         if kept:
@@ -137,12 +138,13 @@ def _with_media(samples: list[_Sample]) -> list[_Sample]:
 
 
 def _samples(where: str, reader: HashingReader) -> list[_Sample]:
-    """Neighbouring members of one key, grouped as webdataset does."""
+    """Group neighbouring members of one key as webdataset does."""
     from webdataset.tariterators import base_plus_ext  # imports torch: seconds that --help and workers can do without
 
     samples: list[_Sample] = []
     end = 0
     try:
+        # As a stream: every byte passes the hash once, and nothing is read twice.
         with tarfile.open(fileobj=cast(Any, reader), mode="r|", bufsize=1 << 20) as tar:
             for member in tar:
                 cast(Any, tar).members.clear()  # tarfile remembers every member otherwise
@@ -172,7 +174,7 @@ def _finish(samples: list[_Sample], reader: HashingReader) -> None:
 
 
 def _check_end(where: str, end: int, size: int) -> None:
-    """tarfile takes a cut or overwritten header for the end of the file; the end marker tells them apart."""
+    """Check the end marker: tarfile takes a cut or overwritten header for the end of the file."""
     marker = storage.read_bytes(where, end, end + BLOCK) if end + BLOCK <= size else b""
     if marker != bytes(BLOCK):
         raise DataError(
@@ -221,6 +223,7 @@ def index_folder(url: str, threads: int = 8) -> tuple[ShardIndex, list[str]]:
                     + ("none of the others' kind" if shard.samples else "no video, image, sound, array, raster or text")
                     + " and are left out"
                 )
+    # No index while one shard is bad: training would meet it late. All are told, to be put right in one go.
     if problems:
         raise DataError("\n".join(problems))
     index = ShardIndex(url, ShardTable(shards))

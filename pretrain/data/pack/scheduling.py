@@ -1,4 +1,4 @@
-"""What encoders do to the scheduling of the process that they run in, undone."""
+"""Scheduling of a process, put right after what encoders do to it."""
 
 import contextlib
 import os

@@ -45,7 +45,7 @@ class Piece:
 
 @contextmanager
 def cut_out(path: str, segment: Segment, folder: str, audio: bool) -> Iterator[Piece]:
-    """A segment of the video at a path or URL, in a file in the local `folder` that is deleted in the end.
+    """Cut a segment of the video at a path or URL into a file in the local `folder`, deleted in the end.
 
     Raises:
         SampleError: "missing", "storage", "unreadable", "segment" where no frame is shown in it, or "unstamped".
@@ -82,6 +82,7 @@ def _copy_segment(container: Any, segment: Segment, target: str, audio: bool) ->
     sounds = [s for s in container.streams.audio[:1] if audio and s.codec_context is not None]
     for stream in container.streams:
         if stream is not video and stream not in sounds:
+            # The demuxer then skips their bytes, which of a store would be fetched.
             stream.discard = av.stream.Discard.all
     window = _Window(container, video, sounds, segment)
     options = MP4_OPTIONS if target.endswith(".mp4") else {"fflags": "+bitexact"}
@@ -125,7 +126,7 @@ class _Window:
         return self.shift * self._video.time_base
 
     def packets(self) -> Iterator[Any]:
-        """All of them, in file order.
+        """Yield all of them, in file order.
 
         Raises:
             SampleError: "segment" where there is none, "unstamped" where packets don't tell when they are shown.
@@ -156,10 +157,11 @@ class _Window:
                 "segment", f"no frame is shown from {self._segment}: it lies between two, or behind the end"
             )
         yield from (packet for packet in waiting if packet.stream is not self._video)
+        # Which frames are shown: two segments between the same key frames have the same packets.
         self.digest.update(f"{self.first - self.shift} {self.last - self.shift} {self.shift}".encode())
 
     def _seek(self) -> None:
-        """To a key frame at or before the segment; an index of rounded times may lead to the one after it."""
+        """Seek a key frame at or before the segment; an index of rounded times may lead to the one after it."""
         for early in (0, SKEW_S, 10 * SKEW_S, self._segment.start):
             target = max(self._latest - round(early / self._video.time_base), self._video.start_time or 0)
             self._container.seek(target, stream=self._video)
@@ -189,8 +191,9 @@ class _Window:
         return time >= self._begin * self._video.time_base and (end is None or time < end)
 
     def _over(self, packet: Any) -> bool:
-        """Whether no frame of the segment comes any more: frames are shown after they are decoded."""
+        """Tell whether no frame of the segment comes any more: frames are shown after they are decoded."""
         if self._end is None:
             return False
+        # Sound is stored behind its pictures: without this the segment's end would be silent.
         late = SKEW_S if self._sounds else 0
         return (packet.dts - self._end) * self._video.time_base >= late

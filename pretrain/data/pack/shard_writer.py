@@ -1,4 +1,4 @@
-"""Writing shards, the journal beside them, and putting parts together.
+"""Shards and the journal beside them, written and put together from parts.
 
 Everything that a restart or another machine needs lies in the data set's folder, below `_pack/`:
 
@@ -45,7 +45,7 @@ class Entry:
     rejected: list[Rejected] = field(default_factory=list)
 
     def to_json(self) -> bytes:
-        """The entry as it is stored."""
+        """Write the entry as it is stored."""
         return json.dumps(asdict(self), indent=1).encode()
 
     @staticmethod
@@ -71,6 +71,7 @@ class ShardFile:
         self.path = os.path.join(folder, name)
         self.samples = 0
         self._file = open(self.path, "wb")
+        # Fixed owner and no times: bytes of a shard depend on videos and options alone. PAX, since keys may be long.
         self._tar = TarWriter(self._file, user="tubelet", group="tubelet", mtime=0, format="PAX_FORMAT")
 
     @property
@@ -90,6 +91,7 @@ class ShardFile:
         """Close the file, copy it and its member table to the folder `url`."""
         self._tar.close()
         self._file.close()
+        # Read back: the index holds what lies on the disk, not what was meant to be written.
         shard, members, _ = scan_shard(self.folder, self.name)
         storage.upload(self.path, storage.join(url, self.name))
         write_members(url, self.name, members)
@@ -98,12 +100,12 @@ class ShardFile:
 
 
 def shard_name(part: Part, number: int) -> str:
-    """Name of a part's shard."""
+    """Name a part's shard."""
     return f"{part.prefix}-{number:06d}.tar"
 
 
 def read_journal(url: str, part: Part, plan: str) -> list[Entry]:
-    """Entries of the shards of `part` that are finished, in order.
+    """Read the entries of the shards of `part` that are finished, in order.
 
     Raises:
         DataError: they belong to another plan.
@@ -144,7 +146,7 @@ def _part_url(url: str, part: Part) -> str:
 
 @dataclass(frozen=True)
 class PartResult:
-    """What a finished part wrote and left out."""
+    """Shards and rejected videos of a finished part."""
 
     plan: str
     shards: list[Shard]
@@ -157,7 +159,7 @@ def write_part(url: str, part: Part, result: PartResult) -> None:
 
 
 def read_part(url: str, part: Part) -> PartResult | None:
-    """What a part wrote, None while it isn't done."""
+    """Read what a part wrote, None while it isn't done."""
     where = _part_url(url, part)
     if not storage.exists(where):
         return None
@@ -189,6 +191,7 @@ def merge(url: str, count: int, require: bool = False) -> tuple[ShardIndex, list
         return None
     if len({result.plan for result in results}) > 1:
         raise DataError(f"{url}: the parts come from different videos or options; pack all with one command line")
+    # By name: whichever part ends last writes the same index.
     shards = sorted((shard for result in results for shard in result.shards), key=lambda shard: shard.name)
     rejected = [one for result in results for one in result.rejected]
     storage.write_bytes(
@@ -218,6 +221,7 @@ def refuse_foreign(url: str) -> None:
 
 def remove_old(url: str) -> None:
     """Delete what an earlier packing left in the folder `url`, and nothing else; the index goes first."""
+    # The index first: a kill in the middle leaves no index that names shards which are gone.
     storage.remove(storage.join(url, INDEX_NAME))
     try:
         names = list(storage.find(url))
@@ -230,7 +234,7 @@ def remove_old(url: str) -> None:
 
 
 def count_parts(url: str) -> int:
-    """Into how many parts the data set at `url` was divided.
+    """Count the parts into which the data set at `url` was divided.
 
     Raises:
         DataError: no part is done there, or parts of different divisions are.

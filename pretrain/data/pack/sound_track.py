@@ -10,7 +10,7 @@ MP4_AUDIO = frozenset({"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"})
 
 
 class Sound:
-    """Copies the first sound track, or turns it into AAC where mp4 can't hold it.
+    """First sound track of a video: copied, or turned into AAC where mp4 can't hold it.
 
     Args:
         out: the mp4 file being written.

@@ -1,4 +1,4 @@
-"""Does a video decode, and do random reads give the frames that a sequential decode gives?
+"""Verification that a video decodes, and that random reads give the frames that a sequential decode gives.
 
 Some files can't be read at random exactly: packed B frames in AVI, MPEG program streams, open GOPs cut out of longer
 ones. A training clip from them silently holds other frames than it says.
@@ -54,7 +54,7 @@ def sequential_signatures(path: str) -> Signatures:
 
 
 def signature(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Means of a GRID x GRID raster of a picture [H, W, 3], flattened; small pictures are used as they are."""
+    """Average a picture [H, W, 3] over a GRID x GRID raster, flattened; small pictures are used as they are."""
     rows = np.linspace(0, picture.shape[0], min(GRID, picture.shape[0]), endpoint=False).astype(int)
     columns = np.linspace(0, picture.shape[1], min(GRID, picture.shape[1]), endpoint=False).astype(int)
     sums = np.add.reduceat(np.add.reduceat(picture, rows, axis=0, dtype=np.float32), columns, axis=1)
@@ -83,6 +83,7 @@ def check_random_reads(data: VideoFile, signatures: Signatures, decoder: str, re
     order = [chosen.tolist(), [int(chosen[0])]]  # a clip, then a seek backwards
     try:
         with open_video(data, decoder) as reader:
+            # A decoder that counts otherwise would also number otherwise.
             if reader.num_frames != count:
                 raise SampleError("inexact", f"{decoder} counts {reader.num_frames} frames, {count} decode")
             for indices in order:
@@ -94,8 +95,8 @@ def check_random_reads(data: VideoFile, signatures: Signatures, decoder: str, re
 
 
 def even_stamps(path: str) -> range | None:
-    """Time stamps of all frames of a local file, in its stream's time base, if they are evenly spaced and PyAV can read
-    frames by them alone; None otherwise.
+    """Give the time stamps of all frames of a local file, in its stream's time base, if they are evenly spaced and PyAV
+    can read frames by them alone; None otherwise.
 
     What hides frames, as edit lists do, leaves them uneven, or other in number than the header says.
     """
@@ -124,6 +125,8 @@ def _compare(pictures: npt.NDArray[np.uint8], indices: list[int], signatures: Si
         if found.shape != signatures[index].shape:
             raise SampleError("inexact", f"{decoder} delivers pictures of {picture.shape[:2]}: not those of the stream")
         distances = np.abs(signatures - found).mean(axis=1)
+        # Nearest, since a threshold alone passes neighbours in slow scenes, or refuses decoders that convert colours
+        # otherwise (10 bits: 7 levels).
         nearest = int(distances.argmin())
         if distances[index] > SAME_PICTURE or distances[index] > distances[nearest] + TIE:
             raise SampleError(

@@ -26,17 +26,17 @@ _LOCK = threading.Lock()
 
 
 def is_entry(path: str) -> bool:
-    """Whether a path names an entry of an archive."""
+    """Tell whether a path names an entry of an archive."""
     return ENDING + BETWEEN in path
 
 
 def entry_path(archive: str, name: str) -> str:
-    """Path of an entry."""
+    """Join the path of an entry."""
     return f"{archive}{BETWEEN}{name.lstrip('/')}"
 
 
 def find(archive: str) -> dict[str, int]:
-    """Every file in an archive: name -> bytes when unpacked; sorted.
+    """List every file in an archive: name -> bytes when unpacked; sorted.
 
     Raises:
         RecipeError: it is no zip archive.
@@ -49,13 +49,13 @@ def find(archive: str) -> dict[str, int]:
 
 
 def map_of(archive: str) -> str | None:
-    """The list beside an archive that says what to take of it, `train_map.txt` for `train.zip`; None without."""
+    """Find the list beside an archive that says what to take of it, `train_map.txt` for `train.zip`; None without."""
     where = f"{archive[: -len(ENDING)]}_map.txt"
     return where if storage.exists(where) else None
 
 
 def size(path: str) -> int:
-    """Bytes of an entry, unpacked; StorageError where it is not there."""
+    """Tell the bytes of an entry, unpacked; StorageError where it is not there."""
     archive, name = _split(path)
     try:
         return _open(archive).getinfo(name).file_size
@@ -92,6 +92,7 @@ def _open(archive: str) -> zipfile.ZipFile:
         return _opened(archive)
 
 
+# Few: a directory takes 0.6 kB an entry, and every packing process keeps its own.
 @functools.lru_cache(maxsize=4)
 def _opened(archive: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(fsspec.open(archive, "rb").open())
