@@ -68,7 +68,7 @@ class Videos(IterableDataset[dict[str, Any]]):
                 target = entry.rules.labels.target(members.label)
                 views = self._views(members.video(), entry.rules)
             except SampleError as error:
-                # Told and not replaced, as training does: a score must be of each video once.
+                # Training would replace it; a score must be of each video once, and say which are missing.
                 yield {"key": key, "reason": str(error)}
                 continue
             yield {"key": key, "target": torch.from_numpy(target), "views": torch.from_numpy(views)}

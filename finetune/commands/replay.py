@@ -1,4 +1,4 @@
-"""The command line of launch/replay.py."""
+"""Command line of launch/replay.py."""
 
 import argparse
 import sys

@@ -20,7 +20,7 @@ HEAD_CHANNELS = 64
 
 
 class AttentiveHead(nn.Module):
-    """A learned query attends over the frozen tokens [B, N, C]; an MLP block and a linear layer follow."""
+    """Probe head: a learned query attends over the frozen tokens [B, N, C]; an MLP block and a linear layer follow."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class AttentiveHead(nn.Module):
 
 @dataclass(frozen=True)
 class GridPoint:
-    """A head of the grid and how good it became, top-1 and top-5 in percent."""
+    """Head of the grid and how good it became, top-1 and top-5 in percent."""
 
     rate: float
     decay: float
