@@ -105,8 +105,7 @@ class VideoMAEMethod(Method):
     def exports(self, source: Path) -> dict[str, Export]:
         formats = {"safetensors": Export(self._write_safetensors, USAGE)}
         if self.architecture.videomae_layouts:
-            # Where the architecture has these layouts alone: other models' names would be read as VideoMAE's and fit
-            # nothing.
+            # Only for such architectures: another model's names would be read as VideoMAE's, and fit nothing.
             formats["official"] = Export(_write_official)
             formats["huggingface"] = Export(self._write_huggingface, USAGE_HUGGINGFACE, library="transformers")
         return formats
@@ -130,6 +129,7 @@ class VideoMAEMethod(Method):
 
     def _write_huggingface(self, objective: Any, dest: str) -> str:
         export_huggingface(objective.model, dest, objective.normalize_targets)
+        # Height and width alike: `export_huggingface` has refused clips that are not square.
         size = self.recipe.input.height
         for name, content in processor_configs(size, size, MEAN, STD).items():
             storage.write_bytes(storage.join(dest, name), json.dumps(content, indent=2).encode())
@@ -188,7 +188,6 @@ class VideoMAEObjective(Objective):
         if not self.normalize_targets:
             return pixels, cubes.variance.mean((-2, -1))
         error = (cubes.variance / cubes.scale.square()).mean((-2, -1))
-        # spare.
         # In place: the tensor is `of`'s own, and each further pass over all hidden pixels costs time in the step.
         return cubes.pixels.div_(cubes.scale).flatten(-2), error
 
