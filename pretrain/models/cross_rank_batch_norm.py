@@ -49,7 +49,7 @@ def convert_batch_norm(module: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def _known_classes(module: nn.Module) -> tuple[tuple[type, ...], tuple[type, ...]]:
-    """Classes of torch, and those of timm that have dropout and activation inside, where `module` has any."""
+    """List classes of torch, and those of timm that have dropout and activation inside, where `module` has any."""
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, CrossRankBatchNorm)
     if not any(type(part).__module__.startswith("timm.") for part in module.modules()):
         return plain, ()

@@ -153,7 +153,7 @@ class Attention(nn.Module):
         self.dropout = dropout_layer(dropout)
 
     def forward(self, x: Tensor, score: Score | None = None) -> Any:
-        """Attend: output [B, N, C]; with `score` also its result [B, N] for this layer's queries and keys."""
+        """Compute the output [B, N, C]; with `score` also its result [B, N] for this layer's queries and keys."""
         query, key, value = self.project(x)
         mixed = self.mix(query, key, value)
         return mixed if score is None else (mixed, score(query, key, self.score_scale or query.shape[-1] ** -0.5))

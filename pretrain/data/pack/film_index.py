@@ -130,8 +130,7 @@ def _key_frames(video: Any, entries: list[Any]) -> tuple[tuple[int, int], ...]:
 
 
 def _even(video: Any, found: list[int]) -> range | None:
-    """Find the even spacing: decoding times so spaced, as many as the header says, mean that frames are shown so as
-    well.
+    """Find the even spacing of frames: that of their decoding times, where these are as many as the header says.
 
     It is a promise and no proof: readers hold it against every packet (decoders/pyav_reader.py).
     """

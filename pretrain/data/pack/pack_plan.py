@@ -1,4 +1,4 @@
-"""The plan: which key each video gets, in which order, and which part packs it. Pure, so that every run agrees."""
+"""Plan of a packing: which key each video gets, in which order, and which part packs it. Pure: every run agrees."""
 
 import hashlib
 import json

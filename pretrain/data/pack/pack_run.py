@@ -1,4 +1,4 @@
-"""The packing run: take up where the journal ends, pack in plan order, close shards, finish the part."""
+"""Packing run: take up where the journal ends, pack in plan order, close shards, finish the part."""
 
 import fcntl
 import functools

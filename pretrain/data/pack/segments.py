@@ -103,7 +103,7 @@ def _copy_segment(container: Any, segment: Segment, target: str, audio: bool) ->
 
 
 class _Window:
-    """The packets of a segment, from the key frame before it to the last that it needs.
+    """Packets of a segment, from the key frame before it to the last that it needs.
 
     Attributes:
         shift: time stamp of that key frame, in the video's ticks; `shift_s` in seconds.
@@ -122,7 +122,7 @@ class _Window:
 
     @property
     def shift_s(self) -> Fraction:
-        """See above."""
+        """Seconds of `shift`, see above."""
         return self.shift * self._video.time_base
 
     def packets(self) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""The sound of a re-encoded video."""
+"""Sound of a re-encoded video."""
 
 from fractions import Fraction
 from typing import Any
