@@ -1,4 +1,4 @@
-"""The fine-tuning recipe: pre-training's sections, and what a labelled task adds to them."""
+"""Fine-tuning recipe: pre-training's sections, and what a labelled task adds to them."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -31,7 +31,7 @@ class LabelledSource(Source):
 
 @dataclass
 class TuneData(Data):
-    """Where labelled samples come from, and in which order."""
+    """Labelled samples: their sources, and their order."""
 
     sources: dict[str, LabelledSource] = field(default_factory=dict)  # type: ignore[assignment]
     """data sets by name; each owns its sampling, flip, short side and label map"""
@@ -53,7 +53,7 @@ class TuneOptim(Optim):
 
 @dataclass
 class TuneSchedule(Schedule):
-    """How long, and the shape of the learning rate."""
+    """Length of the training, and the shape of the learning rate."""
 
     epochs: float = 50
     """passes over the data, counted in decoded videos"""
@@ -109,7 +109,7 @@ class Evaluate:
 
 @dataclass
 class Start:
-    """How the weights of run.init_weights are taken over."""
+    """Adoption of the weights of run.init_weights."""
 
     encoder_norm: Literal["discard", "fc_norm"] = "discard"
     """fate of the pre-trained encoder's last norm: officially discarded, or copied to fc_norm"""
@@ -140,7 +140,7 @@ class TuneRecipe(Recipe):
 
 
 def load_tune_recipe(name_or_path: str, overrides: list[str] | None = None) -> TuneRecipe:
-    """As `pretrain.recipe.load.load_recipe`, for names in recipes/finetune/."""
+    """Load a recipe as `pretrain.recipe.load.load_recipe` does, for names in recipes/finetune/."""
     recipe = load_recipe(name_or_path, overrides, TuneRecipe)
     assert isinstance(recipe, TuneRecipe)
     return recipe

@@ -1,1 +1,1 @@
-"""What a person types: thin scripts without logic."""
+"""Scripts that a person types, thin and without logic."""

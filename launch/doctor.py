@@ -1,4 +1,4 @@
-"""Are the hosts of a run fit for it? deepspeed launch/doctor.py --recipe NAME"""
+"""Examination of a run's hosts: deepspeed launch/doctor.py --recipe NAME"""
 
 import sys
 from pathlib import Path

@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-if (
-    not __package__
-):  # run as a file: the script's folder would hide the packages, so the repository's root takes its place
+if not __package__:  # run as a file
+    # Python put launch/ first on sys.path, where pretrain.py hides the package pretrain: the root takes its place.
     root = Path(__file__).resolve().parents[1]
     sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != root / "launch")]
 

@@ -1,4 +1,4 @@
-"""What a run will need and take: python launch/plan.py --recipe NAME --gpus N --gpu KIND"""
+"""Needs and duration of a run: python launch/plan.py --recipe NAME --gpus N --gpu KIND"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a fine-tuned model sees in a video: python launch/predict.py VIDEO --weights RUN_OR_EXPORT"""
+"""Prediction of a video's class by a fine-tuned model: python launch/predict.py VIDEO --weights RUN_OR_EXPORT"""
 
 import sys
 from pathlib import Path

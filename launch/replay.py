@@ -1,4 +1,4 @@
-"""A step of a run again, alone: python launch/replay.py RUN STEP"""
+"""Replay of one step of a run, alone: python launch/replay.py RUN STEP"""
 
 import sys
 from pathlib import Path

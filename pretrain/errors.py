@@ -12,6 +12,7 @@ class RecipeError(TubeletError):
     """Error of a wrong recipe or override; `problems` lists everything found at once. Exit code 2."""
 
     def __init__(self, problems: str | list[str]) -> None:
+        # A list, so that what several checks find can be gathered and told at once.
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 

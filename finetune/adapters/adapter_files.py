@@ -57,14 +57,15 @@ def save_adapter(model: Backbone, tune: Tune, dest: str) -> None:
 
 
 def adapter_state(model: nn.Module, method: str) -> dict[str, Tensor]:
-    """Trained parameters and the head's statistics, on the CPU."""
+    """Collect trained parameters and the head's statistics, on the CPU."""
+    # Of the state, not of the parameters: a batch norm's statistics are buffers.
     kept = [name for name in model.state_dict() if is_trained(name, method)]
     state = model.state_dict()
     return {name: state[name].detach().cpu().contiguous() for name in kept}
 
 
 def read_adapter(path: str) -> AdapterFile:
-    """Options and tensors of an adapter file.
+    """Read options and tensors of an adapter file.
 
     Raises:
         WeightsError: the file isn't one.
@@ -72,12 +73,14 @@ def read_adapter(path: str) -> AdapterFile:
     content = storage.read_bytes(path)
     try:
         tensors = safetensors.torch.load(content)
+        # safetensors' own reader drops what a header says beside the tensors.
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError) as error:
         raise WeightsError(f"{path}: not a safetensors file ({error})") from error
     if header.get("format") != FORMAT:
         raise WeightsError(f"{path}: no adapter file (its header says format {header.get('format')!r}, not {FORMAT})")
+    # Through the schema: an option that this release does not know is an error, not passed over.
     options = OmegaConf.merge(OmegaConf.structured(Tune), json.loads(header["tune"]))
     tune = OmegaConf.to_object(options)
     assert isinstance(tune, Tune)
@@ -106,12 +109,13 @@ def load_adapter(model: Backbone, path: str, any_backbone: bool = False) -> Tune
             "weights that it was trained from, or allow any backbone"
         )
     frozen = [name for name in model.state_dict() if not is_trained(name, file.tune.method)]
+    # Only frozen weights may be missing: a trained one that stays as it was drawn would spoil the adapter silently.
     load_state(model, file.tensors, LoadReport(path, "adapter"), allow_missing=frozen)
     return file.tune
 
 
 def head_of(tensors: dict[str, Tensor], model: Backbone) -> nn.Module:
-    """An untrained head of the kind and the number of classes that an adapter's tensors have."""
+    """Build an untrained head of the kind and the number of classes that an adapter's tensors have."""
     batch_norm = "head.1.weight" in tensors
     weight = tensors.get("head.1.weight" if batch_norm else "head.weight")
     classes = 0 if weight is None else len(weight)
@@ -127,13 +131,14 @@ def _refuse_partitioned(model: nn.Module) -> None:
 
 @torch.no_grad()
 def backbone_hash(model: nn.Module, method: str) -> str:
-    """SHA-256 over names, shapes and values of what a method doesn't train.
+    """Compute the SHA-256 over names, shapes and values of what a method doesn't train.
 
     Values are rounded to bfloat16 first, so that a backbone cast to bfloat16 for training has the same hash.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters()):
         if not is_trained(name, method):
+            # As int16, since NumPy has no bfloat16.
             rounded = value.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16)
             digest.update(f"{name}{list(value.shape)}".encode())
             digest.update(rounded.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Puts the trainable parts of a method on a model, freezes the rest, merges what can be merged."""
+"""Attachment of a method's trainable parts to a model; the rest is frozen, and merged what can be merged."""
 
 import logging
 from collections.abc import Iterator
@@ -52,19 +52,20 @@ def apply_tuning(model: Backbone, tune: Tune) -> list[str]:
 
 
 def attach_adaptformer(model: Backbone, options: config.AdaptFormer) -> None:
-    """A bottleneck for each block."""
+    """Attach a bottleneck to each block."""
     for block in _blocks(model):
+        # In the backbone's format and place: the model may have been moved before its parts come.
         block.adaptmlp = AdaptMLP(model.dim, options).to(block.norm1.weight)
 
 
 def attach_prompts(model: Backbone, options: config.Prompts) -> None:
-    """Prompts for each block, or for the first."""
+    """Attach prompts for each block, or for the first."""
     count = len(model.blocks) if options.form == "deep" else 1
     model.embeddings = Prompts(count, options.tokens, model.dim).to(_blocks(model)[0].norm1.weight)
 
 
 def attach_lora(model: Backbone, options: config.LowRank) -> None:
-    """Low-rank updates for the chosen layers of each block."""
+    """Attach low-rank updates to the chosen layers of each block."""
     for block in _blocks(model):
         layers = {"qkv": block.attn.qkv, "proj": block.attn.proj, "fc1": block.mlp.fc1, "fc2": block.mlp.fc2}
         for name, layer in layers.items():
@@ -76,7 +77,7 @@ def attach_lora(model: Backbone, options: config.LowRank) -> None:
 
 
 def attached(model: Backbone) -> Iterator[tuple[nn.Module, str]]:
-    """Owner and attribute of every slot that holds something."""
+    """Yield owner and attribute of every slot that holds something."""
     for module in model.modules():
         slots = {Linear: "update", Block: "adaptmlp", Backbone: "embeddings"}
         for kind, name in slots.items():
@@ -86,6 +87,7 @@ def attached(model: Backbone) -> Iterator[tuple[nn.Module, str]]:
 
 def detach(model: Backbone) -> None:
     """Take every attached part away; the head stays."""
+    # A list first: emptying a slot changes the modules that are walked over.
     for owner, name in list(attached(model)):
         setattr(owner, name, None)
 
@@ -99,7 +101,7 @@ def freeze(model: nn.Module, method: str) -> list[str]:
 
 
 def is_trained(name: str, method: str) -> bool:
-    """Whether a method trains the parameter of this name.
+    """Tell whether a method trains the parameter of this name.
 
     Decided by the method, not by what a checkpoint happened to lack as in the official AdaptFormer code.
     """
@@ -124,6 +126,7 @@ def merge(model: Backbone) -> None:
         raise RecipeError(f"merging is exact for low-rank updates only; this model has {found}")
     for layer, _ in slots:
         assert isinstance(layer, Linear) and isinstance(layer.update, LowRankUpdate)
+        # Summed in float32, and so rounded once.
         layer.weight.copy_(layer.weight.float() + layer.update.weight())
         layer.update = None
 
@@ -133,5 +136,5 @@ def _blocks(model: Backbone) -> list[Block]:
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    """Elements, of a parameter that ZeRO stage 3 has partitioned too."""
+    """Count elements, of a parameter that ZeRO stage 3 has partitioned too."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

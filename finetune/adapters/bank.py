@@ -17,7 +17,7 @@ TASK_MODULES = ("head", "fc_norm", "added_class")
 
 @dataclass
 class _Task:
-    """What one adapter brings: modules in slots, and values that it writes over the backbone's (bitfit)."""
+    """Parts of one adapter: modules in slots, and values that it writes over the backbone's (bitfit)."""
 
     method: str
     slots: list[tuple[nn.Module, str, nn.Module]]
@@ -50,11 +50,14 @@ class AdapterBank:
         """Read an adapter file (see `load_adapter`) and switch to it."""
         if not name or name in self._tasks:
             raise RecipeError(f"adapter name {name!r}: empty or taken; taken are {', '.join(self.names) or 'none'}")
+        # From the plain model: an adapter on top of another is refused.
         self.use("")
         for module in TASK_MODULES:
+            # Copies: loading writes into the modules that are there, and these belong to the plain model.
             setattr(self.model, module, copy.deepcopy(getattr(self.model, module, None)))
         try:
             tune = load_adapter(self.model, path, any_backbone)
+        # Whatever fails: half an adapter on the model would be used by the next task.
         except Exception:
             detach(self.model)
             self._restore("")
@@ -71,6 +74,7 @@ class AdapterBank:
         if name not in self._tasks:
             raise RecipeError(f"no adapter {name!r}; there is: {', '.join(self.names) or 'none'}")
         if name != self.active:
+            # Captured anew: bitfit's values lie in the backbone itself, where they may have changed since.
             self._tasks[self.active] = self._capture(self._tasks[self.active].method)
             self._restore(name)
 

@@ -1,4 +1,4 @@
-"""What is trained: the recipe's `tune:` section."""
+"""Recipe section `tune:`, which says what is trained."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -55,7 +55,7 @@ class LowRank:
 
 @dataclass
 class Tune:
-    """Which parameters are trained. The head, and fc_norm where there is one, always are."""
+    """Choice of the parameters that are trained. The head, and fc_norm where there is one, always are."""
 
     method: Literal["full", "linear", "adaptformer", "vpt", "lora", "bitfit"] = "full"
     """full: everything; linear: nothing else; bitfit: all biases; the others: what their section adds"""
@@ -68,7 +68,7 @@ class Tune:
 
 
 def check(tune: Tune) -> list[str]:
-    """What can't be built, whatever the model is."""
+    """List what can't be built, whatever the model is."""
     bottleneck, vpt, lora = tune.adaptformer, tune.vpt, tune.lora
     sizes = {
         "adaptformer.bottleneck": bottleneck.bottleneck,

@@ -1,4 +1,4 @@
-"""The trainable parts themselves: bottleneck and low-rank update (prompts: pretrain/models/backbone.py).
+"""Trainable parts themselves: bottleneck and low-rank update (prompts: pretrain/models/backbone.py).
 
 Weights are initialised in constructors, after those of the backbone: the published video program draws its adapters
 again after building them and so loses the zero start (systems/adaptformer.md section 3.5).
@@ -44,7 +44,7 @@ class AdaptMLP(nn.Module):
         return changed + self.bottleneck(x if self.form == "parallel" else changed)
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        """Scaled output for tokens [B, N, C], without a residual."""
+        """Compute the scaled output for tokens [B, N, C], without a residual."""
         norm = self.adapter_layer_norm_before
         if norm is not None and self.norm_place == "in":
             x = norm(x)
@@ -90,7 +90,7 @@ class LowRankUpdate(nn.Module):
 
     @torch.no_grad()
     def weight(self) -> Tensor:
-        """The update as one matrix [outputs, inputs], float32."""
+        """Compute the update as one matrix [outputs, inputs], float32."""
         down = {name: layer.get_parameter("weight").float() for name, layer in self.down.items()}
         up = {name: layer.get_parameter("weight").float() for name, layer in self.up.items()}
         nothing = torch.zeros_like(next(iter(down.values()))[:1]).expand(self.rows, -1)

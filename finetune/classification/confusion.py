@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture."""
+"""Picture of a confusion matrix."""
 
 from pathlib import Path
 
@@ -26,9 +26,11 @@ def save_confusion(table: npt.NDArray[np.int64], names: list[str], path: Path) -
 
     classes = len(table)
     cell = max(MATRIX_PIXELS // classes, TEXT_HEIGHT + 1 if classes <= NAMED_CLASSES else 1)
+    # A class without videos is a row of zeros, not of NaN, which has no colour.
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     dark = np.array([8, 48, 107])
     pixels = (255 - shares[..., None] * (255 - dark)).round().astype(np.uint8)
+    # NEAREST: anything smoother would blur a cell into its neighbours.
     matrix = Image.fromarray(pixels).resize((cell * classes, cell * classes), Image.Resampling.NEAREST)
     labels = [name[:LONGEST_NAME] for name in names] if classes <= NAMED_CLASSES else []
     margin = CHARACTER_WIDTH * max(map(len, labels), default=0) + 8

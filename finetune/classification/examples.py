@@ -1,4 +1,4 @@
-"""A picture of what a model says of some videos: the frames that it was given, the true class, the top classes."""
+"""Picture of what a model says of some videos: the frames that it was given, the true class, the top classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Example:
 def pick_examples(
     predictions: Predictions, sets: list[VideoSet], views: EvaluationViews, count: int, deadline_s: float
 ) -> list[Example]:
-    """Videos at even distances in the order of the shards, so that nobody chooses the good ones.
+    """Pick videos at even distances in the order of the shards, so that nobody chooses the good ones.
 
     Args:
         predictions: of the videos of all ranks, one class each.
@@ -82,6 +82,7 @@ def _row(example: Example, names: Sequence[str]) -> Any:
     for number, tile in enumerate(tiles):
         row.paste(tile, (number * (tile.width + GAP), GAP))
     draw, left = ImageDraw.Draw(row), width - PANEL + 2 * GAP
+    # Stable: classes of equal probability would else change places from one machine to another.
     best = np.argsort(-example.probabilities, kind="stable")[:TOP].tolist()
     draw.text((left, GAP), f"true: {names[example.target]}", fill="black", font_size=13)
     for line, number in enumerate(best, start=1):
@@ -93,7 +94,7 @@ def _row(example: Example, names: Sequence[str]) -> Any:
 
 
 def _tiles(clip: Clip) -> list[Any]:
-    """Frames at even distances; those of small clips are enlarged."""
+    """Cut out frames at even distances; those of small clips are enlarged."""
     from PIL import Image
 
     chosen = np.unique(np.linspace(0, len(clip) - 1, min(len(clip), FRAMES)).round().astype(int))

@@ -57,6 +57,7 @@ def _huggingface(recipe: TuneRecipe, source: Path, objective: Any, dest: str) ->
     export_huggingface(objective.model, dest, facts["classes"])
     for name, content in processor_configs(recipe.input.height, facts["short_side"], MEAN, STD).items():
         storage.write_bytes(storage.join(dest, name), json.dumps(content, indent=2).encode())
+    # transformers passes it over; launch/predict.py and run.init_weights read the folder by it.
     storage.write_bytes(storage.join(dest, "recipe.yaml"), recipe_text(recipe).encode())
     return ""
 
@@ -93,6 +94,7 @@ def _trace(recipe: TuneRecipe, objective: Any) -> Any:
 
 def _facts(recipe: TuneRecipe, source: Path) -> dict[str, Any]:
     """Say what else a program must know to use the graph on a video."""
+    # A graph has one way to choose frames: that of the first source.
     clip, first = recipe.input, next(iter(recipe.data.sources.values()))
     return {
         "classes": names_of(recipe, source),

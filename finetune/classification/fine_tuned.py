@@ -1,4 +1,4 @@
-"""A fine-tuned classifier with the names of its classes: of a run, one of its checkpoints, or an export."""
+"""Fine-tuned classifier with the names of its classes: of a run, one of its checkpoints, or an export."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ NAMES = "classes.txt"
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A classifier with the weights that its run evaluates: float32, on the CPU, in evaluation mode."""
+    """Classifier with the weights that its run evaluates: float32, on the CPU, in evaluation mode."""
 
     recipe: TuneRecipe
     objective: Any
@@ -82,7 +82,7 @@ def with_keep_rate(tuned: FineTuned, rate: float) -> FineTuned:
 
 
 def label_map(tuned: FineTuned) -> LabelMap:
-    """The task's labels, for code that reads samples."""
+    """Give the task's labels, for code that reads samples."""
     return LabelMap(tuned.recipe.model.classes, tuple(tuned.names), tuned.recipe.objective.task)
 
 
@@ -91,11 +91,13 @@ def names_of(recipe: TuneRecipe, source: Path) -> list[str]:
     if (source / NAMES).is_file():
         return list(read_names(str(source / NAMES)))
     root = run_of(source)
+    # Any test will do: class names are the run's, whatever checkpoint was tested.
     for note in sorted(root.glob(f"predictions/*/{INFO}")) if root else []:
         names: list[str] = json.loads(note.read_text(encoding="utf-8"))["classes"]
         return names
     try:
         return list(class_names(source_rules(recipe)[0].labels))
+    # A model is used where the shards of its training are not, or no longer.
     except TubeletError as error:
         logger.warning("class names can't be read, so classes are called by their numbers (%s)", error)
         return [str(number) for number in range(recipe.model.classes)]

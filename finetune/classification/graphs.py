@@ -1,4 +1,4 @@
-"""A classifier as one graph file that needs nothing of this repository: ONNX, or torch.export's .pt2.
+"""Export of a classifier as one graph file that needs nothing of this repository: ONNX, or torch.export's .pt2.
 
 Input `video`: uint8 RGB [B, T, H, W, 3] as decoders give it, B free; normalisation is part of the graph, so that there
 is nothing about pixels to get wrong. Output `logits`: float32 [B, classes].
@@ -50,7 +50,7 @@ class PixelsToLogits(nn.Module):
 
 
 def trace(model: nn.Module, frames: int, height: int, width: int) -> ExportedProgram:
-    """The graph of a classifier in evaluation mode, for clips of one size and any number of them."""
+    """Trace a classifier in evaluation mode, for clips of one size and any number of them."""
     # torch takes a first axis of 0 or 1 for a constant.
     example = torch.zeros(2, frames, height, width, 3, dtype=torch.uint8)
     with torch.no_grad():
@@ -100,8 +100,10 @@ def write_onnx(program: ExportedProgram, dest: str, facts: Mapping[str, Any]) ->
     assert graph is not None
     graph.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
     with tempfile.TemporaryDirectory() as folder:
+        # By its final name: a graph beyond 2 GB holds the name of the file with its weights.
         path = Path(folder) / PurePosixPath(dest).name
         graph.save(path)
+        # Tried before anything lies at the destination: a wrong graph must not be found there.
         difference = onnx_difference(program, path)
         for file in sorted(Path(folder).iterdir()):
             storage.write_bytes(storage.join(storage.parent(dest), file.name), file.read_bytes())
@@ -110,7 +112,7 @@ def write_onnx(program: ExportedProgram, dest: str, facts: Mapping[str, Any]) ->
 
 @dataclass(frozen=True)
 class Graph:
-    """A written graph: logits float32 [B, K] of clips uint8 [B, T, H, W, 3], and the facts that it was written with."""
+    """Written graph: logits float32 [B, K] of clips uint8 [B, T, H, W, 3], and the facts that it was written with."""
 
     logits: Callable[[Tensor], Tensor]
     facts: dict[str, Any]
@@ -149,6 +151,7 @@ def _read_onnx(path: Path) -> Graph:
 def _read_torch_export(path: Path) -> Graph:
     if not zipfile.is_zipfile(path):  # torch would log a traceback of its own
         raise WeightsError(f"{path}: can't be opened: no .pt2 file")
+    # torch.export.load writes into this dictionary what it finds under its names.
     stored = {FACTS: ""}
     module = torch.export.load(str(path), extra_files=stored).module()
 
@@ -161,7 +164,7 @@ def _read_torch_export(path: Path) -> Graph:
 
 
 def onnx_difference(program: ExportedProgram, path: Path) -> float:
-    """The largest difference of logits between an ONNX file and the graph that it was made from, on random clips.
+    """Measure the largest difference of logits between an ONNX file and its graph, on random clips.
 
     Raises:
         WeightsError: more than rounding explains.
@@ -178,6 +181,7 @@ def onnx_difference(program: ExportedProgram, path: Path) -> float:
             expected = program.module()(video)
         found = torch.from_numpy(session.run(None, {"video": video.numpy()})[0])
         difference = float((found - expected).abs().max())
+        # Not `>`, which is false for NaN.
         if not difference <= TOLERANCE * max(float(expected.abs().max()), 1.0):
             raise WeightsError(
                 f"onnxruntime {onnxruntime.__version__} gives other logits than torch {torch.__version__} for {batch} "
@@ -188,7 +192,7 @@ def onnx_difference(program: ExportedProgram, path: Path) -> float:
 
 
 def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """aten.sort.stable of small integers, which torch's exporter lacks: ONNX's TopK keeps equal values in order."""
+    """Sort small integers for aten.sort.stable, which the exporter lacks: ONNX's TopK keeps equal values in order."""
     import onnxscript
 
     op: Any = onnxscript.opset23
@@ -200,6 +204,7 @@ def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bo
 def _require_onnx() -> None:
     for name in ONNX_PACKAGES:
         try:
+            # Imported and not only looked for: a package whose libraries don't load is of no use either.
             importlib.import_module(name)
         except ImportError as error:
             raise WeightsError(f"--format onnx needs {name} ({error}); pip install 'tubelet[onnx]'") from error

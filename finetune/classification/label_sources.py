@@ -1,4 +1,4 @@
-"""The labelled sources of a recipe, resolved: what each says of its videos, with label maps read."""
+"""Labelled sources of a recipe, resolved: what each says of its videos, with label maps read."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ from pretrain.errors import DataError
 
 
 def source_rules(recipe: TuneRecipe) -> list[SourceRules]:
-    """Rules of each source, in the recipe's order.
+    """Resolve the rules of each source, in the recipe's order.
 
     Raises:
         DataError: label maps can't be read, or sources number their classes differently.
@@ -37,7 +37,7 @@ def _rules(recipe: TuneRecipe, source: LabelledSource) -> SourceRules:
 
 
 def label_report(recipe: TuneRecipe, rules: list[SourceRules]) -> list[str]:
-    """How even the classes of each source are, where they were counted; flips that contradict class names."""
+    """Report how even the classes of each source are, where counted, and flips that contradict class names."""
     lines = []
     for (name, source), rule in zip(recipe.data.sources.items(), rules, strict=True):
         counts = known_counts(source.shards) if recipe.objective.task != "regression" else None

@@ -1,4 +1,4 @@
-"""What a sample's label means: class numbers, class names, several classes, or values to regress.
+"""Labels of samples and what they mean: class numbers, class names, several classes, or values to regress.
 
 Labels lie in the samples' json files. Counting them needs one short read a sample; the result is kept beside the shards
 in `labels.json`, under the fingerprint of the data.
@@ -33,7 +33,7 @@ Task = Literal["single", "multi", "regression"]
 
 @dataclass(frozen=True)
 class LabelMap:
-    """From the label in a sample's json to what the loss takes.
+    """Map from the label in a sample's json to what the loss takes.
 
     Attributes:
         classes: number of outputs.
@@ -46,7 +46,7 @@ class LabelMap:
     task: Task = "single"
 
     def target(self, label: Any) -> np.ndarray:
-        """Class number int64 [], classes as float32 [classes] of 0 and 1, or values float32 [classes].
+        """Map a label: class number int64 [], classes as float32 [classes] of 0 and 1, or values float32 [classes].
 
         Raises:
             SampleError: "label" where the label is missing or none of the classes.
@@ -63,7 +63,7 @@ class LabelMap:
         return target
 
     def example(self) -> np.ndarray:
-        """Make a target as `target` gives them, with made-up content."""
+        """Make up a target as `target` gives them."""
         if self.task == "single":
             return np.array(0, dtype=np.int64)
         return np.zeros(self.classes, dtype=np.float32)
@@ -73,6 +73,7 @@ class LabelMap:
             if label not in self.names:
                 raise SampleError("label", f"{label!r} is none of the {len(self.names)} classes")
             return self.names.index(label)
+        # bool is an int in Python: true would be class 1.
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.classes:
             raise SampleError("label", f"{label!r} is no class from 0 to {self.classes - 1}")
         return label
@@ -88,7 +89,7 @@ class LabelMap:
 
 
 def read_names(path: str) -> tuple[str, ...]:
-    """Class names of a file: one a line, or a JSON list or {name: class}.
+    """Read class names of a file: one a line, or a JSON list or {name: class}.
 
     Raises:
         DataError: unreadable, or class numbers that are not 0, 1, 2, ...
@@ -108,7 +109,7 @@ def read_names(path: str) -> tuple[str, ...]:
 
 
 def open_labels(labels: str, shards: str, classes: int, task: Task) -> LabelMap:
-    """The label map of a source.
+    """Open the label map of a source.
 
     Args:
         labels: the source's `labels`: a file, "integer" or "auto".
@@ -122,6 +123,7 @@ def open_labels(labels: str, shards: str, classes: int, task: Task) -> LabelMap:
     if task == "regression" or labels == "integer":
         return LabelMap(classes, (), task)
     names = (
+        # Sorted: all ranks, and every resume, must number the classes alike.
         tuple(sorted(n for n in count_labels(shards) if not n.isdigit())) if labels == "auto" else read_names(labels)
     )
     if names and len(names) != classes:
@@ -133,7 +135,7 @@ def open_labels(labels: str, shards: str, classes: int, task: Task) -> LabelMap:
 
 
 def count_labels(shards: str) -> Counter[str]:
-    """How often each label occurs, numbers as text; read from labels.json where it is up to date, else counted.
+    """Count how often each label occurs, numbers as text; from labels.json where it is up to date, else anew.
 
     Raises:
         DataError: no index, or samples without a json in front of the video.
@@ -155,9 +157,11 @@ def count_labels(shards: str) -> Counter[str]:
 
 
 def known_counts(shards: str) -> Counter[str] | None:
-    """What labels.json says, if it is there and belongs to these shards."""
+    """Read the counts of labels.json, if it is there and belongs to these shards."""
     try:
+        # Soon given up: without the file labels are only counted anew.
         known = json.loads(storage.read_bytes(storage.join(shards, LABELS_NAME), deadline_s=10))
+        # Names of other shards would number the classes otherwise, with the same number of outputs.
         return Counter(known["counts"]) if known.get("fingerprint") == load_index(shards).fingerprint else None
     except (StorageError, ValueError):
         return None
@@ -174,11 +178,12 @@ def _all_labels(index: ShardIndex) -> list[Any]:
         members = load_members(index.url, shard.name)
         rows = zip(members.keys, members.offsets.tolist(), members.sizes.tolist(), strict=True)
         places += [(shard.name, key, offset, size) for key, offset, size in rows]
+    # Many at a time: reads this short are all waiting, and one after another a store's latency adds up.
     return [future.result() for _, future in read_ahead(places, read, depth=64)]
 
 
 def label_in_head(data: bytes, where: str) -> Any:
-    """The label in the first bytes of a sample, whose json comes first.
+    """Find the label in the first bytes of a sample, whose json comes first.
 
     Raises:
         DataError: it does not.
@@ -198,7 +203,7 @@ def label_in_head(data: bytes, where: str) -> Any:
 
 
 def imbalance_report(counts: Counter[str]) -> list[str]:
-    """Lines about how unequal classes are: smallest, largest, entropy; the rare ones by name."""
+    """Report how unequal classes are: smallest, largest, entropy; the rare ones by name."""
     if not counts:
         return []
     ordered = counts.most_common()
@@ -220,5 +225,5 @@ def imbalance_report(counts: Counter[str]) -> list[str]:
 
 
 def class_names(labels: LabelMap) -> Sequence[str]:
-    """A name for every output."""
+    """Name every output."""
     return labels.names or [str(number) for number in range(labels.classes)]

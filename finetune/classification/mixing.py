@@ -13,7 +13,7 @@ from pretrain.runtime.vision_ops import ensure_torchvision
 
 
 class Mixing:
-    """Mixes a batch with its reverse, all clips by the same share (timm's mode "batch").
+    """Mixup and CutMix of a batch with its reverse, all clips by the same share (timm's mode "batch").
 
     Draws follow torch's CPU generator, which the engine seeds before every forward pass from (seed, step, micro-batch,
     rank): a resumed run mixes as the uninterrupted one.
@@ -41,12 +41,13 @@ class Mixing:
         )
 
     def __call__(self, video: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed clips float [B, T, H, W, 3] and soft targets [B, classes]; B even.
+        """Mix clips: float [B, T, H, W, 3] and soft targets [B, classes]; B even.
 
         timm cuts the last two axes: they must be rows and columns (VideoMAE before 2022-07 cut frames and rows).
         """
         frames = video.shape[1]
         planes = video.permute(0, 1, 4, 2, 3).flatten(1, 2).contiguous()
+        # No checkpoint holds NumPy's global state: a resumed run would mix other clips.
         with numpy_seeded(int(torch.randint(2**31, ()))):
             mixed, soft = self._mixup(planes, target)
         return mixed.unflatten(1, (frames, 3)).permute(0, 1, 3, 4, 2), soft
@@ -54,7 +55,7 @@ class Mixing:
 
 @contextlib.contextmanager
 def numpy_seeded(seed: int) -> Iterator[None]:
-    """NumPy's global generator, which timm draws from, seeded inside and untouched outside."""
+    """Seed NumPy's global generator, which timm draws from, inside and leave it untouched outside."""
     before = np.random.get_state()
     np.random.seed(seed)
     try:

@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass
 class Predictions:
-    """What a model says of some videos.
+    """Predictions of a model for some videos.
 
     Attributes:
         task: what `targets` and `logits` mean.
@@ -57,6 +57,7 @@ class Predictions:
             return logits.mean(axis=1)
         if self.task == "multi":
             return (1 / (1 + np.exp(-logits))).mean(axis=1)
+        # Less the largest: exp of 89 is infinite in float32.
         shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
         probabilities: Floats = (shifted / shifted.sum(axis=-1, keepdims=True)).mean(axis=1)
         return probabilities
@@ -65,6 +66,7 @@ class Predictions:
         """Write this rank's videos; rank 0 also what all have in common."""
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(
+            # dtype=str: an empty list is saved as floats otherwise.
             folder / f"part_{rank:05d}.npz", keys=np.array(self.keys, dtype=str), targets=self.targets,
             logits=self.logits, unreadable=np.array(self.unreadable, dtype=str),
         )  # fmt: skip
@@ -74,7 +76,7 @@ class Predictions:
 
 
 def read_predictions(folder: Path) -> Predictions:
-    """All parts of a folder.
+    """Read all parts of a folder.
 
     Raises:
         DataError: not such a folder, or a video occurs twice.
@@ -83,6 +85,7 @@ def read_predictions(folder: Path) -> Predictions:
         raise DataError(f"{folder}: no {INFO}; predictions are written by a test, launch/finetune.py --test")
     info = json.loads((folder / INFO).read_text(encoding="utf-8"))
     parts = [dict(np.load(path)) for path in sorted(folder.glob("part_*.npz"))]
+    # A rank without videos has targets [0], which can't be joined to [n, K].
     filled = [part for part in parts if len(part["keys"])]
     if not filled:
         raise DataError(f"{folder}: no predictions in {len(parts)} parts")
@@ -102,7 +105,7 @@ def read_predictions(folder: Path) -> Predictions:
 
 
 def checked(predictions: Predictions) -> Predictions:
-    """The same, in the order of the keys.
+    """Check predictions and put them in the order of the keys.
 
     Raises:
         DataError: a key occurs twice, so that a video would count twice.
@@ -110,6 +113,7 @@ def checked(predictions: Predictions) -> Predictions:
     twice = [key for key, count in Counter(predictions.keys).items() if count > 1]
     if twice:
         raise DataError(f"{len(twice)} videos were predicted twice, such as {twice[0]}")
+    # By key, so that any number of ranks gives the same files.
     order = sorted(range(len(predictions.keys)), key=predictions.keys.__getitem__)
     predictions.keys = [predictions.keys[i] for i in order]
     predictions.targets, predictions.logits = predictions.targets[order], predictions.logits[order]
@@ -117,45 +121,48 @@ def checked(predictions: Predictions) -> Predictions:
 
 
 def scores(predictions: Predictions) -> dict[str, float]:
-    """Metrics in percent (regression: in the labels' units) by name; the first one is the headline."""
+    """Compute metrics in percent (regression: in the labels' units) by name; the first one is the headline."""
     merged, targets = predictions.merged, predictions.targets
     if predictions.task == "regression":
         return _regression_scores(merged, targets)
     if predictions.task == "multi":
         values = [average_precision(merged[:, k], targets[:, k]) for k in range(merged.shape[1])]
+        # Classes without a positive have no precision; counted as 0 they would lower mAP with the choice of videos.
         known = [value for value in values if not math.isnan(value)]
         result = {"mAP": 100 * float(np.mean(known)) if known else float("nan"), "classes": float(len(known))}
     else:
         picked = np.take_along_axis(merged, targets[:, None], axis=1)
         result = {f"top{k}": 100 * float((ranks(merged, targets) < k).mean()) for k in (1, 5)}
         result["mean_class_accuracy"] = 100 * float(np.nanmean(class_accuracy(predictions)))
+        # One probability that was rounded to 0 would make the mean infinite.
         result["loss"] = float(-np.log(np.maximum(picked, 1e-12)).mean())
     return result | {"videos": float(len(merged)), "unreadable": float(len(predictions.unreadable))}
 
 
 def ranks(merged: Floats, targets: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """How many classes have a higher probability than the right one, [n]; of equal ones, half count before it."""
+    """Count the classes that have a higher probability than the right one, [n]; of equal ones, half count."""
     right = np.take_along_axis(merged, targets[:, None], axis=1)
+    # A model that gives all classes the same would be always right if ties counted for it, never if against.
     above, equal = (merged > right).sum(axis=1), (merged == right).sum(axis=1) - 1
     return np.asarray(above + equal // 2, dtype=np.int64)
 
 
 def class_accuracy(predictions: Predictions) -> npt.NDArray[np.float64]:
-    """Share of each class' videos that are classified right, [K]; NaN for a class without any."""
+    """Compute the share of each class' videos that are classified right, [K]; NaN for a class without any."""
     table = confusion(predictions).astype(np.float64)
     totals = table.sum(axis=1)
     return np.divide(table.diagonal(), totals, out=np.full(len(totals), np.nan), where=totals > 0)
 
 
 def confusion(predictions: Predictions) -> npt.NDArray[np.int64]:
-    """Videos of true class (row) and predicted class (column), [K, K]."""
+    """Count videos of true class (row) and predicted class (column), [K, K]."""
     classes = predictions.logits.shape[-1]
     pairs = predictions.targets * classes + predictions.merged.argmax(axis=1)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
 def average_precision(score: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:
-    """Mean of the precision at each positive, equal scores taken together; NaN without positives."""
+    """Average the precision at each positive, equal scores taken together; NaN without positives."""
     if not truth.any():
         return float("nan")
     order = np.argsort(-score, kind="stable")

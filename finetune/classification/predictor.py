@@ -1,4 +1,4 @@
-"""What a fine-tuned model makes of one video file."""
+"""Prediction of one video file by a fine-tuned model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,13 +38,13 @@ class Prediction:
     views: Clip
 
     def top(self, count: int) -> list[int]:
-        """Classes with the highest values, best first."""
+        """Rank the classes with the highest values, best first."""
         return np.argsort(-self.values, kind="stable")[:count].tolist()
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A classifier of clips, whatever it was read from.
+    """Classifier of clips, whatever it was read from.
 
     Attributes:
         logits: float32 [V, K] of clips uint8 [V, T, H, W, 3].
@@ -68,7 +68,7 @@ class Predictor:
 
 
 def predictor_of(tuned: FineTuned) -> Predictor:
-    """Make a predictor of a fine-tuned model, on the accelerator where there is one.
+    """Build a predictor of a fine-tuned model, on the accelerator where there is one.
 
     Frames are chosen by the rules of its recipe's first source.
     """
@@ -92,7 +92,7 @@ def predictor_of(tuned: FineTuned) -> Predictor:
 
 
 def predictor_of_graph(path: Path) -> Predictor:
-    """A .onnx or .pt2 file of launch/export.py as a predictor.
+    """Open a .onnx or .pt2 file of launch/export.py as a predictor.
 
     Raises:
         WeightsError: not such a file.
@@ -114,7 +114,7 @@ def predictor_of_graph(path: Path) -> Predictor:
 
 
 def with_names(predictor: Predictor, path: str) -> Predictor:
-    """The same model with the class names of a file.
+    """Give the same model the class names of a file.
 
     Raises:
         DataError: not as many names as classes, or no such file.
@@ -148,6 +148,7 @@ def predict_video(
     except SampleError as error:
         raise DataError(f"{video}: can't be read as a video ({error})") from error
     logits = torch.cat([predictor.logits(part) for part in torch.from_numpy(views).split(MICRO)]).numpy()
+    # Its target is made up: only merged views are asked for.
     predictions = Predictions(
         predictor.task, predictor.names, [video], np.zeros(1), logits[None], average=predictor.average
     )
@@ -173,5 +174,6 @@ def save_frames(prediction: Prediction, caption: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(contact_sheet(titled)).save(path)
+    # ValueError: an ending that Pillow knows no format for.
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: the picture can't be written ({error})") from error

@@ -1,4 +1,4 @@
-"""What in a classification recipe can't work, and what does not fit its data."""
+"""Checks of a classification recipe: what can't work, and what does not fit its data."""
 
 import re
 
@@ -14,10 +14,11 @@ SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 def check_classification(recipe: TuneRecipe) -> list[str]:
-    """What can't work, beyond each component's own checks."""
+    """List what can't work, beyond each component's own checks."""
     augment, objective, data = recipe.augment, recipe.objective, recipe.data
     problems = _check_ranges(recipe)
     mixes = augment.mixup > 0 or augment.cutmix > 0
+    # timm asserts it, at the first batch of a run that has waited for its nodes.
     if mixes and recipe.batch.micro * recipe.input.views % 2:
         problems.append(
             f"batch.micro: {recipe.batch.micro} x input.views = {recipe.input.views} is odd, and Mixup and CutMix pair "
@@ -75,11 +76,12 @@ def _check_ranges(recipe: TuneRecipe) -> list[str]:
 
 
 def classification_warnings(recipe: TuneRecipe) -> list[str]:
-    """Options without effect, and sampling or flips that don't fit the data set (worth 1 to 1.3 points on SSv2)."""
+    """List options without effect, and sampling or flips that don't fit the data (worth 1 to 1.3 points on SSv2)."""
     warnings = []
     if recipe.run.init_weights is None:
         warnings.append("run.init_weights is null: the network starts from random weights; give pre-trained ones")
     for name, source in recipe.data.sources.items():
+        # By the name: shards don't say which data set they are of.
         text, key = f"{name} {source.shards}".lower(), f"data.sources.{name}"
         sparse = any(word in text for word in SPARSE_NAMES)
         if sparse and source.sampling == "dense":
@@ -102,5 +104,5 @@ def classification_warnings(recipe: TuneRecipe) -> list[str]:
 
 
 def sided_classes(names: tuple[str, ...]) -> list[str]:
-    """Class names that tell left from right: flips would contradict them."""
+    """Name classes that tell left from right: flips would contradict them."""
     return [name for name in names if SIDED.search(name.replace("_", " "))]

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Config:
-    """What is predicted, and the loss."""
+    """Prediction and its loss."""
 
     name: str = "classification"
     """task: finetune/<name>/task.py"""
@@ -83,13 +83,14 @@ class ClassificationTask(Method):
         return TrainingViews(self.recipe, rules)
 
     def example(self, count: int) -> Batch:
+        # Without rules, for which labels would be counted: plan and doctor run where the shards are not.
         return TrainingViews(self.recipe, []).example(count)
 
     def build(self) -> "ClassificationObjective":
         return ClassificationObjective(self.build_model(), self.recipe, self.architecture)
 
     def build_model(self) -> Any:
-        """Make the model with the parts that are trained."""
+        """Build the model with the parts that are trained."""
         recompute: Any = self.recipe.compute.activation_checkpointing  # checked to be one of the three
         model: Any = self.architecture.build(recompute)
         apply_tuning(model, self.recipe.tune)
@@ -154,7 +155,9 @@ class ClassificationObjective(Objective):
         video, target = self._normalized(batch["video"]), batch["target"]
         if self.mixing is not None and self.training:
             video, soft = self.mixing(video, target)
+            # No top-1: a mixed clip is of two classes.
             return Output(self._loss(self.model(video).float(), soft), {})
+        # In float32: the softmax of bfloat16 logits would be rounded to 8 bits.
         logits = self.model(video).float()
         loss = self._loss(logits, self._soft(target))
         right = (logits.argmax(-1) == target).float().mean() * 100 if self.task == "single" else None
@@ -162,22 +165,23 @@ class ClassificationObjective(Objective):
 
     @torch.no_grad()
     def predict(self, video: Tensor) -> Tensor:
-        """Logits float32 [B, classes] of clips uint8 [B, T, H, W, 3]."""
+        """Compute logits float32 [B, classes] of clips uint8 [B, T, H, W, 3]."""
         logits: Tensor = self.model(self._normalized(video)).float()
         return logits
 
     @torch.no_grad()
     def features(self, batch: Batch, pooled: bool = True) -> Tensor:
-        """Give features float32 of `video` uint8 [B, T, H, W, 3]: [B, C], or [B, N, C] of all tokens."""
+        """Compute features float32 of `video` uint8 [B, T, H, W, 3]: [B, C], or [B, N, C] of all tokens."""
         features: Tensor = self.model.forward_features(self._normalized(batch["video"]), pooled=pooled).float()
         return features
 
     def evaluated_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Inside of it the model has the weights that are evaluated: the averages where there are any."""
+        """Open a context in which the model has the weights that are evaluated: averages where there are any."""
         return contextlib.nullcontext() if self.average is None else self.average.applied(self.model)
 
     def keep_evaluated_weights(self) -> None:
         with self.evaluated_weights():
+            # Clones: leaving the context writes the live weights back into the same tensors.
             state = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(state)
         self.average = None
@@ -205,7 +209,7 @@ class ClassificationObjective(Objective):
             self.average.update(self.model)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """The clips as the model is given them, before mixing."""
+        """Give the clips as the model is given them, before mixing."""
         return {"augmented": batch["video"]}
 
     def _new_average(self) -> WeightAverage | None:
@@ -217,12 +221,14 @@ class ClassificationObjective(Objective):
         return normalized
 
     def _soft(self, target: Tensor) -> Tensor:
-        """Targets as the loss takes them, smoothed where they are classes."""
+        """Turn targets into what the loss takes, smoothed where they are classes."""
         if self.task == "regression":
             return target
         if self.task == "multi":
+            # Towards a half: each class is a decision between yes and no by itself.
             return target * (1 - self.smoothing) + 0.5 * self.smoothing
         classes = self.recipe.model.classes
+        # As timm smooths: the right class has its part of the share too.
         return F.one_hot(target, classes).float() * (1 - self.smoothing) + self.smoothing / classes
 
     def _loss(self, logits: Tensor, soft: Tensor) -> Tensor:
@@ -235,5 +241,5 @@ class ClassificationObjective(Objective):
 
 
 def soft_cross_entropy(logits: Tensor, soft: Tensor) -> Tensor:
-    """Mean cross entropy of logits [B, K] with target distributions [B, K]."""
+    """Compute the mean cross entropy of logits [B, K] with target distributions [B, K]."""
     return torch.sum(-soft * F.log_softmax(logits, dim=-1), dim=-1).mean()

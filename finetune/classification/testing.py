@@ -1,4 +1,4 @@
-"""The test of a trained model: clips x crops of every video, scores, pictures, and predictions to score again."""
+"""Test of a trained model: clips x crops of every video, scores, pictures, and predictions to score again."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ SHOWN_CLASSES = 5
 
 
 def wants_test(recipe: TuneRecipe) -> bool:
-    """Say whether there is something to test at the end, and the run went to its end."""
+    """Tell whether there is something to test at the end, and the run went to its end."""
     stopped_early = recipe.schedule.max_steps is not None
     held_out = any(source.test or source.val for source in recipe.data.sources.values())
     return recipe.evaluate.test != "none" and held_out and not stopped_early
@@ -54,10 +54,12 @@ def run_test(method: Method, ranks: Ranks, which: str) -> dict[str, float]:
     if not sets:
         raise DataError("test: no source has test or val shards; give data.sources.<name>.test=FOLDER")
     root = Path(recipe.run.dir).absolute()
+    # One rank chooses: hosts may see different newest checkpoints on a shared file system.
     checkpoint = Path(from_first(ranks, str(find(root, which)) if ranks.first else ""))
     objective = load_objective(method, ranks, checkpoint)
     folder = root / "predictions" / checkpoint.name
     if ranks.first:
+        # Of a test with more ranks some parts would stay, and their videos be found twice.
         for old in folder.glob("part_*.npz"):
             old.unlink()
     from_first(ranks, None)  # nobody writes before the old parts are gone
@@ -69,7 +71,7 @@ def run_test(method: Method, ranks: Ranks, which: str) -> dict[str, float]:
 
 
 def _report(recipe: TuneRecipe, sets: list[VideoSet], folder: Path) -> dict[str, float]:
-    """Scores and pictures, of rank 0."""
+    """Write scores and pictures, on rank 0."""
     result, count = rescore(folder), recipe.evaluate.pictures
     if count and recipe.objective.task == "single":
         predictions = read_predictions(folder)
@@ -80,7 +82,7 @@ def _report(recipe: TuneRecipe, sets: list[VideoSet], folder: Path) -> dict[str,
 
 
 def find(root: Path, which: str) -> Path:
-    """Folder of a checkpoint of the run in `root`.
+    """Find the folder of a checkpoint of the run in `root`.
 
     Raises:
         CheckpointError: it is not there.
@@ -96,8 +98,9 @@ def find(root: Path, which: str) -> Path:
 
 
 def load_objective(method: Method, ranks: Ranks, checkpoint: Path) -> Any:
-    """The trained module on this rank's device, in evaluation mode; sharded where training sharded it."""
+    """Load the trained module onto this rank's device, in evaluation mode; sharded where training sharded it."""
     recipe = method.recipe
+    # Sharded again: what needed stage 3 may not fit a device whole.
     if recipe.zero.stage == 3:
         accumulation = recipe.batch.samples // (recipe.batch.micro * ranks.world_size)
         built = build_engine(method, ranks, accumulation, resumes=True)
@@ -110,7 +113,7 @@ def load_objective(method: Method, ranks: Ranks, checkpoint: Path) -> Any:
 
 
 def rescore(folder: Path) -> dict[str, float]:
-    """Scores of the predictions in a folder, without the model; writes scores.json, per_class.csv and confusion.png.
+    """Score the predictions in a folder, without the model; writes scores.json, per_class.csv and confusion.png.
 
     Raises:
         DataError: no predictions there.
@@ -127,7 +130,7 @@ def rescore(folder: Path) -> dict[str, float]:
 
 
 def write_classes(predictions: Predictions, folder: Path) -> None:
-    """per_class.csv, confusion.png, and a line about the classes that are hardest."""
+    """Write per_class.csv, confusion.png, and a line about the classes that are hardest."""
     accuracy, table = class_accuracy(predictions), confusion(predictions)
     lines = ["class,videos,accuracy,most_often_taken_for"]
     for number, name in enumerate(predictions.names):

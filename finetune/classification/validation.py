@@ -1,4 +1,4 @@
-"""Runs a model over a set of videos: one centre view each while training, clips x crops in the test."""
+"""Evaluation of a model on a set of videos: one centre view each while training, clips x crops in the test."""
 
 import logging
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ SHOWN_UNREADABLE = 5
 
 
 class Validation:
-    """The engine's evaluation: metrics of all sources' validation videos, one centre view each.
+    """Evaluation for the engine: metrics of all sources' validation videos, one centre view each.
 
     Args:
         recipe: the run.
@@ -39,13 +39,13 @@ class Validation:
         self._sets = video_sets(recipe, test=False)
 
     def __call__(self, objective: Any) -> dict[str, float]:
-        """Metrics, equal on all ranks."""
+        """Compute metrics, equal on all ranks."""
         mine = predict(objective, self._recipe, self._ranks, self._sets, centre_view(self._recipe))
         return scores(checked(join(gather_objects(self._ranks, mine))))
 
 
 def video_sets(recipe: TuneRecipe, test: bool) -> list[VideoSet]:
-    """Validation or test shards of the sources that have some."""
+    """Open the validation or test shards of the sources that have some."""
     sets = []
     for (name, source), rules in zip(recipe.data.sources.items(), source_rules(recipe), strict=True):
         shards = (source.test or source.val) if test else source.val
@@ -55,12 +55,12 @@ def video_sets(recipe: TuneRecipe, test: bool) -> list[VideoSet]:
 
 
 def centre_view(recipe: TuneRecipe) -> EvaluationViews:
-    """The one view of validation."""
+    """Give the one view of validation."""
     return EvaluationViews(recipe.input.size, recipe.input.decoder)
 
 
 def test_views(recipe: TuneRecipe) -> EvaluationViews:
-    """The clips x crops of the test."""
+    """Give the clips x crops of the test."""
     evaluate = recipe.evaluate
     return EvaluationViews(recipe.input.size, recipe.input.decoder, evaluate.clips, evaluate.crops, validation=False)
 
@@ -68,7 +68,7 @@ def test_views(recipe: TuneRecipe) -> EvaluationViews:
 def predict(
     objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], views: EvaluationViews
 ) -> Predictions:
-    """This rank's part of the predictions. All ranks call it; `objective` is in evaluation mode.
+    """Predict this rank's part of the videos. All ranks call it; `objective` is in evaluation mode.
 
     Raises:
         DataError: more unreadable videos than data.bad_rate allows.
@@ -86,6 +86,7 @@ def predict(
                 continue
             keys.append(video["key"])
             targets.append(video["target"].numpy())
+            # Views and not videos fill a batch: 15 views of one video may be more than a device holds.
             yield from video["views"]
 
     # With sharded weights every rank takes part in every forward pass, also one that has fewer videos.
@@ -101,6 +102,7 @@ def predict(
     per_view = torch.cat(logits).numpy() if logits else np.zeros((0, classes), np.float32)
     return Predictions(
         recipe.objective.task,
+        # Of the first: `source_rules` has refused sources that name their classes differently.
         list(class_names(sets[0].rules.labels)),
         keys,
         np.stack(targets) if targets else np.zeros((0,), np.int64),
@@ -111,7 +113,7 @@ def predict(
 
 
 def join(parts: list[Predictions]) -> Predictions:
-    """The predictions of all ranks as one.
+    """Join the predictions of all ranks.
 
     Raises:
         DataError: there are none.
@@ -149,6 +151,7 @@ def _report_unreadable(unreadable: list[str], videos: int, recipe: TuneRecipe) -
     if not unreadable:
         return
     shown = "; ".join(unreadable[:SHOWN_UNREADABLE])
+    # bad_minimum: of few videos a single bad one is already more than the rate.
     if len(unreadable) >= recipe.data.bad_minimum and len(unreadable) > recipe.data.bad_rate * videos:
         raise DataError(
             f"evaluation: {len(unreadable)} of {videos} videos can't be read, more than data.bad_rate="

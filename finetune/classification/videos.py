@@ -1,4 +1,4 @@
-"""All videos of some shards, each once, dealt out to ranks and workers, as views to evaluate."""
+"""Videos of some shards, each once, dealt out to ranks and workers, as views to evaluate."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class VideoSet:
 
 
 class Videos(IterableDataset[dict[str, Any]]):
-    """The videos of a rank: of all videos in a row, number rank, rank + world_size, ...
+    """Videos of a rank: of all videos in a row, number rank, rank + world_size, ...
 
     Yields `key`, `target`, `views` uint8 [V, T, H, W, 3]; or `key` and `reason` where a video can't be read.
 
@@ -47,7 +47,7 @@ class Videos(IterableDataset[dict[str, Any]]):
         self._deadline_s, self._readahead = deadline_s, max(readahead, 1)
 
     def __len__(self) -> int:
-        """Videos of this rank."""
+        """Count the videos of this rank."""
         return len(range(self._rank, sum(one.index.samples for one in self._sets), self._world_size))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -68,6 +68,7 @@ class Videos(IterableDataset[dict[str, Any]]):
                 target = entry.rules.labels.target(members.label)
                 views = self._views(members.video(), entry.rules)
             except SampleError as error:
+                # Training would replace it; a score must be of each video once, and say which are missing.
                 yield {"key": key, "reason": str(error)}
                 continue
             yield {"key": key, "target": torch.from_numpy(target), "views": torch.from_numpy(views)}
@@ -75,18 +76,20 @@ class Videos(IterableDataset[dict[str, Any]]):
     def _places(self, worker: int, workers: int) -> Iterator[tuple[int, int, int]]:
         ends = np.cumsum([0, *(count for one in self._sets for count in one.index.shards.samples.tolist())])
         shards = [(s, number) for s, one in enumerate(self._sets) for number in range(len(one.index.shards))]
+        # By rank first: how many workers a rank has changes nothing of what it judges.
         for position in range(self._rank + worker * self._world_size, int(ends[-1]), self._world_size * workers):
             unit = int(np.searchsorted(ends, position, side="right")) - 1
             yield (*shards[unit], position - int(ends[unit]))
 
 
 def loader(videos: Videos, workers: int) -> "DataLoader[dict[str, Any]]":
-    """The videos, prepared by worker processes."""
+    """Load the videos by worker processes."""
     return DataLoader(
         videos,
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        # A fork would copy locks that threads of CUDA and of the collectives hold at that moment.
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=prepare_worker if workers else None,
     )

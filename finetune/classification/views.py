@@ -1,4 +1,4 @@
-"""From a sample to labelled clips: the training views, and the views of validation and test."""
+"""Labelled clips of a sample: the training views, and the views of validation and test."""
 
 import functools
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pretrain.samples.transforms import Clip
 
 @dataclass(frozen=True)
 class SourceRules:
-    """What a labelled source says of its videos, resolved."""
+    """Rules of a labelled source for its videos, resolved."""
 
     labels: LabelMap
     sampling: str
@@ -44,6 +44,7 @@ class TrainingViews(Samples):
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
         rules = self._rules[place.source]
         target = rules.labels.target(members.label)
+        # View 0 for all: the clip is drawn and decoded once, its views differ in augmentation alone.
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
         with open_video(members.video(), self._input.decoder, members.stamps) as reader:
             clip = reader.frames(training_frames(reader.num_frames, self._input.frames, rules, rng))
@@ -68,7 +69,7 @@ class TrainingViews(Samples):
 
 
 def training_frames(num_frames: int, frames: int, rules: SourceRules, rng: np.random.Generator) -> sampling.Indices:
-    """Frames of a training clip.
+    """Choose the frames of a training clip.
 
     Dense: the end uniform over {span, ..., n-1}; sparse: an offset in each segment; strided: the start uniform.
     """
@@ -85,7 +86,7 @@ def training_frames(num_frames: int, frames: int, rules: SourceRules, rng: np.ra
 
 
 def validation_frames(num_frames: int, frames: int, rules: SourceRules) -> sampling.Indices:
-    """Frames of the one validation clip, in the middle (V2)."""
+    """Choose the frames of the one validation clip, in the middle (V2)."""
     if rules.sampling == "sparse":
         return sampling.sparse_frames(num_frames, frames, sampling.sparse_segment(num_frames, frames) // 2)
     if rules.sampling == "strided":
@@ -96,7 +97,7 @@ def validation_frames(num_frames: int, frames: int, rules: SourceRules) -> sampl
 
 @dataclass(frozen=True)
 class EvaluationViews:
-    """The views that a video is judged by; `clips` = `crops` = 1 with `validation` is the centre view.
+    """Views that a video is judged by; `clips` = `crops` = 1 with `validation` is the centre view.
 
     Attributes:
         size: frames, height and width of a clip.
@@ -133,7 +134,7 @@ class EvaluationViews:
         return self.size[2]
 
     def __call__(self, video: VideoFile, rules: SourceRules) -> Clip:
-        """uint8 [clips * crops, T, H, W, 3], the crops of a clip next to each other."""
+        """Cut views uint8 [clips * crops, T, H, W, 3] of a video, the crops of a clip next to each other."""
         with open_video(video, self.decoder) as reader:
             if self.validation:
                 clip = reader.frames(validation_frames(reader.num_frames, self.frames, rules))
@@ -156,15 +157,17 @@ class EvaluationViews:
         return [transforms.centre_crop(clip, self.width, self.height)]
 
     def _centre(self, clip: Clip, short_side: int) -> Clip:
-        """Short side to `short_side` as OpenCV resizes, then the middle; a plain fit where that would not cover."""
+        """Resize the short side as OpenCV does and cut the middle; a plain fit where that would not cover."""
         if short_side < max(self.height, self.width):
             return transforms.centre_crop(clip, self.width, self.height)
         resized = _resize_short(clip, short_side)
         y, x = (resized.shape[1] - self.height) // 2, (resized.shape[2] - self.width) // 2
+        # A copy: a view would keep all of the resized clip in memory, and be sent to the trainer with it.
         return np.ascontiguousarray(resized[:, y : y + self.height, x : x + self.width])
 
 
 def _resize_short(clip: Clip, short: int) -> Clip:
+    # Rounded down and without antialiasing, as the official resize by OpenCV.
     height, width = clip.shape[1:3]
     if height <= width:
         return transforms.resize(clip, int(width * short / height), short, antialias=False)

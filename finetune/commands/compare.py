@@ -1,4 +1,4 @@
-"""Tested runs side by side: launch/finetune.py --compare RUN RUN ..."""
+"""Comparison of tested runs: launch/finetune.py --compare RUN RUN ..."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True)
 class Tested:
-    """What became of a run.
+    """Result of a run.
 
     Attributes:
         name: the run's folder.
@@ -35,12 +35,12 @@ class Tested:
 
     @property
     def start(self) -> str:
-        """What the weights were before."""
+        """Kind of the weights before training."""
         return "pre-trained" if self.recipe.run.init_weights else "scratch"
 
 
 def read_tested(run: Path) -> Tested:
-    """A run whose test is done.
+    """Read a run whose test is done.
 
     Raises:
         DataError: no test there, or not a fine-tuning run.
@@ -49,6 +49,7 @@ def read_tested(run: Path) -> Tested:
     if not found:
         raise DataError(f"{run}: no predictions/*/{SCORES}, so it was not tested; launch/finetune.py --test last does")
     recipe = load_tune_recipe(str(run / "recipe.yaml"))
+    # The last by name is of the latest step: its number has leading zeros.
     info = json.loads((found[-1].parent / INFO).read_text(encoding="utf-8"))
     return Tested(
         name=str(run),
@@ -61,12 +62,12 @@ def read_tested(run: Path) -> Tested:
 
 
 def trained_parameters(recipe: TuneRecipe) -> int:
-    """Parameters that the recipe's method trains."""
+    """Count the parameters that the recipe's method trains."""
     return sum(value.numel() for value in method_of(recipe).build().parameters() if value.requires_grad)
 
 
 def compare(runs: list[Path]) -> list[str]:
-    """Lines of a table: each run's start, method, size and accuracy, and what guessing reaches.
+    """Tabulate each run's start, method, size and accuracy, and what guessing reaches.
 
     Raises:
         DataError: one of them has no test.

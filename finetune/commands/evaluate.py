@@ -54,7 +54,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    """`1,5,10`: one word, because the words behind it are the recipe's."""
+    """Parse `1,5,10`: one word, because the words behind it are the recipe's."""
     numbers = [int(number) for number in text.split(",")]
     if min(numbers) < 1:
         raise ValueError("at least one video a class")
@@ -101,6 +101,7 @@ def _evaluate(
         return _feature_shards(objective, recipe, kind, ranks, folder / "features")
     train = extract(objective, recipe, ranks, training_sets(recipe), kind)
     held_out = extract(objective, recipe, ranks, held_out_sets(recipe), kind)
+    # Features are equal on all ranks: one of them trains the heads, and scores.
     if not ranks.first:
         return {}
     logger.info("%d training and %d held-out videos, chance %.2f %%",
@@ -151,7 +152,7 @@ def _score(train: Any, held_out: Any, arguments: argparse.Namespace, seed: int, 
 def _windows(
     objective: Any, recipe: TuneRecipe, arguments: argparse.Namespace, ranks: Any, folder: Path
 ) -> dict[str, Any]:
-    """One .npy a test video, or shards; ranks share the videos."""
+    """Write one .npy a test video, or shards; ranks share the videos."""
     from finetune.probe.feature_shards import write_shards
     from finetune.probe.features import held_out_sets
     from finetune.probe.windows import window_rows

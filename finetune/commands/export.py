@@ -1,4 +1,4 @@
-"""The command line of launch/export.py."""
+"""Command line of launch/export.py."""
 
 import argparse
 import sys

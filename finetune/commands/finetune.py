@@ -31,13 +31,14 @@ guide: docs/finetuning.md
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Looked for before parsing: the program asks for a recipe, which these two don't have.
     if "--rescore" in words or "--compare" in words:
         return _read_only(words)
     return run_program(PROGRAM, words)
 
 
 def _read_only(words: list[str]) -> int:
-    """What is done with finished tests; it needs neither recipe nor model."""
+    """Score or compare finished tests; needs neither recipe nor model."""
     from finetune.classification.testing import rescore
     from finetune.commands.compare import compare
     from pretrain.errors import TubeletError
@@ -46,6 +47,7 @@ def _read_only(words: list[str]) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--rescore", metavar="FOLDER", type=Path, help="folder with predictions.json")
     what.add_argument("--compare", metavar="RUN", type=Path, nargs="+", help="folders of tested runs")
+    # The deepspeed launcher puts it in front of all arguments, whatever it starts.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -83,6 +85,7 @@ def _run(method: Method, arguments: argparse.Namespace) -> int:
             method.test(ranks, arguments.test)
             return 0
         code = train(method, resume=arguments.resume)
+        # Not after 75: the start that finishes the run tests it.
         if code == 0:
             method.test(ranks)
         return code

@@ -1,4 +1,4 @@
-"""The command line of launch/predict.py."""
+"""Command line of launch/predict.py."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""The command line of launch/replay.py."""
+"""Command line of launch/replay.py."""
 
 import argparse
 import sys
@@ -93,7 +93,7 @@ def _verdict(place: "StepPlace", one: "MicroBatch") -> Iterator[str]:
 
 
 def _table(one: "MicroBatch") -> Iterator[str]:
-    """Activations of the modules around the finding, in the order in which they finish."""
+    """Tabulate activations of the modules around the finding, in the order in which they finish."""
     names = list(one.activations)
     if not names:
         return

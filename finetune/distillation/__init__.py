@@ -1,1 +1,1 @@
-"""A student learns what a larger, frozen teacher says of the same views."""
+"""Distillation: a student learns what a larger, frozen teacher says of the same views."""

@@ -36,7 +36,7 @@ IDENTITY = "identity.json"
 
 
 class LogitCache:
-    """The records of one rank.
+    """Records of one rank.
 
     Args:
         folder: of the cache, on a file system that all ranks see (or each its own).
@@ -55,10 +55,11 @@ class LogitCache:
         self._folder, self._micro_batches, self._shape = folder / f"rank_{rank:05d}", micro_batches, shape
         self._payload = 2 * shape[0] * shape[1]
         self._folder.mkdir(parents=True, exist_ok=True)
+        # As it will be read back: a tuple comes back as a list, and would differ at every start.
         _claim(folder, json.loads(json.dumps(identity)), rank)
 
     def read(self, step: int, micro: int, views: bytes) -> Tensor | None:
-        """Logits float32 of micro-batch `micro` of optimiser step `step`; None where there are none.
+        """Read logits float32 of micro-batch `micro` of optimiser step `step`; None where there are none.
 
         Args:
             step, micro: counted from 0.
@@ -74,6 +75,7 @@ class LogitCache:
                 record = file.read(HEADER.size + self._payload)
         except FileNotFoundError:
             return None
+        # Not written yet, or the last one of a file that a crash cut.
         if len(record) < HEADER.size + self._payload:
             return None
         digest, checksum = HEADER.unpack_from(record)
@@ -89,7 +91,7 @@ class LogitCache:
         return torch.from_numpy(np.frombuffer(payload, np.float16).astype(np.float32).reshape(self._shape))
 
     def write(self, step: int, micro: int, views: bytes, logits: Tensor) -> Tensor:
-        """Store logits [clips, classes]; returns them as they will be read.
+        """Store logits [clips, classes]; return them as they will be read.
 
         Raises:
             TrainingError: some are not finite in float16.
@@ -101,19 +103,22 @@ class LogitCache:
         path, offset = self._place(step, micro)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
+            # In one call and in place: what a crash leaves is a hole or a torn record, and the checksum tells both.
             os.pwrite(descriptor, HEADER.pack(views, zlib.crc32(payload, zlib.crc32(views))) + payload, offset)
         finally:
             os.close(descriptor)
+        # Not the logits that came in: the first student must learn from the numbers that later ones read.
         return values.float()
 
     def _place(self, step: int, micro: int) -> tuple[Path, int]:
         first = step // SHARD_STEPS * SHARD_STEPS
+        # By its place: no index is needed, and no two ranks write to one file.
         record = (step - first) * self._micro_batches + micro
         return self._folder / f"step_{first:08d}.bin", record * (HEADER.size + self._payload)
 
 
 def views_digest(batch: Mapping[str, Any]) -> bytes:
-    """16 bytes that name the views of a micro-batch and how they are mixed.
+    """Compute the 16 bytes that name the views of a micro-batch and how they are mixed.
 
     The engine seeds torch from (seed, step, micro-batch, rank) before each forward pass, and mixing follows that seed.
     """

@@ -72,6 +72,7 @@ class DistillationTask(ClassificationTask):
 
     def held(self) -> dict[str, tuple[float, str]]:
         options = self.recipe.objective.teacher
+        # No memory is taken and no file read: a dry run needs neither.
         with torch.device("meta"):
             model = classifier.build(options.model, *self.recipe.input.size)
         count = sum(parameter.numel() for parameter in model.parameters())
@@ -104,6 +105,7 @@ class DistillationObjective(ClassificationObjective):
             video, soft = self.mixing(video, target)
         else:
             soft = self._soft(target)
+        # Of the mixed clips: the method is a teacher that sees exactly what the student sees.
         wanted = self._wanted(video, batch)
         logits = self.model(video).float()
         options = self.recipe.objective
@@ -124,7 +126,7 @@ class DistillationObjective(ClassificationObjective):
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over clips, for logits [B, classes]."""
+    """Compute T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over clips, for logits [B, classes]."""
     given = F.log_softmax(student / temperature, dim=-1)
     wanted = F.log_softmax(teacher / temperature, dim=-1)
     return F.kl_div(given, wanted, reduction="batchmean", log_target=True) * temperature**2

@@ -1,4 +1,4 @@
-"""The teacher: a fine-tuned classifier, frozen, in evaluation mode, outside of everything that is trained or saved."""
+"""Teacher of a distillation: a fine-tuned classifier, frozen, outside of everything that is trained or saved."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ from pretrain.models.initial_weights import read_weights
 
 @dataclass
 class Teacher:
-    """Whose answers are learnt."""
+    """Source of the answers that are learnt."""
 
     weights: str = MISSING
     """fine-tuned classifier with the student's classes: a run, a checkpoint, or a file in any layout, any URL"""
@@ -34,7 +34,7 @@ class Teacher:
 
 
 class FrozenTeacher(Frozen[classifier.VideoClassifier]):
-    """Logits of a micro-batch, from the network or from the cache.
+    """Teacher of a run: logits of a micro-batch, from the network or from the cache.
 
     It is loaded when it is first asked, so tests, exports and dry runs of a distilled model don't need it.
 
@@ -52,12 +52,12 @@ class FrozenTeacher(Frozen[classifier.VideoClassifier]):
         self._step = self._micro = 0
 
     def before_step(self, step: int) -> None:
-        """The micro-batches that follow are those of optimiser step `step`, counted from 0 over all epochs."""
+        """Note that the micro-batches that follow are of optimiser step `step`, counted from 0 over all epochs."""
         self._step, self._micro = step, 0
 
     @torch.no_grad()
     def logits(self, video: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Logits float32 [B, classes] of the step's next micro-batch.
+        """Give logits float32 [B, classes] of the step's next micro-batch.
 
         Args:
             video: what the student sees: normalised and mixed clips [B, T, H, W, 3].
@@ -68,6 +68,7 @@ class FrozenTeacher(Frozen[classifier.VideoClassifier]):
         if self._cache is None:
             self._cache = self._open_cache(len(video))
         views, micro = views_digest(batch), self._micro
+        # Counted here: the engine tells the step alone.
         self._micro += 1
         found = self._cache.read(self._step, micro, views)
         if found is None:
@@ -83,6 +84,7 @@ class FrozenTeacher(Frozen[classifier.VideoClassifier]):
 
     def _load(self, model: classifier.VideoClassifier, place: str) -> None:
         report = load_pretrained(model, place, raw=read_weights(place))
+        # The loader allows a new head; a teacher with one would teach what was drawn.
         if report.missing:
             raise WeightsError(
                 f"no fine-tuned classifier of {self._options.model.classes} classes; "
@@ -93,12 +95,13 @@ class FrozenTeacher(Frozen[classifier.VideoClassifier]):
         recipe = self._recipe
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)
+        # Clips are mixed within a rank's micro-batch: another number of ranks pairs others.
         identity = self._identity() | {"ranks": ranks}
         folder = Path(recipe.objective.cache).absolute()
         return LogitCache(folder, identity, rank, accumulation, (clips, self._options.model.classes))
 
     def _identity(self) -> dict[str, Any]:
-        """All that the logits depend on."""
+        """Collect all that the logits depend on."""
         recipe, options = self._recipe, self._options
         sections = {"data": asdict(recipe.data), "input": asdict(recipe.input), "augment": asdict(recipe.augment)}
         return {
@@ -106,7 +109,9 @@ class FrozenTeacher(Frozen[classifier.VideoClassifier]):
             "data": {name: load_index(source.shards).fingerprint for name, source in recipe.data.sources.items()},
             "batch": {"samples": recipe.batch.samples, "micro": recipe.batch.micro},
             "seed": recipe.run.seed,
+            # Resolved: size=base, and the same sizes written out, are one teacher.
             "teacher": asdict(classifier.resolve(options.model)),
             "teacher_dtype": options.dtype,
+            # By values: the file may be moved or copied between two students.
             "teacher_weights": weights_digest(read_weights(options.weights)),
         }

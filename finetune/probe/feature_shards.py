@@ -1,4 +1,4 @@
-"""Features as WebDataset shards: `<key>.npy` and `<key>.json` for each video, and the index that packed videos have."""
+"""Feature shards for WebDataset: `<key>.npy` and `<key>.json` for each video, and an index as packed videos have."""
 
 import itertools
 from collections.abc import Iterable
@@ -41,6 +41,7 @@ def write_shards(folder: Path, ranks: Ranks, rows: Iterable[Row]) -> int:
         DataError: there are none.
     """
     if ranks.first:
+        # An earlier call may have had more ranks or videos: what is left of it would be read as part of this one.
         for old in folder.glob("features-*"):
             old.unlink()
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,13 +52,14 @@ def write_shards(folder: Path, ranks: Ranks, rows: Iterable[Row]) -> int:
 
 
 def _write(folder: Path, rank: int, rows: Iterable[Row]) -> list[str]:
-    """Names of the shards written."""
+    """Write the shards and return their names."""
     from webdataset import TarWriter
 
     names: list[str] = []
     rows = iter(rows)
     for number, some in enumerate(iter(lambda: list(itertools.islice(rows, SAMPLES)), [])):
         names.append(f"features-{rank:05d}-{number:06d}.tar")
+        # No times: equal features make equal shards, and one fingerprint.
         with open(folder / names[-1], "wb") as file, TarWriter(file, mtime=0) as tar:
             for row in some:
                 # webdataset takes what follows the first dot for the name of the member.

@@ -52,19 +52,19 @@ class Features:
                  classes=np.array(self.names))  # fmt: skip
 
     def take(self, rows: npt.NDArray[np.int64]) -> "Features":
-        """Some of the videos."""
+        """Take some of the videos."""
         index = torch.from_numpy(rows)
         return Features([self.keys[i] for i in rows], self.values[index], self.targets[index], self.names)
 
 
 def training_sets(recipe: TuneRecipe) -> list[VideoSet]:
-    """The training shards of every source, to be looked at without augmentation."""
+    """Open the training shards of every source, to be looked at without augmentation."""
     pairs = zip(recipe.data.sources.items(), source_rules(recipe), strict=True)
     return [VideoSet(name, load_index(source.shards), rules) for (name, source), rules in pairs]
 
 
 def held_out_sets(recipe: TuneRecipe) -> list[VideoSet]:
-    """The test or validation shards.
+    """Open the test or validation shards.
 
     Raises:
         DataError: no source has any.
@@ -76,11 +76,12 @@ def held_out_sets(recipe: TuneRecipe) -> list[VideoSet]:
 
 
 def extract(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], kind: Kind) -> Features:
-    """Features of one centre view of every video, equal on all ranks.
+    """Compute features of one centre view of every video, equal on all ranks.
 
     Raises:
         DataError: they would not fit into memory, or no video can be read.
     """
+    # Before the first video is decoded: the kernel's kill would come hours later, without a reason.
     _check_memory(objective, recipe, sum(one.index.samples for one in sets), kind)
     keys: list[str] = []
     targets: list[Tensor] = []
@@ -89,10 +90,12 @@ def extract(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSe
         keys += some_keys
         values.append(found)
         targets += some_targets
+    # A rank without readable videos has no tensors to join.
     parts = [part for part in gather_objects(ranks, (keys, values, targets)) if part[0]]
     if not parts:
         raise DataError("none of the videos can be read; see the lines above")
     all_keys = [key for part in parts for key in part[0]]
+    # By key: rows are drawn and shuffled by number, and must be the same for any number of ranks.
     order = sorted(range(len(all_keys)), key=all_keys.__getitem__)
     joined = torch.cat([value for part in parts for value in part[1]])[order]
     labels = torch.stack([target for part in parts for target in part[2]])[order]
@@ -102,17 +105,18 @@ def extract(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSe
 def batches(
     objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], kind: Kind
 ) -> Iterator[tuple[list[str], Tensor, list[Tensor]]]:
-    """Keys, features (float32 [b, C] pooled, float16 [b, N, C] of tokens) and targets of this rank's videos."""
+    """Yield keys, features (float32 [b, C] pooled, float16 [b, N, C] of tokens) and targets of this rank's videos."""
     videos = Videos(sets, centre_view(recipe), ranks.rank, ranks.world_size, recipe.data.deadline_s)
     for batch in _batches(videos, recipe):
         video = torch.cat([one["views"] for one in batch]).to(ranks.device)
         found = objective.features({"video": video}, pooled=kind == "pooled").cpu()
+        # Tokens are 1,568 vectors a video of 16 x 224 x 224; float16 halves their memory.
         values = found if kind == "pooled" else found.half()
         yield [one["key"] for one in batch], values, [one["target"] for one in batch]
 
 
 def rows(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], kind: Kind) -> Iterator[Row]:
-    """Features of this rank's videos one by one, with class and its name where there is one."""
+    """Yield features of this rank's videos one by one, with class and its name where there is one."""
     names = class_names(sets[0].rules.labels)
     for keys, values, targets in batches(objective, recipe, ranks, sets, kind):
         for key, value, target in zip(keys, values, targets, strict=True):

@@ -1,4 +1,4 @@
-"""k labelled videos a class: how far the features get with that, mean and spread over draws."""
+"""Few-shot evaluation: accuracy of the features with k labelled videos a class, mean and spread over draws."""
 
 import numpy as np
 import numpy.typing as npt
@@ -10,16 +10,17 @@ from pretrain.metrics.neighbours import accuracy, knn_scores
 
 
 def draw_shots(targets: npt.NDArray[np.int64], shots: int, seed: int, draw: int) -> npt.NDArray[np.int64]:
-    """Rows of `shots` videos of every class (all where a class has fewer), a function of (seed, draw, class)."""
+    """Draw `shots` videos of every class (all where it has fewer): rows, a function of (seed, draw, class)."""
     rows = []
     for number in np.unique(targets):
         own = np.flatnonzero(targets == number)
+        # A generator for each class: whoever is drawn of one does not depend on which others there are.
         rows.append(generator(seed, draw, int(number), "shots").permutation(own)[:shots])
     return np.sort(np.concatenate(rows))
 
 
 def few_shot(train: Features, held_out: Features, shots: int, draws: int = 5, seed: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation over draws of the top-1 accuracy in percent, by nearest class mean."""
+    """Measure the top-1 accuracy by nearest class mean: mean and standard deviation over draws, percent."""
     results = []
     for draw in range(draws):
         chosen = train.take(draw_shots(train.targets.numpy(), shots, seed, draw))
@@ -30,7 +31,8 @@ def few_shot(train: Features, held_out: Features, shots: int, draws: int = 5, se
 
 
 def class_means(features: Features) -> Features:
-    """One feature a class: the mean of its videos' unit-length features."""
+    """Average the unit-length features of each class' videos."""
+    # A feature of zeros has no direction; divided by its length it would be NaN, and its class with it.
     unit = features.values / features.values.norm(dim=1, keepdim=True).clamp(min=1e-12)
     classes = features.targets.unique()
     values = [unit[features.targets == number].mean(0) for number in classes]

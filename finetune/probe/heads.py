@@ -20,7 +20,7 @@ HEAD_CHANNELS = 64
 
 
 class AttentiveHead(nn.Module):
-    """A learned query attends over the frozen tokens [B, N, C]; an MLP block and a linear layer follow."""
+    """Probe head: a learned query attends over the frozen tokens [B, N, C]; an MLP block and a linear layer follow."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class AttentiveHead(nn.Module):
 
 @dataclass(frozen=True)
 class GridPoint:
-    """A head of the grid and how good it became, top-1 and top-5 in percent."""
+    """Head of the grid and how good it became, top-1 and top-5 in percent."""
 
     rate: float
     decay: float
@@ -76,6 +76,7 @@ def train_heads(
     groups = [{"params": list(head.parameters()), "lr": rate, "peak": rate, "weight_decay": decay}
               for head, (rate, decay) in zip(heads, grid, strict=True)]  # fmt: skip
     optimizer = torch.optim.AdamW(groups)
+    # Of the training videos alone: the held-out ones must not shape the features.
     mean, scale = statistics(train.values)
     steps_per_epoch = -(-len(train.values) // batch)
     order = torch.Generator().manual_seed(seed)
@@ -83,6 +84,7 @@ def train_heads(
         if step % steps_per_epoch == 0:
             permutation = torch.randperm(len(train.values), generator=order)
         rows = permutation[step % steps_per_epoch * batch :][:batch]
+        # Batch by batch: a float32 copy of all tokens would need twice the memory that was checked for.
         inputs = ((train.values[rows].float() - mean) / scale).to(device)
         factor = 0.5 * (1 + math.cos(math.pi * step / (epochs * steps_per_epoch)))
         for group in optimizer.param_groups:
@@ -100,12 +102,13 @@ def train_heads(
 
 
 def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel over all videos and tokens, float32 [C]."""
+    """Compute mean and deviation of each channel over all videos and tokens, float32 [C]."""
     total, square, count = torch.zeros(values.shape[-1]), torch.zeros(values.shape[-1]), 0
     for chunk in values.split(256):  # a float32 copy of all tokens at once would double the memory
         flat = chunk.float().flatten(0, -2)
         total, square, count = total + flat.sum(0), square + flat.square().sum(0), count + len(flat)
     mean = total / count
+    # Rounding may leave less than 0 of a channel that hardly varies, whose root would be NaN.
     return mean, (square / count - mean.square()).clamp(min=0).sqrt() + 1e-6
 
 

@@ -30,7 +30,7 @@ BATCH = 4
 
 
 def window_rows(model: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], step: int) -> Iterator[Row]:
-    """Features [windows, C] of this rank's videos; a video that can't be read is left out, with a line about it."""
+    """Yield features [windows, C] of this rank's videos; one that can't be read is left out, with a line about it."""
     reader = SampleReader([one.index for one in sets], None, recipe.data.deadline_s)
     places = [
         (source, shard, row)
@@ -52,13 +52,13 @@ def window_rows(model: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSe
 
 
 def window_starts(num_frames: int, frames: int, step: int) -> list[int]:
-    """First frame of each window; every window lies inside the video."""
+    """List the first frame of each window; every window lies inside the video."""
     return list(range(0, num_frames - frames + 1, step))
 
 
 @torch.no_grad()
 def window_features(model: Any, video: VideoFile, decoder: str, step: int, device: torch.device) -> Tensor:
-    """Features float32 [windows, C] of a video.
+    """Compute features float32 [windows, C] of a video.
 
     Args:
         model: VideoClassifier in evaluation mode.
@@ -83,5 +83,6 @@ def window_features(model: Any, video: VideoFile, decoder: str, step: int, devic
             low, high = some[0], some[-1] + frames
             pixels = resize(reader.frames(np.arange(low, high)), width, height, antialias=False)
             clips = torch.from_numpy(np.stack([pixels[start - low : start - low + frames] for start in some]))
+            # Not `objective.features`, which normalises: published features are of pixels in [0, 1].
             found.append(model.forward_features(clips.to(device).float() / 255).float().cpu())
     return torch.cat(found)

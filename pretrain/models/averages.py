@@ -40,12 +40,14 @@ class WeightAverage(ShardedBuffers):
         super().__init__()
         self.decay, self.warmup = decay, warmup
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        # torch refuses dots in a buffer's name.
         self._names = {name.replace(".", "|"): name for name in trained}
         # On the host, where the decay is computed: no update waits for an accelerator.
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
         for key, name in self._names.items():
             parameter = trained[name]
             self.shapes[key] = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+            # A clone: .float() of a float32 weight is the weight itself, and its average would follow every update.
             self.register_buffer(key, _held(parameter).float().clone())
         self.is_split = any(hasattr(parameter, "ds_tensor") for parameter in trained.values())
 
@@ -74,11 +76,12 @@ class WeightAverage(ShardedBuffers):
         self.updates += 1
         share = self._share_taken(self.decay if decay is None else decay)
         for averages, weights in _chunks(*self.matched(model)):
+            # `share` is a number of the host: with a tensor on the accelerator torch falls back to a loop.
             torch._foreach_lerp_(averages, _as_float32(weights), share)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model computes with the averages inside of this context; afterwards it is what it was, bit for bit.
+        """Let the model compute with the averages inside of this context; afterwards it is what it was, bit for bit.
 
         All ranks enter it together. Around a forward pass whose gradient is needed it is of no use: leaving it changes
         the weights that the backward pass reads.
@@ -92,7 +95,7 @@ class WeightAverage(ShardedBuffers):
             overwrite(model, self.matched(model)[1], live)
 
     def matched(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """The averages and what this rank holds of the weights, in the same order; all are views of the originals."""
+        """Pair the averages with what this rank holds of the weights, in one order; all are views of the originals."""
         parameters = dict(model.named_parameters())
         weights = [parameters[name] for name in self._names.values()]
         if any(hasattr(weight, "ds_tensor") for weight in weights):
@@ -100,7 +103,7 @@ class WeightAverage(ShardedBuffers):
         return [getattr(self, key) for key in self._names], [_held(weight) for weight in weights]
 
     def _share_taken(self, decay: float | None) -> float:
-        """Share of the present weights in an update."""
+        """Compute the share of the present weights in an update."""
         if decay is None:
             raise ValueError("an average without a decay of its own needs one at each update")
         if not self.warmup:
@@ -129,7 +132,7 @@ class MomentumTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """What the second model makes of its arguments."""
+        """Run the second model."""
         return self.twin(*arguments, **options)
 
     @torch.no_grad()
@@ -139,6 +142,7 @@ class MomentumTeacher(nn.Module):
         overwrite(self.twin, [_held(ours[name]) for name in theirs], [_held(weight) for weight in theirs.values()])
         for name, buffer in self.twin.named_buffers():
             buffer.copy_(model.get_buffer(name))
+        # Only trained parameters have averages; frozen ones and buffers were copied above.
         self.average.reset(model)
 
     def update(self, model: nn.Module, decay: float) -> None:
@@ -161,12 +165,13 @@ def overwrite(model: nn.Module, held: list[Tensor], values: list[Tensor]) -> Non
         if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE"
     ]
     if gathered:
+        # has_been_updated: the gathered copy is thrown away, else it would overwrite the shard that was just written.
         gathered[0].partition(gathered, has_been_updated=False)
         gathered[0].all_gather(gathered)
 
 
 def split_averages(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of the model, and averages of them, out of the whole state of an objective.
+    """Split the whole state of an objective into weights of the model and averages of them.
 
     Args:
         state: By the names that a checkpoint has for them.
@@ -185,7 +190,7 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _held(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a parameter: all of it, or under stage 3 its shard without padding, which is flat."""
+    """Return what this rank holds of a parameter: all of it, or under stage 3 its shard without padding, flat."""
     shard = getattr(parameter, "ds_tensor", None)
     if shard is None:
         return parameter.detach()
@@ -199,7 +204,7 @@ def _held(parameter: nn.Parameter) -> Tensor:
 
 
 def _chunks(averages: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Stretches of both lists of about CHUNK values, but whole tensors."""
+    """Cut both lists into stretches of about CHUNK values, but whole tensors."""
     limit = CPU_CHUNK if averages and averages[0].device.type == "cpu" else CHUNK
     first = size = 0
     for number, average in enumerate(averages):

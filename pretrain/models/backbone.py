@@ -1,4 +1,4 @@
-"""What every ViT here has in common: a stack of blocks, prompts for it, and fewer tokens on the way.
+"""Base of every ViT here: a stack of blocks, prompts for it, and fewer tokens on the way.
 
 Adapters and token reorganisation work on this class, so they fit every model that inherits from it.
 """
@@ -40,6 +40,7 @@ class Backbone(nn.Module):
         self.dim = dim
         self.class_tokens = class_tokens
         self.activation_checkpointing = activation_checkpointing
+        # A slot, not a wrapper, which would rename every parameter: official files would no longer fit.
         self.register_module("embeddings", None)
         self.reorganisation = None
 
@@ -51,6 +52,7 @@ class Backbone(nn.Module):
             rates: keep rate of every block, in place of the configuration's rate and blocks.
         """
         rates = keep_rates(config, len(self.blocks)) if rates is None else rates
+        # Nothing is left in the slot: prompts, which `run` refuses beside a reorganisation, work again.
         if all(rate == 1 for rate in rates):
             self.reorganisation = None
             return
@@ -66,7 +68,7 @@ class Backbone(nn.Module):
         keep_rate: float | Sequence[float] | None = None,
         counts: int | Sequence[int | None] | None = None,
     ) -> Tokens:
-        """Tokens [B, c+N, C] through all blocks; see `TokenReorganisation` for the other arguments."""
+        """Run tokens [B, c+N, C] through all blocks; see `TokenReorganisation` for the other arguments."""
         if self.reorganisation is None:
             if keep_rate is not None or counts is not None:
                 raise RecipeError("a keep rate was given, but this model drops no tokens; call `reorganise` first")
@@ -89,10 +91,11 @@ class Backbone(nn.Module):
         return x
 
     def mean_tokens(self, tokens: Tokens) -> Tensor:
-        """Mean [B, C] over all tokens but the class token."""
+        """Average [B, C] over all tokens but the class token."""
         x = tokens.x[:, self.class_tokens :]
         if self.reorganisation is None or not self.reorganisation.config.size_weighted or tokens.sizes is None:
             return x.mean(1)
+        # In float32: a fused token may stand for more than 256 others, above which bfloat16 has no odd numbers.
         weight = tokens.sizes / tokens.sizes.sum(1, keepdim=True)
         return (x * weight[:, :, None].to(x.dtype)).sum(1)
 
@@ -108,7 +111,7 @@ class AddedClass(nn.Module):
         self.cls_token = nn.Parameter(truncated_normal(torch.empty(1, 1, dim)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The token in front of tokens [B, N, C]."""
+        """Put the token in front of tokens [B, N, C]."""
         return torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
 
 
@@ -127,13 +130,13 @@ class Prompts(nn.Module):
             self.register_parameter(str(index), nn.Parameter(drawn))
 
     def forward(self, x: Tensor, index: int) -> Tensor:
-        """The prompts of block `index` in front of tokens [B, N, C], before a class token too."""
+        """Put the prompts of block `index` in front of tokens [B, N, C], before a class token too."""
         prompts = self.get_parameter(str(index))
         return torch.cat((prompts.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
 
 
 def build_head(kind: str, dim: int, classes: int, scale: float) -> nn.Module:
-    """A classifier head.
+    """Build a classifier head.
 
     Args:
         kind: `linear`: truncated normal of deviation 0.02 times `scale` (VideoMAE); `batch_norm`: batch norm without
@@ -160,11 +163,12 @@ def _probe_weight(weight: Tensor) -> Tensor:
 
 
 def layer_id(name: str, depth: int) -> int:
-    """Which layer a parameter belongs to, for layer-wise learning rates; lr scale = decay^(depth + 1 - id).
+    """Tell a parameter's layer for layer-wise learning rates; lr scale = decay^(depth + 1 - id).
 
     0 for the embedding and whatever stands before the blocks, 1 to `depth` for blocks, `depth + 1` for norms and head
     (VideoMAEv2, optim_factory.get_num_layer_for_vit).
     """
+    # Prompts and an added class token enter with the embedding; they would else be given the head's full rate.
     in_front = ("patch_embed.", "embeddings.", "added_class.")
     if name.startswith(in_front) or name in ("pos_embed", "cls_token", "mask_token"):
         return 0

@@ -1,4 +1,4 @@
-"""What a recipe's `model:` section names: one file of pretrain/models/ with `Config` and `ARCHITECTURE`.
+"""Contract of a recipe's `model:` section: one file of pretrain/models/ with `Config` and `ARCHITECTURE`.
 
 `Config` is a dataclass of the section's keys, its first field `name`; `ARCHITECTURE` a subclass of one of the classes
 here, which says what methods can do with it. Methods ask for the class that they need, never for a name.
@@ -67,11 +67,11 @@ class Architecture(abc.ABC):
 
     @abc.abstractmethod
     def problems(self) -> list[str]:
-        """Say what keeps the model from being built for this input."""
+        """List what keeps the model from being built for this input."""
 
     @abc.abstractmethod
     def build(self, activation_checkpointing: Recompute = False) -> nn.Module:
-        """Make the module with its first weights."""
+        """Build the module with its first weights."""
 
 
 class MaskedAutoencoder(Architecture):
@@ -84,7 +84,7 @@ class MaskedAutoencoder(Architecture):
     @property
     @abc.abstractmethod
     def grid(self) -> Any:
-        """Give the token grid of the input, a `pretrain.models.cubes.Grid`."""
+        """Token grid of the input, a `pretrain.models.cubes.Grid`."""
 
     @abc.abstractmethod
     def cost(self, visible: int, targets: int) -> dict[str, float]:
@@ -104,7 +104,7 @@ class Classifier(Architecture):
 
     @abc.abstractmethod
     def layer_of(self, name: str) -> tuple[int, int]:
-        """Say which layer a parameter belongs to, and the last layer's number, for layer-wise learning rates.
+        """Tell a parameter's layer and the last layer's number, for layer-wise learning rates.
 
         0 is the embedding; the head and what stands behind the blocks belong to the last layer.
         """
@@ -118,6 +118,7 @@ def architecture_of(recipe: Recipe, kind: Any = Architecture) -> Any:
     """
     module = load_component("model", recipe.model.name, MODELS)
     found = module.ARCHITECTURE(recipe.model, recipe.input)
+    # By kind, not by name: a model of the user's works wherever its kind does.
     if not isinstance(found, kind):
         need = (kind.__doc__ or "").partition("\n")[0].rstrip(".:").lower()
         raise RecipeError(

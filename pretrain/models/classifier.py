@@ -1,4 +1,4 @@
-"""The space-time ViT with a classifier: what pre-trained VideoMAE encoders are fine-tuned as, official parameter names.
+"""Space-time ViT with a classifier, as which pre-trained VideoMAE encoders are fine-tuned, official parameter names.
 
 There is no class token: features are the mean over all tokens behind `fc_norm`, or as an option token 0 behind `norm`.
 Sizes and details: systems/videomae.md sections 2, 3 and 8, from OpenGVLab/VideoMAEv2 (`modeling_finetune.py`).
@@ -87,13 +87,13 @@ def resolve(config: Config) -> Config:
 
 
 def shape_of(config: Config) -> EncoderShape:
-    """Sizes of a configuration."""
+    """Compute the sizes of a configuration."""
     full = resolve(config)
     return EncoderShape(tubelet=full.tubelet, **{key: getattr(full, key) for key in ENCODER_FIELDS})
 
 
 def check(config: Config, frames: int, height: int, width: int) -> list[str]:
-    """What keeps this model from being built for clips of frames x height x width."""
+    """List what keeps this model from being built for clips of frames x height x width."""
     full = resolve(config)
     open_fields = missing(full, ENCODER_FIELDS)
     if open_fields:
@@ -156,6 +156,7 @@ class VideoClassifier(Backbone):
             dropout=full.dropout, attention_dropout=full.attention_dropout,
         )  # fmt: skip
         official = full.pooling == "token0"
+        # One of the two, as officially: for the other the strict loader would miss weights that no file has.
         self.norm = nn.LayerNorm(shape.dim, eps=full.norm_eps) if official else None
         self.fc_norm = None if official else nn.LayerNorm(shape.dim, eps=full.fc_norm_eps or full.norm_eps)
         self.head_dropout = dropout_layer(full.head_dropout)
@@ -163,13 +164,13 @@ class VideoClassifier(Backbone):
         self.reorganise(full.tokens)
 
     def forward(self, video: Tensor, keep_rate: float | Sequence[float] | None = None) -> Tensor:
-        """Logits [B, classes] of clips; see `forward_features`."""
+        """Compute logits [B, classes] of clips; see `forward_features`."""
         return self.forward_head(self.forward_features(video, keep_rate=keep_rate))
 
     def forward_features(
         self, video: Tensor, pooled: bool = True, keep_rate: float | Sequence[float] | None = None
     ) -> Tensor:
-        """Features of clips.
+        """Compute features of clips.
 
         Args:
             video: ImageNet-normalised pixels [B, T, H, W, 3] of the size that the model was built for; cast to the
@@ -187,12 +188,13 @@ class VideoClassifier(Backbone):
         keep_rate: float | Sequence[float] | None = None,
         counts: int | Sequence[int | None] | None = None,
     ) -> Tokens:
-        """Tokens behind the last block, with their origins where some were dropped."""
+        """Compute the tokens behind the last block, with their origins where some were dropped."""
         return self.run(self.embed(video), self.grid.time, keep_rate, counts)
 
     def embed(self, video: Tensor) -> Tensor:
-        """Tokens [B, c+N, C] with positions, as they enter the first block."""
+        """Embed clips as tokens [B, c+N, C] with positions, as they enter the first block."""
         found, expected = tuple(video.shape[1:4]), self._size()
+        # The position table is for one grid: another clip with as many tokens would run and mean other places.
         if found != expected:
             raise RecipeError(f"clips of {found} (frames, height, width) for a model built for {expected}")
         cubes = cut_cubes(video, self.shape.tubelet, self.shape.patch_size)
@@ -201,13 +203,13 @@ class VideoClassifier(Backbone):
         return self.dropout(tokens if self.added_class is None else self.added_class(tokens))
 
     def pool(self, tokens: Tokens) -> Tensor:
-        """Features [B, C]: `fc_norm` of the mean or of the class token, or token 0 behind `norm`."""
+        """Pool to features [B, C]: `fc_norm` of the mean or of the class token, or token 0 behind `norm`."""
         if self.fc_norm is None:
             return self._normed(tokens.x)[:, self.class_tokens]
         return self.fc_norm(tokens.x[:, 0] if self.config.pooling == "class" else self.mean_tokens(tokens))
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Logits [B, classes] of features [B, C]."""
+        """Compute logits [B, classes] of features [B, C]."""
         return self.head(self.head_dropout(features))
 
     def _normed(self, x: Tensor) -> Tensor:
@@ -228,7 +230,7 @@ def _positions(config: Config, shape: EncoderShape, grid: Grid) -> SinCosPositio
 def build(
     config: Any, frames: int, height: int, width: int, activation_checkpointing: Recompute = False
 ) -> VideoClassifier:
-    """The module; see `VideoClassifier`."""
+    """Build the module; see `VideoClassifier`."""
     return VideoClassifier(config, frames, height, width, activation_checkpointing)
 
 
@@ -266,10 +268,11 @@ ARCHITECTURE = VideoClassifierArchitecture
 
 
 def cost(config: Config, grid: Grid) -> dict[str, float]:
-    """Multiply-accumulates of one clip's forward pass, by part, with the keep rates of the configuration."""
+    """Count multiply-accumulates of one clip's forward pass, by part, with the keep rates of the configuration."""
     shape = shape_of(config)
     slices = grid.time if config.tokens.per_frame else 1
     counts = token_counts(grid.tokens, keep_rates(config.tokens, shape.depth), config.tokens.fuse, slices)
+    # Tokens are dropped between attention and MLP, so a dropping block's attention still sees all that enter.
     entering = [grid.tokens, *counts[:-1]]
     dim = shape.dim
     attention = sum(4 * n * dim * dim + 2 * n * n * dim for n in entering)

@@ -1,4 +1,4 @@
-"""Writes a classifier as a Hugging Face folder; other formats: pretrain/models/formats.py works for any model."""
+"""Export of a classifier as a Hugging Face folder; other formats: pretrain/models/formats.py works for any model."""
 
 import json
 from collections.abc import Sequence
@@ -37,6 +37,7 @@ def export_huggingface(model: VideoClassifier, dest: str, labels: Sequence[str] 
     state = {}
     for key, value in plain_state(model).items():
         name = f"classifier.{key.removeprefix('head.')}" if key.startswith("head.") else key
+        # `from_official` knows pre-training names, in which the backbone is the encoder.
         state[name if name.startswith(("classifier.", "fc_norm.")) else f"encoder.{name}"] = value.float()
     content = safetensors.torch.save(huggingface.from_official(state), {"format": "pt"})
     storage.write_bytes(storage.join(dest, "config.json"), json.dumps(_config(model, labels), indent=2).encode())
@@ -44,8 +45,9 @@ def export_huggingface(model: VideoClassifier, dest: str, labels: Sequence[str] 
 
 
 def export_problems(model: VideoClassifier, labels: Sequence[str] = ()) -> list[str]:
-    """What of this model transformers' VideoMAE doesn't know."""
+    """List what of this model transformers' VideoMAE doesn't know."""
     config, grid = model.config, model.grid
+    # transformers rebuilds the table and reads none from the file: a stretched one would silently be another.
     rebuilt = sinusoid_table(grid.tokens, model.dim)
     attached = [
         name for name in model.state_dict() if ".update." in name or ".adaptmlp." in name or "embeddings" in name
@@ -87,6 +89,7 @@ def _config(model: VideoClassifier, labels: Sequence[str]) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         "num_channels": 3,
         "qv_bias": True,
+        # transformers takes the first token behind `layernorm` where this is false, which is our `token0`.
         "use_mean_pooling": model.config.pooling == "mean",
         "id2label": names,
         "label2id": {name: index for index, name in names.items()},

@@ -1,4 +1,4 @@
-"""Reads weights into the classifier: pre-trained encoders and fine-tuned models, ours, official or Hugging Face's.
+"""Import of weights into the classifier: pre-trained encoders and fine-tuned models, any known layout.
 
 Key names are first brought to the official fine-tuned layout (systems/videomae.md section 11); the strict loader of
 pretrain/models/weights.py does the rest. What is dropped on purpose stands in the report as unexpected.
@@ -59,10 +59,12 @@ def load_pretrained(
     own = model.state_dict(keep_vars=True)  # by name, since a classifier of another kind need not have such norms
     if encoder_norm == "fc_norm" and "fc_norm.weight" in own and "norm.weight" in state:
         state |= {f"fc_norm.{part}": state.pop(f"norm.{part}") for part in ("weight", "bias")}
+    # Before the head is cut or left out, which would make a fine-tuned file look pre-trained.
     pretrained = not any(key.startswith("head.") for key in state)
     if label_map is not None:
         state = map_head(state, label_map)
     state = _fit_head(model, state, head)
+    # A fine-tuned file must bring its fc_norm; an encoder has none, and the head is looked at by `_fit_head`.
     allowed = ["head.*", "added_class.*"] + (["fc_norm.*"] if pretrained else [])
     dropped = () if "norm.weight" in own else ("norm.*",)
     problems = _config_problems(model, path)
@@ -70,7 +72,7 @@ def load_pretrained(
 
 
 def classifier_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of the official classifier for a state in any layout after `weights.official_state`."""
+    """Bring a state in any layout after `weights.official_state` to the names of the official classifier."""
     named: dict[str, Tensor] = {}
     for key, value in state.items():
         prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
@@ -83,7 +85,7 @@ def classifier_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fuse_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official names for AdaptFormer's blocks: separate q_proj, k_proj, v_proj, and fc1, fc2 outside of `mlp`."""
+    """Bring AdaptFormer's blocks to official names: separate q_proj, k_proj, v_proj, and fc1, fc2 outside of `mlp`."""
     fused: dict[str, Tensor] = {}
     apart: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -103,7 +105,7 @@ def fuse_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """AdaptFormer's names for an official classifier state; inverse of `fuse_projections`."""
+    """Bring an official classifier state to AdaptFormer's names; inverse of `fuse_projections`."""
     split: dict[str, Tensor] = {}
     for key, value in state.items():
         found = re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", key)
@@ -116,7 +118,7 @@ def split_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_label_map(path: str) -> list[int]:
-    """Class of the checkpoint for each class of the target: a JSON list, or one number a line.
+    """Read the checkpoint's class of each class of the target: a JSON list, or one number a line.
 
     The published label_710to400.json, label_710to600.json and label_710to700.json are such lists.
     """
@@ -127,13 +129,14 @@ def read_label_map(path: str) -> list[int]:
         raise WeightsError(f"{path}: not a list of class numbers ({error})") from error
     if not values or not all(isinstance(value, int) and value >= 0 for value in values):
         raise WeightsError(f"{path}: class numbers from 0 on are needed")
+    # Two classes with the same row would always have equal logits.
     if len(set(values)) < len(values):
         raise WeightsError(f"{path}: {len(values) - len(set(values))} classes occur twice; a label map is one to one")
     return values
 
 
 def map_head(state: Mapping[str, Tensor], label_map: Sequence[int]) -> dict[str, Tensor]:
-    """The state with head rows `label_map` only: a K710 head for K400, K600 or K700, without training.
+    """Cut the head down to rows `label_map`: a K710 head for K400, K600 or K700, without training.
 
     Raises:
         WeightsError: no head in the state, or it has too few classes.
@@ -149,7 +152,7 @@ def map_head(state: Mapping[str, Tensor], label_map: Sequence[int]) -> dict[str,
 
 
 def _fit_head(model: nn.Module, state: dict[str, Tensor], head: str) -> dict[str, Tensor]:
-    """Without a head that doesn't fit or isn't wanted (official: dropped on shape mismatch), with a line about it."""
+    """Leave out a head that doesn't fit or isn't wanted (official: dropped on shape mismatch), with a line about it."""
     targets = model.state_dict(keep_vars=True)
     own = {key: weights.full_shape(value) for key, value in targets.items() if key.startswith("head.")}
     theirs = {key: tuple(value.shape) for key, value in state.items() if key.startswith("head.")}
@@ -162,7 +165,7 @@ def _fit_head(model: nn.Module, state: dict[str, Tensor], head: str) -> dict[str
 
 
 def _config_problems(model: VideoClassifier, path: str) -> list[str]:
-    """Contradictions between the model and a Hugging Face config.json beside the weights."""
+    """List contradictions between the model and a Hugging Face config.json beside the weights."""
     where = storage.join(str(path), "config.json")
     fs, inner = storage.filesystem(where)
     if not fs.exists(inner):

@@ -87,14 +87,14 @@ PRESETS: dict[str, tuple[int | str, ...]] = {
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with every null filled in from its size; `end_id` keeps its null."""
+    """Fill every null of a configuration in from its size; `end_id` keeps its null."""
     defaults = dict(zip(PRESET_FIELDS, PRESETS.get(config.size, ()), strict=False))
     filled: dict[str, Any] = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     return replace(config, **filled)
 
 
 def check(config: Config, key: str = "model") -> list[str]:
-    """What keeps this model from being built.
+    """List what keeps this model from being built.
 
     Args:
         config: a section of the recipe.
@@ -121,7 +121,7 @@ def check(config: Config, key: str = "model") -> list[str]:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x): an approximation of GELU that OpenAI's weights were trained with and need."""
+    """Compute x sigmoid(1.702 x): an approximation of GELU that OpenAI's weights were trained with and need."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -148,11 +148,12 @@ class PatchStem(nn.Module):
         side = image_size // patch
         self.patch, self.grid = patch, Grid(1, side, side)
         self.proj = nn.Conv2d(3, dim, patch, patch, bias=False)
+        # Filled here, not by a walk over the model: zero.Init partitions a module as soon as its constructor returns.
         self.class_token = nn.Parameter(normal(torch.empty(dim), dim**-0.5))
         self.positions = nn.Parameter(normal(torch.empty(1 + self.grid.tokens, dim), dim**-0.5))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Tokens [B, 1+N, C] of images [B, 3, H, W]; the table is stretched (bicubic) for images of another size.
+        """Embed images [B, 3, H, W] as tokens [B, 1+N, C]; for another size the table is stretched (bicubic).
 
         Raises:
             RecipeError: patches don't fit.
@@ -180,7 +181,7 @@ class TokenStem(nn.Module):
         self.positions = nn.Parameter(normal(torch.empty(context, dim), 0.01))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Tokens [B, L, C] of ids int64 [B, L].
+        """Embed ids int64 [B, L] as tokens [B, L, C].
 
         Raises:
             RecipeError: L is above the context.
@@ -221,20 +222,21 @@ class VisualTower(Backbone):
         self.head = Linear(full.dim, full.embedding, bias=False, init=_fan_in_normal)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings [B, embedding], not normalised, of images [B, 3, H, W] that are (see MEAN, STD)."""
+        """Embed normalised images [B, 3, H, W] (see MEAN, STD): [B, embedding], not normalised."""
         return self.forward_head(self.forward_features(images).tokens)
 
     def forward_features(self, images: Tensor, layers: Sequence[int] = ()) -> TowerFeatures:
-        """Tokens behind the last block, and behind the blocks `layers` (negative ones count from the end)."""
+        """Compute tokens behind the last block and behind the blocks `layers` (negative ones count from the end)."""
         x = self.norm_pre(self.embed(images))
         if not layers:
             return TowerFeatures(self.run(x).x, ())
+        # Without this, single layers would silently come from a model without its prompts.
         if self.embeddings is not None or self.reorganisation is not None:
             raise RecipeError("tokens of single blocks were asked for; prompts and dropped tokens change their number")
         return run_and_keep(self.blocks, x, layers, self.activation_checkpointing)
 
     def forward_head(self, tokens: Tensor, pooled: bool = True) -> Tensor:
-        """Behind `norm` and `head`: the class token's [B, embedding], or those of all tokens [B, 1+N, embedding]."""
+        """Apply `norm` and `head` to the class token, [B, embedding], or to all tokens, [B, 1+N, embedding]."""
         return self.head(self.norm(tokens[:, 0] if pooled else tokens))
 
 
@@ -261,24 +263,24 @@ class TextTower(nn.Module):
         self.head = Linear(full.text_dim, full.embedding, bias=False, init=_fan_in_normal)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embeddings [B, embedding], not normalised, of token ids int64 [B, L], L at most the context.
+        """Embed token ids int64 [B, L], L at most the context: [B, embedding], not normalised.
 
         What stands behind a text's end changes nothing, so any padding does.
         """
         return self.forward_head(self.forward_features(ids).tokens, ids)
 
     def forward_features(self, ids: Tensor, layers: Sequence[int] = ()) -> TowerFeatures:
-        """Tokens behind the last block, and behind the blocks `layers` (negative ones count from the end)."""
+        """Compute tokens behind the last block and behind the blocks `layers` (negative ones count from the end)."""
         return run_and_keep(self.blocks, self.embed(ids), layers, self.activation_checkpointing)
 
     def forward_head(self, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Behind `norm` and `head`: [B, embedding] at the ends of the texts `ids`, or without ids of all tokens."""
+        """Apply `norm` and `head`: [B, embedding] at the ends of the texts `ids`, or without ids to all tokens."""
         if ids is not None:
             tokens = tokens[torch.arange(len(ids), device=ids.device), self.ends(ids)]
         return self.head(self.norm(tokens))
 
     def ends(self, ids: Tensor) -> Tensor:
-        """Index [B] of the token that ends each text: the first `end_id`, or the first of the highest ids.
+        """Find the index [B] of the token that ends each text: the first `end_id`, or the first of the highest ids.
 
         A text without `end_id` ends at 0; samples/text.py gives every text one.
         """
@@ -309,7 +311,7 @@ class CLIP(nn.Module):
         nn.init.constant_(self.logit_scale, LOG_SCALE)
 
     def forward(self, images: Tensor, ids: Tensor) -> Embeddings:
-        """Embeddings of images [B, 3, H, W] and texts int64 [B', L]."""
+        """Embed images [B, 3, H, W] and texts int64 [B', L]."""
         return Embeddings(self.visual(images), self.text(ids), self.logit_scale.exp())
 
 
@@ -322,6 +324,7 @@ def run_and_keep(blocks: nn.ModuleList, x: Tensor, layers: Sequence[int], recomp
     wrong = [index for index in layers if not -len(blocks) <= index < len(blocks)]
     if wrong:
         raise RecipeError(f"layers {wrong}: this tower has blocks 0 to {len(blocks) - 1}")
+    # Kept by index and given in the order asked: -1 and the last index are the same block.
     wanted = [index % len(blocks) for index in layers]
     kept: dict[int, Tensor] = {}
     for index, block in enumerate(blocks):
@@ -337,7 +340,7 @@ def normal(weight: Tensor, std: float) -> Tensor:
 
 
 def cost(config: Config) -> dict[str, float]:
-    """Multiply-accumulates of one image's and one text's forward pass, by part."""
+    """Count multiply-accumulates of one image's and one text's forward pass, by part."""
     full = _checked(config)
     patches = (full.image_size // full.patch_size) ** 2
     return {

@@ -1,4 +1,4 @@
-"""Reads CLIP weights: OpenAI's archives, open_clip's files and folders, Hugging Face's `CLIPModel`, our own.
+"""Import of CLIP weights: OpenAI's archives, open_clip's files and folders, Hugging Face's `CLIPModel`, our own.
 
 Files name neither the number of heads nor the activation, and a wrong one changes every output without an error. Where
 a config.json or open_clip_config.json lies beside the weights it must agree with the model; where nothing says which
@@ -145,6 +145,7 @@ def load_clip(
     if tower:
         other = {"visual.": "text.*", "text.": "visual.*"}[tower]
         state = {key.removeprefix(tower): value for key, value in state.items()}
+        # One tower's weights are unprefixed; the other's and the temperature are of the file, not of the model.
         allow_unexpected = (*allow_unexpected, other, "logit_scale", "logit_bias")
     return weights.load_state(model, state, LoadReport(str(path), layout), allow_missing, allow_unexpected, problems)
 
@@ -156,7 +157,7 @@ def frozen_clip(
     tower: type[CLIP] | type[VisualTower] | type[TextTower] = CLIP,
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
 ) -> Frozen[Any]:
-    """CLIP, or one tower of it, as a frozen part of an objective.
+    """Build CLIP, or one tower of it, as a frozen part of an objective.
 
     Args:
         key: of the recipe that names the weights.
@@ -169,7 +170,7 @@ def frozen_clip(
 
 
 def layout_of(raw: Mapping[str, Tensor]) -> Layout:
-    """Whose key names these are.
+    """Name the layout that these key names are of.
 
     Raises:
         WeightsError: nobody's that is known.
@@ -186,7 +187,7 @@ def layout_of(raw: Mapping[str, Tensor]) -> Layout:
 
 
 def our_names(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in any known layout under our names; keys without a counterpart keep theirs and so are reported later."""
+    """Bring weights in any known layout under our names; keys without a counterpart stay and are reported later."""
     layout = layout_of(raw)
     if layout == "own":
         return dict(raw)
@@ -198,12 +199,13 @@ def our_names(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         # open_clip's models with a custom text tower hold the text's part below `text.`.
         name = _named(key.removeprefix("text."), OPEN_CLIP_STEMS, OPEN_CLIP_PARTS)
+        # open_clip multiplies from the right; a square projection, as all its text towers have, would load unturned.
         found[name] = value.t() if name in PROJECTIONS else value
     return found
 
 
 def open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names, which are OpenAI's, for weights under ours: what others can read.
+    """Bring weights under our names to open_clip's, which are OpenAI's: what others can read.
 
     Raises:
         WeightsError: a weight that CLIP doesn't have, an adapter's for example.
@@ -224,7 +226,7 @@ def open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fused(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names for Hugging Face's, queries, keys and values in one matrix."""
+    """Bring Hugging Face's names to ours, queries, keys and values in one matrix."""
     found: dict[str, Tensor] = {}
     apart: dict[str, dict[str, Tensor]] = {}
     for key, value in raw.items():
@@ -255,7 +257,7 @@ def _named(key: str, stems: Mapping[str, str], parts: Mapping[str, str]) -> str:
 
 
 def config_problems(model: CLIP | VisualTower | TextTower, path: str, layout: Layout) -> list[str]:
-    """Contradictions between a model and what is said beside the weights; an activation that nobody states is one."""
+    """List contradictions of a model with what stands beside the weights; an activation that nobody states is one."""
     towers = [kind for kind in (VisualTower, TextTower) if isinstance(model, (CLIP, kind))]
     wanted = _wanted(model.config, towers)
     stated: list[tuple[str, dict[str, Any]]] = []
@@ -282,7 +284,7 @@ def config_problems(model: CLIP | VisualTower | TextTower, path: str, layout: La
 
 
 def _wanted(config: Config, towers: Sequence[type]) -> dict[str, Any]:
-    """What the model has, by recipe key; the text tower's values with `text_` in front."""
+    """List what the model has, by recipe key; the text tower's values with `text_` in front."""
     full: Any = resolve(config)
     both = {"activation": full.activation, "norm_eps": full.norm_eps}
     found: dict[str, Any] = {}
@@ -302,11 +304,12 @@ def _end(config: Config) -> int:
 
 
 def _hugging_face_facts(content: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """What a config.json says, by recipe key."""
+    """Read what a config.json says, by recipe key."""
     found: dict[str, Any] = {}
     for section, (alone, prefix, defaults) in HUGGING_FACE_SECTIONS.items():
         said = content if content["model_type"] == alone else content.get(section)
         if said is not None:
+            # transformers leaves out values that equal its defaults: without them a B/32 file would contradict nothing.
             facts = HUGGING_FACE_DEFAULTS | defaults | dict(said)
             found |= {prefix + name: facts[key] for key, name in HUGGING_FACE_KEYS.items()}
             found |= {name: facts[key] for key, name in HUGGING_FACE_OTHER.items() if key in defaults}
@@ -316,13 +319,14 @@ def _hugging_face_facts(content: Mapping[str, Any], config: Config) -> dict[str,
 
 
 def _open_clip_facts(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What an open_clip_config.json says, by recipe key."""
+    """Read what an open_clip_config.json says, by recipe key."""
     vision, text = content.get("vision_cfg", {}), content.get("text_cfg", {})
     activation = "quick_gelu" if content.get("quick_gelu", False) else "gelu"
     found: dict[str, Any] = {"activation": activation, "text_activation": activation}
     names = {"width": "dim", "layers": "depth", "patch_size": "patch_size", "image_size": "image_size"}
     found |= {name: vision[key] for key, name in names.items() if key in vision}
     if "width" in vision:
+        # open_clip states no number of heads for images; 64 is the default of its CLIPVisionCfg.
         found["heads"] = vision["width"] // vision.get("head_width", 64)
     found |= {key: vision[key.split(".")[1]] for key in OPEN_CLIP_VISION if key.split(".")[1] in vision}
     names = {"width": "text_dim", "layers": "text_depth", "heads": "text_heads", "context_length": "context",
@@ -332,7 +336,7 @@ def _open_clip_facts(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beside(path: str, name: str) -> dict[str, Any]:
-    """A JSON file of the folder with the weights; empty where there is none."""
+    """Read a JSON file of the folder with the weights; empty where there is none."""
     folder = storage.parent(path) if path.endswith(weights.FOLDER_FILES) else path
     where = storage.join(folder, name)
     fs, inner = storage.filesystem(where)

@@ -32,6 +32,7 @@ def convert_batch_norm(module: nn.Module, ranks: Ranks) -> nn.Module:
         return module
     plain, with_activation = _known_classes(module)
     for name, part in module.named_modules():
+        # By exact class: a subclass may have a forward pass of its own, which a conversion would drop without a word.
         if isinstance(part, _BatchNorm) and type(part) not in (*plain, *with_activation):
             allowed = ", ".join(kind.__name__ for kind in (*plain, *with_activation))
             raise TrainingError(
@@ -48,7 +49,7 @@ def convert_batch_norm(module: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def _known_classes(module: nn.Module) -> tuple[tuple[type, ...], tuple[type, ...]]:
-    """Classes of torch, and those of timm that have dropout and activation inside, where `module` has any."""
+    """List classes of torch, and those of timm that have dropout and activation inside, where `module` has any."""
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, CrossRankBatchNorm)
     if not any(type(part).__module__.startswith("timm.") for part in module.modules()):
         return plain, ()
@@ -80,6 +81,7 @@ class CrossRankBatchNorm(_BatchNorm):
     def __init__(self, norm: _BatchNorm, ranks: Ranks) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=False)
         self.affine, self.track_running_stats = norm.affine, norm.track_running_stats
+        # The same objects: the optimiser, ZeRO and checkpoints may hold them already.
         self._parameters, self._buffers = norm._parameters, norm._buffers
         self.training = norm.training
         self._ranks = ranks
@@ -113,6 +115,7 @@ class CrossRankBatchNorm(_BatchNorm):
             TrainingError: another shape, or fewer than two values a channel on all ranks together in training.
         """
         self._check_input_dim(input)
+        # bfloat16 has 8 bits, so a mean of many values would be rounded to 1/256 of itself before it is subtracted.
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         if self.training:
             mean, variance, count = self._statistics(wide, self._ranks)
@@ -132,7 +135,7 @@ class CrossRankBatchNorm(_BatchNorm):
         return output
 
     def _statistics(self, rows: Tensor, ranks: Ranks | None) -> tuple[Tensor, Tensor, float]:
-        """Mean and biased variance of each channel [C], with gradient, and how many values they are of."""
+        """Compute mean and biased variance of each channel [C], with gradient, and the number of values behind them."""
 
         def total(values: Tensor) -> Tensor:
             return values if ranks is None else sum_with_gradient(values, ranks)
@@ -159,6 +162,7 @@ class CrossRankBatchNorm(_BatchNorm):
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
+        # momentum=None is torch's cumulative average.
         share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), share)

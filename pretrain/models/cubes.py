@@ -32,7 +32,7 @@ class Grid:
 
 
 def grid_problems(frames: int, height: int, width: int, tubelet: int, patch: int) -> list[str]:
-    """What keeps a clip of this size from being cut into whole cubes."""
+    """List what keeps a clip of this size from being cut into whole cubes."""
     sizes = (
         ("input.frames", frames, "model.tubelet", tubelet),
         ("input.height", height, "model.patch_size", patch),
@@ -46,7 +46,7 @@ def grid_problems(frames: int, height: int, width: int, tubelet: int, patch: int
 
 
 def grid_of(frames: int, height: int, width: int, tubelet: int, patch: int) -> Grid:
-    """The token grid of a clip.
+    """Compute the token grid of a clip.
 
     Raises:
         RecipeError: a side is not a multiple of its cube's.
@@ -58,7 +58,7 @@ def grid_of(frames: int, height: int, width: int, tubelet: int, patch: int) -> G
 
 
 def cut_cubes(video: Tensor, tubelet: int, patch: int) -> Tensor:
-    """Video [B, T, H, W, 3] of any type to cubes [B, N, tubelet*p*p*3]."""
+    """Cut a video [B, T, H, W, 3] of any type into cubes [B, N, tubelet*p*p*3]."""
     batch, frames, height, width, channels = video.shape
     grid = grid_of(frames, height, width, tubelet, patch)
     split = video.reshape(batch, grid.time, tubelet, grid.height, patch, grid.width, patch, channels)
@@ -66,19 +66,20 @@ def cut_cubes(video: Tensor, tubelet: int, patch: int) -> Tensor:
 
 
 def join_cubes(cubes: Tensor, grid: Grid, tubelet: int, patch: int) -> Tensor:
-    """Inverse of `cut_cubes`."""
+    """Join cubes to videos; inverse of `cut_cubes`."""
     split = cubes.reshape(len(cubes), grid.time, grid.height, grid.width, tubelet, patch, patch, -1)
     video = split.permute(0, 1, 4, 2, 5, 3, 6, 7)
     return video.reshape(len(cubes), grid.time * tubelet, grid.height * patch, grid.width * patch, -1)
 
 
 def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, n] of `tokens` [B, N, D], in that order: [B, n, D]."""
+    """Take rows `index` [B, n] of `tokens` [B, N, D], in that order: [B, n, D]."""
     first = torch.arange(tokens.shape[0], device=tokens.device)[:, None] * tokens.shape[1]
     return tokens.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
 
 
 def complement(index: Tensor, tokens: int) -> Tensor:
-    """Ascending tokens [B, N-n] that `index` [B, n] does not hold; n must be the number of distinct ones."""
+    """List the tokens [B, N-n], ascending, that `index` [B, n] does not hold; n must be the number of distinct ones."""
     taken = torch.zeros(index.shape[0], tokens, dtype=torch.int8, device=index.device).scatter(1, index, 1)
+    # Stable: an unstable sort may give the zeros in any order, and positions of the dropped tokens with it.
     return taken.argsort(dim=1, stable=True)[:, : tokens - index.shape[1]]

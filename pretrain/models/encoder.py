@@ -1,4 +1,4 @@
-"""Sizes and blocks that the masked autoencoder and the classifier have in common: one definition for both.
+"""Sizes and blocks common to the masked autoencoder and the classifier: one definition for both.
 
 Sizes: systems/videomae.md section 2, from MCG-NJU/VideoMAE and OpenGVLab/VideoMAEv2.
 """
@@ -48,6 +48,7 @@ class EncoderShape:
 
 def fill(config: Any, fields: Sequence[str]) -> Any:
     """Fill every null of a configuration in from its size; custom leaves them."""
+    # Not strict: `custom` has no values, and `missing` names the fields that this leaves open.
     defaults = dict(zip(PRESET_FIELDS, PRESETS.get(config.size, ()), strict=False))
     return replace(config, **{key: value for key, value in defaults.items()
                               if key in fields and getattr(config, key) is None})  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writes a model's weights for other people's code, and guesses a configuration from weights."""
+"""Export of a model's weights for other people's code, and configurations inferred from weights."""
 
 import io
 import json
@@ -27,6 +27,7 @@ def export_official(model: nn.Module, dest: str) -> None:
         dest: file, any fsspec URL.
     """
     buffer = io.BytesIO()
+    # Into memory first: `write_bytes` retries with the whole content and never leaves half a file at the place.
     torch.save({"model": plain_state(model)}, buffer)
     storage.write_bytes(dest, buffer.getvalue())
 
@@ -73,23 +74,24 @@ def export_safetensors(model: nn.Module, recipe: Any, dest: str) -> None:
 
 
 def recipe_text(recipe: Any) -> str:
-    """A recipe object or mapping as YAML that can be loaded again."""
+    """Render a recipe object or mapping as YAML that can be loaded again."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(recipe)) if isinstance(recipe, Mapping) else recipe)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights on the CPU, contiguous, official names.
+    """Collect the weights on the CPU, contiguous, official names.
 
     Raises:
         WeightsError: ZeRO stage 3 holds only a part of them here.
     """
+    # Partitioned parameters are tensors of no elements: the file would be written, without weights.
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise WeightsError("the model is partitioned by ZeRO stage 3: consolidate a checkpoint and export that")
     return {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
 
 
 def infer_config(state: Mapping[str, Tensor], heads: int | None = None, decoder_heads: int | None = None) -> Config:
-    """The model section that fits an official pre-training state.
+    """Infer the model section that fits an official pre-training state.
 
     Args:
         state: weights under official names (`read_state`).
@@ -117,6 +119,7 @@ def infer_config(state: Mapping[str, Tensor], heads: int | None = None, decoder_
         decoder_depth=_depth(state, "decoder"),
         decoder_heads=_heads(state, "decoder", decoder_dim, decoder_heads),
         cosine_attention="encoder.blocks.0.attn.scale" in state,
+        # Any value above 0 creates the parameters; what they begin with is overwritten by the state.
         layer_scale=float("encoder.blocks.0.gamma_1" in state),
     )
 
@@ -127,9 +130,10 @@ def _depth(state: Mapping[str, Tensor], part: str) -> int:
 
 
 def mlp_ratio(dim: int, hidden: int) -> float:
-    """A ratio with int(dim * ratio) == hidden, the published one where that fits (the giant's 48/11)."""
+    """Find a ratio with int(dim * ratio) == hidden, the published one where that fits (the giant's 48/11)."""
     published = {float(values[PRESET_FIELDS.index("mlp_ratio")]) for values in PRESETS.values()}
     fitting = [ratio for ratio in sorted(published) if int(dim * ratio) == hidden]
+    # int() of a product that rounding left just below a whole number loses a channel: then the next larger ratio.
     exact = hidden / dim
     return fitting[0] if fitting else exact if int(dim * exact) == hidden else math.nextafter(exact, math.inf)
 

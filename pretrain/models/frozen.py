@@ -73,11 +73,11 @@ class Frozen(Generic[M]):
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor, **options: Any) -> Any:
-        """The network's output for inputs, on the first one's device; no gradient."""
+        """Compute the network's output for inputs, on the first one's device; no gradient."""
         return self.module(inputs[0].device)(*inputs, **options)
 
     def module(self, device: torch.device | str | None = None) -> M:
-        """The network, loaded where it has not been, on `device` (null: where it is).
+        """Return the network, loaded where it has not been, on `device` (null: where it is).
 
         Its parameters need no gradient, but one may flow through it to its inputs.
         """
@@ -105,6 +105,7 @@ class Frozen(Generic[M]):
                 raise WeightsError(f"{self.key}={self.weights}: {error}") from error
             # Of the values that were read, before they are rounded: another dtype is no other tower.
             self._digest = weights_digest(model.state_dict())
+            # Once is enough: the objective's .train() does not reach a network that is no submodule.
             self._model = model.requires_grad_(False).to(DTYPES[self.dtype]).eval()
         count = sum(parameter.numel() for parameter in model.parameters())
         logger.info("%s: %s parameters, frozen, in %s: %.2f GB on each rank",
@@ -121,7 +122,8 @@ class Frozen(Generic[M]):
         return self._digest
 
     def footprint(self) -> Footprint:
-        """Memory that the network will take; reads no weights."""
+        """Count the memory that the network will take; reads no weights."""
+        # No memory is taken: the dry run may stand on a machine that the tower does not fit.
         with torch.device("meta"):
             model = self._build()
         count = sum(parameter.numel() for parameter in model.parameters())
@@ -130,7 +132,7 @@ class Frozen(Generic[M]):
 
 
 def locate(key: str, weights: str) -> str:
-    """The file or folder that a recipe's key names.
+    """Find the file or folder that a recipe's key names.
 
     Nothing is downloaded unless the name begins with `hub:`, and then only what was not fetched before: an earlier copy
     is used as it is (name a revision for another one).
@@ -157,7 +159,7 @@ def locate(key: str, weights: str) -> str:
 
 
 def _from_hub(key: str, weights: str) -> str:
-    """A local folder with the best weights file of a hub model and its configuration."""
+    """Fetch a hub model's best weights file and configuration into a local folder."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -189,11 +191,12 @@ def _from_hub(key: str, weights: str) -> str:
 
 
 def _snapshot(fetch: Callable[[str], str | None]) -> str | None:
-    """The folder with a model's files, fetched one by one; None where weights are missing or incomplete."""
+    """Fetch a model's files one by one and return their folder; None where weights are missing or incomplete."""
     for file in CONFIGS:  # before the weights, so that these never lie there without
         fetch(file)
     found = next((path for path in map(fetch, FOLDER_FILES) if path), None)
     if found is not None and found.endswith(".index.json"):
+        # Without one of its parts it is an interrupted download, which would fail only when it is read.
         parts = set(json.loads(storage.read_bytes(found))["weight_map"].values())
         if any(fetch(part) is None for part in sorted(parts)):
             return None
@@ -201,16 +204,18 @@ def _snapshot(fetch: Callable[[str], str | None]) -> str | None:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Names the values of some weights, whatever file they were read from."""
+    """Hash names and values of some weights, whatever file they were read from."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
+        # Shape and dtype too: the same bytes in another shape are other weights.
         digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode())
+        # As bytes: NumPy has no bfloat16.
         digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def frozen_notes(parts: Mapping[str, Frozen[Any]]) -> dict[str, dict[str, str]]:
-    """What a checkpoint notes in place of frozen weights, JSON; loads those that have not been asked yet."""
+    """Note for a checkpoint, in place of frozen weights, their name and hash (JSON); loads those not asked yet."""
     return {name: {"weights": part.weights, "digest": part.digest} for name, part in sorted(parts.items())}
 
 
@@ -229,6 +234,7 @@ def check_frozen(parts: Mapping[str, Frozen[Any]], noted: Mapping[str, Mapping[s
     lines += [f"{name}: in this recipe, not noted there" for name in sorted(parts.keys() - noted.keys())]
     for name in sorted(parts.keys() & noted.keys()):
         part, note = parts[name], noted[name]
+        # By values, not by name: a file may move, and a hub name may be given other weights.
         if part.digest != note["digest"]:
             lines.append(
                 f"{part.key}={part.weights} has the weights {part.digest}, the run was trained with {note['digest']} "
@@ -253,6 +259,7 @@ def apart() -> Iterator[None]:
     if partition is not None:
         partition.shutdown_init_context()
     try:
+        # The trained model's first weights must not depend on whether a tower was built before it.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             yield
     finally:

@@ -40,12 +40,12 @@ DECODER_NORM_EPS = 1e-5
 
 
 def is_huggingface(keys: Iterable[str]) -> bool:
-    """Whether these are key names of transformers' VideoMAE."""
+    """Tell whether these are key names of transformers' VideoMAE."""
     return any(key.startswith(("videomae.", "decoder.decoder_layers.")) for key in keys)
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official names for a Hugging Face state; keys without a counterpart keep their name and so are reported later."""
+    """Translate a Hugging Face state to official names; keys without a counterpart stay, so they are reported later."""
     found: dict[str, Tensor] = {}
     projections: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -53,6 +53,7 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         projection = re.fullmatch(r"(.*\.)attention\.attention\.(query|key|value)\.weight", name)
         if projection:
             projections.setdefault(projection[1], {})[projection[2]] = value
+        # Both spellings of a bias in one file: whichever came last would win.
         elif name in found:
             raise WeightsError(f"{key}: a second spelling of {name} in one file; delete one of them")
         else:
@@ -61,6 +62,7 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         absent = [part for part in QKV if part not in parts]
         if absent:
             raise WeightsError(f"{block}attention: {', '.join(absent)} weight is missing beside {', '.join(parts)}")
+        # The order of rows that the official reshape(3, heads, d) reads; another one trains without an error.
         found[block + "attn.qkv.weight"] = torch.cat([parts[part] for part in QKV])
     return found
 
@@ -80,7 +82,7 @@ def _official_name(key: str) -> str:
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face names for an official pre-training state; every key must have a counterpart."""
+    """Translate an official pre-training state to Hugging Face names; every key must have a counterpart."""
     found: dict[str, Tensor] = {}
     for key, value in state.items():
         block = BLOCK.match(key)
@@ -109,7 +111,7 @@ def _part(key: str, name: str) -> str:
 
 
 def huggingface_config(config: Config, frames: int, height: int, width: int, normalize_targets: bool) -> dict[str, Any]:
-    """The content of config.json for `VideoMAEForPreTraining`.
+    """Give the content of config.json for `VideoMAEForPreTraining`.
 
     Raises:
         WeightsError: transformers' VideoMAE can't express this model.
@@ -143,7 +145,7 @@ def huggingface_config(config: Config, frames: int, height: int, width: int, nor
 def processor_configs(
     size: int, short_side: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, dict[str, Any]]:
-    """What transformers needs to make input of decoded frames, by file name.
+    """Give the files by which transformers makes input of decoded frames, content by name.
 
     `preprocessor_config.json` for `AutoImageProcessor` (a list of frames), `video_preprocessor_config.json` for
     `AutoVideoProcessor`. Both resize with antialiasing, which our validation (as the official one) does without: equal
@@ -190,7 +192,7 @@ def _sizes(shape: Shape) -> dict[str, int]:
 
 
 def config_problems(content: Mapping[str, Any], shape: Shape) -> list[str]:
-    """Where a config.json contradicts the model: numbers of heads fit any weights and would change results silently."""
+    """List where a config.json contradicts the model: a wrong number of heads fits any weights, silently."""
     return [
         f"config.json says {key}={content[key]}, the model has {expected}"
         for key, expected in _sizes(shape).items()

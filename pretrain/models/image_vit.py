@@ -62,7 +62,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch, patch)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to tokens [B, N, C], row by row."""
+        """Embed images [B, 3, H, W] as tokens [B, N, C], row by row."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
@@ -91,6 +91,7 @@ class ImageViT(Backbone):
         self.pos_embed = nn.Parameter(truncated_normal(torch.empty(1, 1 + self.grid.tokens, options.dim)))
         self.blocks = nn.ModuleList(_block(options, rate) for rate in drop_path_rates(options.drop_path, options.depth))
         of_class = options.pooling == "class"
+        # One of the two exists, as in timm and MAE: the strict loader would miss weights for the other.
         self.norm = nn.LayerNorm(options.dim, eps=options.norm_eps) if of_class else None
         self.fc_norm = None if of_class else nn.LayerNorm(options.dim, eps=options.norm_eps)
         self.head = build_head(options.head, options.dim, options.classes, scale=1.0)
@@ -101,7 +102,7 @@ class ImageViT(Backbone):
         keep_rate: float | Sequence[float] | None = None,
         counts: int | Sequence[int | None] | None = None,
     ) -> Tensor:
-        """Logits [B, classes] of normalised images [B, 3, H, W]."""
+        """Compute logits [B, classes] of normalised images [B, 3, H, W]."""
         return self.head(self.forward_features(images, keep_rate=keep_rate, counts=counts))
 
     def forward_features(
@@ -111,7 +112,7 @@ class ImageViT(Backbone):
         keep_rate: float | Sequence[float] | None = None,
         counts: int | Sequence[int | None] | None = None,
     ) -> Tensor:
-        """Features [B, C], or with `pooled` false those of all tokens, the class token first, [B, 1+N, C]."""
+        """Compute features [B, C], or with `pooled` false those of all tokens, the class token first, [B, 1+N, C]."""
         tokens = self.encode(images, keep_rate, counts)
         return self.pool(tokens) if pooled else self._normed(tokens.x)
 
@@ -121,11 +122,11 @@ class ImageViT(Backbone):
         keep_rate: float | Sequence[float] | None = None,
         counts: int | Sequence[int | None] | None = None,
     ) -> Tokens:
-        """Tokens behind the last block, with their origins where some were dropped."""
+        """Compute the tokens behind the last block, with their origins where some were dropped."""
         return self.run(self.embed(images), 1, keep_rate, counts)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Tokens [B, 1+N, C] with positions, as they enter the first block.
+        """Embed images as tokens [B, 1+N, C] with positions, as they enter the first block.
 
         Images are [B, 3, H, W], or clips of one frame [B, 1, H, W, 3] as samples have them.
         """
@@ -135,12 +136,13 @@ class ImageViT(Backbone):
         height, width = images.shape[2:]
         if height % patch or width % patch:
             raise RecipeError(f"images of {height}x{width}: patches of {patch} pixels don't fit")
+        # Pixels arrive as float32; a convolution takes its weights' type alone.
         tokens = self.patch_embed(images.to(self.pos_embed.dtype))
         tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), tokens), dim=1)
         return tokens + self._positions(Grid(1, height // patch, width // patch))
 
     def pool(self, tokens: Tokens) -> Tensor:
-        """Features [B, C]: the class token behind `norm`, or `fc_norm` of the other tokens' mean."""
+        """Pool to features [B, C]: the class token behind `norm`, or `fc_norm` of the other tokens' mean."""
         if self.fc_norm is None:
             return self._normed(tokens.x)[:, 0]
         return self.fc_norm(self.mean_tokens(tokens))
@@ -148,6 +150,7 @@ class ImageViT(Backbone):
     def _positions(self, grid: Grid) -> Tensor:
         if grid == self.grid:
             return self.pos_embed
+        # Without the class token's position, which has no place on the grid.
         patches = stretch_table(self.pos_embed[0, 1:], self.grid, grid)
         return torch.cat((self.pos_embed[:, :1], patches[None]), dim=1)
 

@@ -1,4 +1,4 @@
-"""The weights that a run starts from: of a run of ours, one of its checkpoints, or a file in any layout."""
+"""Weights that a run starts from: of a run of ours, one of its checkpoints, or a file in any layout."""
 
 import logging
 from pathlib import Path
@@ -27,6 +27,7 @@ def read_weights(path: str, averaged: bool = True) -> dict[str, Tensor]:
     if averages:
         logger.info("%s has averaged weights; run.init_averaged=%s takes %s ones", path, str(averaged).lower(),
                     "the averaged" if averaged else "the live")  # fmt: skip
+    # The averages are what the run evaluated and tested; its live weights nobody has measured.
     return weights | averages if averaged else weights
 
 

@@ -1,4 +1,4 @@
-"""How many tokens go where: the settings of token reorganisation, and the arithmetic that follows from them.
+"""Settings of token reorganisation, and the arithmetic that follows from them.
 
 Recipes are checked, FLOPs counted and schedules followed with it, without a model; token_reorganisation.py does it.
 """
@@ -13,7 +13,7 @@ from pretrain.errors import RecipeError
 
 @dataclass
 class Reorganisation:
-    """Which tokens go, and where."""
+    """Token reorganisation: which tokens go, and where."""
 
     keep_rate: float = 1.0
     """share of tokens that each dropping block keeps; 1: token reorganisation is off"""
@@ -39,12 +39,13 @@ class Reorganisation:
 
 
 def default_blocks(depth: int) -> list[int]:
-    """A quarter, a half and three quarters of the depth: (3, 6, 9) of 12 as published."""
+    """Give the default blocks, a quarter, a half and three quarters of the depth: (3, 6, 9) of 12 as published."""
+    # A set: in models of few blocks two of the three coincide.
     return sorted({depth // 4, depth // 2, 3 * depth // 4})
 
 
 def keep_rates(config: Reorganisation, depth: int) -> list[float]:
-    """The rate of every block, 1 where nothing is dropped.
+    """Give the rate of every block, 1 where nothing is dropped.
 
     Raises:
         RecipeError: a rate outside (0, 1] or a block that the model lacks.
@@ -57,7 +58,7 @@ def keep_rates(config: Reorganisation, depth: int) -> list[float]:
 
 
 def rate_problems(config: Reorganisation, depth: int) -> list[str]:
-    """What keeps a model of this depth from dropping tokens so."""
+    """List what keeps a model of this depth from dropping tokens so."""
     problems = [
         f"blocks={config.blocks}: this model has blocks 0 to {depth - 1}, not {block}"
         for block in config.blocks or []
@@ -75,14 +76,15 @@ def rate_problems(config: Reorganisation, depth: int) -> list[str]:
 
 
 def tokens_kept(tokens: int, rate: float) -> int:
-    """ceil(rate * tokens) in double precision, as officially: 0.55 of 100 are 56."""
+    """Compute ceil(rate * tokens) in double precision, as officially: 0.55 of 100 are 56."""
     return math.ceil(rate * tokens)
 
 
 def token_counts(tokens: int, rates: Sequence[float], fuse: bool, slices: int = 1) -> list[int]:
-    """Tokens behind each block, fused ones counted, class tokens not; `slices` is T' where stratified, else 1."""
+    """Count tokens behind each block, fused ones too, class tokens not; `slices` is T' where stratified, else 1."""
     counts, fused = [], 0
     for rate in rates:
+        # A fused token belongs to no slice; counted in, the slices would not come out even.
         ranked = tokens - (fused if slices > 1 else 0)
         kept = tokens_kept(ranked // slices, rate) * slices if rate < 1 else ranked
         if kept < ranked:
@@ -93,11 +95,12 @@ def token_counts(tokens: int, rates: Sequence[float], fuse: bool, slices: int = 
 
 
 def scheduled_rate(base: float, step: int, steps_per_epoch: int, start_epoch: float, shrink_epochs: float) -> float:
-    """The keep rate of optimiser step `step` when training from scratch: 1, then a cosine down to `base`.
+    """Compute the keep rate of optimiser step `step` when training from scratch: 1, then a cosine down to `base`.
 
     Source: official `adjust_keep_rate`; shrinking lasts from `start_epoch` for `shrink_epochs`, 0 being a jump.
     """
     start, length = start_epoch * steps_per_epoch, shrink_epochs * steps_per_epoch
+    # Ends are compared by whole epochs, the cosine runs by steps: both as officially.
     epoch = step // steps_per_epoch
     if epoch < start_epoch:
         return 1.0

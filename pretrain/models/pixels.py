@@ -30,7 +30,7 @@ class PixelNormalization(nn.Module):
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Flattened cubes [..., n*3], channel fastest, to the same shape."""
+        """Normalise flattened cubes [..., n*3], channel fastest, to the same shape."""
         return ((pixels.unflatten(-1, (-1, 3)) - self.mean) / self.std).flatten(-2)
 
 

@@ -12,7 +12,7 @@ from pretrain.models.cubes import Grid
 
 
 def sinusoid_table(tokens: int, dim: int) -> Tensor:
-    """The 1-D sinusoid of VideoMAE, float32 [tokens, dim].
+    """Compute the 1-D sinusoid of VideoMAE, float32 [tokens, dim].
 
     angle(n, j) = n / 10000^(2*floor(j/2)/dim), sine at even j, cosine at odd j, over the flattened index n: not
     factorised over time, rows and columns. Computed in float64 (official `get_sinusoid_encoding_table`), since float32
@@ -36,10 +36,11 @@ class SinCosPositions(nn.Module):
         super().__init__()
         self.shape = (tokens, dim)
         table = self.make_table().to(torch.get_default_device())  # meta, where the model is built there
+        # Not in checkpoints: official files have none, so the strict loader would miss it.
         self.register_buffer("table", table, persistent=False)
 
     def make_table(self) -> Tensor:
-        """The table, float32 on the CPU."""
+        """Compute the table, float32 on the CPU."""
         return sinusoid_table(*self.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -72,18 +73,19 @@ class InterpolatedPositions(SinCosPositions):
         super().__init__(grid.tokens, dim)
 
     def make_table(self) -> Tensor:
-        """The stretched table, float32 on the CPU."""
+        """Compute the stretched table, float32 on the CPU."""
         table = sinusoid_table(self.source.tokens, self.shape[1])
         return stretch_table(table, self.source, self.grid)
 
 
 def stretch_table(table: Tensor, source: Grid, grid: Grid) -> Tensor:
-    """A position table [tokens of `source`, C] stretched to `grid`, [tokens of `grid`, C].
+    """Stretch a position table [tokens of `source`, C] to `grid`, [tokens of `grid`, C].
 
     Bicubic in space and linear in time, cell centres aligned (align_corners false), as the official code stretches
     where it works (VideoMAEv2, run_class_finetuning.py); here for any two grids.
     """
     planes = table.unflatten(0, (source.time, source.height, source.width)).permute(0, 3, 1, 2)
+    # Left alone where sides agree, so that on the grid of pre-training both kinds of table are the same to the bit.
     if (source.height, source.width) != (grid.height, grid.width):
         planes = F.interpolate(planes, size=(grid.height, grid.width), mode="bicubic", align_corners=False)
     if source.time != grid.time:

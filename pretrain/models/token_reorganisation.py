@@ -25,7 +25,7 @@ Kind = Literal["class", "received", "keyframe"]
 
 @dataclass
 class Step:
-    """What one block did: indices count the tokens that came into it, without class tokens."""
+    """Record of one block: indices count the tokens that came into it, without class tokens."""
 
     block: int
     score: Tensor
@@ -50,7 +50,7 @@ class Tokens:
 
 
 class TokenReorganisation:
-    """Runs blocks and drops tokens between attention and MLP of some; holds no parameters.
+    """Run of blocks that drops tokens between attention and MLP of some; holds no parameters.
 
     Args:
         rates: keep rate of each block, 1 where nothing is dropped.
@@ -82,7 +82,7 @@ class TokenReorganisation:
         counts: int | Sequence[int | None] | None = None,
         recompute: Recompute = False,
     ) -> Tokens:
-        """Tokens [B, c+n, C] through all blocks.
+        """Run tokens [B, c+n, C] through all blocks.
 
         Args:
             blocks: the model's blocks.
@@ -116,13 +116,14 @@ class TokenReorganisation:
         return state
 
     def _start(self, x: Tensor, class_tokens: int, slices: int) -> Tokens:
-        """All tokens; around a keyframe its slice comes first, as in EVAD, then the others in order."""
+        """Begin with all tokens; around a keyframe its slice comes first, as in EVAD, then the others in order."""
         tokens = x.shape[1] - class_tokens
         origin = torch.arange(tokens, device=x.device)
         if self.score == "keyframe":
             times = origin.reshape(slices, -1)
             middle = slices // 2
             origin = torch.cat((times[middle : middle + 1], times[:middle], times[middle + 1 :])).flatten()
+            # In front, so that later blocks find the keyframe by its number of tokens, whatever was dropped behind it.
             x = torch.cat((x[:, :class_tokens], x[:, class_tokens:][:, origin]), dim=1)
         origin = origin.expand(x.shape[0], -1)
         return Tokens(x, torch.ones(origin.shape, device=x.device), origin)
@@ -135,11 +136,12 @@ class TokenReorganisation:
         keep_rate: float | Sequence[float] | None,
         counts: int | Sequence[int | None] | None,
     ) -> int | None:
-        """Tokens to keep in block `index`, a multiple of the slices where stratified; None: all."""
+        """Count the tokens to keep in block `index`, a multiple of the slices where stratified; None: all."""
         count = counts[index] if isinstance(counts, Sequence) else counts
         rate = keep_rate[index] if isinstance(keep_rate, Sequence) else keep_rate
         rate = self.rate if rate is None else rate
         rate = self.rates[index] if rate is None else rate
+        # A schedule's rate acts in dropping blocks alone, so that its 1 is the plain model.
         if count is None and not (self.rates[index] < 1 and rate < 1):
             return None
         slices = slices if self.config.per_frame else 1
@@ -156,6 +158,7 @@ class TokenReorganisation:
         assert state.sizes is not None and state.origin is not None
         sizes, origin = state.sizes.gather(1, step.kept), state.origin.gather(1, step.kept)
         if self.config.fuse:
+            # The sum of sizes, not their number: an older fused token among the dropped ones stands for many.
             merged = state.sizes.gather(1, step.dropped).sum(1, keepdim=True)
             sizes = torch.cat((sizes, merged), dim=1)
             origin = torch.cat((origin, torch.full_like(origin[:, :1], -1)), dim=1)
@@ -164,7 +167,7 @@ class TokenReorganisation:
 
 @dataclass(frozen=True)
 class _Reduction:
-    """What one block takes away, see `vit.Reduction`: class tokens stay, then slices, then at most one fused token.
+    """Reduction of one block, see `vit.Reduction`: class tokens stay, then slices, then at most one fused token.
 
     Of the others the first `held` stay, those of the keyframe; they count among the `kept` ones.
     """
@@ -179,7 +182,8 @@ class _Reduction:
     held: int = 0
 
     def score(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """Scores [B, c+n], float32: in half precision ties are common, and their order depends on the device."""
+        """Score tokens [B, c+n], float32: in half precision ties are common, and their order depends on the device."""
+        # Autocast would turn the products back into half precision.
         with torch.autocast(query.device.type, enabled=False):
             if self.kind == "class":
                 return class_attention(query.float(), key.float(), scale)
@@ -190,9 +194,10 @@ class _Reduction:
             return received_attention(query.float(), key.float(), scale, weight)
 
     def take(self, x: Tensor, score: Tensor) -> tuple[Tensor, Step]:
-        """Class tokens, kept tokens and the fused one."""
+        """Put together class tokens, kept tokens and the fused one."""
         score = score[:, self.class_tokens :]
         head, rest = x[:, : self.class_tokens], x[:, self.class_tokens :]
+        # Indices have no gradient; it reaches the scores through the fused token's weights alone.
         kept = self._choose(score.detach())
         dropped = complement(kept, rest.shape[1])
         parts = [head, take_tokens(rest, kept)]
@@ -206,7 +211,7 @@ class _Reduction:
         return torch.cat(parts, dim=1), Step(self.block, score.detach(), kept, dropped)
 
     def _choose(self, score: Tensor) -> Tensor:
-        """Kept tokens [B, k]. In slices, a fused token from before is always fused again: it belongs to no slice."""
+        """Choose the kept tokens [B, k]. In slices, a fused token from before is fused again: it belongs to none."""
         if self.held:
             best = score[:, self.held :].topk(self.kept - self.held, dim=1, sorted=True).indices + self.held
             first = torch.arange(self.held, device=score.device).expand(len(score), -1)

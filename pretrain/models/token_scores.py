@@ -1,4 +1,4 @@
-"""How much attention tokens get, without the whole matrix of attention weights (systems/evit.md section 6.1)."""
+"""Attention that tokens get, without the whole matrix of attention weights (systems/evit.md section 6.1)."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ QUERY_CHUNK = 256
 
 
 def class_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention [B, N] of the first token to every token, mean over heads; only that row is computed."""
+    """Compute the attention [B, N] of the first token to every token, mean over heads; only that row is computed."""
     row = (query[:, :, :1] @ key.transpose(-2, -1)) * scale
     return row.softmax(-1).mean(1)[:, 0]
 
 
 def received_attention(query: Tensor, key: Tensor, scale: float, weight: Tensor | None = None) -> Tensor:
-    """Attention [B, N] that every token receives, mean over heads and queries; sums to 1.
+    """Compute the attention [B, N] that every token receives, mean over heads and queries; sums to 1.
 
     `weight` [N] multiplies that of each query, without normalisation (EVAD's enhanced keyframe). Attention weights of
     `QUERY_CHUNK` queries exist at a time, in the backward pass too, where they are computed again.
@@ -30,4 +30,5 @@ def received_attention(query: Tensor, key: Tensor, scale: float, weight: Tensor 
 
 def _column_sums(query: Tensor, key: Tensor, scale: float, weight: Tensor) -> Tensor:
     attention = ((query @ key.transpose(-2, -1)) * scale).softmax(-1)
+    # Summed per chunk: the whole [B, h, N, N] would be the memory that fused attention saves.
     return torch.einsum("bhqk,q->bk", attention, weight)

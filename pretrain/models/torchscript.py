@@ -1,4 +1,4 @@
-"""Reads the tensors of a TorchScript archive without running its code.
+"""Import of the tensors of a TorchScript archive without running its code.
 
 OpenAI published CLIP so. `torch.jit.load` would compile and partly run what the archive holds, and is deprecated. The
 file is a zip: `<name>/data.pkl` pickles the modules' attributes, `<name>/data/<key>` are the tensors' bytes.
@@ -35,7 +35,7 @@ BROKEN = (
 
 
 def is_torchscript(file: IO[bytes]) -> bool:
-    """Whether this is a TorchScript archive; the zips that torch.save writes hold no code."""
+    """Tell whether this is a TorchScript archive; the zips that torch.save writes hold no code."""
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
@@ -43,7 +43,7 @@ def is_torchscript(file: IO[bytes]) -> bool:
 
 
 def read_torchscript(file: IO[bytes], source: str) -> dict[str, Tensor]:
-    """Parameters and buffers by their dotted names.
+    """Read parameters and buffers by their dotted names.
 
     Args:
         file: the archive, seekable.
@@ -85,15 +85,18 @@ class _Unpickler(pickle.Unpickler):
             return STORAGES[name]
         if module == "torch.jit._pickle" and name.startswith("build_") and name.endswith("list"):
             return list
+        # A list of what is allowed: anything else that a pickle names would be called, with arguments of its choice.
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, count = pid
+        # torch.frombuffer warns of memory that can't be written, which bytes are.
         data = bytearray(self._archive.read(f"{self._folder}/{key}"))
         return torch.frombuffer(data, dtype=dtype) if count else torch.empty(0, dtype=dtype)
 
 
 def _strided(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    # A copy: tensors that share a storage would keep all of it alive, and be written to together.
     return torch.as_strided(storage, size, stride, offset).clone()
 
 

@@ -73,7 +73,7 @@ def resolve(config: Config) -> Config:
 
 
 def check(config: Config, frames: int, height: int, width: int) -> list[str]:
-    """What keeps this model from being built for clips of frames x height x width."""
+    """List what keeps this model from being built for clips of frames x height x width."""
     full = resolve(config)
     open_fields = missing(full, PRESET_FIELDS)
     if open_fields:
@@ -93,7 +93,7 @@ def check(config: Config, frames: int, height: int, width: int) -> list[str]:
 
 
 def shape_of(config: Config) -> Shape:
-    """Sizes of a resolved configuration."""
+    """Compute the sizes of a resolved configuration."""
     full = resolve(config)
     values = {key: getattr(full, key) for key in PRESET_FIELDS}
     return Shape(tubelet=full.tubelet, **values)
@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(shape.dim, eps=config.norm_eps)
 
     def forward(self, cubes: Tensor, index: Tensor, recompute: Recompute = False) -> Tensor:
-        """Cubes [B, n, cube] that lie at tokens `index` [B, n] to features [B, n, C]."""
+        """Encode cubes [B, n, cube] that lie at tokens `index` [B, n] as features [B, n, C]."""
         tokens = self.patch_embed(cubes)
         tokens = tokens + self.positions(index).to(tokens.dtype)
         return self.norm(run_blocks(self.blocks, tokens, recompute))
@@ -129,8 +129,9 @@ class Decoder(nn.Module):
         self.head = Linear(shape.decoder_dim, shape.cube)
 
     def forward(self, tokens: Tensor, predicted: int, recompute: Recompute = False) -> Tensor:
-        """Tokens [B, n, D] with positions to pixels [B, predicted, cube] of the last `predicted` of them."""
+        """Decode tokens [B, n, D] with positions to pixels [B, predicted, cube] of the last `predicted` of them."""
         tokens = run_blocks(self.blocks, tokens, recompute)
+        # Norm and head of the asked tokens alone, as officially: the visible ones' pixels would be thrown away.
         return self.head(self.norm(tokens[:, -predicted:]))
 
 
@@ -159,8 +160,10 @@ class VideoMAE(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.encoder = Encoder(config, self.shape, self.grid)
         self.decoder = Decoder(config, self.shape, self.grid)
+        # PyTorch's own first weights, as officially: only layers inside encoder and decoder draw Xavier ones.
         self.encoder_to_decoder = nn.Linear(self.shape.dim, self.shape.decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.shape.decoder_dim))
+        # Cut at one deviation, as the official trunc_normal_ does; torch's own limits are an absolute 2.
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, cubes: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
@@ -178,6 +181,7 @@ class VideoMAE(nn.Module):
         encoded = self.encoder(cubes.to(self.mask_token.dtype), visible, recompute)
         seen = self.encoder_to_decoder(encoded)
         seen = seen + self.decoder.positions(visible).to(seen.dtype)
+        # The table is cast first: a sum with float32 is float32, and so would be all tokens of the decoder.
         asked = self.mask_token + self.decoder.positions(targets).to(seen.dtype)
         return self.decoder(torch.cat((seen, asked), dim=1), targets.shape[1], recompute)
 
@@ -211,7 +215,7 @@ ARCHITECTURE = VideoMAEArchitecture
 
 
 def cost(config: Config, grid: Grid, visible: int, targets: int) -> dict[str, float]:
-    """Multiply-accumulates of one clip's forward pass, by part, counted as publications do.
+    """Count multiply-accumulates of one clip's forward pass, by part, as publications do.
 
     Published numbers embed all cubes; the last part, `skipped: ...`, is what this code saves by embedding visible ones.
     Element-wise work (norms, GELU, softmax) is not counted.

@@ -31,23 +31,23 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def xavier(weight: Tensor) -> Tensor:
-    """Xavier-uniform: the official pre-training models."""
+    """Fill Xavier-uniform: the official pre-training models."""
     return nn.init.xavier_uniform_(weight)
 
 
 def truncated_normal(weight: Tensor) -> Tensor:
-    """Deviation 0.02, cut at an absolute 2: the official classifiers and image models."""
+    """Fill with deviation 0.02, cut at an absolute 2: the official classifiers and image models."""
     return nn.init.trunc_normal_(weight, std=0.02)
 
 
 class Reduction(Protocol):
-    """Takes tokens away inside a block, between attention and MLP."""
+    """Removal of tokens inside a block, between attention and MLP."""
 
     def score(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """See `Score`."""
 
     def take(self, x: Tensor, score: Tensor) -> tuple[Tensor, Any]:
-        """Tokens [B, n, C] of the residual stream [B, N, C], and what the caller wants to know about them."""
+        """Return tokens [B, n, C] of the residual stream [B, N, C], and what the caller wants to know about them."""
 
 
 class Linear(nn.Linear):
@@ -69,6 +69,7 @@ class Linear(nn.Linear):
         return self._updated(x, F.linear(x, self.weight, self.bias))
 
     def _updated(self, x: Tensor, y: Tensor) -> Tensor:
+        # The update's module is called, not its weights read: stage 3 gathers them only there.
         return y if self.update is None else y + self.update(x)
 
 
@@ -90,16 +91,18 @@ class CubeProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, 3, tubelet, patch, patch))
         self.bias = nn.Parameter(torch.empty(dim))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        # The bias of PyTorch's Conv3d, which the official embedding is and leaves as it is.
         bound = 1 / math.sqrt(3 * tubelet * patch * patch)
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, cubes: Tensor) -> Tensor:
-        """Cubes [B, n, tubelet*p*p*3], channel fastest, to tokens [B, n, C]."""
+        """Project cubes [B, n, tubelet*p*p*3], channel fastest, to tokens [B, n, C]."""
+        # Channels last, as cubes are cut; only the small weight is turned, not the pixels.
         return F.linear(cubes, self.weight.permute(0, 2, 3, 4, 1).flatten(1), self.bias)
 
 
 class CubeEmbedding(nn.Module):
-    """Embeds any subset of a clip's cubes: the official convolution and then a gather, at a tenth of their cost."""
+    """Embedding of any subset of a clip's cubes: official convolution and then a gather, at a tenth of their cost."""
 
     def __init__(self, dim: int, tubelet: int, patch: int) -> None:
         super().__init__()
@@ -150,33 +153,37 @@ class Attention(nn.Module):
         self.dropout = dropout_layer(dropout)
 
     def forward(self, x: Tensor, score: Score | None = None) -> Any:
-        """Attention output [B, N, C]; with `score` also its result [B, N] for this layer's queries and keys."""
+        """Compute the output [B, N, C]; with `score` also its result [B, N] for this layer's queries and keys."""
         query, key, value = self.project(x)
         mixed = self.mix(query, key, value)
         return mixed if score is None else (mixed, score(query, key, self.score_scale or query.shape[-1] ** -0.5))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, h, N, d] of tokens [B, N, C]; normalised and scaled with cosine attention."""
+        """Project tokens [B, N, C] to queries, keys, values [B, h, N, d]; normalised, scaled with cosine attention."""
         batch, tokens, dim = x.shape
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
+            # Keys have none: it would add the same to all scores of a query, which softmax takes away again.
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = self.qkv(x, bias).reshape(batch, tokens, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.scale is not None:
+            # The learned scale goes into the queries: the fused kernel takes a number for `scale`, not a tensor.
             query = F.normalize(query, dim=-1) * self.scale.clamp(max=MAX_LOG_SCALE).exp()
             key = F.normalize(key, dim=-1)
         return query, key, value
 
     @property
     def score_scale(self) -> float | None:
-        """What products of queries and keys are multiplied by; None: d^-0.5."""
+        """Factor on products of queries and keys; None: d^-0.5."""
         return None if self.scale is None else 1.0
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention output [B, N, C] of what `project` gave."""
+        """Mix values by attention to the output [B, N, C], of what `project` gave."""
+        # The fused kernel knows no evaluation mode: it drops whenever a rate is given.
         rate = self.attention_dropout if self.training else 0.0
         plain = rate == 0 and not self.causal
+        # In bfloat16 on CPUs the fused kernel takes two to four times as long; it was 55 % of ViT-S's step.
         if self.written_out and plain and query.device.type == "cpu" and query.dtype == torch.bfloat16:
             mixed = written_out_attention(query, key, value, self.score_scale or query.shape[-1] ** -0.5)
         else:
@@ -187,7 +194,7 @@ class Attention(nn.Module):
 
 
 def written_out_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query key^T) value by matrix products, scores kept for the backward pass.
+    """Compute softmax(scale * query key^T) value by matrix products, scores kept for the backward pass.
 
     Two to four times as fast as torch's fused kernel on CPUs that multiply bfloat16 natively (bench/step.py), whose
     exponentials and sums it computes in float32 block by block; in float32 the fused one is as fast and keeps less.
@@ -263,7 +270,7 @@ class Block(nn.Module):
         self.register_module("adaptmlp", None)
 
     def forward(self, x: Tensor, reduction: Reduction | None = None) -> Any:
-        """Tokens [B, N, C]; with `reduction` fewer of them, and what it has to say.
+        """Transform tokens [B, N, C]; with `reduction` to fewer of them, and return what it has to say.
 
         The reduction is called in here, not by splitting the block outside: ZeRO stage 3 gathers a module's parameters
         when the module itself is called.
@@ -284,16 +291,17 @@ class Block(nn.Module):
 
 
 def dropout_layer(rate: float) -> nn.Module:
-    """Dropout, or the identity where the rate is 0."""
+    """Build dropout, or the identity where the rate is 0."""
     return nn.Dropout(rate) if rate > 0 else nn.Identity()
 
 
 def stochastic_depth(rate: float) -> nn.Module:
-    """timm's per-sample DropPath, or the identity; timm is imported only where the rate asks for it."""
+    """Build timm's per-sample DropPath, or the identity; timm is imported only where the rate asks for it."""
     if rate == 0:
         return nn.Identity()
     from pretrain.runtime.vision_ops import ensure_torchvision
 
+    # timm imports torchvision, whose CUDA build fails to import beside a CPU torch.
     ensure_torchvision()
     from timm.layers import DropPath
 
@@ -301,5 +309,5 @@ def stochastic_depth(rate: float) -> nn.Module:
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Rates rising linearly from 0 in the first block to `rate` in the last."""
+    """Give rates rising linearly from 0 in the first block to `rate` in the last."""
     return [rate * index / max(depth - 1, 1) for index in range(depth)]

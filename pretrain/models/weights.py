@@ -1,4 +1,4 @@
-"""Reads weights of other people and other runs into our models, strictly and with a report.
+"""Import of other people's and other runs' weights into our models, strictly and with a report.
 
 Layouts: official VideoMAE V1 and V2 pre-training checkpoints, also compiled (`_orig_mod.`), from DDP or DeepSpeed
 (`module.`, containers `model`, `module`, `state_dict`), with or without optimiser; TorchScript archives; Hugging Face
@@ -44,7 +44,7 @@ SHOWN_KEYS = 12
 
 @dataclass
 class LoadReport:
-    """What happened to each key, in official names."""
+    """Fate of each key of a load, in official names."""
 
     source: str
     layout: str
@@ -107,12 +107,15 @@ def load_state(
         report: with source and layout; is filled in and returned.
         problems: further reasons to refuse, found by the caller.
     """
+    # keep_vars: detached tensors have lost the ds_* attributes by which stage 3 is known.
     targets = module.state_dict(keep_vars=True)
     report = _compare(report, state, {key: full_shape(value) for key, value in targets.items()})
     refused = [f"missing: {key}" for key in _outside(report.missing, allow_missing)]
     refused += [f"unexpected: {key}" for key in _outside(report.unexpected, allow_unexpected)]
     refused += [f"mismatched: {text}" for text in report.mismatched]
+    # All reasons are gathered before the first copy: a half-loaded model would train on without an error.
     refused += [f"config: {text}" for text in problems]
+    # copy_ into a meta tensor does nothing and raises nothing.
     if any(target.is_meta for target in targets.values()):
         refused.append("the model lies on the meta device; materialise it before loading")
     if refused:
@@ -127,12 +130,12 @@ def load_state(
 
 
 def layout_of(raw: Mapping[str, Tensor]) -> str:
-    """Whose key names these are, for reports."""
+    """Name the layout that these key names are of, for reports."""
     return "Hugging Face" if huggingface.is_huggingface(strip_wrappers(raw)) else "official"
 
 
 def read_state(path: str) -> dict[str, Tensor]:
-    """Weights of a file or folder under official key names, whatever layout they have.
+    """Read weights of a file or folder under official key names, whatever layout they have.
 
     Raises:
         WeightsError: nothing readable there.
@@ -141,17 +144,19 @@ def read_state(path: str) -> dict[str, Tensor]:
 
 
 def official_state(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official key names for weights in any known layout."""
+    """Bring weights in any known layout under official key names."""
     state = strip_wrappers(raw)
     return huggingface.to_official(state) if huggingface.is_huggingface(state) else state
 
 
 def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Key names without what torch.compile, DDP, DeepSpeed or an objective put in front of all of them."""
+    """Strip from key names what torch.compile, DDP, DeepSpeed or an objective put in front of all of them."""
+    # torch.compile of a part puts its prefix in the middle of names, so it is not stripped with the others in front.
     named = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     if len(named) < len(state):
         raise WeightsError("some weights occur both with and without the prefix _orig_mod.; keep one copy of each")
     while named:
+        # Only what stands before every key: `model.` before some of them is part of a name.
         prefix = next((wrapper for wrapper in WRAPPERS if all(key.startswith(wrapper) for key in named)), None)
         if prefix is None:
             break
@@ -160,7 +165,7 @@ def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_raw(path: str) -> dict[str, Tensor]:
-    """Tensors of a file or folder under the names they have there, containers opened."""
+    """Read the tensors of a file or folder under the names they have there, containers opened."""
     fs, inner = storage.filesystem(str(path))
     if not fs.exists(inner):
         raise WeightsError(f"{path}: no such file or folder")
@@ -192,8 +197,10 @@ def _unpickle_tensors(url: str) -> Any:
     """
     try:
         with fsspec.open(url, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            # Before torch.load, which refuses TorchScript archives where only weights may be read.
             if is_torchscript(file):
                 return read_torchscript(file, url)
+            # The look into the zip's directory has moved it.
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -205,7 +212,7 @@ def _unpickle_tensors(url: str) -> Any:
 
 
 def _tensors(url: str, content: Any) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint's containers."""
+    """Find the state dict inside a checkpoint's containers."""
     while isinstance(content, Mapping):
         inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
@@ -221,6 +228,7 @@ def _compare(report: LoadReport, state: Mapping[str, Tensor], shapes: dict[str, 
     report.unexpected = [key for key in state if key not in shapes]
     for key in [key for key in shapes if key in state]:
         found, wanted = tuple(state[key].shape), shapes[key]
+        # Adding or dropping axes of size one moves no value; any other reshape could, and would load without an error.
         if _squeezed(found) != _squeezed(wanted):
             report.mismatched.append(f"{key} {list(found)} in the file, {list(wanted)} in the model")
             continue
@@ -235,7 +243,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Full shape; a parameter that ZeRO stage 3 has partitioned shows none itself."""
+    """Tell the full shape; a parameter that ZeRO stage 3 has partitioned shows none itself."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -250,12 +258,13 @@ def _copy(parameter: Tensor, value: Tensor) -> None:
         return
     import deepspeed
 
+    # Without modifier_rank the change is lost: the gathered copy is thrown away when the context ends.
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(value.reshape(parameter.shape))
 
 
 def _config_problems(module: nn.Module, path: str) -> list[str]:
-    """Contradictions between the model and a config.json beside the weights."""
+    """List contradictions between the model and a config.json beside the weights."""
     where = storage.join(str(path), "config.json")
     shape = getattr(module, "shape", None)
     fs, inner = storage.filesystem(where)

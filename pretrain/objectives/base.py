@@ -1,4 +1,4 @@
-"""What a self-supervised method, or a fine-tuning task, is to the engine.
+"""Contract of a self-supervised method, or a fine-tuning task, with the engine.
 
 A method is one file pretrain/objectives/<name>.py, a task one finetune/<name>/task.py, with `Config`, a dataclass of
 the recipe's `objective:` section, its first field `name`, and `METHOD`, its subclass of `Method`. It is looked up once,
@@ -43,7 +43,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """How a parameter is trained.
+    """Training of a parameter: rate, decay, turn.
 
     Attributes:
         lr_scale: factor on the learning rate.
@@ -286,6 +286,7 @@ def plain_name(name: str) -> str:
 def decays(name: str, shape: Iterable[int]) -> bool:
     """Say whether weight decay applies: tensors of two or more dimensions, but not biases, scales and tokens."""
     plain = plain_name(name)
+    # By name too: cosine attention's scale [h, 1, 1] has three axes, and officially doesn't decay.
     if plain.rpartition(".")[2] in NO_DECAY_NAMES or plain.endswith((".bias", ".scale")):
         return False
     return len(tuple(shape)) > 1

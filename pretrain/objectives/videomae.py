@@ -92,6 +92,7 @@ class VideoMAEMethod(Method):
 
     def cost(self) -> Cost:
         plan = self.mask_plan()
+        # Counted on a mask that was drawn: how many targets the encoder sees is a result of both masks.
         drawn = _draw_view(plan, functools.partial(generator, self.recipe.run.seed, 0, 0, 0))
         tokens = {
             "all": plan.tokens,
@@ -104,12 +105,13 @@ class VideoMAEMethod(Method):
     def exports(self, source: Path) -> dict[str, Export]:
         formats = {"safetensors": Export(self._write_safetensors, USAGE)}
         if self.architecture.videomae_layouts:
+            # Only for such architectures: another model's names would be read as VideoMAE's, and fit nothing.
             formats["official"] = Export(_write_official)
             formats["huggingface"] = Export(self._write_huggingface, USAGE_HUGGINGFACE, library="transformers")
         return formats
 
     def mask_plan(self) -> MaskPlan:
-        """How a clip is masked."""
+        """Give the mask plan of a clip."""
         grid, options = self.architecture.grid, self.recipe.objective
         return MaskPlan(
             grid.time,
@@ -127,6 +129,7 @@ class VideoMAEMethod(Method):
 
     def _write_huggingface(self, objective: Any, dest: str) -> str:
         export_huggingface(objective.model, dest, objective.normalize_targets)
+        # Height and width alike: `export_huggingface` has refused clips that are not square.
         size = self.recipe.input.height
         for name, content in processor_configs(size, size, MEAN, STD).items():
             storage.write_bytes(storage.join(dest, name), json.dumps(content, indent=2).encode())
@@ -142,7 +145,7 @@ def _write_official(objective: Any, dest: str) -> str:
 
 
 def _draw_view(plan: MaskPlan, drawn_for: Draw) -> dict[str, np.ndarray]:
-    """`visible`, `targets` and `weight` of one view; a module's function, because data workers are spawned."""
+    """Draw `visible`, `targets` and `weight` of one view; a module's function, because data workers are spawned."""
     return dict(draw(plan, drawn_for("encoder_mask"), drawn_for("decoder_mask")))
 
 
@@ -175,21 +178,22 @@ class VideoMAEObjective(Objective):
         return Output(loss, metrics)
 
     def target(self, pixels: Tensor) -> Tensor:
-        """What the prediction should equal, float32, for pixels [B, M, cube] in [0, 1]."""
+        """Compute what the prediction should equal, float32, for pixels [B, M, cube] in [0, 1]."""
         return self._target(pixels)[0]
 
     @torch.no_grad()
     def _target(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Also the squared error per token [B, M] of predicting each cube's own mean colour."""
+        """Compute also the squared error per token [B, M] of predicting each cube's own mean colour."""
         cubes = CenteredCubes.of(pixels)
         if not self.normalize_targets:
             return pixels, cubes.variance.mean((-2, -1))
         error = (cubes.variance / cubes.scale.square()).mean((-2, -1))
+        # In place: the tensor is `of`'s own, and each further pass over all hidden pixels costs time in the step.
         return cubes.pixels.div_(cubes.scale).flatten(-2), error
 
     @torch.no_grad()
     def reconstruction_errors(self, batch: Batch) -> dict[str, Tensor]:
-        """Root mean squared errors of counted tokens in pixel units, 1 = black to white.
+        """Compute root mean squared errors of counted tokens in pixel units, 1 = black to white.
 
         Keys: `model`, its reconstruction; `masked_input`, the grey of the masked picture; `mean_color`, the mean colour
         of the pixels that the encoder sees; `cube_mean_color`, each cube's own mean colour. With normalised targets the
@@ -211,7 +215,7 @@ class VideoMAEObjective(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Original, masked and reconstructed videos, uint8 [B, T, H, W, 3].
+        """Draw original, masked and reconstructed videos, uint8 [B, T, H, W, 3].
 
         All hidden tokens are predicted, those that a decoder mask would leave out too. With normalised targets,
         contrast and brightness of each cube come from the original (official visualisation).
@@ -234,6 +238,7 @@ class VideoMAEObjective(Objective):
         """Average the encoder's output over all tokens, none hidden: float32 [B, C] of `video` [B, T, H, W, 3]."""
         cubes = self._cubes(batch)
         every = torch.arange(cubes.shape[1], device=cubes.device).expand(len(cubes), -1)
+        # The encoder is called by itself here, so the cast that the whole model makes is made here.
         seen = self.normalization(unit_pixels(cubes)).to(self.model.mask_token.dtype)
         encoded: Tensor = self.model.encoder(seen, every)
         return encoded.float().mean(1)
@@ -242,16 +247,18 @@ class VideoMAEObjective(Objective):
         return cut_cubes(batch["video"], self.model.shape.tubelet, self.model.shape.patch_size)
 
     def _predict(self, cubes: Tensor, visible: Tensor, asked: Tensor) -> Tensor:
-        """Float32 predictions at `asked`; only visible cubes are made float and embedded."""
+        """Predict at `asked`, float32; only visible cubes are made float and embedded."""
         seen = self.normalization(unit_pixels(take_tokens(cubes, visible)))
         predicted: Tensor = self.model(seen, visible, asked)
+        # The loss in float32: squares of bfloat16 predictions would be summed with 8 bits.
         return predicted.float()
 
     def _pixels(self, predicted: Tensor, truth: Tensor) -> Tensor:
-        """Predictions as pixels, with the true cube statistics where targets are normalised."""
+        """Turn predictions into pixels, with the true cube statistics where targets are normalised."""
         if self.normalize_targets:
             cubes = CenteredCubes.of(truth)
             predicted = (predicted.unflatten(-1, (-1, 3)) * cubes.scale + cubes.mean).flatten(-2)
+        # uint8 would wrap around: a reconstruction a little above white would be shown black.
         return predicted.clamp(0, PICTURE_MAX)
 
     def _to_video(self, cubes: Tensor) -> Tensor:
@@ -272,7 +279,7 @@ class CenteredCubes(NamedTuple):
 
     @classmethod
     def of(cls, pixels: Tensor) -> "CenteredCubes":
-        """Of cubes [B, M, n*3].
+        """Centre and measure cubes [B, M, n*3].
 
         In two passes: torch.var_mean over an axis that is not the last takes four times as long on CPUs.
         """
@@ -285,5 +292,5 @@ class CenteredCubes(NamedTuple):
 
 
 def weighted_mean(errors: Tensor, weight: Tensor) -> Tensor:
-    """sum(errors * weight) / sum(weight) over a micro-batch, both [B, M]."""
+    """Compute sum(errors * weight) / sum(weight) over a micro-batch, both [B, M]."""
     return (errors * weight).sum() / weight.sum()

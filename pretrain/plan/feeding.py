@@ -75,7 +75,7 @@ def shortages(recipe: Recipe, feeding: Feeding, resources: Resources) -> list[st
     if resources.store_gbs is not None and feeding.store_gbs > resources.store_gbs:
         found.append(
             f"the store must deliver {feeding.store_gbs:.2f} GB/s, {resources.store_gbs:g} are there: set "
-            "data.cache_dir to local disks (after the first epoch nothing is read twice), raise input.views, or pack with a smaller "
-            "--short-side"
+            "data.cache_dir to local disks (after the first epoch nothing is read twice), raise input.views, or "
+            "pack with a smaller --short-side"
         )
     return found

@@ -1,4 +1,4 @@
-"""The list files of the official VideoMAE repositories: space separated, no header, one video a line.
+"""List files of the official VideoMAE repositories: space separated, no header, one video a line.
 
 | `--list-format` | columns | meaning | official use |
 |---|---|---|---|

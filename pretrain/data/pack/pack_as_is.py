@@ -18,6 +18,7 @@ def pack_as_is(item: Item, options: Options, folder: str) -> Packed:
         SampleError: it can't be read or decoded, or, asked for as a raster, has no rows and columns.
     """
     data, ending = fetch_whole(item.path), extension_of(item.path)
+    # Decoded to the end: a cut file is found now, not in an epoch of a long run.
     found = describe(ending, data)
     shapes = [one["shape"] for one in found.get("arrays", {}).values()]
     # An npy of one dimension decodes well, and would fail at every crop in training.
