@@ -25,8 +25,12 @@ class SampleError(TubeletError):
     """Error of one sample; the stream replaces it. `reason` is a short, countable word such as "decode"."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        self.reason = reason
+        self.reason, self.detail = reason, detail
         super().__init__(f"{reason}: {detail}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        # An exception is pickled with its message as the only argument: in another process it would be a TypeError.
+        return type(self), (self.reason, self.detail)
 
 
 class StorageError(TubeletError):

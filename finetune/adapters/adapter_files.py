@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import safetensors.torch
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from finetune.adapters.attach import apply_tuning, is_trained
@@ -81,10 +82,13 @@ def read_adapter(path: str) -> AdapterFile:
     if header.get("format") != FORMAT:
         raise WeightsError(f"{path}: no adapter file (its header says format {header.get('format')!r}, not {FORMAT})")
     # Through the schema: an option that this release does not know is an error, not passed over.
-    options = OmegaConf.merge(OmegaConf.structured(Tune), json.loads(header["tune"]))
-    tune = OmegaConf.to_object(options)
-    assert isinstance(tune, Tune)
-    return AdapterFile(tune, header["backbone"], tensors)
+    try:
+        tune = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Tune), json.loads(header["tune"])))
+        assert isinstance(tune, Tune)
+        return AdapterFile(tune, header["backbone"], tensors)
+    except (KeyError, ValueError, OmegaConfBaseException) as error:
+        told = str(error).splitlines()[0]
+        raise WeightsError(f"{path}: its header can't be read ({told}); a newer release may have written it") from error
 
 
 def load_adapter(model: Backbone, path: str, any_backbone: bool = False) -> Tune:

@@ -100,7 +100,14 @@ def read_names(path: str) -> tuple[str, ...]:
         raise DataError(f"labels: {path} can't be read ({error})") from error
     if PurePosixPath(path).suffix != ".json":
         return tuple(line.strip() for line in text.splitlines() if line.strip())
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(
+            f"labels: {path} is not JSON ({error}); allowed: a list of names, or {{name: number}}"
+        ) from error
+    if not isinstance(content, (list, dict)):
+        raise DataError(f"labels: {path} holds {content!r}, allowed: a list of names, or {{name: number}}")
     if isinstance(content, dict):
         if sorted(content.values()) != list(range(len(content))):
             raise DataError(f"labels: {path}: class numbers must be 0 to {len(content) - 1}, each once")
@@ -163,7 +170,7 @@ def known_counts(shards: str) -> Counter[str] | None:
         known = json.loads(storage.read_bytes(storage.join(shards, LABELS_NAME), deadline_s=10))
         # Names of other shards would number the classes otherwise, with the same number of outputs.
         return Counter(known["counts"]) if known.get("fingerprint") == load_index(shards).fingerprint else None
-    except (StorageError, ValueError):
+    except (StorageError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -138,7 +138,8 @@ def write_classes(predictions: Predictions, folder: Path) -> None:
         others[number] = 0
         taken = predictions.names[int(others.argmax())] if others.any() else ""
         share = "" if np.isnan(accuracy[number]) else f"{100 * accuracy[number]:.2f}"
-        lines.append(f'"{name}",{table[number].sum()},{share},"{taken}"')
+        quoted, likely = (word.replace('"', '""') for word in (name, taken))
+        lines.append(f'"{quoted}",{table[number].sum()},{share},"{likely}"')
     (folder / "per_class.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     save_confusion(table, predictions.names, folder / "confusion.png")
     known = [number for number in np.argsort(accuracy, kind="stable") if not np.isnan(accuracy[number])]

@@ -181,7 +181,7 @@ class Members:
             return label
         text = bytes(self.files[LABEL_ENDING]).decode(errors="replace").strip()
         # Not isdigit, which takes a superscript for a digit: int() then raises.
-        return int(text) if text.lstrip("-").isdecimal() else text
+        return int(text) if text.removeprefix("-").isdecimal() else text
 
     @property
     def grid(self) -> tuple[int, int]:

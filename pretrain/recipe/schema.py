@@ -28,7 +28,7 @@ class Source:
 
 @dataclass
 class Input:
-    """What a sample becomes for the model; each kind of sample adds its own keys."""
+    """Rows of a batch that a sample becomes; each kind of sample adds its own keys."""
 
     name: str = "clip"
     """kind of sample: pretrain/samples/<name>.py"""
@@ -50,7 +50,7 @@ class Input:
 
 @dataclass
 class Data:
-    """Where samples come from, and in which order."""
+    """Sources of the samples, and their order."""
 
     root: str = "${oc.env:TUBELET_DATA,shards}"
     """folder (any fsspec URL) that recipes find their sources in, as ${data.root}/<name>; default: $TUBELET_DATA"""
@@ -88,7 +88,7 @@ class Data:
 
 @dataclass
 class Batch:
-    """How many videos make one optimiser step."""
+    """Samples of one optimiser step."""
 
     samples: int = 2048
     """samples of one optimiser step over all ranks; rows of the batch = samples x input.views"""
@@ -135,7 +135,7 @@ class Optim:
 
 @dataclass
 class Schedule:
-    """How long, and the shape of the learning rate."""
+    """Length of the run, and shape of the learning rate."""
 
     epochs: float = 800
     """passes over the data, counted in samples (effective epochs = epochs x input.views)"""
@@ -201,7 +201,7 @@ class Zero:
 
 @dataclass
 class Checkpoint:
-    """When a checkpoint is written and which are kept."""
+    """Times at which a checkpoint is written, and which are kept."""
 
     every_steps: int | None = None
     """optimiser steps between two checkpoints; null: by every_epochs"""
@@ -223,7 +223,7 @@ class Checkpoint:
 
 @dataclass
 class Guard:
-    """What happens when a step's loss or gradient is not finite, or its loss is a spike."""
+    """Answer to a step whose loss or gradient is not finite, or whose loss is a spike."""
 
     nonfinite: Literal["skip", "lower_lr", "rewind", "stop"] = "skip"
     """the update is left out, and: skip: go on; lower_lr: go on with a lower rate for some steps; rewind: go back to
@@ -250,7 +250,7 @@ class Guard:
 
 @dataclass
 class Watchdog:
-    """What happens when no step finishes any more."""
+    """Answer to a run whose steps finish no more."""
 
     enabled: bool = True
     """watch for hangs; false for work with a debugger"""
@@ -276,7 +276,7 @@ class Watchdog:
 
 @dataclass
 class Log:
-    """What is written while training."""
+    """Records that training writes."""
 
     every_steps: int = 10
     """optimiser steps between two console and wandb lines; metrics.jsonl has every step"""

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from finetune.adapters.adapter_files import load_adapter, read_adapter, save_adapter
@@ -111,3 +112,13 @@ def test_a_refused_file_leaves_the_bank_as_it_was(make, example, files) -> None:
     with pytest.raises(WeightsError):
         bank.add("vpt", files["vpt"][0])
     assert bank.names == [] and torch.equal(model(example(model)), before)
+
+
+@pytest.mark.parametrize("change", [{"tune": None}, {"tune": '{"method": "lora", "later": 3}'}, {"tune": "{"}])
+def test_a_header_that_can_t_be_read(files, tmp_path, change: dict[str, str | None]) -> None:
+    path, _ = files["lora"]
+    with safe_open(path, "pt") as opened:
+        header = {name: value for name, value in (opened.metadata() | change).items() if value is not None}
+    save_file(load_file(path), tmp_path / "other.safetensors", header)
+    with pytest.raises(WeightsError, match="header can't be read"):
+        read_adapter(str(tmp_path / "other.safetensors"))

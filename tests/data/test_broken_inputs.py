@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,16 @@ def test_a_tar_cut_in_a_member_is_not_indexed(corpus: dict[str, Broken], tmp_pat
 def test_a_json_that_is_none(facts: bytes) -> None:
     with pytest.raises(SampleError, match="label: the sample's json"):
         _ = Members({"json": facts}).label
+
+
+@pytest.mark.parametrize("text, label", [("17\n", 17), ("-1", -1), ("--5", "--5"), ("-", "-"), ("5²", "5²"), ("", "")])
+def test_a_class_is_a_number_or_a_name(text: str, label: int | str) -> None:
+    assert Members({"cls": text.encode()}).label == label
+
+
+def test_an_error_of_a_sample_is_the_same_in_another_process() -> None:
+    error = pickle.loads(pickle.dumps(SampleError("decode", "no frames")))
+    assert (type(error), error.reason, str(error)) == (SampleError, "decode", "decode: no frames")
 
 
 def test_a_json_may_lie_or_miss(corpus: dict[str, Broken], tmp_path: Path, make_recipe: Callable[..., Any]) -> None:

@@ -46,6 +46,10 @@ def test_label_files(tmp_path: Path) -> None:
     assert read_names(f"{tmp_path}/names.txt") == read_names(f"{tmp_path}/names.json") == ("run", "walk")
     with pytest.raises(DataError, match="each once"):
         read_names(f"{tmp_path}/gap.json")
+    for text, told in (("[run", "not JSON"), ("7", "holds 7, allowed")):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(DataError, match=told):
+            read_names(f"{tmp_path}/broken.json")
     with pytest.raises(DataError, match="2 class names, but model.classes=5"):
         open_labels(f"{tmp_path}/names.txt", "nowhere", 5, "single")
 

@@ -1,5 +1,6 @@
 """Scores from predictions: cases whose answer is known; tests/parity has the official merge."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from pretrain.errors import DataError
 
 
 def single(logits: np.ndarray, targets: list[int], keys: list[str] | None = None) -> Predictions:
-    names = [f"class {number}" for number in range(logits.shape[-1])]
+    names = [f'class "{number}", drawn' for number in range(logits.shape[-1])]
     keys = keys or [f"set/shard/{number:03d}" for number in range(len(targets))]
     return Predictions("single", names, keys, np.array(targets), logits.astype(np.float32))
 
@@ -54,7 +55,8 @@ def test_written_parts_are_scored_again_without_the_model(tmp_path: Path) -> Non
     assert again.keys == predictions.keys and (again.logits == predictions.logits).all()
     assert json.loads((tmp_path / "scores.json").read_text()) == result
     table = (tmp_path / "per_class.csv").read_text().splitlines()
-    assert len(table) == 8 and (tmp_path / "confusion.png").stat().st_size > 1000
+    assert len(table) == 8 and list(csv.reader(table))[1][0] == predictions.names[0]
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
     with pytest.raises(DataError, match="no predictions.json"):
         rescore(tmp_path / "elsewhere")
 

@@ -64,6 +64,9 @@ def test_csv_manifest(tmp_path: Path) -> None:
     one, two = gather([str(tmp_path / "m.csv")])
     assert (one.name, one.label, one.key, one.meta) == ("a, b.mp4", 7, "first", {"split": "train"})
     assert (two.name, two.label, two.key, two.meta) == ("c.mp4", "run", "", {"split": "test"})
+    (tmp_path / "told.csv").write_text('path,caption\na.mp4,"two\nlines\u2028long"\nb.mp4,\n')
+    told, silent = gather([str(tmp_path / "told.csv")])
+    assert (told.meta, silent.meta) == ({"caption": "two\nlines\u2028long"}, {})
 
 
 def test_jsonl_manifest(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class ImageReader(VideoReader):
         self.num_frames, self.fps = 1, 0.0
 
     def times(self) -> npt.NDArray[np.float64]:
-        """The one frame is shown from the beginning."""
+        """Give the time of the one frame, which is shown from the beginning."""
         return np.zeros(1)
 
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import json
 import logging
 import posixpath
@@ -253,7 +254,8 @@ def _csv_header(text: str) -> str | None:
 
 
 def _csv_rows(source: str, text: str, delimiter: str) -> list[tuple[int, dict[str, Any] | str]]:
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+    # Not splitlines: a quoted value may hold line breaks.
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     rows: list[tuple[int, dict[str, Any] | str]] = []
     for row in reader:
         # DictReader keeps surplus values under None, and fills missing ones with it.

@@ -74,7 +74,7 @@ class Options:
     shard_samples: int | None = None
 
     def stated(self, kind: Kind) -> str:
-        """What the fingerprint of a plan says of them; for videos what it said before there were images."""
+        """Say what a plan's fingerprint holds of them; for videos what it held before there were images."""
         own = f"{self}, image_short_side={self.image_short_side}, image_quality={self.image_quality}"
         return own if kind == "image" else str(self)
 
