@@ -307,12 +307,13 @@ class CLIP(nn.Module):
         self.config = config
         self.visual = VisualTower(config, activation_checkpointing)
         self.text = TextTower(config, activation_checkpointing)
-        self.logit_scale = nn.Parameter(torch.empty(()))
+        # One value, not a scalar: without ZeRO DeepSpeed 0.19 can't sum the gradient of a parameter without dimensions.
+        self.logit_scale = nn.Parameter(torch.empty(1))
         nn.init.constant_(self.logit_scale, LOG_SCALE)
 
     def forward(self, images: Tensor, ids: Tensor) -> Embeddings:
         """Embed images [B, 3, H, W] and texts int64 [B', L]."""
-        return Embeddings(self.visual(images), self.text(ids), self.logit_scale.exp())
+        return Embeddings(self.visual(images), self.text(ids), self.logit_scale.exp().squeeze(0))
 
 
 def run_and_keep(blocks: nn.ModuleList, x: Tensor, layers: Sequence[int], recompute: Recompute) -> TowerFeatures:

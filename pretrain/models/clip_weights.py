@@ -189,10 +189,14 @@ def layout_of(raw: Mapping[str, Tensor]) -> Layout:
 def our_names(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bring weights in any known layout under our names; keys without a counterpart stay and are reported later."""
     layout = layout_of(raw)
-    if layout == "own":
-        return dict(raw)
-    if layout == "Hugging Face":
-        return _fused(raw)
+    found = dict(raw) if layout == "own" else _fused(raw) if layout == "Hugging Face" else _from_open_clip(raw)
+    if "logit_scale" in found:
+        # Others have a parameter without dimensions there; models/clip.py says why ours has one.
+        found["logit_scale"] = found["logit_scale"].reshape(1)
+    return found
+
+
+def _from_open_clip(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, value in raw.items():
         if key in OPENAI_MARKS:
@@ -222,6 +226,8 @@ def open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif block or (stem is None and key != "logit_scale"):
             raise WeightsError(f"{key}: open_clip's CLIP has no such weight")
         found[name] = value.t().contiguous() if key in PROJECTIONS else value
+    if "logit_scale" in found:
+        found["logit_scale"] = found["logit_scale"].reshape(())
     return found
 
 
