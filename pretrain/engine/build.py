@@ -40,9 +40,20 @@ class Built:
 
 
 def count_model(method: Method) -> ModelSize:
-    """Count parameters and buffers of a method's objective on the meta device, without memory."""
+    """Count parameters and buffers of a method's objective on the meta device, without memory.
+
+    Raises:
+        RecipeError: a parameter that can't be trained on every layout.
+    """
     with torch.device("meta"):
         objective = method.build()
+    # DeepSpeed 0.19 flattens gradients to sum them over ranks without ZeRO, and fails on one without dimensions.
+    scalars = [name for name, value in objective.named_parameters() if value.requires_grad and value.ndim == 0]
+    if scalars:
+        raise RecipeError(
+            f"{type(objective).__name__}: {', '.join(scalars)} has no dimensions, which DeepSpeed can't train on several "
+            "ranks without ZeRO; allowed: shape [1], as in nn.Parameter(torch.zeros(1))"
+        )
     return size_of(objective)
 
 

@@ -2,9 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from pretrain.data.samples import Samples
+from pretrain.engine.build import count_model
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.optimiser import forget_steps, parameter_groups
-from pretrain.objectives.base import Objective, decays
+from pretrain.errors import RecipeError
+from pretrain.models.base import Cost
+from pretrain.objectives.base import Method, Objective, decays
 from pretrain.recipe.load import load_recipe
 
 
@@ -102,3 +106,28 @@ def test_buckets_are_even_whatever_the_size_of_the_model(parameters: int) -> Non
     """ZeRO 1 and 2 assert it; a head of 27 classes makes a model odd."""
     section = deepspeed_config(load_recipe("demo"), 1, parameters, True)["zero_optimization"]
     assert section["allgather_bucket_size"] % 2 == section["reduce_bucket_size"] % 2 == 0
+
+
+class Tempered(Objective):
+    """A network with a temperature that has no dimensions, as CLIP's has elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(2, 2)
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+
+
+class TemperedMethod(Method):
+    def samples(self) -> Samples:
+        raise NotImplementedError
+
+    def cost(self) -> Cost:
+        raise NotImplementedError
+
+    def build(self) -> Objective:
+        return Tempered()
+
+
+def test_a_parameter_without_dimensions_is_refused_before_anything_is_built() -> None:
+    with pytest.raises(RecipeError, match=r"Tempered: temperature has no dimensions.*allowed: shape \[1\]"):
+        count_model(TemperedMethod(load_recipe("vit_b_dual")))
