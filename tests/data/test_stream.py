@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from pretrain.data.bad_samples import BadSampleLedger
+from pretrain.data.compose import shares
 from pretrain.data.stream import StreamPlan, TrainStream, open_sources
 from pretrain.errors import DataError, RecipeError
 from pretrain.objectives.base import method_of
@@ -379,10 +380,12 @@ def test_memory_urls_work(make_recipe: MakeRecipe, two_sources: dict[str, str]) 
 
 def test_plan_counts_steps(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
     recipe = make_recipe(two_sources)
-    plan = StreamPlan(recipe, open_sources(recipe))
-    assert (plan.steps_per_epoch, plan.accumulation(2), plan.quotas) == (4, 2, [23, 13])
-    epoch, positions = plan.positions(number=2 * 5 + 1, rank=1, world_size=2)
-    assert (epoch, positions.tolist()) == (1, [8 + 5, 8 + 7])
+    sources = open_sources(recipe)
+    plan = StreamPlan(recipe, sources)
+    assert (plan.steps_per_epoch, plan.accumulation(2)) == (4, 2)
+    assert shares(recipe, [source.shape for source in sources]) == [23, 13]
+    places = plan.places(number=2 * 5 + 1, rank=1, world_size=2)
+    assert [(place.epoch, place.position) for place in places] == [(1, 8 + 5), (1, 8 + 7)]
 
 
 STOPPED = """
