@@ -51,8 +51,8 @@ def count_model(method: Method) -> ModelSize:
     scalars = [name for name, value in objective.named_parameters() if value.requires_grad and value.ndim == 0]
     if scalars:
         raise RecipeError(
-            f"{type(objective).__name__}: {', '.join(scalars)} has no dimensions, which DeepSpeed can't train on several "
-            "ranks without ZeRO; allowed: shape [1], as in nn.Parameter(torch.zeros(1))"
+            f"{type(objective).__name__}: {', '.join(scalars)} has no dimensions, which DeepSpeed can't train on "
+            "several ranks without ZeRO; allowed: shape [1], as in nn.Parameter(torch.zeros(1))"
         )
     return size_of(objective)
 
