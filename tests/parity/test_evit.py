@@ -19,10 +19,16 @@ def build(case) -> ImageViT:
     dims = case.meta["dims"]
     model = ImageViT(
         ImageConfig(
-            dims["img"], dims["patch"], dims["dim"], dims["depth"], dims["heads"], dims["mlp"], dims["nc"],
+            image_size=dims["img"],
+            patch_size=dims["patch"],
+            dim=dims["dim"],
+            depth=dims["depth"],
+            heads=dims["heads"],
+            mlp_ratio=dims["mlp"],
+            classes=dims["nc"],
             norm_eps=case.meta["layer_norm_eps"],
         )
-    ).eval()  # fmt: skip
+    ).eval()
     load_weights(model, case.weights)
     rates = case.meta["keep_rate_per_block"]
     rates = rates * dims["depth"] if len(rates) == 1 else rates
