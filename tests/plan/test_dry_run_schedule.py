@@ -2,12 +2,13 @@
 
 import pytest
 
+from pretrain.objectives.base import method_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.load import load_recipe
 
 
 def rows(words: str) -> dict[str, tuple[str, str]]:
-    sections = dry_run(load_recipe("vit_s_v1_k400", words.split()))
+    sections = dry_run(method_of(load_recipe("vit_s_v1_k400", words.split())))
     chosen = [section for section in sections if section.title in ("learning rate", "schedule")]
     return {name.strip(): (value, remark) for section in chosen for name, value, remark in section.rows}
 
