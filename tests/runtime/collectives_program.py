@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pretrain.data.stream_plan import StreamPlan
+from pretrain.data.compose import slots_of
 from pretrain.errors import TrainingError
 from pretrain.runtime import collectives
 from pretrain.runtime.collectives import (
@@ -59,10 +59,8 @@ def pixels() -> Tensor:
 
 def positions(ranks: Ranks, accumulation: int, part: int) -> list[int]:
     """The real plan's positions of this rank's micro-batch in step 0."""
-    plan = StreamPlan.__new__(StreamPlan)
-    plan.samples, plan.micro, plan.steps_per_epoch = SAMPLES, SAMPLES // ranks.world_size // accumulation, 100
-    assert plan.accumulation(ranks.world_size) == accumulation
-    return [int(position) for position in plan.positions(part, ranks.rank, ranks.world_size)[1]]
+    micro = SAMPLES // ranks.world_size // accumulation
+    return [int(slot) for slot in slots_of(part, micro, ranks.rank, ranks.world_size)]
 
 
 def rows_of(found: list[int]) -> Tensor:
