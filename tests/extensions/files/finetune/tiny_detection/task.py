@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pretrain.samples.boxed_images import BoxedImages
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from pretrain.models.base import Classifier, Cost, architecture_of
 from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.objectives.base import Method, Objective, Output
 from pretrain.runtime.process_group import Ranks
+from pretrain.samples.boxed_images import BoxedImages
 
 
 @dataclass

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from pretrain.samples.described_features import DescribedFeatures
 from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.data.samples import Batch
 from pretrain.models.base import Cost, architecture_of
 from pretrain.objectives.base import Method, Objective, Output
+from pretrain.samples.described_features import DescribedFeatures
 
 
 @dataclass

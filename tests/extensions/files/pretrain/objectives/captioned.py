@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
-from pretrain.samples.captioned_images import CaptionedImages
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +13,7 @@ from pretrain.models.base import Classifier, Cost, architecture_of
 from pretrain.models.frozen import Frozen
 from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.objectives.base import Method, Objective, Output
+from pretrain.samples.captioned_images import CaptionedImages
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from pretrain.samples.image_pairs import ImagePairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from pretrain.objectives.base import Method, WholeBatchObjective
 from pretrain.runtime.collectives import gather_with_gradient, own_rows
 from pretrain.runtime.gradient_cache import Embeddings
 from pretrain.runtime.process_group import present_ranks
+from pretrain.samples.image_pairs import ImagePairs
 
 
 @dataclass

@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pretrain.samples.raster_tiles import RasterTiles
-
 from pretrain.data.samples import Batch
 from pretrain.models.base import Cost, architecture_of
 from pretrain.objectives.base import Method, Objective, Output, Rule, decays
+from pretrain.samples.raster_tiles import RasterTiles
 
 
 @dataclass

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from pretrain.runtime.collectives import gather_with_gradient, own_rows
-from pretrain.samples.video_sound import VideoSound
 from torch.nn import functional as F
 
 from pretrain.data.samples import Batch
 from pretrain.models.base import Cost, architecture_of
 from pretrain.models.pixels import unit_pixels
 from pretrain.objectives.base import Method, Objective, Output
+from pretrain.runtime.collectives import gather_with_gradient, own_rows
 from pretrain.runtime.process_group import present_ranks
+from pretrain.samples.video_sound import VideoSound
 
 
 @dataclass

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pretrain.samples.image_pairs import ImagePairs
 
 from pretrain.data.members import Members
 from pretrain.data.samples import Arrays, Batch, Place, Sample, SourceInfo, made_up_samples
 from pretrain.errors import SampleError
 from pretrain.samples import image_pairs
+from pretrain.samples.image_pairs import ImagePairs
 
 
 @dataclass

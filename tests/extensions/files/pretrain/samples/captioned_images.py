@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from pretrain.samples.image_pairs import ImagePairs
 
 from pretrain.data.members import Members
 from pretrain.data.samples import Arrays, Batch, Place, SourceInfo
 from pretrain.samples import image_pairs
+from pretrain.samples.image_pairs import ImagePairs
 from pretrain.samples.text import Tokenizer
 
 

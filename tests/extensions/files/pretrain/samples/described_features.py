@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from pretrain.data.decoders.array import decode_array
 
+from pretrain.data.decoders.array import decode_array
 from pretrain.data.members import Members
 from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo, made_up_samples
 from pretrain.recipe.schema import Input

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from pretrain.data.decoders.image import decode_image
 
+from pretrain.data.decoders.image import decode_image
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo, draws, made_up_samples, stacked

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from pretrain.data.decoders.array import decode_array
 
+from pretrain.data.decoders.array import decode_array
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Place, Sample, Samples, SourceInfo, index_columns, made_up_samples

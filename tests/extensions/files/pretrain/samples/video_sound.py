@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from pretrain.data.decoders.sound import decode_sound
 
+from pretrain.data.decoders.sound import decode_sound
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Place, SourceInfo, made_up_samples
