@@ -125,8 +125,9 @@ def build_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     """
     if steps_per_epoch < 1:
         raise RecipeError(
-            f"batch.samples: one step takes {recipe.batch.samples} videos, more than an epoch has; "
-            "lower batch.samples or set data.epoch_samples"
+            f"batch.samples: a step takes {recipe.batch.samples} samples, more than an epoch has, which is a "
+            f"multiple of data.lanes={recipe.data.lanes}; lower batch.samples or data.lanes, or set data.epoch_samples "
+            "higher"
         )
     asked, optim, rates = recipe.schedule, recipe.optim, actual_rates(recipe)
     total = asked.steps or max(1, round(asked.epochs * steps_per_epoch))

@@ -14,9 +14,11 @@ from pretrain.data.samples import Batch
 from pretrain.engine.batches import MicroBatches
 from pretrain.engine.optimiser import set_lr
 from pretrain.engine.turns import Turn
+from pretrain.errors import TrainingError
 from pretrain.guards.incidents import Incidents
 from pretrain.guards.results import StepResult
 from pretrain.guards.step_guard import StepGuard
+from pretrain.objectives.base import Output
 from pretrain.runtime.activity import note
 from pretrain.runtime.gradient_cache import GradientCache
 from pretrain.runtime.process_group import Ranks
@@ -163,12 +165,29 @@ def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums, kept: list[
     # The same seed in every turn: what is drawn for the first is drawn for the second.
     seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
     output = inputs.engine(to_device(batch, inputs.ranks.device))
+    check_output(output)
     inputs.incidents.note(batch, output.loss)
     for name, value in {**output.metrics, "loss": output.loss}.items():
         # In float64: a bfloat16 metric would lose its last digits in the sum over micro-batches.
         sums.metrics[name] = sums.metrics.get(name, 0.0) + value.detach().double() / inputs.accumulation
     loss: Tensor = output.loss
     return loss
+
+
+def check_output(output: Any) -> None:
+    """Refuse what an objective must not return, before it fails somewhere behind.
+
+    Raises:
+        TrainingError: no `Output`, or a loss or metric that is not one number.
+    """
+    if not isinstance(output, Output):
+        raise TrainingError(
+            f"the objective's forward returned {type(output).__name__}, allowed: objectives.base.Output"
+        )
+    for name, value in {"loss": output.loss, **output.metrics}.items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TrainingError(f"the objective's {name} is {found}, allowed: a tensor of one number")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint.rank_state import RankState
 from pretrain.data.samples import Batch, Samples
+from pretrain.errors import RecipeError
 from pretrain.models.base import Cost
 from pretrain.models.frozen import Frozen
 from pretrain.models.weights import load_weights
-from pretrain.recipe.check import check_recipe, recipe_warnings
+from pretrain.recipe.check import check_recipe, not_finite, recipe_warnings
 from pretrain.recipe.components import load_component
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.gradient_cache import Embeddings, GradientCache
@@ -249,9 +250,16 @@ def method_of(recipe: Recipe) -> Method:
     """Look up the method that a recipe names; once, then it is handed on.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: there is none of that name, or its class is no complete method.
     """
-    method: Method = load_component("objective", recipe.objective.name, type(recipe).METHODS).METHOD(recipe)
+    name = recipe.objective.name
+    chosen = load_component("objective", name, type(recipe).METHODS).METHOD
+    if not issubclass(chosen, Method):
+        raise RecipeError(f"objective {name!r}: METHOD is {chosen.__name__}, allowed: a subclass of {__name__}.Method")
+    if chosen.__abstractmethods__:
+        absent = ", ".join(sorted(chosen.__abstractmethods__))
+        raise RecipeError(f"objective {name!r}: {chosen.__name__} does not define {absent}")
+    method: Method = chosen(recipe)
     return method
 
 
@@ -263,6 +271,8 @@ def problems_of(method: Method, ranks: int | None = None) -> list[str]:
         ranks: processes of the run; None: as many as were launched, if any.
     """
     recipe = method.recipe
+    if unusable := not_finite(recipe):
+        return unusable
     wrong_input = recipe.input.problems()
     problems = check_recipe(recipe, ranks) + wrong_input
     # Zero frames can't be cut into cubes: what a model would say of a size that is wrong in itself misleads.

@@ -1,5 +1,6 @@
 """Checks across sections: what can't work (problems) and what does nothing (warnings), all in one go."""
 
+import dataclasses
 import math
 import os
 
@@ -108,6 +109,18 @@ def _check_ranges(recipe: Recipe) -> list[str]:
     if recipe.data.bad_rate > 1:
         problems.append(f"data.bad_rate: found {recipe.data.bad_rate}, allowed: a share from 0 to 1")
     return problems
+
+
+def not_finite(recipe: Recipe) -> list[str]:
+    """Find NaN and infinity in any section: comparisons with NaN are false, so no range would refuse it."""
+    return [
+        f"{section}.{name}: found {number}, allowed: a finite number"
+        for section, part in vars(recipe).items()
+        if dataclasses.is_dataclass(part)
+        for name, value in vars(part).items()
+        for number in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(number, float) and not math.isfinite(number)
+    ]
 
 
 def _check_sources(recipe: Recipe) -> list[str]:

@@ -4,13 +4,18 @@ A component is a file with `Config`, a dataclass of its section's keys, and, but
 A pattern such as `pretrain.models.{}` or `finetune.{}.task` says where the files of a section lie.
 """
 
+import dataclasses
 import importlib
 import pkgutil
+import traceback
 from types import ModuleType
 
 from pretrain.errors import RecipeError
 from pretrain.recipe.describe import suggestion
 from pretrain.recipe.schema import Input
+
+#: Section of a recipe -> name that its components give their class.
+ENTRIES = {"objective": "METHOD", "model": "ARCHITECTURE"}
 
 
 def load_component(section: str, name: str, pattern: str) -> ModuleType:
@@ -22,12 +27,22 @@ def load_component(section: str, name: str, pattern: str) -> ModuleType:
         pattern: module, with {} for the name.
 
     Raises:
-        RecipeError: there is no such file, or it is no component.
+        RecipeError: there is no such file, it is no component, or it can't be imported.
     """
-    module = _import(name, pattern)
-    if module is None or not _is_component(module):
-        folder = pattern.partition(".{}")[0].replace(".", "/")
+    try:
+        module = _import(name, pattern)
+    except SyntaxError as error:
+        raise RecipeError(f"{section} {name!r}: {error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:  # whatever the file does when it is imported
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{where.filename}:{where.lineno}: {type(error).__name__}: {error}"
+        raise RecipeError(f"{section} {name!r} can't be imported: {told}") from error
+    folder = pattern.partition(".{}")[0].replace(".", "/")
+    if module is None:
         raise RecipeError(f"no {section} {name!r} in {folder}/{suggestion(name, component_names(pattern))}")
+    if lacking := _lacking(section, module):
+        likely = suggestion(name, component_names(pattern))
+        raise RecipeError(f"no {section} {name!r} in {folder}/: {pattern.format(name)} has no {lacking}{likely}")
     return module
 
 
@@ -36,6 +51,16 @@ def component_names(pattern: str) -> list[str]:
     package = importlib.import_module(pattern.partition(".{}")[0])
     found = {info.name: _import_any(info.name, pattern) for info in pkgutil.iter_modules(package.__path__)}
     return sorted(name for name, module in found.items() if module is not None and _is_component(module))
+
+
+def _lacking(section: str, module: ModuleType) -> str:
+    """Say what a file would need to be a component of this section; nothing where it is one."""
+    if section == "input":
+        return "" if _is_component(module) else "`Config`, a dataclass of its own that inherits from schema.Input"
+    wanted = ENTRIES.get(section)
+    if wanted and not isinstance(getattr(module, wanted, None), type):
+        return f"`{wanted}`, the class of this {section}"
+    return "" if dataclasses.is_dataclass(getattr(module, "Config", None)) else "`Config`, a dataclass of its keys"
 
 
 def _is_component(module: ModuleType) -> bool:

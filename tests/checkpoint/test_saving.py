@@ -90,7 +90,7 @@ def test_ranks_that_differ_make_no_checkpoint(
     """The second rank's part of the save, written by hand: the engine lives alone in this process."""
     saver = open_one(tmp_path)
     same = digests({"queue": RankState(torch.zeros(2), "same_on_all")})
-    saver._board.post("save/1/1", json.dumps({"entries": [], "same": same}))
+    saver._messages.post("save/1/1", json.dumps({"entries": [], "same": same}))
     saver.ranks = replace(saver.ranks, world_size=2)
     saver.save(engine, replace(content(1), rank_state={"queue": RankState(torch.ones(2), "same_on_all")}))
     saver.wait()
