@@ -66,7 +66,7 @@ class Videos(IterableDataset[dict[str, Any]]):
             try:
                 members = parse_sample(future.result())
                 target = entry.rules.labels.target(members.label)
-                views = self._views(members.video(), entry.rules)
+                views = self._views(members.footage(), entry.rules)
             except SampleError as error:
                 # Training would replace it; a score must be of each video once, and say which are missing.
                 yield {"key": key, "reason": str(error)}

@@ -8,7 +8,7 @@ import numpy as np
 from finetune.classification.labels import LabelMap
 from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import VideoReader, open_video
-from pretrain.data.linked_video import VideoFile
+from pretrain.data.linked_video import Footage
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo, made_up_samples
@@ -46,7 +46,7 @@ class TrainingViews(Samples):
         target = rules.labels.target(members.label)
         # View 0 for all: the clip is drawn and decoded once, its views differ in augmentation alone.
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
-        with open_video(members.video(), self._input.decoder, members.stamps) as reader:
+        with open_video(members.footage(), self._input.decoder, members.stamps) as reader:
             clip = reader.frames(training_frames(reader.num_frames, self._input.frames, rules, rng))
         views = range(self._input.views)
         return {
@@ -133,7 +133,7 @@ class EvaluationViews:
         """Width of a clip, pixels."""
         return self.size[2]
 
-    def __call__(self, video: VideoFile, rules: SourceRules) -> Clip:
+    def __call__(self, video: Footage, rules: SourceRules) -> Clip:
         """Cut views uint8 [clips * crops, T, H, W, 3] of a video, the crops of a clip next to each other."""
         with open_video(video, self.decoder) as reader:
             if self.validation:

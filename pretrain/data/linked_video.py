@@ -242,6 +242,17 @@ class LinkedVideo(io.RawIOBase):
 VideoFile = bytes | LinkedVideo
 
 
+@dataclass(frozen=True)
+class StillImage:
+    """An image file where a video is asked for: a video of one frame."""
+
+    content: bytes
+
+
+#: What clips are cut from.
+Footage = VideoFile | StillImage
+
+
 def linked_error(url: str, error: StorageError) -> SampleError | DataError:
     """Build the error that a failed read of a linked file means: one that is gone is a matter of its sample."""
     if isinstance(error.__cause__, FileNotFoundError):

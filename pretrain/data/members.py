@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.data.fetch import RawSample
-from pretrain.data.linked_video import LinkedVideo, VideoFile
+from pretrain.data.linked_video import Footage, LinkedVideo, StillImage, VideoFile
 from pretrain.data.media import (
     ALSO,
     ENDINGS,
@@ -46,6 +46,16 @@ class Members:
         """
         found: VideoFile = self._of_kind(VIDEO_ENDINGS, "video (.mp4 or another of {})", name)
         return found
+
+    def footage(self, name: str = "") -> Footage:
+        """Return what clips are cut from, for `open_video`: the video, or else the image, a video of one frame.
+
+        Raises:
+            SampleError: "index" where there is neither.
+        """
+        if self._find(_endings("image"), name) and not self._find(VIDEO_ENDINGS, name):
+            return StillImage(self.image(name))
+        return self.video(name)
 
     def image(self, name: str = "") -> bytes:
         """Return the image among them, for `decoders.image`. Errors as for `video`."""

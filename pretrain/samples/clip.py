@@ -113,7 +113,7 @@ class ClipSamples(Samples):
     def without_chance(self, source: SourceInfo, members: Members) -> Arrays:
         """Cut the centre crop of the clip in the middle of the video, `video` uint8 [1, T, H, W, 3]."""
         options = self._options
-        with open_video(members.video(), options.decoder, members.stamps) as reader:
+        with open_video(members.footage(), options.decoder, members.stamps) as reader:
             clip = reader.frames(middle_frames(reader, options, source.options.stride or options.stride))
         return {"video": transforms.centre_crop(clip, options.width, options.height)[None]}
 
@@ -130,7 +130,7 @@ class ClipSamples(Samples):
         options = self._options
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
         stride = source.options.stride or options.stride
-        with open_video(members.video(), options.decoder, members.stamps) as reader:
+        with open_video(members.footage(), options.decoder, members.stamps) as reader:
             frames = random_frames(reader, options, stride, members.grid, rng)
             if options.crop == "center":
                 clip = transforms.centre_crop(reader.frames(frames), options.width, options.height)

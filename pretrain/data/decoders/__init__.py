@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.decoders.crops import Boxes, cut, whole
-from pretrain.data.linked_video import LinkedVideo, VideoFile, tell_whole
+from pretrain.data.linked_video import Footage, LinkedVideo, StillImage, tell_whole
 from pretrain.data.time_segment import ROUNDING_S, Segment
 from pretrain.errors import DataError, SampleError
 
@@ -151,8 +151,8 @@ class PartReader(VideoReader):
         self._reader.close()
 
 
-def open_video(data: VideoFile, decoder: str = "decord", stamps: range | None = None) -> VideoReader:
-    """Open a video that lies in memory, or one that is linked.
+def open_video(data: Footage, decoder: str = "decord", stamps: range | None = None) -> VideoReader:
+    """Open a video that lies in memory, one that is linked, or an image, which is a video of one frame.
 
     Args:
         data: The whole file; or a linked one, of which PyAV reads what it needs, and other decoders all.
@@ -164,6 +164,10 @@ def open_video(data: VideoFile, decoder: str = "decord", stamps: range | None = 
         SampleError: "empty" without data or frames, "open" for something that is no video, "decode" for damage.
         DataError: the decoder is unknown or not installed.
     """
+    if isinstance(data, StillImage):
+        from pretrain.data.decoders.image import ImageReader
+
+        return ImageReader(data.content)
     if decoder not in INSTALL:
         raise DataError(f"input.decoder={decoder!r}: allowed are {', '.join(INSTALL)}")
     try:

@@ -46,7 +46,8 @@ def decode_image(
         SampleError: "empty", "open" for something that is no image, "too_large", "decode" for damage or measurements.
     """
     with open_picture(data, max_pixels) as image:
-        return np.asarray(upright_rgb(image, background))[None]
+        # A copy: the array over Pillow's own memory is read-only, and torch warns of it.
+        return np.array(upright_rgb(image, background))[None]
 
 
 class ImageReader(VideoReader):
