@@ -41,7 +41,8 @@ class Config(Input):
     stride: int = 4
     """frames of the video between two frames of the clip; unused where fps is given"""
     fps: float | None = None
-    """frames of the clip a second, by time stamp, so that sources of any rate show the same seconds; null: by stride"""
+    """frames of the clip a second, by time stamp, so that sources of any rate show the same seconds; null: by stride. A
+    video that is too short repeats its last frame, one of a lower rate each of its frames"""
     height: int = 224
     """height of a clip after crop and resize, pixels"""
     width: int = 224
