@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 OPTIONS = ("zero.stage=2", "checkpoint.every_steps=3", "checkpoint.upload_deadline_s=60")
 URL = "s3://bucket/runs/toy"
 
@@ -30,6 +32,7 @@ def test_a_run_that_lost_its_folder_goes_on_from_the_bucket(toy: Any, s3_server:
     assert manifests(s3_server.bucket) == ["step_00000009", "step_00000010"]
 
 
+@pytest.mark.faults
 def test_a_store_that_is_down_does_not_stop_training_but_the_end_tells(toy: Any, s3_server: Any) -> None:
     s3_server.stop()
     upload = ["checkpoint.upload_deadline_s=2", f"checkpoint.upload={URL}"]

@@ -38,6 +38,7 @@ def summary(toy: Any, name: str) -> dict[str, Any]:
     return dict(json.loads((toy.folder / name / "summary.json").read_text()))
 
 
+@pytest.mark.faults
 def test_out_of_data_ends_with_a_checkpoint_and_goes_on(toy: Any, proxy: FaultProxy) -> None:
     toy.train("at hand", *OPTIONS, ranks=2)
     from_store = (*OPTIONS, "data.sources.toy.shards=s3://bucket/toy", "data.deadline_s=25")

@@ -111,6 +111,7 @@ def test_a_rank_that_hangs_is_named_and_both_leave_with_their_stacks(pair: Any) 
     wait_until(lambda: not hung.alive(0) and not hung.alive(1))
 
 
+@pytest.mark.faults
 def test_a_frozen_host_is_named_and_repeated_hangs_end_with_1(pair: Any, toy: Any) -> None:
     folder = toy.folder / "frozen"
     folder.mkdir()

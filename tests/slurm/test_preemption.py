@@ -33,7 +33,7 @@ def came_back(site: Any, name: str, job: str, undisturbed: list[float], restarts
     return said
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.faults)])
 def test_usr1_with_a_launcher_on_each_node(site: Any, undisturbed: list[float], launcher: str, tmp_path: Path) -> None:
     """In what stands for a container: a command before python that does something and then runs its arguments."""
     container = tmp_path / "container"
@@ -79,6 +79,7 @@ def test_a_wrong_recipe_ends_the_job_for_good(site: Any) -> None:
     assert (site.cluster.job(job, "ExitCode"), site.cluster.job(job, "Restarts")) == ("2:0", "0")
 
 
+@pytest.mark.faults
 def test_a_crash_that_repeats_gives_up(site: Any) -> None:
     """Its data is not there: no start gets to a step, so the second failure is the last."""
     nowhere = f"data.sources.toy.shards={site.toy.folder / 'nowhere'}"
