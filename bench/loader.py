@@ -103,7 +103,7 @@ def make_ways(sets: dict[str, VideoSet], official: Path | None) -> Iterator[tupl
 def ours(url: str, views: int, lanes: int = 1, epoch_samples: int | None = 10_000) -> TrainStream:
     """Training's stream over the shards at `url`, in this process."""
     recipe = recipe_for(url, views, lanes, epoch_samples)
-    return TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), 0, 1)
+    return TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), 0, 1)
 
 
 def recipe_for(url: str, views: int, lanes: int, epoch_samples: int | None) -> Recipe:

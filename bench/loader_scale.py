@@ -131,7 +131,7 @@ def memory(options: argparse.Namespace) -> None:
     """Index and order without a video, in a rank and in a data worker that got the index from it."""
     before, begun = resident(), time.process_time()
     recipe = recipe_for(str(options.folder), 1, lanes=256, epoch_samples=None)
-    sources = open_sources(recipe)
+    sources = open_sources(recipe.data)
     samples = two_orders(recipe, sources)
     seconds, grown = time.process_time() - begun, resident() - before
     print(

@@ -13,7 +13,7 @@ import numpy as np
 
 from pretrain.data.order import EpochOrder, Ints, SourceShape, epoch_quotas
 from pretrain.data.samples import Place
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import Data
 
 
 class Composition(ABC):
@@ -52,15 +52,16 @@ class Mixed(Composition):
     Args:
         shapes: the sources, in the recipe's order.
         quotas: samples of each in an epoch.
-        recipe: seed, lanes, window, batch.
+        data: the recipe's section: lanes, window.
+        samples: of a step.
+        seed: run.seed.
     """
 
-    def __init__(self, shapes: list[SourceShape], quotas: list[int], recipe: Recipe) -> None:
-        data = recipe.data
-        self._samples = recipe.batch.samples
+    def __init__(self, shapes: list[SourceShape], quotas: list[int], data: Data, samples: int, seed: int) -> None:
+        self._samples = samples
 
         def order(epoch: int) -> EpochOrder:
-            return EpochOrder(shapes, quotas, recipe.run.seed, epoch, data.lanes, data.shuffle_window)
+            return EpochOrder(shapes, quotas, seed, epoch, data.lanes, data.shuffle_window)
 
         # Two: a worker's read-ahead may be in the next epoch already.
         self.order = functools.lru_cache(maxsize=2)(order)
@@ -87,11 +88,12 @@ class Mixed(Composition):
 class _Apart(Composition):
     """Each source with an order of its own, all of the same length: smaller ones begin again."""
 
-    def __init__(self, shapes: list[SourceShape], quota: int, recipe: Recipe) -> None:
+    def __init__(self, shapes: list[SourceShape], quota: int, data: Data, samples: int, seed: int) -> None:
         count = len(shapes)
         # The others take part with a quota of 0: a place's source stays the number that it has in the recipe.
         self._each = [
-            Mixed(shapes, [quota if own == source else 0 for own in range(count)], recipe) for source in range(count)
+            Mixed(shapes, [quota if own == source else 0 for own in range(count)], data, samples, seed)
+            for source in range(count)
         ]
         self.positions = count * self._each[0].positions
 
@@ -107,8 +109,8 @@ class _Apart(Composition):
 class Alternate(_Apart):
     """A step of each source in turn."""
 
-    def __init__(self, shapes: list[SourceShape], quota: int, recipe: Recipe) -> None:
-        super().__init__(shapes, quota, recipe)
+    def __init__(self, shapes: list[SourceShape], quota: int, data: Data, samples: int, seed: int) -> None:
+        super().__init__(shapes, quota, data, samples, seed)
         self.steps_per_epoch = len(shapes) * self._each[0].steps_per_epoch
 
     def places(self, step: int, slots: Ints) -> list[Place]:
@@ -126,8 +128,8 @@ class Alternate(_Apart):
 class Together(_Apart):
     """A sample of each source side by side: a micro-batch holds those of the first source, then the second's, ..."""
 
-    def __init__(self, shapes: list[SourceShape], quota: int, recipe: Recipe) -> None:
-        super().__init__(shapes, quota, recipe)
+    def __init__(self, shapes: list[SourceShape], quota: int, data: Data, samples: int, seed: int) -> None:
+        super().__init__(shapes, quota, data, samples, seed)
         self.steps_per_epoch = self._each[0].steps_per_epoch
         self.places_per_slot = len(shapes)
 
@@ -138,47 +140,52 @@ class Together(_Apart):
         return self._each[0].step_of(epoch, position // len(self._each))
 
 
-def compose(recipe: Recipe, shapes: list[SourceShape]) -> Composition:
+def compose(data: Data, shapes: list[SourceShape], samples: int, seed: int) -> Composition:
     """Build the recipe's composition.
+
+    Args:
+        data: section of the recipe.
+        shapes: the sources, in the recipe's order.
+        samples: batch.samples, those of a step.
+        seed: run.seed.
 
     Raises:
         DataError: a source is empty, or an epoch has fewer samples than lanes.
         RecipeError: weights are missing or not positive.
     """
-    quotas = shares(recipe, shapes)
-    if recipe.data.compose == "mixed":
-        return Mixed(shapes, quotas, recipe)
-    return {"alternate": Alternate, "together": Together}[recipe.data.compose](shapes, quotas[0], recipe)
+    quotas = shares(data, shapes)
+    if data.compose == "mixed":
+        return Mixed(shapes, quotas, data, samples, seed)
+    return {"alternate": Alternate, "together": Together}[data.compose](shapes, quotas[0], data, samples, seed)
 
 
-def shares(recipe: Recipe, shapes: list[SourceShape]) -> list[int]:
+def shares(data: Data, shapes: list[SourceShape]) -> list[int]:
     """Count the samples that each source gives to an epoch. Errors as for `compose`."""
-    if recipe.data.compose == "mixed":
-        return epoch_quotas(shapes, recipe.data.epoch_samples)
+    if data.compose == "mixed":
+        return epoch_quotas(shapes, data.epoch_samples)
     sizes = epoch_quotas(shapes, None)
-    return [_quota(recipe, sizes)] * len(shapes)
+    return [_quota(data, sizes)] * len(shapes)
 
 
-def epoch_size(recipe: Recipe, sizes: Sequence[int]) -> tuple[int, int]:
+def epoch_size(data: Data, sizes: Sequence[int], samples: int) -> tuple[int, int]:
     """Count the samples and the optimiser steps of an epoch, from the sizes of the sources alone.
 
     Lanes have equal length, so up to data.lanes - 1 samples are not served.
     """
-    data, samples = recipe.data, recipe.batch.samples
     if data.compose == "mixed":
         served = (data.epoch_samples or sum(sizes)) // data.lanes * data.lanes
         return served, served // samples
-    served = _quota(recipe, sizes) // data.lanes * data.lanes
+    served = _quota(data, sizes) // data.lanes * data.lanes
     turns = len(sizes) if data.compose == "alternate" else 1
     return served * len(sizes), served // samples * turns
 
 
-def _quota(recipe: Recipe, sizes: Sequence[int]) -> int:
+def _quota(data: Data, sizes: Sequence[int]) -> int:
     """Count the samples of each source in an epoch where sources are kept apart: as many as the largest has."""
-    if recipe.data.epoch_samples is None:
+    if data.epoch_samples is None:
         return max(sizes)
-    shares = len(sizes) if recipe.data.compose == "alternate" else 1
-    return recipe.data.epoch_samples // shares
+    shares = len(sizes) if data.compose == "alternate" else 1
+    return data.epoch_samples // shares
 
 
 def slots_of(part: int, micro: int, rank: int, world_size: int) -> Ints:

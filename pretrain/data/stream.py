@@ -119,7 +119,7 @@ class TrainStream:
 
     Args:
         recipe: The resolved recipe.
-        sources: `open_sources(recipe)`.
+        sources: `open_sources(recipe.data)`.
         samples: What to make of a sample; picklable, because workers are spawned.
         rank: This rank.
         world_size: Number of ranks.

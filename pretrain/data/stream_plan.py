@@ -7,7 +7,7 @@ from pretrain.data.index import ShardIndex, load_index
 from pretrain.data.order import SourceShape
 from pretrain.data.samples import Place
 from pretrain.errors import DataError, RecipeError
-from pretrain.recipe.schema import Recipe, Source
+from pretrain.recipe.schema import Data, Recipe, Source
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,13 @@ class OpenSource:
         return SourceShape(self.name, self.index.shards.samples, self.options.weight)
 
 
-def open_sources(recipe: Recipe) -> list[OpenSource]:
-    """Read the index of every source of the recipe, in its order.
+def open_sources(data: Data) -> list[OpenSource]:
+    """Read the index of every source of a recipe's section, in its order.
 
     Raises:
         RecipeError: the recipe names no source.
         DataError: an index can't be read.
     """
-    data = recipe.data
     if not data.sources:
         raise RecipeError("data.sources is empty: name at least one data set, for example data.sources.k400.shards=URL")
     return [
@@ -52,7 +51,9 @@ class StreamPlan:
 
     def __init__(self, recipe: Recipe, sources: list[OpenSource]) -> None:
         self.samples, self.micro = recipe.batch.samples, recipe.batch.micro
-        self.composition = compose(recipe, [source.shape for source in sources])
+        self.composition = compose(
+            recipe.data, [source.shape for source in sources], recipe.batch.samples, recipe.run.seed
+        )
         self.steps_per_epoch = self.composition.steps_per_epoch
         # Told here: the first division by it would fail inside a data worker, without a key of the recipe.
         if self.steps_per_epoch == 0:

@@ -107,5 +107,5 @@ def _check_sample(method: Method, name: str) -> Finding:
 
 def _open(recipe: Recipe, name: str) -> OpenSource:
     data = replace(recipe.data, sources={name: recipe.data.sources[name]})
-    (opened,) = open_sources(replace(recipe, data=data))
+    (opened,) = open_sources(data)
     return opened

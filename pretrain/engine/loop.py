@@ -86,7 +86,7 @@ def train(method: Method, resume: str = "auto") -> int:
 def _train(method: Method, resume: str, ranks: Ranks, folder: RunFolder, stop: StopWatch, watchdog: Watchdog) -> int:
     recipe = method.recipe
     check_hosts(method, ranks)
-    sources = open_sources(recipe)
+    sources = open_sources(recipe.data)
     plan = StreamPlan(recipe, sources)
     schedule = build_schedule(recipe, plan.steps_per_epoch)
     resume_from = prepare_resume(folder.checkpoints, recipe.checkpoint, ranks, resume)

@@ -158,7 +158,7 @@ def _shares(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> dict[str, 
     shapes = [
         SourceShape(name, np.array([sizes[name]], dtype=np.int64), source.weight) for name, source in sources.items()
     ]
-    quotas = shares(recipe, shapes)
+    quotas = shares(recipe.data, shapes)
     parts = {
         shape.name: f"{quota:,} an epoch ({quota / sum(quotas):.1%}, {quota / shape.samples:.2f} passes)"
         for shape, quota in zip(shapes, quotas, strict=True)

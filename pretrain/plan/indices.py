@@ -37,7 +37,7 @@ def epoch_of(recipe: Recipe, indices: dict[str, ShardIndex | None]) -> tuple[int
     sizes = [source_size(source, indices[name]) for name, source in recipe.data.sources.items()]
     if not all(sizes) and (recipe.data.epoch_samples is None or recipe.data.compose != "mixed"):
         return None
-    return epoch_size(recipe, [size or 0 for size in sizes])
+    return epoch_size(recipe.data, [size or 0 for size in sizes], recipe.batch.samples)
 
 
 def source_size(source: Source, index: ShardIndex | None) -> int | None:

@@ -43,7 +43,7 @@ def held_out_batches(trained: Trained, shards: str, clips: int) -> Iterator[Batc
     clip = replace(recipe.input, crop="center", views=1)
     recipe = replace(recipe, data=data, input=clip, batch=BatchSize(samples=MICRO, micro=MICRO))
     samples = method_of(recipe).samples()
-    return islice(TrainStream(recipe, open_sources(recipe), samples, rank=0, world_size=1), count)
+    return islice(TrainStream(recipe, open_sources(recipe.data), samples, rank=0, world_size=1), count)
 
 
 def _stride(trained: Trained) -> int | None:

@@ -144,7 +144,7 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     # On a CPU only: on an accelerator every operation without such a kernel would raise instead.
     torch.use_deterministic_algorithms(device.type == "cpu")
     recipe = method.recipe
-    sources = open_sources(recipe)
+    sources = open_sources(recipe.data)
     objective = build_objective(place, method, device)
     objective.before_step(place.step - 1, StreamPlan(recipe, sources).steps_per_epoch)
     for number in range(place.world_size) if rank is None else [rank]:

@@ -169,7 +169,7 @@ def test_a_raw_foreign_shard(
     recipe = make_recipe(
         {"foreign": str(tmp_path)}, samples=4, decoder=decoder, workers=workers, bad_attempts=30, deadline_s=120.0
     )
-    stream = TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), 0, 1)
+    stream = TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), 0, 1)
     bad, used = {}, set()
     for _ in range(stream.steps_per_epoch * stream.accumulation):
         batch = next(stream)
@@ -221,7 +221,7 @@ def test_a_json_may_lie_or_miss(corpus: dict[str, Broken], tmp_path: Path, make_
     write_tar(tmp_path / "shard.tar", files)
     index_folder(str(tmp_path))
     recipe = make_recipe({"one": str(tmp_path)}, samples=2, lanes=1)
-    batch = next(TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), 0, 1))
+    batch = next(TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), 0, 1))
     assert sorted(set(batch["key"])) == ["a", "b"] and batch["bad"] == []
 
 

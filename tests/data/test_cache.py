@@ -130,6 +130,6 @@ def test_small_caches_are_warned_of(
     from pretrain.samples.clip import ClipSamples
 
     recipe = make_recipe(two_sources, cache_dir=str(tmp_path), cache_gb=1e-4)
-    stream = TrainStream(recipe, open_sources(recipe), ClipSamples(recipe.input, recipe.run.seed), 0, 1)
+    stream = TrainStream(recipe, open_sources(recipe.data), ClipSamples(recipe.input, recipe.run.seed), 0, 1)
     assert "shards will be fetched again and again" in caplog.text
     assert len(next(stream)["key"]) == 2

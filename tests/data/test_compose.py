@@ -90,7 +90,7 @@ def test_a_position_knows_its_step(compose: str) -> None:
 def test_a_dry_run_counts_what_the_stream_will_serve(compose: str, epoch_samples: int | None) -> None:
     recipe = recipe_of(compose, epoch_samples)
     plan = plan_of(recipe)
-    served, steps = epoch_size(recipe, [sum(counts) for counts in SIZES.values()])
+    served, steps = epoch_size(recipe.data, [sum(counts) for counts in SIZES.values()], recipe.batch.samples)
     assert (served, steps) == (plan.composition.positions, plan.steps_per_epoch)
 
 

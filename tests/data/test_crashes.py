@@ -42,7 +42,7 @@ class Deadly(Samples):
 
 
 def open_stream(recipe: Any, ends: dict[str, str]) -> TrainStream:
-    return TrainStream(recipe, open_sources(recipe), Deadly(method_of(recipe).samples(), ends), 0, 1)
+    return TrainStream(recipe, open_sources(recipe.data), Deadly(method_of(recipe).samples(), ends), 0, 1)
 
 
 def take(stream: TrainStream) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ def test_the_stream_is_the_same_from_s3(
     shutil.copytree(two_sources["b"], s3_server.bucket / "b")
     recipe = make_recipe({"b": "s3://bucket/b"}, samples=4, deadline_s=20.0)
     local = make_recipe({"b": two_sources["b"]}, samples=4)
-    streams = [TrainStream(one, open_sources(one), method_of(one).samples(), 0, 1) for one in (recipe, local)]
+    streams = [TrainStream(one, open_sources(one.data), method_of(one).samples(), 0, 1) for one in (recipe, local)]
     for remote, expected in itertools.islice(zip(*streams, strict=False), 6):
         assert remote["key"] == expected["key"] and remote["bad"] == []
         assert (remote["video"] == expected["video"]).all()
@@ -49,7 +49,7 @@ def test_wrong_credentials_come_at_once(s3_server: Any, make_recipe: Callable[..
     fsspec.config.conf["s3"]["secret"] = "wrong"
     begin = time.monotonic()
     with pytest.raises(DataError, match="PermissionError"):
-        open_sources(make_recipe({"b": "s3://bucket/b"}))
+        open_sources(make_recipe({"b": "s3://bucket/b"}).data)
     assert time.monotonic() - begin < 10
 
 

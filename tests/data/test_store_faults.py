@@ -59,7 +59,7 @@ def put(folder: str) -> None:
 
 
 def open_stream(recipe: Any) -> TrainStream:
-    stream = TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), 0, 1)
+    stream = TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), 0, 1)
     OPEN.append(stream)
     return stream
 
@@ -184,7 +184,7 @@ def test_wrong_credentials_come_at_once(on_s3: str, proxy: FaultProxy, make_reci
     fsspec.config.conf["s3"]["secret"] = "wrong"
     begin = time.monotonic()
     with pytest.raises(DataError, match="access is denied: check the credentials.*PermissionError"):
-        open_sources(make_recipe({"b": on_s3}, deadline_s=300.0))
+        open_sources(make_recipe({"b": on_s3}, deadline_s=300.0).data)
     assert time.monotonic() - begin < 60
 
 

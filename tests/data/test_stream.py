@@ -34,7 +34,7 @@ Batches = list[dict[str, Any]]
 
 
 def stream(recipe: Recipe, rank: int = 0, world: int = 1, start: int = 0) -> TrainStream:
-    return TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), rank, world, start)
+    return TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), rank, world, start)
 
 
 def take(recipe: Recipe, steps: int, rank: int = 0, world: int = 1, start: int = 0) -> Batches:
@@ -357,14 +357,14 @@ def test_wrong_batch_arithmetic_names_the_fix(make_recipe: MakeRecipe, two_sourc
     with pytest.raises(DataError, match="set batch.samples lower"):
         stream(make_recipe(two_sources, samples=64))
     with pytest.raises(RecipeError, match="data.sources is empty"):
-        open_sources(make_recipe({}))
+        open_sources(make_recipe({}).data)
 
 
 def test_samples_that_cannot_travel(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
     recipe = make_recipe(two_sources, workers=1)
     samples = ClipSamples(recipe.input, recipe.run.seed, lambda draw: {})
     with pytest.raises(DataError, match="build them of a module's classes and functions, or set data.workers=0"):
-        TrainStream(recipe, open_sources(recipe), samples, 0, 1)
+        TrainStream(recipe, open_sources(recipe.data), samples, 0, 1)
 
 
 def test_memory_urls_work(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
@@ -380,10 +380,10 @@ def test_memory_urls_work(make_recipe: MakeRecipe, two_sources: dict[str, str]) 
 
 def test_plan_counts_steps(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
     recipe = make_recipe(two_sources)
-    sources = open_sources(recipe)
+    sources = open_sources(recipe.data)
     plan = StreamPlan(recipe, sources)
     assert (plan.steps_per_epoch, plan.accumulation(2)) == (4, 2)
-    assert shares(recipe, [source.shape for source in sources]) == [23, 13]
+    assert shares(recipe.data, [source.shape for source in sources]) == [23, 13]
     places = plan.places(number=2 * 5 + 1, rank=1, world_size=2)
     assert [(place.epoch, place.position) for place in places] == [(1, 8 + 5), (1, 8 + 7)]
 
@@ -396,7 +396,7 @@ def main():
     from pretrain.data.stream import TrainStream, open_sources
     from pretrain.objectives.base import method_of
     recipe = pickle.loads(bytes.fromhex(sys.argv[1]))
-    stream = TrainStream(recipe, open_sources(recipe), method_of(recipe).samples(), 0, 1)
+    stream = TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), 0, 1)
     next(stream)
     workers = children()
     print(*[p.pid for p in workers], flush=True)
