@@ -18,6 +18,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from tests.toy_run import free_port
 from tests.toy_shards import ROOT
 
 HERE = Path(__file__).parent
@@ -112,7 +113,8 @@ def drive(root: Path, ranks: int, folder: str, *overrides: str, only: tuple[str,
         for name in only
     ]
     (root / f"{folder}.json").write_text(json.dumps(plan))
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)] if ranks > 1 else []
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
+    launcher = [*deepspeed, "--num_accelerators", str(ranks)] if ranks > 1 else []
     printed = execute(root, sys.executable, *launcher, str(HERE / "driver.py"), f"{folder}.json")
     line = next(line for line in printed.splitlines() if "CODES " in line)
     codes: list[int] = json.loads(line.partition("CODES ")[2])
