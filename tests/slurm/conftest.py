@@ -81,7 +81,7 @@ def site(cluster: SlurmCluster, toy: Toy) -> Site:  # noqa: F811
 @pytest.fixture(scope="session")
 def undisturbed(toy: Toy) -> list[float]:  # noqa: F811
     """Losses of two ranks that nothing happened to, started without Slurm."""
-    toy.train("undisturbed", *OVERRIDES, ranks=2)
-    losses: list[float] = toy.losses("undisturbed")
+    toy.train("undisturbed by Slurm", *OVERRIDES, ranks=2)
+    losses: list[float] = toy.losses("undisturbed by Slurm")
     assert len(losses) == STEPS
     return losses
