@@ -1,7 +1,7 @@
 """Films whose frames carry their number, 16 bits of it, in bars that survive coding."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -89,3 +89,26 @@ def _add_sound(out: Any, stream: Any, begin: int, end: int) -> None:
     frame = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
     frame.sample_rate, frame.pts, frame.time_base = 44100, begin, Fraction(1, 44100)
     out.mux(stream.encode(frame))
+
+
+def film_maker(root: Path, kinds: Mapping[str, Mapping[str, Any]]) -> Callable[[str], Path]:
+    """Give the film of a kind, written when it is first asked for; read only."""
+
+    def film(kind: str) -> Path:
+        path = root / kind
+        return path if path.exists() else write_film(path, **kinds[kind])
+
+    return film
+
+
+#: Times of uneven frames, ms: the frame period changes all the time; 20 s in all.
+UNEVEN = [sum((20, 40, 130, 30)[n % 4] for n in range(count)) for count in range(364)]
+#: Options of `write_film` for films that packing and reading must both take.
+HARD: dict[str, dict[str, Any]] = {
+    "uneven.mp4": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
+    "uneven.mkv": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
+    "open_gop.mp4": {"gop": 30, "options": {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=30:min-keyint=30"}},
+    "fragments.mp4": {"muxing": {"movflags": "frag_keyframe+empty_moov"}},
+    "live.mkv": {"muxing": {"live": "1"}},
+    "edited.mp4": {"hidden": 10, "frames": 260},
+}

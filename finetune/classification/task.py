@@ -4,7 +4,6 @@ Specification: systems/videomae.md section 8, from run_class_finetuning.py of Op
 """
 
 import contextlib
-import functools
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,10 +26,9 @@ from finetune.classification.validation import Validation
 from finetune.classification.views import TrainingViews
 from finetune.recipe import TuneRecipe
 from pretrain.data.samples import Batch
-from pretrain.errors import RecipeError
 from pretrain.models.averages import WeightAverage
 from pretrain.models.backbone import Backbone
-from pretrain.models.base import Classifier, Cost, architecture_of
+from pretrain.models.base import Classifier, Cost
 from pretrain.models.classifier_weights import classifier_state, load_pretrained, read_label_map
 from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.models.weights import LoadReport, load_state, read_state
@@ -58,20 +56,11 @@ class ClassificationTask(Method):
     """Training of a classifier."""
 
     INPUT = "augmented_clip"
+    MODEL = Classifier
     recipe: TuneRecipe
 
-    @functools.cached_property
-    def architecture(self) -> Classifier:
-        """The recipe's model, which must classify."""
-        found: Classifier = architecture_of(self.recipe, Classifier)
-        return found
-
     def problems(self) -> list[str]:
-        try:
-            problems = self.architecture.problems()
-        except RecipeError as error:
-            return error.problems
-        return problems + check_tuning(self.recipe.tune) + check_classification(self.recipe)
+        return super().problems() + check_tuning(self.recipe.tune) + check_classification(self.recipe)
 
     def warnings(self) -> list[str]:
         return classification_warnings(self.recipe)

@@ -74,7 +74,7 @@ class DistillationTask(ClassificationTask):
         options = self.recipe.objective.teacher
         # No memory is taken and no file read: a dry run needs neither.
         with torch.device("meta"):
-            model = classifier.build(options.model, *self.recipe.input.size)
+            model = classifier.VideoClassifier(options.model, *self.recipe.input.size)
         count = sum(parameter.numel() for parameter in model.parameters())
         size = float(count * DTYPES[options.dtype].itemsize)
         return {"teacher": (size, f"{count:,} parameters in {options.dtype}: frozen, whole on each rank")}

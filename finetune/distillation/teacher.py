@@ -80,7 +80,7 @@ class FrozenTeacher(Frozen[classifier.VideoClassifier]):
         return logits
 
     def _make(self) -> classifier.VideoClassifier:
-        return classifier.build(self._options.model, *self._recipe.input.size)
+        return classifier.VideoClassifier(self._options.model, *self._recipe.input.size)
 
     def _load(self, model: classifier.VideoClassifier, place: str) -> None:
         report = load_pretrained(model, place, raw=read_weights(place))

@@ -6,7 +6,7 @@ Sizes and details: systems/videomae.md sections 2, 3 and 8, from OpenGVLab/Video
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -225,13 +225,6 @@ def _positions(config: Config, shape: EncoderShape, grid: Grid) -> SinCosPositio
         return SinCosPositions(grid.tokens, shape.dim)
     pretrain = (config.pretrain_frames, config.pretrain_height, config.pretrain_width)
     return InterpolatedPositions(grid, grid_of(*pretrain, shape.tubelet, shape.patch_size), shape.dim)
-
-
-def build(
-    config: Any, frames: int, height: int, width: int, activation_checkpointing: Recompute = False
-) -> VideoClassifier:
-    """Build the module; see `VideoClassifier`."""
-    return VideoClassifier(config, frames, height, width, activation_checkpointing)
 
 
 class VideoClassifierArchitecture(Classifier):

@@ -6,6 +6,7 @@ when a recipe has been loaded (`method_of`), and handed on. Nothing in it knows 
 """
 
 import abc
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from pretrain.checkpoint.rank_state import RankState
 from pretrain.data.samples import Batch, Samples
 from pretrain.errors import RecipeError
-from pretrain.models.base import Cost
+from pretrain.models.base import Architecture, Cost, architecture_of
 from pretrain.models.frozen import Frozen
 from pretrain.models.weights import load_weights
 from pretrain.recipe.check import check_recipe, not_finite, recipe_warnings
@@ -184,17 +185,29 @@ class Method(abc.ABC):
 
     Attributes:
         INPUT: kind of sample that it takes where the recipe names none: pretrain/samples/<name>.py.
+        MODEL: kind of model that it needs (pretrain/models/base.py).
         recipe: the resolved recipe.
     """
 
     INPUT: ClassVar[str] = "clip"
+    MODEL: ClassVar[type[Any]] = Architecture
 
     def __init__(self, recipe: Any) -> None:
         self.recipe = recipe
 
+    @functools.cached_property
+    def architecture(self) -> Any:
+        """The recipe's model, one of `MODEL`.
+
+        Raises:
+            RecipeError: it is of another kind.
+        """
+        return architecture_of(self.recipe, self.MODEL)
+
     def problems(self) -> list[str]:
-        """Say what in the recipe it can't work with."""
-        return []
+        """Say what in the recipe it can't work with; a RecipeError that is raised counts as what it says."""
+        found: list[str] = self.architecture.problems()
+        return found
 
     def warnings(self) -> list[str]:
         """Name options that have no effect in the recipe, or that are likely not meant."""
@@ -275,8 +288,13 @@ def problems_of(method: Method, ranks: int | None = None) -> list[str]:
         return unusable
     wrong_input = recipe.input.problems()
     problems = check_recipe(recipe, ranks) + wrong_input
-    # Zero frames can't be cut into cubes: what a model would say of a size that is wrong in itself misleads.
-    return problems if wrong_input else problems + method.problems()
+    if wrong_input:
+        # Zero frames can't be cut into cubes: what a model would say of a size that is wrong in itself misleads.
+        return problems
+    try:
+        return problems + method.problems()
+    except RecipeError as error:
+        return problems + error.problems
 
 
 def warnings_of(method: Method) -> list[str]:

@@ -20,8 +20,7 @@ from torch.nn import functional
 from pretrain.data.media import MEAN, STD
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Batch, Draw
-from pretrain.errors import RecipeError
-from pretrain.models.base import Cost, MaskedAutoencoder, architecture_of
+from pretrain.models.base import Cost, MaskedAutoencoder
 from pretrain.models.cubes import complement, cut_cubes, join_cubes, take_tokens
 from pretrain.models.formats import export_huggingface, export_official, export_safetensors
 from pretrain.models.huggingface import processor_configs
@@ -63,18 +62,10 @@ class Config:
 class VideoMAEMethod(Method):
     """Masked autoencoding of pixels."""
 
-    @functools.cached_property
-    def architecture(self) -> MaskedAutoencoder:
-        """The recipe's model, which must reconstruct cubes."""
-        found: MaskedAutoencoder = architecture_of(self.recipe, MaskedAutoencoder)
-        return found
+    MODEL = MaskedAutoencoder
 
     def problems(self) -> list[str]:
-        try:
-            problems = self.architecture.problems()
-        except RecipeError as error:
-            return error.problems
-        return problems or self.mask_plan().problems()
+        return super().problems() or self.mask_plan().problems()
 
     def warnings(self) -> list[str]:
         options = self.recipe.objective

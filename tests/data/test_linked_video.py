@@ -29,9 +29,8 @@ from pretrain.errors import DataError, SampleError
 from pretrain.runtime import storage
 from tests.conftest import S3Server
 from tests.faults.proxy import FaultProxy
-from tests.films import numbers_of, write_film
+from tests.films import HARD, UNEVEN, film_maker, numbers_of, write_film
 
-UNEVEN = [sum((20, 40, 130, 30)[n % 4] for n in range(count)) for count in range(364)]
 KINDS: dict[str, dict[str, Any]] = {
     "front.mp4": {"front": True, "audio": True},
     "end.mp4": {"audio": True},
@@ -39,12 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "film.mkv": {"audio": True},
     "stream.ts": {"container": "mpegts"},
     "old.avi": {"b_frames": 0},
-    "uneven.mp4": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
-    "uneven.mkv": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
-    "open_gop.mp4": {"gop": 30, "options": {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=30:min-keyint=30"}},
-    "fragments.mp4": {"muxing": {"movflags": "frag_keyframe+empty_moov"}},
-    "live.mkv": {"muxing": {"live": "1"}},
-    "edited.mp4": {"hidden": 10, "frames": 260},
+    **HARD,
 }
 FRAMES = 18_000
 INEXACT = ("stream.ts", "old.avi", "live.mkv", "edited.mp4", "open_gop.mp4")
@@ -54,13 +48,7 @@ SEGMENTS = (Segment(0, 1), Segment(2, 4), Segment(3.2, 3.68), Segment(8.04, None
 @pytest.fixture(scope="session")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The film of a kind; read only."""
-    root = tmp_path_factory.mktemp("linked")
-
-    def film(kind: str) -> Path:
-        path = root / kind
-        return path if path.exists() else write_film(path, **KINDS[kind])
-
-    return film
+    return film_maker(tmp_path_factory.mktemp("linked"), KINDS)
 
 
 @pytest.fixture(scope="session")

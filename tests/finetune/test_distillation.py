@@ -29,7 +29,7 @@ def words_for(weights: Path) -> list[str]:
 def network(seed: int, **other: Any) -> classifier.VideoClassifier:
     torch.manual_seed(seed)
     config = classifier.Config(**{"size": "custom", "head_init_scale": 1, **SHAPE, **other})
-    return classifier.build(config, 4, 32, 32)
+    return classifier.VideoClassifier(config, 4, 32, 32)
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """Batch norm over ranks against torch's on the whole batch; ranks are started once for all tests."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.ranks import run_ranks
 
 PROGRAM = Path(__file__).with_name("batch_norm_program.py")
 CASES = [
@@ -20,17 +20,7 @@ Found = dict[tuple[int, int], dict[str, Any]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each rank of each world found."""
     folder = tmp_path_factory.mktemp("batch_norm")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(folder), str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, "\n".join(outputs)
+    run_ranks(PROGRAM, folder, 4)
     return {(world, rank): torch.load(folder / f"{world}-{rank}.pt") for world in (1, 2, 4) for rank in range(world)}
 
 

@@ -20,13 +20,10 @@ from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
 from pretrain.data.time_segment import Segment
 from pretrain.errors import RecipeError
 from pretrain.runtime import storage
-from tests.films import numbers_of, write_film
+from tests.films import HARD, UNEVEN, film_maker, numbers_of, write_film
 
 FAST = Options(preset="ultrafast", crf=10, gop=8, audio=True)
 KEEP = Options(preset="ultrafast", crf=10, gop=8, copy=True)
-#: Uneven: the frame period changes all the time; 20 s in all.
-UNEVEN = [sum((20, 40, 130, 30)[n % 4] for n in range(count)) for count in range(364)]
-
 KINDS: dict[str, dict[str, Any]] = {
     "front.mp4": {"front": True},
     "end.mp4": {"audio": True},
@@ -35,25 +32,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "film.mkv": {"audio": True},
     "film.webm": {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8", "b": "400k"}},
     "stream.ts": {"container": "mpegts"},
-    "uneven.mp4": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
-    "uneven.mkv": {"times_ms": UNEVEN, "frames": len(UNEVEN)},
-    "open_gop.mp4": {"gop": 30, "options": {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=30:min-keyint=30"}},
-    "fragments.mp4": {"muxing": {"movflags": "frag_keyframe+empty_moov"}},
-    "live.mkv": {"muxing": {"live": "1"}},
-    "edited.mp4": {"hidden": 10, "frames": 260},
+    **HARD,
 }
 
 
 @pytest.fixture(scope="session")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The film of a kind; read only."""
-    root = tmp_path_factory.mktemp("films")
-
-    def film(kind: str) -> Path:
-        path = root / kind
-        return path if path.exists() else write_film(path, **KINDS[kind])
-
-    return film
+    return film_maker(tmp_path_factory.mktemp("films"), KINDS)
 
 
 def cut(path: Path, segment: Segment, options: Options = FAST) -> Packed | Rejected:

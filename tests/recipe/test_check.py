@@ -2,7 +2,9 @@
 
 import pytest
 
-from pretrain.objectives.base import method_of, problems_of, warnings_of
+from pretrain.data.samples import Samples
+from pretrain.models.base import Classifier, Cost
+from pretrain.objectives.base import Method, Objective, method_of, problems_of, warnings_of
 from pretrain.recipe.components import load_component
 from pretrain.recipe.load import load_recipe
 
@@ -73,6 +75,33 @@ def test_model_of_another_kind() -> None:
     recipe.model = load_component("model", "classifier", "pretrain.models.{}").Config()
     (problem,) = problems_of(method_of(recipe))
     assert problem.startswith("model.name=classifier: Classifier, and objective videomae needs an encoder of visible")
+
+
+class Silent(Method):
+    """A method of a user's that says nothing of problems."""
+
+    def samples(self) -> Samples:
+        raise NotImplementedError
+
+    def build(self) -> Objective:
+        raise NotImplementedError
+
+    def cost(self) -> Cost:
+        raise NotImplementedError
+
+
+def test_the_model_is_judged_for_a_method_that_judges_nothing() -> None:
+    assert any("model.heads=5" in problem for problem in problems_of(Silent(load_recipe("demo", ["model.heads=5"]))))
+    assert problems_of(Silent(load_recipe("demo"))) == []
+
+
+class Needing(Silent):
+    MODEL = Classifier
+
+
+def test_a_model_of_another_kind_is_told_beside_all_else() -> None:
+    problems = problems_of(Needing(load_recipe("demo", ["batch.micro=5"])))
+    assert problems[0].startswith("batch.samples") and "needs a backbone with a head" in problems[-1], problems
 
 
 def test_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

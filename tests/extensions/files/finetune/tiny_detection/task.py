@@ -11,7 +11,7 @@ from pretrain.data.fetch import SampleReader
 from pretrain.data.index import load_index
 from pretrain.data.members import parse_sample
 from pretrain.data.samples import Batch, Place, Sample, SourceInfo
-from pretrain.models.base import Classifier, Cost, architecture_of
+from pretrain.models.base import Classifier, Cost
 from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.objectives.base import Method, Objective, Output
 from pretrain.runtime.process_group import Ranks
@@ -30,15 +30,16 @@ class TinyDetection(Method):
     """Boxes."""
 
     INPUT = "boxed_images"
+    MODEL = Classifier
 
     def samples(self) -> BoxedImages:
         return BoxedImages(self.recipe.input, self.recipe.run.seed)
 
     def build(self) -> "BoxObjective":
-        return BoxObjective(architecture_of(self.recipe, Classifier).build(), self.recipe.model.dim)
+        return BoxObjective(self.architecture.build(), self.recipe.model.dim)
 
     def cost(self) -> Cost:
-        cost: Cost = architecture_of(self.recipe, Classifier).cost()
+        cost: Cost = self.architecture.cost()
         return cost
 
     def evaluation(self, ranks: Ranks) -> "Overlap":

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.data.samples import Batch
-from pretrain.models.base import Cost, architecture_of
+from pretrain.models.base import Cost
 from pretrain.objectives.base import Method, Objective, Output
 from pretrain.samples.described_features import DescribedFeatures
 
@@ -30,7 +30,7 @@ class TinyNarration(Method):
 
     def build(self) -> "Narration":
         objective = Narration()
-        objective.model = architecture_of(self.recipe).build()
+        objective.model = self.architecture.build()
         return objective
 
     def cost(self) -> Cost:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.data.samples import Batch
-from pretrain.models.base import Classifier, Cost, architecture_of
+from pretrain.models.base import Classifier, Cost
 from pretrain.models.frozen import Frozen
 from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.objectives.base import Method, Objective, Output
@@ -49,6 +49,7 @@ class CaptionedMethod(Method):
     """Alignment with a frozen tower."""
 
     INPUT = "captioned_images"
+    MODEL = Classifier
 
     def samples(self) -> CaptionedImages:
         return CaptionedImages(self.recipe.input, self.recipe.run.seed)
@@ -60,10 +61,10 @@ class CaptionedMethod(Method):
         return Frozen("objective.tower", options.tower, build, fill, dtype="fp32")
 
     def build(self) -> "Captioned":
-        return Captioned(architecture_of(self.recipe, Classifier).build(), self.tower())
+        return Captioned(self.architecture.build(), self.tower())
 
     def cost(self) -> Cost:
-        cost: Cost = architecture_of(self.recipe, Classifier).cost()
+        cost: Cost = self.architecture.cost()
         return cost
 
     def held(self) -> dict[str, tuple[float, str]]:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pretrain.checkpoint.rank_state import RankState
 from pretrain.data.samples import Batch
-from pretrain.models.base import Classifier, Cost, architecture_of
+from pretrain.models.base import Classifier, Cost
 from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.objectives.base import Method, WholeBatchObjective
 from pretrain.runtime.collectives import gather_with_gradient, own_rows
@@ -33,16 +33,17 @@ class QueueContrastMethod(Method):
     """Contrast on pairs of crops."""
 
     INPUT = "image_pairs"
+    MODEL = Classifier
 
     def samples(self) -> ImagePairs:
         return ImagePairs(self.recipe.input, self.recipe.run.seed)
 
     def build(self) -> "QueueContrast":
-        model = architecture_of(self.recipe, Classifier).build()
+        model = self.architecture.build()
         return QueueContrast(model, self.recipe.model.dim, self.recipe.objective)
 
     def cost(self) -> Cost:
-        cost: Cost = architecture_of(self.recipe, Classifier).cost()
+        cost: Cost = self.architecture.cost()
         return cost
 
 

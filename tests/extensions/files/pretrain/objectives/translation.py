@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pretrain.data.samples import Batch
-from pretrain.models.base import Cost, architecture_of
+from pretrain.models.base import Cost
 from pretrain.objectives.base import Method, Objective, Output, Rule, decays
 from pretrain.samples.raster_tiles import RasterTiles
 
@@ -31,7 +31,7 @@ class TranslationMethod(Method):
 
     def build(self) -> "Translation":
         objective = Translation()
-        objective.model = architecture_of(self.recipe).build()
+        objective.model = self.architecture.build()
         return objective
 
     def cost(self) -> Cost:

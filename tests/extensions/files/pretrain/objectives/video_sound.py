@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch.nn import functional as F
 
 from pretrain.data.samples import Batch
-from pretrain.models.base import Cost, architecture_of
+from pretrain.models.base import Cost
 from pretrain.models.pixels import unit_pixels
 from pretrain.objectives.base import Method, Objective, Output
 from pretrain.runtime.collectives import gather_with_gradient, own_rows
@@ -26,16 +26,12 @@ class VideoSoundMethod(Method):
 
     INPUT = "video_sound"
 
-    def problems(self) -> list[str]:
-        problems: list[str] = architecture_of(self.recipe).problems()
-        return problems
-
     def samples(self) -> VideoSound:
         return VideoSound(self.recipe.input, self.recipe.run.seed)
 
     def build(self) -> "VideoSoundObjective":
         objective = VideoSoundObjective()
-        objective.model = architecture_of(self.recipe).build()
+        objective.model = self.architecture.build()
         return objective
 
     def cost(self) -> Cost:
