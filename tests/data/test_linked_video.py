@@ -70,7 +70,7 @@ def shown_in(kind: str, segment: Segment | None) -> list[int]:
     return [hidden + number for number, time in enumerate(times) if 1000 * start <= time < 1000 * (end or 1e9)]
 
 
-#: The other decoders do not read some kinds exactly; packing finds that out, linking can't (docs/data.md).
+#: The other decoders do not read some kinds exactly; packing finds that out, linking can't.
 EXACT = [("pyav", kind) for kind in KINDS] + [
     (decoder, kind) for decoder in ("decord", "torchcodec") for kind in KINDS if kind not in INEXACT
 ]
