@@ -38,7 +38,7 @@ from bench import loader_rivals
 from bench.loader_rivals import VideoSet
 from bench.s3_server import s3_server
 from pretrain.data.stream import TrainStream
-from pretrain.data.stream_plan import open_sources
+from pretrain.data.stream_plan import open_plan
 from pretrain.models.videomae import Config as Model
 from pretrain.objectives.base import method_of
 from pretrain.objectives.videomae import Config as Objective
@@ -103,7 +103,8 @@ def make_ways(sets: dict[str, VideoSet], official: Path | None) -> Iterator[tupl
 def ours(url: str, views: int, lanes: int = 1, epoch_samples: int | None = 10_000) -> TrainStream:
     """Training's stream over the shards at `url`, in this process."""
     recipe = recipe_for(url, views, lanes, epoch_samples)
-    return TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), 0, 1)
+    plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
+    return TrainStream(plan, method_of(recipe).samples(), 0, 1)
 
 
 def recipe_for(url: str, views: int, lanes: int, epoch_samples: int | None) -> Recipe:

@@ -29,8 +29,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).parents[1])
 
 from bench.loader import ours, recipe_for
-from pretrain.data.stream_plan import OpenSource, StreamPlan, open_sources
-from pretrain.recipe.schema import Recipe
+from pretrain.data.samples import Place
+from pretrain.data.stream_plan import StreamPlan, open_plan
 
 
 def main() -> None:
@@ -131,8 +131,8 @@ def memory(options: argparse.Namespace) -> None:
     """Index and order without a video, in a rank and in a data worker that got the index from it."""
     before, begun = resident(), time.process_time()
     recipe = recipe_for(str(options.folder), 1, lanes=256, epoch_samples=None)
-    sources = open_sources(recipe.data)
-    samples = two_orders(recipe, sources)
+    plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
+    samples = two_orders(plan)
     seconds, grown = time.process_time() - begun, resident() - before
     print(
         f"| index and two epochs' order, {samples / 1e6:.0f} M samples | {grown / 1e6:.0f} MB, "
@@ -140,7 +140,7 @@ def memory(options: argparse.Namespace) -> None:
     )
     spawn = torch.multiprocessing.get_context("spawn")
     found = spawn.SimpleQueue()
-    workers = [spawn.Process(target=worker_memory, args=(recipe, sources, found)) for _ in range(2)]
+    workers = [spawn.Process(target=worker_memory, args=(plan, found)) for _ in range(2)]
     for worker in workers:
         worker.start()
     own = [found.get() / 1e6 for _ in workers]
@@ -149,17 +149,16 @@ def memory(options: argparse.Namespace) -> None:
     print(f"| the same in two data workers, all of their own memory | {' and '.join(f'{one:.0f}' for one in own)} MB |")
 
 
-def two_orders(recipe: Recipe, sources: list[OpenSource]) -> int:
+def two_orders(plan: StreamPlan) -> int:
     """Use the orders of two epochs; samples of one."""
-    plan = StreamPlan(recipe, sources)
     for epoch in range(2):
-        plan.order(epoch).locate(np.arange(0, 100_000, 7))
-    return len(plan.order(0))
+        plan.composition.order_of(Place(epoch, 0, 0, 0, 0)).locate(np.arange(0, 100_000, 7))
+    return plan.composition.positions
 
 
-def worker_memory(recipe: Recipe, sources: list[OpenSource], found: Any) -> None:
+def worker_memory(plan: StreamPlan, found: Any) -> None:
     """What a data worker has of its own when it knows where samples lie: not shared with its rank or other workers."""
-    two_orders(recipe, sources)
+    two_orders(plan)
     found.put(int(psutil.Process().memory_full_info().uss))
 
 

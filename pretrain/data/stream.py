@@ -29,12 +29,9 @@ from pretrain.data.cache import ShardCache
 from pretrain.data.crashes import CRASHES, CrashNotes
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
 from pretrain.data.samples import Batch, Place, Sample, SampleMaker, Samples, SourceInfo
-from pretrain.data.stream_plan import OpenSource, StreamPlan, open_sources
+from pretrain.data.stream_plan import StreamPlan
 from pretrain.errors import DataError, TubeletError
-from pretrain.recipe.schema import Recipe
 from pretrain.runtime import stacks
-
-__all__ = ["OpenSource", "StreamPlan", "TrainStream", "open_sources"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,48 +43,36 @@ class WorkerPipeline:
     """Stages that run in a data worker; sent to it by pickle, so all that opens files is made there."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        sources: list[OpenSource],
-        samples: Samples,
-        rank: int,
-        world_size: int,
-        first: int,
-        crashes: CrashNotes,
+        self, plan: StreamPlan, samples: Samples, rank: int, world_size: int, first: int, crashes: CrashNotes
     ) -> None:
-        self._recipe, self._sources, self._samples = recipe, sources, samples
+        self._plan, self._samples = plan, samples
         self._rank, self._world_size, self._first, self._crashes = rank, world_size, first, crashes
 
     def dataset(self) -> webdataset.DataPipeline:
         """Join the stages to a webdataset pipeline."""
         return webdataset.DataPipeline(self.places, self.samples, self.batches)
 
-    @functools.cached_property
-    def _plan(self) -> StreamPlan:
-        return StreamPlan(self._recipe, self._sources)
-
     def places(self) -> Iterator[Place]:
         """Locate this worker's samples, micro-batch by micro-batch, for ever."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        plan = self._plan
         for number in itertools.count(self._first + worker, workers):
-            yield from plan.places(number, self._rank, self._world_size)
+            yield from self._plan.places(number, self._rank, self._world_size)
 
     def samples(self, places: Iterable[Place]) -> Iterator[Sample | TubeletError]:
         """Read ahead, decode, cut; an error that ends the run travels as an item, free of this process's traceback."""
         reader = self._reader()
-        infos = [SourceInfo(source.name, source.index.shards, source.options) for source in self._sources]
+        infos = [SourceInfo(source.name, source.index.shards, source.options) for source in self._plan.sources]
         worker = get_worker_info()
         decoding = self._crashes.decoder(worker.id if worker else None)
-        maker = SampleMaker(self._recipe.data, infos, reader, self._samples, decoding)
+        maker = SampleMaker(self._plan.data, infos, reader, self._samples, decoding)
 
         def read(place: Place) -> RawSample:
             return reader.read(place.source, place.shard, place.row)
 
         place: Place
         future: Future[RawSample]
-        for place, future in read_ahead(places, read, self._recipe.data.readahead):
+        for place, future in read_ahead(places, read, self._plan.data.readahead):
             try:
                 yield maker.make(place, self._plan.composition.order_of(place), future.result)
             except TubeletError as error:
@@ -107,23 +92,23 @@ class WorkerPipeline:
                 waiting = []
 
     def _reader(self) -> SampleReader:
-        data = self._recipe.data
+        data = self._plan.data
         cache = None if data.cache_dir is None else ShardCache(data.cache_dir, int(data.cache_gb * 1e9))
         # Two tables a lane: a window of the order may lie across the border of two shards.
         tables = max(2 * data.lanes, 64)
-        return SampleReader([source.index for source in self._sources], cache, data.deadline_s, tables)
+        return SampleReader([source.index for source in self._plan.sources], cache, data.deadline_s, tables)
 
 
 class TrainStream:
     """Micro-batches of one rank, in the exact order of the plan, for ever.
 
     Args:
-        recipe: The resolved recipe.
-        sources: `open_sources(recipe.data)`.
+        plan: The order of all sources' samples.
         samples: What to make of a sample; picklable, because workers are spawned.
         rank: This rank.
         world_size: Number of ranks.
         start_step: Optimiser step (over all epochs) that the stream starts at.
+        workers: Data workers; None: as many as the plan's data section says.
 
     Raises:
         RecipeError: batch.samples does not divide into micro-batches of the ranks.
@@ -132,23 +117,22 @@ class TrainStream:
 
     def __init__(
         self,
-        recipe: Recipe,
-        sources: list[OpenSource],
+        plan: StreamPlan,
         samples: Samples,
         rank: int,
         world_size: int,
         start_step: int = 0,
+        workers: int | None = None,
     ) -> None:
-        self.plan = StreamPlan(recipe, sources)
+        self.plan = plan
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.accumulation = self.plan.accumulation(world_size)
-        self._workers = recipe.data.workers
+        self._workers = plan.data.workers if workers is None else workers
         if self._workers:
             _check_picklable(samples)
-        _warn_of_small_cache(recipe, sources)
-        self._recipe, self._sources = recipe, sources
-        self._crashes = CrashNotes(self._workers, recipe.data.deadline_s)
-        self._pipeline = functools.partial(WorkerPipeline, recipe, sources, samples, rank, world_size)
+        _warn_of_small_cache(plan)
+        self._crashes = CrashNotes(self._workers, plan.data.deadline_s)
+        self._pipeline = functools.partial(WorkerPipeline, plan, samples, rank, world_size)
         self._next = start_step * self.accumulation
         self._processes: list[BaseProcess] = []
         self._batches: Iterator[Batch] | None = None
@@ -183,7 +167,7 @@ class TrainStream:
     def source_of(self, step: int) -> str:
         """Name the one source that optimiser step `step` is made of; empty where it has all."""
         source = self.plan.composition.source_of(step)
-        return "" if source is None else self._sources[source].name
+        return "" if source is None else self.plan.sources[source].name
 
     def close(self) -> None:
         """End the workers."""
@@ -198,7 +182,7 @@ class TrainStream:
             batch_size=None,
             num_workers=self._workers,
             # Without workers torch refuses any factor.
-            prefetch_factor=self._recipe.data.prefetch if self._workers else None,
+            prefetch_factor=self.plan.data.prefetch if self._workers else None,
             pin_memory=torch.cuda.is_available(),
             # A forked worker would inherit locks of file system, CUDA and process group threads in any state.
             multiprocessing_context="spawn" if self._workers else None,
@@ -240,11 +224,11 @@ class TrainStream:
             ) from error
         for source, shard, row in locations:
             self._crashes.remember((source, shard, row))
-            index = self._sources[source].index
+            opened = self.plan.sources[source]
             logger.warning(
                 "source %s: sample %d of shard %s killed the data worker that decoded it, or kept it busy for %g s "
                 "(data.deadline_s); the workers start again without it",
-                *(self._sources[source].name, row, index.shards[shard].name, self._recipe.data.deadline_s),
+                *(opened.name, row, opened.index.shards[shard].name, self.plan.data.deadline_s),
             )
         self._batches = None
 
@@ -302,14 +286,15 @@ def _check_picklable(samples: Samples) -> None:
         ) from error
 
 
-def _warn_of_small_cache(recipe: Recipe, sources: list[OpenSource]) -> None:
-    if recipe.data.cache_dir is None:
+def _warn_of_small_cache(plan: StreamPlan) -> None:
+    data, sources = plan.data, plan.sources
+    if data.cache_dir is None:
         return
     largest = max(shard.bytes for source in sources for shard in source.index.shards)
-    needed = largest * min(recipe.data.lanes, sum(len(source.index.shards) for source in sources))
-    if needed > recipe.data.cache_gb * 1e9:
+    needed = largest * min(data.lanes, sum(len(source.index.shards) for source in sources))
+    if needed > data.cache_gb * 1e9:
         logger.warning(
             "data.cache_gb=%g is less than the %.1f GB of shards that the lanes read at once: shards will be fetched "
             "again and again; raise it, lower data.lanes, or set data.cache_dir=null",
-            *(recipe.data.cache_gb, needed / 1e9),
+            *(data.cache_gb, needed / 1e9),
         )

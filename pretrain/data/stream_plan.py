@@ -7,7 +7,7 @@ from pretrain.data.index import ShardIndex, load_index
 from pretrain.data.order import SourceShape
 from pretrain.data.samples import Place
 from pretrain.errors import DataError, RecipeError
-from pretrain.recipe.schema import Data, Recipe, Source
+from pretrain.recipe.schema import Batch, Data, Source
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,31 @@ class StreamPlan:
     """The order of all epochs, cut into optimiser steps and micro-batches.
 
     Args:
-        recipe: The resolved recipe.
-        sources: Its opened sources.
+        data: The recipe's section.
+        batch: The recipe's section.
+        seed: The recipe's run.seed.
+        sources: `open_sources(data)`.
 
     Raises:
         DataError: an epoch has fewer samples than lanes, or than one optimiser step needs.
     """
 
-    def __init__(self, recipe: Recipe, sources: list[OpenSource]) -> None:
-        self.samples, self.micro = recipe.batch.samples, recipe.batch.micro
-        self.composition = compose(
-            recipe.data, [source.shape for source in sources], recipe.batch.samples, recipe.run.seed
-        )
+    def __init__(self, data: Data, batch: Batch, seed: int, sources: list[OpenSource]) -> None:
+        self.data, self.sources = data, sources
+        self.samples, self.micro = batch.samples, batch.micro
+        self._made_of = (data, batch, seed, sources)
+        self.composition = compose(data, [source.shape for source in sources], batch.samples, seed)
         self.steps_per_epoch = self.composition.steps_per_epoch
         # Told here: the first division by it would fail inside a data worker, without a key of the recipe.
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"an epoch has {self.composition.positions} positions in {recipe.data.lanes} lanes, batch.samples is "
+                f"an epoch has {self.composition.positions} positions in {data.lanes} lanes, batch.samples is "
                 f"{self.samples}: set batch.samples lower, data.lanes lower, or data.epoch_samples higher"
             )
+
+    def __reduce__(self) -> tuple[type["StreamPlan"], tuple[Data, Batch, int, list[OpenSource]]]:
+        # An epoch's order is a cached function, which pickle refuses: a data worker draws it anew.
+        return StreamPlan, self._made_of
 
     def accumulation(self, world_size: int) -> int:
         """Count the micro-batches of one rank in one optimiser step."""
@@ -83,3 +89,8 @@ class StreamPlan:
     def samples_per_micro(self) -> int:
         """Samples of one micro-batch of a rank."""
         return self.micro * self.composition.places_per_slot
+
+
+def open_plan(data: Data, batch: Batch, seed: int) -> StreamPlan:
+    """Read the indices of a recipe's sources and lay out their order; `seed` is run.seed. Errors as of both."""
+    return StreamPlan(data, batch, seed, open_sources(data))

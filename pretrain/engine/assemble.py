@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pretrain.checkpoint.reshape import Layout
@@ -10,7 +10,8 @@ from pretrain.checkpoint.resume import Resumable, layout_of, load
 from pretrain.checkpoint.same_run import check_same_run
 from pretrain.checkpoint.save import Saver, open_saver
 from pretrain.data.bad_samples import BadSampleLedger
-from pretrain.data.stream import OpenSource, StreamPlan, TrainStream
+from pretrain.data.stream import TrainStream
+from pretrain.data.stream_plan import OpenSource, StreamPlan
 from pretrain.engine.batches import MicroBatches
 from pretrain.engine.build import Built, build_engine
 from pretrain.engine.deepspeed_config import describe, unwrapped
@@ -25,7 +26,7 @@ from pretrain.guards.skipped_steps import state_at_start
 from pretrain.guards.step_guard import StepGuard
 from pretrain.models.frozen import check_frozen
 from pretrain.objectives.base import Evaluation, Method, Objective
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import Data, Recipe
 from pretrain.runtime.metrics import keep_records
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.run_folder import RunFolder
@@ -42,7 +43,7 @@ class Run:
     method: Method
     ranks: Ranks
     folder: RunFolder
-    sources: list[OpenSource]
+    plan: StreamPlan
     schedule: Schedule
     built: Built
     inputs: StepInputs
@@ -109,7 +110,7 @@ def build_run(
     method: Method,
     ranks: Ranks,
     folder: RunFolder,
-    sources: list[OpenSource],
+    plan: StreamPlan,
     schedule: Schedule,
     found: Resumable | None,
     stop: StopWatch,
@@ -117,7 +118,7 @@ def build_run(
 ) -> Run:
     """Build everything, and load the checkpoint that was found."""
     recipe, first_step = method.recipe, found.step if found else 0
-    stream = open_stream(method, sources, ranks, first_step)
+    stream = open_stream(method, plan, ranks, first_step)
     built = build_engine(method, ranks, stream.accumulation, resumes=found is not None)
     for line in describe(recipe, built.config, ranks.world_size):
         logger.info(line)
@@ -126,14 +127,14 @@ def build_run(
         objective: Objective = built.engine.module
         check_frozen(objective.frozen_parts(), found.state.get("frozen", {}), str(found.folder))
         load(built.engine, found, layout(recipe, ranks), built.groups, objective.rank_state())
-    ledger = open_ledger(recipe, folder, sources, ranks, found)
+    ledger = open_ledger(recipe.data, folder, ranks, found)
     guard = StepGuard(recipe.guard, state_at_start(folder.guard, ranks, found.state if found else None))
     best = Best(**found.state["best"]) if found else Best()
     return Run(
         method=method,
         ranks=ranks,
         folder=folder,
-        sources=sources,
+        plan=plan,
         schedule=schedule,
         built=built,
         inputs=StepInputs(
@@ -148,7 +149,7 @@ def build_run(
             seed=recipe.run.seed,
             asked_to_stop=stop.asked,
             guard=guard,
-            incidents=Incidents(folder.incidents, ranks, recipe.run.seed, [source.name for source in sources]),
+            incidents=Incidents(folder.incidents, ranks, recipe.run.seed, list(recipe.data.sources)),
         ),
         guard=guard,
         saver=open_saver(
@@ -167,12 +168,9 @@ def build_run(
     )
 
 
-def open_ledger(
-    recipe: Recipe, folder: RunFolder, sources: list[OpenSource], ranks: Ranks, found: Resumable | None
-) -> BadSampleLedger:
+def open_ledger(data: Data, folder: RunFolder, ranks: Ranks, found: Resumable | None) -> BadSampleLedger:
     """Open the counts of unusable samples, with those of the checkpoint."""
-    names = [source.name for source in sources]
-    ledger = BadSampleLedger(folder.root, names, recipe.data.bad_rate, recipe.data.bad_minimum, ranks.rank)
+    ledger = BadSampleLedger(folder.root, list(data.sources), data.bad_rate, data.bad_minimum, ranks.rank)
     if found is not None:
         # Counts are only ever added up, so those of more ranks than there are now go to the present ones in turn.
         for counts in found.state["bad_samples"][ranks.rank :: ranks.world_size]:
@@ -181,13 +179,11 @@ def open_ledger(
 
 
 def open_stream(
-    method: Method, sources: list[OpenSource], ranks: Ranks, first_step: int, in_process: bool = False
+    method: Method, plan: StreamPlan, ranks: Ranks, first_step: int, in_process: bool = False
 ) -> TrainStream:
     """Open the rank's micro-batches from a step on, in data workers or, where one batch is all, in this process."""
-    recipe = method.recipe
-    if in_process:
-        recipe = replace(recipe, data=replace(recipe.data, workers=0))
-    return TrainStream(recipe, sources, method.samples(), ranks.rank, ranks.world_size, first_step)
+    workers = 0 if in_process else None
+    return TrainStream(plan, method.samples(), ranks.rank, ranks.world_size, first_step, workers)
 
 
 def _log_schedule(recipe: Recipe, schedule: Schedule, built: Built) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from pretrain.data.samples import Batch
-from pretrain.data.stream import StreamPlan, TrainStream
+from pretrain.data.stream import TrainStream
 from pretrain.errors import DataError
 from pretrain.runtime.process_group import Ranks, gather_objects
 
@@ -53,11 +53,6 @@ class MicroBatches:
                 self._last = self._last | {"bad": [], "source": torch.empty(0), "view": torch.empty(0)}
         assert self._last is not None
         return self._last
-
-    @property
-    def plan(self) -> StreamPlan:
-        """The stream's order."""
-        return self._stream.plan
 
     def source_of(self, step: int) -> str:
         """Name the one source that a step is made of; empty where it has all."""

@@ -15,7 +15,7 @@ from pretrain.checkpoint.restore import open_remote, prepare_resume
 from pretrain.checkpoint.resume import find_checkpoint
 from pretrain.checkpoint.save import Content, upload_rest
 from pretrain.data.samples import Batch
-from pretrain.data.stream import StreamPlan, open_sources
+from pretrain.data.stream_plan import open_plan
 from pretrain.engine.assemble import (
     Run,
     build_run,
@@ -66,7 +66,7 @@ def train(method: Method, resume: str = "auto") -> int:
     die_with_launcher()
     recipe = method.recipe
     ranks = join(timeout_s=recipe.watchdog.join_s)
-    folder, lock = open_folder(recipe, ranks)
+    folder, lock = open_folder(recipe.run.dir, ranks)
     set_up_logging(ranks.rank, folder.logs)
     stop = StopWatch(folder.root, ranks.first, recipe.run.time_limit_minutes)
     watchdog = Watchdog(recipe.watchdog, recipe.data.deadline_s, folder.root, ranks)
@@ -86,13 +86,12 @@ def train(method: Method, resume: str = "auto") -> int:
 def _train(method: Method, resume: str, ranks: Ranks, folder: RunFolder, stop: StopWatch, watchdog: Watchdog) -> int:
     recipe = method.recipe
     check_hosts(method, ranks)
-    sources = open_sources(recipe.data)
-    plan = StreamPlan(recipe, sources)
+    plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
     schedule = build_schedule(recipe, plan.steps_per_epoch)
     resume_from = prepare_resume(folder.checkpoints, recipe.checkpoint, ranks, resume)
     found = find_checkpoint(folder.checkpoints, ranks, resume_from)
     if found is not None:
-        check_continues(found, recipe, ranks, sources)
+        check_continues(found, recipe, ranks, plan.sources)
         if resume != "auto" and ranks.first and (remote := open_remote(recipe.checkpoint)):
             remote.supersede_after(found.step)
         if found.step >= schedule.last:
@@ -102,11 +101,11 @@ def _train(method: Method, resume: str, ranks: Ranks, folder: RunFolder, stop: S
             return 0
     # After the checks above: a command that they refuse must leave the run folder as it is.
     if ranks.first:
-        describe_start(folder, recipe)
+        describe_start(folder, show_recipe(recipe))
         forget_after(folder, found.step if found else 0, plan)
     first_step = found.step if found else 0
     watchdog.begin(first_step)
-    run = build_run(method, ranks, folder, sources, schedule, found, stop, watchdog)
+    run = build_run(method, ranks, folder, plan, schedule, found, stop, watchdog)
     exit_code = 1
     try:
         exit_code = _loop(run, first_step)
@@ -234,7 +233,7 @@ def _save(run: Run, steps_done: int) -> None:
         "zero_stage": run.recipe.zero.stage,
         "seed": run.recipe.run.seed,
         "guard": run.guard.saved(),
-        "sources": fingerprints(run.sources),
+        "sources": fingerprints(run.plan.sources),
         "bad_samples": gather_objects(run.ranks, run.inputs.ledger.state()),
         "best": asdict(run.best),
         "recipe": asdict(run.recipe),
@@ -249,7 +248,7 @@ def _save(run: Run, steps_done: int) -> None:
 
 def _shown_clips(run: Run) -> Batch:
     """Fetch the rows of every picture: the first ones of the run, so that pictures of different steps compare."""
-    batches: Iterator[Batch] = iter(open_stream(run.method, run.sources, run.ranks, first_step=0, in_process=True))
+    batches: Iterator[Batch] = iter(open_stream(run.method, run.plan, run.ranks, first_step=0, in_process=True))
     count = run.recipe.log.pictures
     return {name: value[:count] for name, value in next(batches).items()}
 

@@ -83,7 +83,7 @@ def _record(
 
 def rewind(run: Run, step: int, found: Resumable) -> Run:
     """Go back to a checkpoint and leave out what led to `step` (counted from 1)."""
-    check_continues(found, run.recipe, run.ranks, run.sources)
+    check_continues(found, run.recipe, run.ranks, run.plan.sources)
     run.guard.rewound(guard_state(found.state), step, found.step)
     run.inputs.batches.close()
     # Before anything is loaded: a kill from here on must not lead into the same step with a fresh budget.
@@ -98,11 +98,11 @@ def rewind(run: Run, step: int, found: Resumable) -> Run:
     )
     dist.barrier()  # no rank writes to the lists while rank 0 shortens them
     if run.ranks.first:
-        forget_after(run.folder, found.step, run.inputs.batches.plan)
+        forget_after(run.folder, found.step, run.plan)
     run.reporter.rewound(found.step)
     dist.barrier()
-    stream = open_stream(run.method, run.sources, run.ranks, found.step)
-    ledger = open_ledger(run.recipe, run.folder, run.sources, run.ranks, found)
+    stream = open_stream(run.method, run.plan, run.ranks, found.step)
+    ledger = open_ledger(run.recipe.data, run.folder, run.ranks, found)
     logger.warning("going on from step %d; skipped steps: %s", found.step, run.guard.state.skipped_steps)
     inputs = replace(run.inputs, batches=MicroBatches(stream), ledger=ledger)
     return replace(run, inputs=inputs, best=Best(**found.state["best"]))

@@ -10,8 +10,6 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from pretrain.errors import TrainingError
-from pretrain.recipe.schema import Recipe
-from pretrain.recipe.show import show_recipe
 from pretrain.runtime.disk import advice
 from pretrain.runtime.environment import environment_report
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
@@ -62,17 +60,19 @@ class RunFolder:
         return self.root / "summary.json"
 
 
-def open_folder(recipe: Recipe, ranks: Ranks) -> tuple[RunFolder, BaseFileLock]:
+def open_folder(place: str, ranks: Ranks) -> tuple[RunFolder, BaseFileLock]:
     """Create or reuse the run folder; the lock is held (by rank 0) until it is released or the process ends.
+
+    Args:
+        place: The recipe's run.dir.
+        ranks: This process among all.
 
     Raises:
         TrainingError: a URL, not visible to all ranks, or used by another run.
     """
-    if "://" in recipe.run.dir:
-        raise TrainingError(
-            f"run.dir: {recipe.run.dir}: found a URL, allowed: a folder on a file system all ranks share"
-        )
-    folder = RunFolder(Path(recipe.run.dir).absolute())
+    if "://" in place:
+        raise TrainingError(f"run.dir: {place}: found a URL, allowed: a folder on a file system all ranks share")
+    folder = RunFolder(Path(place).absolute())
     lock = FileLock(folder.root / ".lock")
     problem = from_first(ranks, _acquire(lock, folder.root) if ranks.first else "")
     if problem:
@@ -116,8 +116,8 @@ def _check_shared(root: Path, ranks: Ranks) -> None:
         )
 
 
-def describe_start(folder: RunFolder, recipe: Recipe) -> None:
+def describe_start(folder: RunFolder, recipe_text: str) -> None:
     """Write recipe.yaml and environment.json, from rank 0."""
-    (folder.root / "recipe.yaml").write_text(show_recipe(recipe), encoding="utf-8")
+    (folder.root / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
     report = json.dumps(environment_report(), indent=1)
     (folder.root / "environment.json").write_text(report + os.linesep, encoding="utf-8")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pretrain.data.samples import Batch
-from pretrain.data.stream import TrainStream, open_sources
+from pretrain.data.stream import TrainStream
+from pretrain.data.stream_plan import open_plan
 from pretrain.errors import WeightsError
 from pretrain.objectives.base import method_of
 from pretrain.objectives.videomae import VideoMAEObjective
@@ -42,8 +43,8 @@ def held_out_batches(trained: Trained, shards: str, clips: int) -> Iterator[Batc
     )
     clip = replace(recipe.input, crop="center", views=1)
     recipe = replace(recipe, data=data, input=clip, batch=BatchSize(samples=MICRO, micro=MICRO))
-    samples = method_of(recipe).samples()
-    return islice(TrainStream(recipe, open_sources(recipe.data), samples, rank=0, world_size=1), count)
+    plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
+    return islice(TrainStream(plan, method_of(recipe).samples(), rank=0, world_size=1), count)
 
 
 def _stride(trained: Trained) -> int | None:

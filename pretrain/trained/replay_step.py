@@ -19,7 +19,7 @@ from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import problems, write_durably
 from pretrain.checkpoint.save import STATE
 from pretrain.data.samples import Batch
-from pretrain.data.stream_plan import StreamPlan, open_sources
+from pretrain.data.stream_plan import open_plan
 from pretrain.engine.assemble import open_stream
 from pretrain.engine.step import to_device
 from pretrain.errors import CheckpointError, TrainingError
@@ -144,12 +144,12 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     # On a CPU only: on an accelerator every operation without such a kernel would raise instead.
     torch.use_deterministic_algorithms(device.type == "cpu")
     recipe = method.recipe
-    sources = open_sources(recipe.data)
+    plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
     objective = build_objective(place, method, device)
-    objective.before_step(place.step - 1, StreamPlan(recipe, sources).steps_per_epoch)
+    objective.before_step(place.step - 1, plan.steps_per_epoch)
     for number in range(place.world_size) if rank is None else [rank]:
         served = Ranks(number, place.world_size, 0, device)
-        stream = open_stream(method, sources, served, place.step - 1, in_process=True)
+        stream = open_stream(method, plan, served, place.step - 1, in_process=True)
         for micro in range(stream.accumulation):
             yield _run(objective, next(stream), recipe.run.seed, place, number, micro)
 

@@ -18,11 +18,10 @@ from pretrain.data.pack.discover import Item
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_video import Packed, pack_item
 from pretrain.data.pack.scan import index_folder
-from pretrain.data.stream import TrainStream, open_sources
 from pretrain.errors import DataError, SampleError
-from pretrain.objectives.base import method_of
 from pretrain.samples import sampling
 from tests.data.broken_inputs import Broken, inputs
+from tests.streams import training_stream
 
 DECODERS = ("decord", "pyav")
 
@@ -169,7 +168,7 @@ def test_a_raw_foreign_shard(
     recipe = make_recipe(
         {"foreign": str(tmp_path)}, samples=4, decoder=decoder, workers=workers, bad_attempts=30, deadline_s=120.0
     )
-    stream = TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), 0, 1)
+    stream = training_stream(recipe)
     bad, used = {}, set()
     for _ in range(stream.steps_per_epoch * stream.accumulation):
         batch = next(stream)
@@ -221,7 +220,7 @@ def test_a_json_may_lie_or_miss(corpus: dict[str, Broken], tmp_path: Path, make_
     write_tar(tmp_path / "shard.tar", files)
     index_folder(str(tmp_path))
     recipe = make_recipe({"one": str(tmp_path)}, samples=2, lanes=1)
-    batch = next(TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), 0, 1))
+    batch = next(training_stream(recipe))
     assert sorted(set(batch["key"])) == ["a", "b"] and batch["bad"] == []
 
 

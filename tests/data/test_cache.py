@@ -12,6 +12,7 @@ from pretrain.data.cache import ShardCache
 from pretrain.data.fetch import SampleReader, read_ahead
 from pretrain.data.index import Shard, load_index
 from pretrain.errors import DataError, StorageError
+from tests.streams import training_stream
 
 
 @pytest.fixture
@@ -126,10 +127,7 @@ def test_read_ahead_passes_errors_on_with_their_item() -> None:
 def test_small_caches_are_warned_of(
     make_recipe: Callable[..., Any], two_sources: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from pretrain.data.stream import TrainStream, open_sources
-    from pretrain.samples.clip import ClipSamples
-
     recipe = make_recipe(two_sources, cache_dir=str(tmp_path), cache_gb=1e-4)
-    stream = TrainStream(recipe, open_sources(recipe.data), ClipSamples(recipe.input, recipe.run.seed), 0, 1)
+    stream = training_stream(recipe)
     assert "shards will be fetched again and again" in caplog.text
     assert len(next(stream)["key"]) == 2

@@ -1,6 +1,7 @@
 """Sources mixed, in turn, or side by side: which samples make a step, for any number of ranks and from any step."""
 
 import json
+import pickle
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ def plan_of(recipe: Recipe) -> StreamPlan:
     for name, counts in SIZES.items():
         table = ShardTable(Shard(f"{name}-{i}.tar", count, 1000, "0" * 64) for i, count in enumerate(counts))
         sources.append(OpenSource(name, ShardIndex(name, table), recipe.data.sources[name]))
-    return StreamPlan(recipe, sources)
+    return StreamPlan(recipe.data, recipe.batch, recipe.run.seed, sources)
 
 
 def step_of(plan: StreamPlan, step: int, world_size: int) -> list[Place]:
@@ -53,6 +54,14 @@ def test_a_step_is_the_same_for_any_number_of_ranks(compose: str) -> None:
     plan = plan_of(recipe_of(compose))
     for step in range(3 * plan.steps_per_epoch):
         assert step_of(plan, step, 1) == step_of(plan, step, 2)
+
+
+@pytest.mark.parametrize("compose", ["mixed", "alternate", "together"])
+def test_a_plan_arrives_in_a_data_worker_as_it_was(compose: str) -> None:
+    plan = plan_of(recipe_of(compose))
+    arrived = pickle.loads(pickle.dumps(plan))
+    for step in range(2 * plan.steps_per_epoch):
+        assert step_of(arrived, step, 1) == step_of(plan, step, 1)
 
 
 def test_alternating_sources_take_turns_and_smaller_ones_begin_again() -> None:

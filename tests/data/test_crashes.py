@@ -13,9 +13,10 @@ import pytest
 
 from pretrain.data.members import Members
 from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo
-from pretrain.data.stream import TrainStream, open_sources
+from pretrain.data.stream import TrainStream
 from pretrain.errors import DataError
 from pretrain.objectives.base import method_of
+from tests.streams import training_stream
 
 MakeRecipe = Callable[..., Any]
 STEPS = 3
@@ -42,7 +43,7 @@ class Deadly(Samples):
 
 
 def open_stream(recipe: Any, ends: dict[str, str]) -> TrainStream:
-    return TrainStream(recipe, open_sources(recipe.data), Deadly(method_of(recipe).samples(), ends), 0, 1)
+    return training_stream(recipe, samples=Deadly(method_of(recipe).samples(), ends))
 
 
 def take(stream: TrainStream) -> list[dict[str, Any]]:

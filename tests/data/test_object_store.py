@@ -10,10 +10,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from pretrain.data.stream import TrainStream, open_sources
+from pretrain.data.stream_plan import open_sources
 from pretrain.errors import DataError, StorageError
-from pretrain.objectives.base import method_of
 from pretrain.runtime import storage
+from tests.streams import training_stream
 
 
 def test_the_stream_is_the_same_from_s3(
@@ -22,7 +22,7 @@ def test_the_stream_is_the_same_from_s3(
     shutil.copytree(two_sources["b"], s3_server.bucket / "b")
     recipe = make_recipe({"b": "s3://bucket/b"}, samples=4, deadline_s=20.0)
     local = make_recipe({"b": two_sources["b"]}, samples=4)
-    streams = [TrainStream(one, open_sources(one.data), method_of(one).samples(), 0, 1) for one in (recipe, local)]
+    streams = [training_stream(one) for one in (recipe, local)]
     for remote, expected in itertools.islice(zip(*streams, strict=False), 6):
         assert remote["key"] == expected["key"] and remote["bad"] == []
         assert (remote["video"] == expected["video"]).all()

@@ -15,12 +15,13 @@ from typing import Any
 import fsspec
 import pytest
 
-from pretrain.data.stream import TrainStream, open_sources
+from pretrain.data.stream import TrainStream
+from pretrain.data.stream_plan import open_sources
 from pretrain.errors import DataError
-from pretrain.objectives.base import method_of
 from pretrain.runtime import outage
 from tests.faults import servers
 from tests.faults.proxy import FaultProxy
+from tests.streams import training_stream
 
 MakeRecipe = Callable[..., Any]
 STEPS = 9
@@ -59,7 +60,7 @@ def put(folder: str) -> None:
 
 
 def open_stream(recipe: Any) -> TrainStream:
-    stream = TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), 0, 1)
+    stream = training_stream(recipe)
     OPEN.append(stream)
     return stream
 

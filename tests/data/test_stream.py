@@ -22,24 +22,20 @@ import torch
 
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.compose import shares
-from pretrain.data.stream import StreamPlan, TrainStream, open_sources
+from pretrain.data.stream_plan import open_plan, open_sources
 from pretrain.errors import DataError, RecipeError
-from pretrain.objectives.base import method_of
 from pretrain.recipe.schema import Recipe, Source
 from pretrain.samples import sampling
 from pretrain.samples.clip import ClipSamples
+from tests.streams import training_stream
 
 MakeRecipe = Callable[..., Recipe]
 Batches = list[dict[str, Any]]
 
 
-def stream(recipe: Recipe, rank: int = 0, world: int = 1, start: int = 0) -> TrainStream:
-    return TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), rank, world, start)
-
-
 def take(recipe: Recipe, steps: int, rank: int = 0, world: int = 1, start: int = 0) -> Batches:
     """The micro-batches of one rank in some optimiser steps."""
-    opened = stream(recipe, rank, world, start)
+    opened = training_stream(recipe, rank, world, start)
     batches = list(itertools.islice(opened, steps * opened.accumulation))
     opened.close()
     return batches
@@ -276,7 +272,7 @@ def test_a_source_without_a_usable_sample_is_one_clear_error(
     everything = {f"b{s}_{i}" for s, size in enumerate([6, 5, 2]) for i in range(size)}
     url = break_shard(two_sources["b"], tmp_path / "broken", everything)
     recipe = make_recipe({"b": url}, bad_attempts=3, workers=workers)
-    opened = stream(recipe)
+    opened = training_stream(recipe)
     with pytest.raises(DataError, match="source b: .* and its 3 substitutes are all unusable") as caught:
         next(opened)
     opened.close()
@@ -353,9 +349,9 @@ def test_shards_that_differ_from_their_index_stop_the_run(
 
 def test_wrong_batch_arithmetic_names_the_fix(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match="batch.samples=8 is not a multiple of batch.micro=2 x 3 ranks.* 6 or 12"):
-        stream(make_recipe(two_sources), world=3)
+        training_stream(make_recipe(two_sources), world=3)
     with pytest.raises(DataError, match="set batch.samples lower"):
-        stream(make_recipe(two_sources, samples=64))
+        training_stream(make_recipe(two_sources, samples=64))
     with pytest.raises(RecipeError, match="data.sources is empty"):
         open_sources(make_recipe({}).data)
 
@@ -364,7 +360,7 @@ def test_samples_that_cannot_travel(make_recipe: MakeRecipe, two_sources: dict[s
     recipe = make_recipe(two_sources, workers=1)
     samples = ClipSamples(recipe.input, recipe.run.seed, lambda draw: {})
     with pytest.raises(DataError, match="build them of a module's classes and functions, or set data.workers=0"):
-        TrainStream(recipe, open_sources(recipe.data), samples, 0, 1)
+        training_stream(recipe, samples=samples)
 
 
 def test_memory_urls_work(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
@@ -380,10 +376,9 @@ def test_memory_urls_work(make_recipe: MakeRecipe, two_sources: dict[str, str]) 
 
 def test_plan_counts_steps(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
     recipe = make_recipe(two_sources)
-    sources = open_sources(recipe.data)
-    plan = StreamPlan(recipe, sources)
+    plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
     assert (plan.steps_per_epoch, plan.accumulation(2)) == (4, 2)
-    assert shares(recipe.data, [source.shape for source in sources]) == [23, 13]
+    assert shares(recipe.data, [source.shape for source in plan.sources]) == [23, 13]
     places = plan.places(number=2 * 5 + 1, rank=1, world_size=2)
     assert [(place.epoch, place.position) for place in places] == [(1, 8 + 5), (1, 8 + 7)]
 
@@ -393,10 +388,8 @@ import os, signal, sys, time, pickle, psutil
 def children():
     return [p for p in psutil.Process().children() if "--multiprocessing-fork" in p.cmdline()]
 def main():
-    from pretrain.data.stream import TrainStream, open_sources
-    from pretrain.objectives.base import method_of
-    recipe = pickle.loads(bytes.fromhex(sys.argv[1]))
-    stream = TrainStream(recipe, open_sources(recipe.data), method_of(recipe).samples(), 0, 1)
+    from tests.streams import training_stream
+    stream = training_stream(pickle.loads(bytes.fromhex(sys.argv[1])))
     next(stream)
     workers = children()
     print(*[p.pid for p in workers], flush=True)
@@ -485,7 +478,7 @@ def test_orphaned_workers_end(trainer: Any) -> None:
 
 
 def test_a_killed_worker_is_one_clear_error(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
-    opened = stream(make_recipe(two_sources, workers=1))
+    opened = training_stream(make_recipe(two_sources, workers=1))
     next(opened)
     (worker,) = workers_of(os.getpid())
     # Held first, so that it is killed while the rank waits for it: torch reports it wherever the rank is.

@@ -26,8 +26,10 @@ FLOORS = (
     ("errors",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-#: Neighbours that may be imported: the run folder and the watchdog are made as the recipe says.
-NEIGHBOURS = {("pretrain.runtime.run_folder", "recipe"), ("pretrain.runtime.watchdog", "recipe")}
+#: Neighbours that may be imported: the watchdog takes its section of the recipe.
+NEIGHBOURS = {("pretrain.runtime.watchdog", "recipe")}
+#: Rooms of pretrain/ that are given sections of a recipe and never all of it.
+SECTIONS_ONLY = {"data", "guards", "metrics", "runtime", "samples"}
 #: Names that several modules have: contracts, entries of tasks, and what a recipe names in two sections.
 SHARED_MODULES = {"__init__", "base", "task", "config", "videomae", "clip"}
 #: `Config` is what a recipe's component has; a section of the recipe is called as what it describes.
@@ -36,6 +38,11 @@ SHARED_CLASSES = {"Config", "Prompts", "Run", "Schedule", "Watchdog"}
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[1] if parts[0] == "pretrain" else ""
 
 
 def imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
@@ -100,7 +107,8 @@ def test_imports_go_downwards(path: Path) -> None:
         ("pretrain.recipe.load", "pretrain.models.videomae", False),
         ("pretrain.recipe.load", "pretrain.runtime.storage", False),
         ("pretrain.runtime.storage", "pretrain.recipe.schema", False),
-        ("pretrain.runtime.run_folder", "pretrain.recipe.show", True),
+        ("pretrain.runtime.watchdog", "pretrain.recipe.schema", True),
+        ("pretrain.runtime.run_folder", "pretrain.recipe.show", False),
         ("pretrain.runtime.run_folder", "pretrain.data.index", False),
         ("pretrain.errors", "pretrain.recipe.schema", False),
         ("pretrain.data.stream", "pretrain.samples.clip", False),
@@ -144,6 +152,28 @@ def late():
         (6, "finetune.recipe"),
         (8, "launch.doctor"),
     ]
+
+
+def test_rooms_take_their_sections() -> None:
+    paths = [path for path in MODULES if room_of(path) in SECTIONS_ONLY]
+    wrong = [str(path) for path in paths if "Recipe" in names_of(path.read_text(), "pretrain.recipe.schema")]
+    assert paths and not wrong
+
+
+def names_of(source: str, module: str) -> set[str]:
+    """Names that a source imports from a module."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module == module]
+    return {alias.name for node in nodes for alias in node.names}
+
+
+def test_names_are_found_wherever_they_stand() -> None:
+    source = """
+from a.b import C, D as E
+from a.c import F
+def late():
+    from a.b import G
+"""
+    assert names_of(source, "a.b") == {"C", "D", "G"}
 
 
 def test_every_room_has_its_floor() -> None:
