@@ -77,7 +77,8 @@ def measure(options: argparse.Namespace) -> None:
     ranks = join()
     engine = build(options.layers)
     step = stepper(engine)
-    savers, measured = {}, defaultdict(list)
+    savers = {}
+    measured: dict[str, Any] = defaultdict(list)
     for variant in VARIANTS:
         root = options.folder / variant.replace(" ", "_") / "checkpoints"
         upload = f"s3://bucket/{root.parent.name}" if "S3" in variant else None

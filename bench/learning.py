@@ -75,14 +75,20 @@ def main() -> None:
     """Run what is missing, write and print the table."""
     options = parse()
     with ThreadPoolExecutor(options.jobs) as pool:
-        for _ in pool.map(lambda seed: [job.run() for job in jobs(options, seed)], options.seeds):
-            pass
+        for _ in pool.map(lambda seed: run_seed(options, seed), options.seeds):
+            pass  # waits, and raises what a seed raised
     report = collect(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     text = table(report)
     options.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(f"{text}\n{options.out}")
+
+
+def run_seed(options: argparse.Namespace, seed: int) -> None:
+    """Run what is missing of one seed."""
+    for job in jobs(options, seed):
+        job.run()
 
 
 def parse() -> argparse.Namespace:

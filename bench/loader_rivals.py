@@ -46,7 +46,9 @@ def prepare(videos: list[Path], arguments: list[str], folder: Path) -> VideoSet:
     for row in range(load_index(str(shards)).samples):
         members = parse_sample(reader.read(0, 0, row))
         files.append(folder / f"{row}.mp4")
-        files[-1].write_bytes(members.video())
+        video = members.video()
+        assert isinstance(video, bytes)  # only shards packed in place hold links
+        files[-1].write_bytes(video)
         grids.append(members.grid)
     return VideoSet(str(shards), files, grids)
 
@@ -66,7 +68,7 @@ def _bare_pyav(videos: VideoSet) -> Iterator[None]:
         start = int(rng.integers((len(stamps) - FRAMES * STRIDE - phase) // step)) * step + phase
         wanted = set(stamps[start : start + FRAMES * STRIDE : STRIDE])
         converter, left = VideoReformatter(), FRAMES
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), "r") as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             stream.codec_context.skip_frame = "NONREF" if step > 1 else "DEFAULT"

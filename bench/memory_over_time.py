@@ -38,8 +38,9 @@ def main() -> None:
             words += [f"run.dir={folder}/run", *OVERRIDES]
             run = subprocess.Popen(words, cwd=ROOT, env=environ, stdout=log, stderr=log)
             rows = list(looks(run, Path(folder, "run"), options.minutes * 60, options.every))
-            for process in [*psutil.Process(run.pid).children(recursive=True), run]:
+            for process in psutil.Process(run.pid).children(recursive=True):
                 process.kill()
+            run.kill()
     text = f"# Memory of a run over time, {date.today()}\n\n"
     text += f"{os.cpu_count()} cores, MB; `python bench/memory_over_time.py`\n\n"
     text += "| minutes | step | ranks | data workers |\n|---|---|---|---|\n" + "".join(rows)

@@ -4,6 +4,8 @@ All cubes are embedded by a convolution and then gathered by a boolean mask, att
 for every cube. Same result as pretrain/objectives/videomae.py with the same weights (bench/step.py checks it).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,7 +49,7 @@ class PlainVideoMAE(nn.Module):
         return (errors * counted).sum() / counted.sum()
 
 
-def plain_block(block: nn.Module, x: Tensor) -> Tensor:
+def plain_block(block: Any, x: Tensor) -> Tensor:
     """A transformer block with attention written out."""
     batch, count, dim = x.shape
     attention = block.attn

@@ -107,9 +107,9 @@ def table(
             taken = [next(costs) for _ in range(WHOLE_CLIPS if way == "all of it" else clips)]
             mean = statistics.mean(cost.bytes for cost in taken)
             requests = statistics.mean(cost.requests for cost in taken)
-            seconds = statistics.median(cost.seconds for cost in taken)
+            typical = statistics.median(cost.seconds for cost in taken)
             row = (storage_name, name, way, f"{mean / 1e6:.2f}", f"{mean / size:.2%}", f"{requests:.1f}")
-            yield f"| {' | '.join(row)} | {1e3 * seconds:.0f} |"
+            yield f"| {' | '.join(row)} | {1e3 * typical:.0f} |"
 
 
 def whole_clips(url: str, size: int) -> Iterator[Cost]:

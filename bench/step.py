@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
-from plain_videomae import PlainVideoMAE  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from bench.plain_videomae import PlainVideoMAE, plain_targets  # noqa: E402
 from pretrain.data.media import MEAN, STD  # noqa: E402
 from pretrain.objectives.base import method_of  # noqa: E402
 from pretrain.plan.trace import trace_step  # noqa: E402
@@ -127,8 +127,6 @@ def official_model(checkout: Path, size: str, ours: nn.Module) -> nn.Module:
 
 def official_loss(model: nn.Module, video: Tensor, hidden: Tensor, left_out: Tensor) -> Tensor:
     """The official model's loss, its targets made for every cube as the official loop does."""
-    from plain_videomae import plain_targets
-
     with torch.no_grad():
         labels = plain_targets(video, 2, 16)
         labels = labels[~left_out].reshape(len(video), -1, labels.shape[-1])
