@@ -78,8 +78,12 @@ class MaskedAutoencoder(Architecture):
     """An encoder of visible cubes with a decoder that predicts cubes.
 
     Its module has `grid`, `shape.tubelet`, `shape.patch_size` and forward(cubes [B, Nv, cube], visible [B, Nv],
-    targets [B, M]) -> predictions [B, M, cube].
+    targets [B, M]) -> predictions [B, M, cube]. One that `encodes` also has `mask_token` and
+    encoder(cubes [B, N, cube], tokens [B, N]) -> [B, N, C].
     """
+
+    #: Whether its encoder can be called by itself on all cubes, as the recipe's health block does.
+    encodes: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod

@@ -190,6 +190,7 @@ class VideoMAEArchitecture(MaskedAutoencoder):
     """VideoMAE as a recipe describes it."""
 
     videomae_layouts = True
+    encodes = True
 
     @staticmethod
     def resolve(config: Config) -> Config:

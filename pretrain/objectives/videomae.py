@@ -65,7 +65,16 @@ class VideoMAEMethod(Method):
     MODEL = MaskedAutoencoder
 
     def problems(self) -> list[str]:
-        return super().problems() or self.mask_plan().problems()
+        return super().problems() or self.mask_plan().problems() + self.health_problems()
+
+    def health_problems(self) -> list[str]:
+        """Say what keeps the health block from judging features; methods with `features` of their own override it."""
+        if self.recipe.health.shards is None or self.architecture.encodes:
+            return []
+        return [
+            f"health.shards: model.name={self.recipe.model.name} does not encode clips of which nothing is hidden; set "
+            "health.shards=null, or take a model whose architecture has `encodes = True`"
+        ]
 
     def warnings(self) -> list[str]:
         options = self.recipe.objective

@@ -88,6 +88,7 @@ def test_keys_are_checked(toy: Any) -> None:
     assert any("health.every_epochs" in line for line in problems) and any("neighbours" in line for line in problems)
     assert any("health has no effect" in line for line in warnings_of(method_of(recipe)))
     assert not any("health" in line for line in warnings_of(method_of(load_recipe(str(toy.recipe)))))
+    assert problems_of(method_of(load_recipe(str(toy.recipe), ["health.shards=anywhere"]))) == []
 
 
 def test_features_are_those_of_the_whole_clip(toy: Any) -> None:

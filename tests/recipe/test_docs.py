@@ -143,6 +143,8 @@ def test_new_method_and_backbone_are_found_shown_and_learn(
     assert re.search(r"gain: 4\.0 +# factor on the difference", capsys.readouterr().out)
     assert main(["--recipe", path, "--dry-run"]) == 0
     assert "MMAC" in capsys.readouterr().out
+    (problem,) = problems_of(method_of(load_recipe(path, ["health.shards=anywhere"])))
+    assert "health.shards" in problem and "model.name=pooled" in problem and "encodes" in problem
     losses = losses_on(recipe, moving_square(recipe), steps=150)
     assert losses[-1] < 0.6 * losses[0]
 
