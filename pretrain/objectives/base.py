@@ -105,7 +105,7 @@ class Objective(nn.Module):
         return {}
 
     def frozen_parts(self) -> Mapping[str, Frozen[Any]]:
-        """Give towers that don't train: a checkpoint names them with their hash, and a resume compares it."""
+        """Give towers that don't train: plans count them, and a resume compares their hashes in the checkpoint."""
         return {}
 
     def features(self, batch: Batch) -> Tensor:
@@ -228,10 +228,6 @@ class Method(abc.ABC):
     def example(self, count: int) -> Batch:
         """Make a micro-batch of `count` samples with made-up content; no data are needed."""
         return self.samples().example(count)
-
-    def held(self) -> dict[str, tuple[float, str]]:
-        """Name what each rank holds beside the model (frozen towers): bytes and a remark, for the dry run."""
-        return {}
 
     def evaluation(self, ranks: Ranks) -> Evaluation | None:
         """Open what is measured while training; None where nothing is."""
