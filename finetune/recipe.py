@@ -82,7 +82,8 @@ class Ema:
     decay: float | None = None
     """share that the average keeps at each step; null: no average. Where there is one, it is evaluated and tested"""
     warmup: bool = False
-    """start with a smaller decay, min(decay, (1 + n) / (10 + n)) at step n, as timm can; the official code does not"""
+    """start with a smaller decay, min(decay, (1 + n) / (10 + n)) at step n, as TensorFlow does; officially there is
+    none"""
 
 
 @dataclass
