@@ -14,7 +14,7 @@ from pretrain.errors import RecipeError
 from pretrain.models.backbone import AddedClass, Backbone, build_head, layer_id
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.cubes import Grid, cut_cubes, grid_of, grid_problems
-from pretrain.models.encoder import ENCODER_FIELDS, EncoderShape, build_blocks, fill, missing
+from pretrain.models.encoder import ENCODER_FIELDS, EncoderShape, build_blocks, fill, missing, size_problems
 from pretrain.models.keep_rates import Reorganisation, keep_rates, rate_problems, token_counts
 from pretrain.models.positions import InterpolatedPositions, SinCosPositions
 from pretrain.models.recompute import Recompute
@@ -98,13 +98,15 @@ def check(config: Config, frames: int, height: int, width: int) -> list[str]:
     open_fields = missing(full, ENCODER_FIELDS)
     if open_fields:
         return open_fields
+    if too_small := size_problems(full, ("tubelet", *ENCODER_FIELDS)):
+        return too_small
     shape = shape_of(full)
     problems = [
         f"model.{key}={getattr(config, key)}: a probability from 0 to below 1 is needed"
         for key in ("head_dropout", "dropout", "attention_dropout", "drop_path")
         if not 0 <= getattr(config, key) < 1
     ]
-    if shape.heads < 1 or shape.dim % shape.heads:
+    if shape.dim % shape.heads:
         problems.append(f"model.heads={shape.heads}: does not divide model.dim={shape.dim}")
     if config.classes < 0:
         problems.append(f"model.classes={config.classes}: 0 (no head) or more is needed")

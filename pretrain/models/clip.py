@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone
 from pretrain.models.cubes import Grid
+from pretrain.models.encoder import size_problems
 from pretrain.models.positions import stretch_table
 from pretrain.models.recompute import Recompute, run_blocks
 from pretrain.models.vit import Activation, Block, Linear
@@ -35,12 +36,15 @@ LOG_SCALE = math.log(1 / 0.07)
 
 @dataclass
 class Config:
-    """A size and what departs from it; null means: as the size has it."""
+    """CLIP's two towers: a size and what departs from it; null means: as the size has it, but for `end_id`.
+
+    A part of the section of a method that has such towers; a recipe's `model:` is a single network.
+    """
 
     name: str = "clip"
-    """architecture: pretrain/models/<name>.py"""
+    """the towers' family; there is this one"""
     size: Literal["B/32", "B/16", "L/14", "H/14", "custom"] = "B/16"
-    """published size; custom: every field below that is null must be given"""
+    """published size; custom: every field below that is null must be given, but for end_id"""
     image_size: int = 224
     """side of the images that the position table is for, pixels"""
     patch_size: int | None = None
@@ -108,12 +112,16 @@ def check(config: Config, key: str = "model") -> list[str]:
     ]
     if missing:
         return missing
+    sizes = (*PRESET_FIELDS[:-1], "image_size", "context", "vocabulary", "mlp_ratio")
+    if too_small := size_problems(full, sizes, key):
+        return too_small
     problems = [
         f"{key}.{heads}={getattr(full, heads)}: does not divide {key}.{dim}={getattr(full, dim)}"
         for heads, dim in (("heads", "dim"), ("text_heads", "text_dim"))
-        if getattr(full, heads) < 1 or getattr(full, dim) % getattr(full, heads)
+        if getattr(full, dim) % getattr(full, heads)
     ]
-    if full.patch_size is None or full.image_size % full.patch_size:
+    assert full.patch_size is not None  # filled in above
+    if full.image_size % full.patch_size:
         problems.append(f"{key}.image_size={full.image_size}: not a multiple of {key}.patch_size={full.patch_size}")
     if full.end_id is not None and not 0 <= full.end_id < full.vocabulary:
         problems.append(f"{key}.end_id={full.end_id}: not among the {full.vocabulary} ids of {key}.vocabulary")

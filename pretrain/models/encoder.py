@@ -63,6 +63,15 @@ def missing(config: Any, fields: Sequence[str]) -> list[str]:
     ]
 
 
+def size_problems(config: Any, fields: Sequence[str], section: str = "model") -> list[str]:
+    """List sizes of a filled configuration that are 0 or less: such layers would be built, and compute nothing."""
+    return [
+        f"{section}.{key}: found {getattr(config, key)}, allowed: more than 0"
+        for key in fields
+        if getattr(config, key) <= 0
+    ]
+
+
 def build_blocks(
     config: Any,
     dim: int,

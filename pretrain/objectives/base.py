@@ -259,17 +259,16 @@ def method_of(recipe: Recipe) -> Method:
     """Look up the method that a recipe names; once, then it is handed on.
 
     Raises:
-        RecipeError: there is none of that name, or its class is no complete method.
+        RecipeError: there is none of that name, or it asks for a model of a kind that there is not.
     """
     name = recipe.objective.name
-    chosen = load_component("objective", name, type(recipe).METHODS).METHOD
-    if not issubclass(chosen, Method):
-        raise RecipeError(f"objective {name!r}: METHOD is {chosen.__name__}, allowed: a subclass of {__name__}.Method")
-    if chosen.__abstractmethods__:
-        absent = ", ".join(sorted(chosen.__abstractmethods__))
-        raise RecipeError(f"objective {name!r}: {chosen.__name__} does not define {absent}")
-    method: Method = chosen(recipe)
-    return method
+    chosen: type[Method] = load_component("objective", name, type(recipe).METHODS).METHOD
+    if not (isinstance(chosen.MODEL, type) and issubclass(chosen.MODEL, Architecture)):
+        raise RecipeError(
+            f"objective {name!r}: {chosen.__name__}.MODEL is {chosen.MODEL!r}, allowed: a kind of model, one of the "
+            "classes in pretrain/models/base.py"
+        )
+    return chosen(recipe)
 
 
 def problems_of(method: Method, ranks: int | None = None) -> list[str]:

@@ -455,5 +455,7 @@ def test_what_can_not_be_built() -> None:
     assert check(Config(size="custom"))[0] == "model.patch_size: null, but model.size=custom has no default for it"
     problems = check(Config(heads=5, image_size=230, end_id=60_000), "objective.teacher")
     assert len(problems) == 3 and all(problem.startswith("objective.teacher.") for problem in problems)
+    for word in ("patch_size", "heads", "text_heads", "text_dim", "context"):
+        assert check(Config(**{word: 0})) == [f"model.{word}: found 0, allowed: more than 0"]
     with pytest.raises(RecipeError, match="does not divide"):
         CLIP(Config(text_heads=3))
