@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from finetune.adapters.config import Tune
 from pretrain.recipe.load import load_recipe
-from pretrain.recipe.schema import Data, Optim, Recipe, Schedule, Source
+from pretrain.recipe.schema import PRETRAINING, Data, Optim, Recipe, Schedule, Source
 from pretrain.samples.augment import PixelAugment
 
 
@@ -148,4 +148,4 @@ def load_tune_recipe(name_or_path: str, overrides: list[str] | None = None) -> T
 
 
 #: Kinds of recipe by the `program` that stands in them.
-PROGRAMS: dict[str, type[Recipe]] = {"pretrain": Recipe, "finetune": TuneRecipe}
+PROGRAMS: dict[str, type[Recipe]] = {**PRETRAINING, TuneRecipe.program: TuneRecipe}
