@@ -5,9 +5,11 @@ The model is built on the meta device, so a billion parameters take seconds and 
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import nn
 
 from pretrain.data.compose import shares
 from pretrain.data.index import ShardIndex
@@ -17,6 +19,7 @@ from pretrain.engine.deepspeed_config import builds_sharded, deepspeed_config
 from pretrain.engine.model_states import ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
 from pretrain.engine.schedules import Schedule, build_schedule, every_steps
 from pretrain.errors import StorageError
+from pretrain.models.base import MODEL
 from pretrain.objectives.base import Method, Objective
 from pretrain.plan.indices import epoch_of, find_indices, source_size
 from pretrain.recipe.rates import actual_rates, rate_scales
@@ -92,18 +95,25 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
 
 def _model_section(objective: Objective, plan: RunOutline) -> Section:
     section = Section("model")
-    module = getattr(objective, "model", objective)
     total, trained = plan.size.parameters, plan.size.trained
-    section.add("parameters", f"{total:,}", type(module).__name__)
+    section.add("parameters", f"{total:,}", type(objective.model).__name__)
     if trained < total:
         section.add("  trained", f"{trained:,}", f"{trained / total:.2%}; the others are frozen")
-    for name, child in module.named_children():
-        count = sum(parameter.numel() for parameter in child.parameters())
-        if count:
-            section.add(f"  {name}", f"{count:,}")
-    for name, parameter in module.named_parameters(recurse=False):
-        section.add(f"  {name}", f"{parameter.numel():,}")
+    for name, count in _parts(objective.model):
+        section.add(f"  {name}", f"{count:,}")
+    for name, count in _parts(objective):
+        if name != MODEL:
+            section.add(f"  {name}", f"{count:,}", "beside the model")
     return section
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield the parameters of each child, where it has any, and the module's own."""
+    for name, child in module.named_children():
+        if count := sum(parameter.numel() for parameter in child.parameters()):
+            yield name, count
+    for name, parameter in module.named_parameters(recurse=False):
+        yield name, parameter.numel()
 
 
 def _cost_section(method: Method) -> Section:

@@ -91,7 +91,7 @@ def plan(kind: Any, *words: str) -> Any:
 
 def rows(kind: Any, title: str, *words: str) -> dict[str, tuple[str, str]]:
     found = next(section for section in dry_run(method(kind, *words)) if section.title.startswith(title))
-    return {name: (value, remark) for name, value, remark in found.rows}
+    return {name.strip(): (value, remark) for name, value, remark in found.rows}
 
 
 def test_every_micro_batch_of_a_whole_batch_loss_is_embedded_once_more() -> None:
@@ -119,6 +119,13 @@ def test_frozen_towers_are_counted_once_from_their_footprint(stage: int) -> None
     assert found.checkpoint_bytes < 2 * found.parameters + 16 * TOWER
     said = rows(Beside, "memory", f"zero.stage={stage}")["tower"]
     assert said == (f"{2 * TOWER / 1e6:.1f} MB", f"{TOWER:,} parameters in bf16: frozen, whole on each rank")
+
+
+def test_the_parts_of_an_objective_add_up() -> None:
+    found = rows(Beside, "model")
+    assert found["head"] == (f"{TOWER:,}", "beside the model") and found["encoder"][1] == ""
+    counts = {name: int(value.replace(",", "")) for name, (value, _) in found.items()}
+    assert counts.pop("parameters") == sum(count for name, count in counts.items() if name != "trained")
 
 
 def test_a_trace_takes_no_memory_for_a_tower_and_reads_none() -> None:
