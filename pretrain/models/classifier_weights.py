@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import WeightsError
-from pretrain.models import weights
+from pretrain.models import huggingface, weights
 from pretrain.models.classifier import VideoClassifier
 from pretrain.models.weights import LoadReport
 from pretrain.runtime import storage
@@ -97,11 +97,7 @@ def fuse_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             fused[block[1] + ADAPTFORMER_PARTS[block[2]] + block[3]] = value
         else:
             fused[key] = value
-    for key, parts in apart.items():
-        if len(parts) < 3:
-            raise WeightsError(f"{key}: only {', '.join(sorted(parts))} of q, k, v is in the file")
-        fused[key] = torch.cat([parts[part] for part in "qkv"])
-    return fused
+    return fused | huggingface.join_projections(apart)
 
 
 def split_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

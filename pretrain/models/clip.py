@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone
 from pretrain.models.cubes import Grid
-from pretrain.models.encoder import size_problems
-from pretrain.models.positions import stretch_table
+from pretrain.models.encoder import block_macs, size_problems
+from pretrain.models.positions import stretch_class_table
 from pretrain.models.recompute import Recompute, run_blocks
 from pretrain.models.vit import Activation, Block, Linear
 
@@ -171,12 +171,8 @@ class PatchStem(nn.Module):
             raise RecipeError(f"images of {height}x{width}: patches of {self.patch} pixels don't fit")
         tokens = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
         tokens = torch.cat((self.class_token.expand(len(images), 1, -1), tokens), dim=1)
-        return tokens + self._positions(Grid(1, height // self.patch, width // self.patch))
-
-    def _positions(self, grid: Grid) -> Tensor:
-        if grid == self.grid:
-            return self.positions
-        return torch.cat((self.positions[:1], stretch_table(self.positions[1:], self.grid, grid)))
+        grid = Grid(1, height // self.patch, width // self.patch)
+        return tokens + stretch_class_table(self.positions, self.grid, grid)
 
 
 class TokenStem(nn.Module):
@@ -354,14 +350,10 @@ def cost(config: Config) -> dict[str, float]:
     patches = (full.image_size // full.patch_size) ** 2
     return {
         "image tower: patches": float(3 * patches * full.patch_size**2 * full.dim),
-        "image tower: blocks": _block_cost(full.dim, full.mlp_ratio, 1 + patches) * full.depth,
-        "text tower: blocks": _block_cost(full.text_dim, full.mlp_ratio, full.context) * full.text_depth,
+        "image tower: blocks": float(full.depth * block_macs(1 + patches, full.dim, full.mlp_ratio)),
+        "text tower: blocks": float(full.text_depth * block_macs(full.context, full.text_dim, full.mlp_ratio)),
         "projections": float((full.dim + full.text_dim) * full.embedding),
     }
-
-
-def _block_cost(dim: int, mlp_ratio: float, tokens: int) -> float:
-    return float(tokens * (4 * dim**2 + 2 * dim * int(dim * mlp_ratio)) + 2 * tokens**2 * dim)
 
 
 def _checked(config: Config) -> Any:

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from pretrain.errors import WeightsError
 from pretrain.models import weights
 from pretrain.models.clip import CLIP, Config, TextTower, VisualTower, resolve
 from pretrain.models.frozen import Frozen
+from pretrain.models.huggingface import join_projections
 from pretrain.models.weights import LoadReport
 
 Layout = Literal["OpenAI", "open_clip", "Hugging Face", "own"]
@@ -242,12 +242,7 @@ def _fused(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
             apart.setdefault(f"{part[1]}attn.qkv.{part[3]}", {})[part[2]] = value
         else:
             found[name] = value
-    for name, parts in apart.items():
-        absent = [part for part in "qkv" if part not in parts]
-        if absent:
-            raise WeightsError(f"{name}: {', '.join(absent)} is missing beside {', '.join(parts)}")
-        found[name] = torch.cat([parts[part] for part in "qkv"])
-    return found
+    return found | join_projections(apart)
 
 
 def _named(key: str, stems: Mapping[str, str], parts: Mapping[str, str]) -> str:

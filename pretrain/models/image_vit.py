@@ -14,8 +14,8 @@ from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone, build_head, layer_id
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.cubes import Grid, grid_problems
-from pretrain.models.encoder import size_problems
-from pretrain.models.positions import stretch_table
+from pretrain.models.encoder import attention_macs, mlp_macs, size_problems
+from pretrain.models.positions import stretch_class_table
 from pretrain.models.recompute import Recompute
 from pretrain.models.token_reorganisation import Tokens
 from pretrain.models.vit import Block, drop_path_rates, truncated_normal
@@ -154,7 +154,7 @@ class ImageViT(Backbone):
         # Pixels arrive as float32; a convolution takes its weights' type alone.
         tokens = self.patch_embed(images.to(self.pos_embed.dtype))
         tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), tokens), dim=1)
-        return tokens + self._positions(Grid(1, height // patch, width // patch))
+        return tokens + stretch_class_table(self.pos_embed[0], self.grid, Grid(1, height // patch, width // patch))
 
     def pool(self, tokens: Tokens) -> Tensor:
         """Pool to features [B, C]: the class token behind `norm`, or `fc_norm` of the other tokens' mean."""
@@ -166,13 +166,6 @@ class ImageViT(Backbone):
         """Compute logits [B, classes] of features [B, C]."""
         logits: Tensor = self.head(features)
         return logits
-
-    def _positions(self, grid: Grid) -> Tensor:
-        if grid == self.grid:
-            return self.pos_embed
-        # Without the class token's position, which has no place on the grid.
-        patches = stretch_table(self.pos_embed[0, 1:], self.grid, grid)
-        return torch.cat((self.pos_embed[:, :1], patches[None]), dim=1)
 
     def _normed(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm(x)
@@ -212,8 +205,8 @@ class ImageViTArchitecture(Classifier):
         return Cost(
             {
                 "patch embedding": float(self._tokens * 3 * options.patch_size**2 * dim),
-                "attention": float(options.depth * (4 * tokens * dim * dim + 2 * tokens * tokens * dim)),
-                "MLP": float(options.depth * 2 * tokens * dim * hidden),
+                "attention": float(options.depth * attention_macs(tokens, dim)),
+                "MLP": float(options.depth * mlp_macs(tokens, dim, hidden)),
                 "head": float(dim * options.classes),
             },
             {"all": tokens},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pretrain.errors import RecipeError
 from pretrain.models.base import MaskedAutoencoder
 from pretrain.models.cubes import Grid, grid_of, grid_problems
-from pretrain.models.encoder import PRESET_FIELDS, EncoderShape, build_blocks, fill, missing, size_problems
+from pretrain.models.encoder import PRESET_FIELDS, EncoderShape, block_macs, build_blocks, fill, missing, size_problems
 from pretrain.models.positions import SinCosPositions
 from pretrain.models.recompute import Recompute, run_blocks
 from pretrain.models.vit import CubeEmbedding, Linear
@@ -223,8 +223,8 @@ def cost(config: Config, grid: Grid, visible: int, targets: int) -> dict[str, fl
     """
     shape = shape_of(config)
     embedding = shape.cube * shape.dim
-    encoder = shape.depth * _block_cost(visible, shape.dim, shape.mlp_ratio)
-    decoder = shape.decoder_depth * _block_cost(visible + targets, shape.decoder_dim, shape.mlp_ratio)
+    encoder = shape.depth * block_macs(visible, shape.dim, shape.mlp_ratio)
+    decoder = shape.decoder_depth * block_macs(visible + targets, shape.decoder_dim, shape.mlp_ratio)
     return {
         "cube embedding": float(visible * embedding),
         "encoder": float(encoder),
@@ -233,8 +233,3 @@ def cost(config: Config, grid: Grid, visible: int, targets: int) -> dict[str, fl
         "prediction head": float(targets * shape.decoder_dim * shape.cube),
         "skipped: embedding of hidden cubes": float((grid.tokens - visible) * embedding),
     }
-
-
-def _block_cost(tokens: int, dim: int, mlp_ratio: float) -> int:
-    projections = tokens * (4 * dim * dim + 2 * dim * int(dim * mlp_ratio))
-    return projections + 2 * tokens * tokens * dim

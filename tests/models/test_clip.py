@@ -304,7 +304,7 @@ def test_loading_is_strict() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "nothing was loaded"
     split = dict(hugging_face("gelu").state_dict())
     del split["text_model.encoder.layers.1.self_attn.k_proj.bias"]
-    with pytest.raises(WeightsError, match=r"text.blocks.1.attn.qkv.bias: k is missing beside"):
+    with pytest.raises(WeightsError, match=r"text.blocks.1.attn.qkv.bias: key missing in the file beside query, value"):
         load_clip(model, "broken", raw=split)
     report = load_clip(
         model, "scale", raw={k: v for k, v in state.items() if k != "logit_scale"}, allow_missing=["logit_scale"]

@@ -141,7 +141,7 @@ def test_hugging_face_oddities_are_named() -> None:
     with pytest.raises(WeightsError, match="second spelling"):
         to_official(twice)
     state.pop("videomae.encoder.layer.1.attention.attention.key.weight")
-    with pytest.raises(WeightsError, match=r"encoder.blocks.1.*key weight is missing"):
+    with pytest.raises(WeightsError, match=r"encoder.blocks.1.*key missing in the file beside query, value"):
         to_official(state)
 
 
