@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from finetune.adapters.config import Tune
 from pretrain.recipe.load import load_recipe
-from pretrain.recipe.schema import Data, Optim, Recipe, Schedule, Source
+from pretrain.recipe.schema import PRETRAINING, Data, Optim, Recipe, Schedule, Source
 from pretrain.samples.augment import PixelAugment
 
 
@@ -82,7 +82,8 @@ class Ema:
     decay: float | None = None
     """share that the average keeps at each step; null: no average. Where there is one, it is evaluated and tested"""
     warmup: bool = False
-    """start with a smaller decay, min(decay, (1 + n) / (10 + n)) at step n, as timm can; the official code does not"""
+    """start with a smaller decay, min(decay, (1 + n) / (10 + n)) at step n, as TensorFlow does; officially there is
+    none"""
 
 
 @dataclass
@@ -147,4 +148,4 @@ def load_tune_recipe(name_or_path: str, overrides: list[str] | None = None) -> T
 
 
 #: Kinds of recipe by the `program` that stands in them.
-PROGRAMS: dict[str, type[Recipe]] = {"pretrain": Recipe, "finetune": TuneRecipe}
+PROGRAMS: dict[str, type[Recipe]] = {**PRETRAINING, TuneRecipe.program: TuneRecipe}

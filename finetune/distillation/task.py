@@ -21,7 +21,6 @@ from pretrain.models import classifier
 from pretrain.models.base import Classifier
 from pretrain.models.frozen import Frozen
 from pretrain.objectives.base import Output
-from pretrain.runtime.dtypes import DTYPES
 
 
 @dataclass
@@ -70,15 +69,6 @@ class DistillationTask(ClassificationTask):
             found.append("objective.smoothing has no effect: objective.label_weight is 0, the loss has no labels")
         return found
 
-    def held(self) -> dict[str, tuple[float, str]]:
-        options = self.recipe.objective.teacher
-        # No memory is taken and no file read: a dry run needs neither.
-        with torch.device("meta"):
-            model = classifier.VideoClassifier(options.model, *self.recipe.input.size)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        size = float(count * DTYPES[options.dtype].itemsize)
-        return {"teacher": (size, f"{count:,} parameters in {options.dtype}: frozen, whole on each rank")}
-
     def build(self) -> "DistillationObjective":
         return DistillationObjective(self.build_model(), self.recipe, self.architecture)
 
@@ -117,8 +107,7 @@ class DistillationObjective(ClassificationObjective):
         return Output(loss, {"divergence": divergence.detach(), "agreement": agreement})
 
     def frozen_parts(self) -> Mapping[str, Frozen[Any]]:
-        # With a cache of its logits the teacher need not be there; the cache compares the hash itself.
-        return {} if self.recipe.objective.cache else {"teacher": self.teacher}
+        return {"teacher": self.teacher}
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
         super().before_step(step, steps_per_epoch)

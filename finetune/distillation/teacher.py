@@ -46,7 +46,13 @@ class FrozenTeacher(Frozen[classifier.VideoClassifier]):
         self._recipe = recipe
         self._options: Teacher = recipe.objective.teacher
         super().__init__(
-            "objective.teacher.weights", self._options.weights, self._make, self._load, self._options.dtype
+            "objective.teacher.weights",
+            self._options.weights,
+            self._make,
+            self._load,
+            self._options.dtype,
+            # With a cache of its logits the teacher need not be there; the cache compares the hash itself.
+            noted=recipe.objective.cache is None,
         )
         self._cache: LogitCache | None = None
         self._step = self._micro = 0

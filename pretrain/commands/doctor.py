@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from pretrain.errors import RecipeError, TubeletError
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import PRETRAINING, Recipe
 from pretrain.runtime.findings import Line
 from pretrain.runtime.orphans import die_with_launcher
 
@@ -31,11 +31,10 @@ exit codes: 0 all well or warnings only, 1 something failed, 2 wrong recipe or u
 """
 
 
-def main(argv: Sequence[str] | None = None, kinds: Mapping[str, type[Recipe]] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, kinds: Mapping[str, type[Recipe]] = PRETRAINING) -> int:
     """Run the command; returns the exit code."""
     # First of all: once the launcher is gone, it can hardly be told from init.
     die_with_launcher()
-    kinds = kinds or {"pretrain": Recipe}
     arguments = make_parser(list(kinds)).parse_intermixed_args(argv)
     # Before the ranks have met, only their launcher's variables tell which one fails.
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pretrain.objectives.base import Method
     from pretrain.plan.dry_run import Section
 
-OPTIONS = ("--recipe", "--print", "--check", "--dry-run", "--resume", "--help")
-
 
 @dataclass(frozen=True)
 class Program:
@@ -174,10 +172,17 @@ def _parse(argv: Sequence[str], program: Program) -> argparse.Namespace:
     # Launchers put options of theirs in front, so values and options may stand in any order.
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], OPTIONS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(OPTIONS)}."
+        options = _options(parser)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(options)}."
         parser.error(f"unknown option {' '.join(unknown)}; {hint} Values of the recipe are set with key=value")
     return arguments
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """List the options that --help shows, the command's own among them; argparse has no public list."""
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    return [word for action in shown for word in action.option_strings if word.startswith("--")]
 
 
 def _problem_list(problems: list[str]) -> str:

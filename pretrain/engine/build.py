@@ -39,8 +39,8 @@ class Built:
     cache: GradientCache | None
 
 
-def count_model(method: Method) -> ModelSize:
-    """Count parameters and buffers of a method's objective on the meta device, without memory.
+def build_on_meta(method: Method) -> Objective:
+    """Build a method's objective without memory, as plans need it.
 
     Raises:
         RecipeError: a parameter that can't be trained on every layout.
@@ -54,7 +54,16 @@ def count_model(method: Method) -> ModelSize:
             f"{type(objective).__name__}: {', '.join(scalars)} has no dimensions, which DeepSpeed can't train on "
             "several ranks without ZeRO; allowed: shape [1], as in nn.Parameter(torch.zeros(1))"
         )
-    return size_of(objective)
+    return objective
+
+
+def count_model(method: Method) -> ModelSize:
+    """Count parameters, buffers and frozen towers of a method's objective, without memory.
+
+    Raises:
+        RecipeError: a parameter that can't be trained on every layout.
+    """
+    return size_of(build_on_meta(method))
 
 
 def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool = False) -> Built:

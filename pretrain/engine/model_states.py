@@ -1,12 +1,13 @@
 """Memory that one rank needs for a model, its gradients and its optimiser, by the ZeRO stage that shards it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
-
-from torch import nn
 
 from pretrain.checkpoint.sharded_buffers import ShardedBuffers
 from pretrain.engine.deepspeed_config import unwrapped
+from pretrain.models.frozen import Footprint
+from pretrain.objectives.base import Objective
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.dtypes import DTYPES
 
@@ -17,13 +18,14 @@ Kind = Literal["weights", "gradients", "optimiser", "buffers"]
 class ModelSize:
     """Numbers of parameters, all and trained ones, and bytes of buffers (averages, statistics, tables).
 
-    `sharded_bytes` of the buffers are cut like the weights at stage 3.
+    `sharded_bytes` of the buffers are cut like the weights at stage 3. `towers` lie beside the model, frozen, by name.
     """
 
     parameters: int
     trained: int
     buffer_bytes: int = 0
     sharded_bytes: int = 0
+    towers: Mapping[str, Footprint] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,16 @@ class Held:
     kind: Kind = "weights"
 
 
-def size_of(module: nn.Module) -> ModelSize:
-    """Count a module, which may be on the meta device."""
-    parameters = list(module.parameters())
+def size_of(objective: Objective) -> ModelSize:
+    """Count an objective, which may be on the meta device."""
+    parameters = list(objective.parameters())
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
-        sharded_bytes=sum(part.get_buffer(name).nbytes for part in module.modules()
+        buffer_bytes=sum(buffer.nbytes for buffer in objective.buffers()),
+        sharded_bytes=sum(part.get_buffer(name).nbytes for part in objective.modules()
                           if isinstance(part, ShardedBuffers) for name in part.shapes),
+        towers={name: tower.footprint() for name, tower in objective.frozen_parts().items()},
     )  # fmt: skip
 
 
@@ -53,6 +56,7 @@ def model_states(recipe: Recipe, size: ModelSize, ranks: int) -> list[Held]:
     """List weights, gradients, optimiser states and buffers of one rank, when the gradients of a whole step are there.
 
     Frozen parameters are weights only: no gradient, and nothing in the optimiser, which is built of trained ones.
+    Frozen towers are whole on each rank, whatever the stage: ZeRO does not know them.
 
     Args:
         recipe: the run.
@@ -75,6 +79,7 @@ def model_states(recipe: Recipe, size: ModelSize, ranks: int) -> list[Held]:
     ]
     if offloads(recipe):
         parts.append(_sharded("gradients", "gradients to update with", trained, 4, recipe, 1, "float32", ranks, True))
+    parts += [Held(tower, footprint.bytes, footprint.remark) for tower, footprint in size.towers.items()]
     return [part for part in parts if part.size or part.name in ("gradients", "optimiser")]
 
 

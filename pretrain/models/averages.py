@@ -30,8 +30,8 @@ class WeightAverage(ShardedBuffers):
     Args:
         model: Its parameters' present values are the first averages.
         decay: Share that an average keeps at each update; None: each update says.
-        warmup: Start with a smaller decay: min(decay, (1 + n) / (10 + n)) at update n, as timm's ModelEmaV3 and
-            TensorFlow do. The official recipes don't.
+        warmup: Start with a smaller decay: min(decay, (1 + n) / (10 + n)) at update n, as TensorFlow does. The official
+            recipes don't, and timm's ModelEmaV3 has another curve, min(decay, 1 - n^(-2/3)).
     """
 
     updates: Tensor

@@ -124,9 +124,10 @@ def architecture_of(recipe: Recipe, kind: Any = Architecture) -> Any:
     found = module.ARCHITECTURE(recipe.model, recipe.input)
     # By kind, not by name: a model of the user's works wherever its kind does.
     if not isinstance(found, kind):
-        need = (kind.__doc__ or "").partition("\n")[0].rstrip(".:").lower()
+        own = next(base.__name__ for base in type(found).__mro__ if base.__module__ == __name__)
+        meaning = (kind.__doc__ or "").partition("\n")[0].rstrip(".")
         raise RecipeError(
-            f"model.name={recipe.model.name}: {type(found).__mro__[1].__name__}, and objective "
-            f"{recipe.objective.name} needs {need}"
+            f"model.name: found {recipe.model.name}, of the kind {own}; allowed with objective "
+            f"{recipe.objective.name}: the kind {kind.__name__} ({meaning})"
         )
     return found

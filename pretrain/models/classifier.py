@@ -14,7 +14,16 @@ from pretrain.errors import RecipeError
 from pretrain.models.backbone import AddedClass, Backbone, build_head, layer_id
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.cubes import Grid, cut_cubes, grid_of, grid_problems
-from pretrain.models.encoder import ENCODER_FIELDS, EncoderShape, build_blocks, fill, missing
+from pretrain.models.encoder import (
+    ENCODER_FIELDS,
+    EncoderShape,
+    attention_macs,
+    build_blocks,
+    fill,
+    missing,
+    mlp_macs,
+    size_problems,
+)
 from pretrain.models.keep_rates import Reorganisation, keep_rates, rate_problems, token_counts
 from pretrain.models.positions import InterpolatedPositions, SinCosPositions
 from pretrain.models.recompute import Recompute
@@ -98,13 +107,15 @@ def check(config: Config, frames: int, height: int, width: int) -> list[str]:
     open_fields = missing(full, ENCODER_FIELDS)
     if open_fields:
         return open_fields
+    if too_small := size_problems(full, ("tubelet", *ENCODER_FIELDS)):
+        return too_small
     shape = shape_of(full)
     problems = [
         f"model.{key}={getattr(config, key)}: a probability from 0 to below 1 is needed"
         for key in ("head_dropout", "dropout", "attention_dropout", "drop_path")
         if not 0 <= getattr(config, key) < 1
     ]
-    if shape.heads < 1 or shape.dim % shape.heads:
+    if shape.dim % shape.heads:
         problems.append(f"model.heads={shape.heads}: does not divide model.dim={shape.dim}")
     if config.classes < 0:
         problems.append(f"model.classes={config.classes}: 0 (no head) or more is needed")
@@ -268,8 +279,8 @@ def cost(config: Config, grid: Grid) -> dict[str, float]:
     # Tokens are dropped between attention and MLP, so a dropping block's attention still sees all that enter.
     entering = [grid.tokens, *counts[:-1]]
     dim = shape.dim
-    attention = sum(4 * n * dim * dim + 2 * n * n * dim for n in entering)
-    mlp = sum(2 * n * dim * shape.hidden for n in counts)
+    attention = sum(attention_macs(count, dim) for count in entering)
+    mlp = sum(mlp_macs(count, dim, shape.hidden) for count in counts)
     return {
         "cube embedding": float(grid.tokens * 3 * shape.tubelet * shape.patch_size**2 * dim),
         "attention": float(attention),

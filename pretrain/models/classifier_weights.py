@@ -8,13 +8,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.errors import WeightsError
-from pretrain.models import weights
+from pretrain.models import huggingface, weights
 from pretrain.models.classifier import VideoClassifier
 from pretrain.models.weights import LoadReport
 from pretrain.runtime import storage
@@ -97,11 +97,7 @@ def fuse_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             fused[block[1] + ADAPTFORMER_PARTS[block[2]] + block[3]] = value
         else:
             fused[key] = value
-    for key, parts in apart.items():
-        if len(parts) < 3:
-            raise WeightsError(f"{key}: only {', '.join(sorted(parts))} of q, k, v is in the file")
-        fused[key] = torch.cat([parts[part] for part in "qkv"])
-    return fused
+    return fused | huggingface.join_projections(apart)
 
 
 def split_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,13 +160,11 @@ def _fit_head(model: nn.Module, state: dict[str, Tensor], head: str) -> dict[str
     return {key: value for key, value in state.items() if key not in theirs}
 
 
-def _config_problems(model: VideoClassifier, path: str) -> list[str]:
-    """List contradictions between the model and a Hugging Face config.json beside the weights."""
-    where = storage.join(str(path), "config.json")
-    fs, inner = storage.filesystem(where)
-    if not fs.exists(inner):
-        return []
-    content: dict[str, Any] = json.loads(storage.read_bytes(where))
+def _config_problems(model: nn.Module, path: str) -> list[str]:
+    """List contradictions between our classifier and a Hugging Face config.json beside the weights."""
+    if not isinstance(model, VideoClassifier):
+        return []  # of another model it says nothing
+    content = weights.beside(str(path), "config.json")
     shape = model.shape
     expected = {
         "patch_size": shape.patch_size,
@@ -182,8 +176,11 @@ def _config_problems(model: VideoClassifier, path: str) -> list[str]:
     }
     eps = content.get("layer_norm_eps", model.config.norm_eps)
     if eps != model.config.norm_eps:
-        logger.warning("%s: layer norm epsilon %g, this model has %g: outputs differ by about 1e-5. Set model.norm_eps "
-                       "(and model.fc_norm_eps=1e-5) for equal ones.", where, eps, model.config.norm_eps)  # fmt: skip
+        logger.warning(
+            "%s: its config.json has layer norm epsilon %g, this model %g: outputs differ by about 1e-5. Set "
+            "model.norm_eps (and model.fc_norm_eps=1e-5) for equal ones.",
+            path, eps, model.config.norm_eps,
+        )  # fmt: skip
     return [
         f"config.json says {key}={content[key]}, the model has {value}"
         for key, value in expected.items()

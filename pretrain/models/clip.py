@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone
 from pretrain.models.cubes import Grid
-from pretrain.models.positions import stretch_table
+from pretrain.models.encoder import block_macs, size_problems
+from pretrain.models.positions import stretch_class_table
 from pretrain.models.recompute import Recompute, run_blocks
 from pretrain.models.vit import Activation, Block, Linear
 
@@ -35,12 +36,15 @@ LOG_SCALE = math.log(1 / 0.07)
 
 @dataclass
 class Config:
-    """A size and what departs from it; null means: as the size has it."""
+    """CLIP's two towers: a size and what departs from it; null means: as the size has it, but for `end_id`.
+
+    A part of the section of a method that has such towers; a recipe's `model:` is a single network.
+    """
 
     name: str = "clip"
-    """architecture: pretrain/models/<name>.py"""
+    """the towers' family; there is this one"""
     size: Literal["B/32", "B/16", "L/14", "H/14", "custom"] = "B/16"
-    """published size; custom: every field below that is null must be given"""
+    """published size; custom: every field below that is null must be given, but for end_id"""
     image_size: int = 224
     """side of the images that the position table is for, pixels"""
     patch_size: int | None = None
@@ -108,12 +112,16 @@ def check(config: Config, key: str = "model") -> list[str]:
     ]
     if missing:
         return missing
+    sizes = (*PRESET_FIELDS[:-1], "image_size", "context", "vocabulary", "mlp_ratio")
+    if too_small := size_problems(full, sizes, key):
+        return too_small
     problems = [
         f"{key}.{heads}={getattr(full, heads)}: does not divide {key}.{dim}={getattr(full, dim)}"
         for heads, dim in (("heads", "dim"), ("text_heads", "text_dim"))
-        if getattr(full, heads) < 1 or getattr(full, dim) % getattr(full, heads)
+        if getattr(full, dim) % getattr(full, heads)
     ]
-    if full.patch_size is None or full.image_size % full.patch_size:
+    assert full.patch_size is not None  # filled in above
+    if full.image_size % full.patch_size:
         problems.append(f"{key}.image_size={full.image_size}: not a multiple of {key}.patch_size={full.patch_size}")
     if full.end_id is not None and not 0 <= full.end_id < full.vocabulary:
         problems.append(f"{key}.end_id={full.end_id}: not among the {full.vocabulary} ids of {key}.vocabulary")
@@ -163,12 +171,8 @@ class PatchStem(nn.Module):
             raise RecipeError(f"images of {height}x{width}: patches of {self.patch} pixels don't fit")
         tokens = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
         tokens = torch.cat((self.class_token.expand(len(images), 1, -1), tokens), dim=1)
-        return tokens + self._positions(Grid(1, height // self.patch, width // self.patch))
-
-    def _positions(self, grid: Grid) -> Tensor:
-        if grid == self.grid:
-            return self.positions
-        return torch.cat((self.positions[:1], stretch_table(self.positions[1:], self.grid, grid)))
+        grid = Grid(1, height // self.patch, width // self.patch)
+        return tokens + stretch_class_table(self.positions, self.grid, grid)
 
 
 class TokenStem(nn.Module):
@@ -346,14 +350,10 @@ def cost(config: Config) -> dict[str, float]:
     patches = (full.image_size // full.patch_size) ** 2
     return {
         "image tower: patches": float(3 * patches * full.patch_size**2 * full.dim),
-        "image tower: blocks": _block_cost(full.dim, full.mlp_ratio, 1 + patches) * full.depth,
-        "text tower: blocks": _block_cost(full.text_dim, full.mlp_ratio, full.context) * full.text_depth,
+        "image tower: blocks": float(full.depth * block_macs(1 + patches, full.dim, full.mlp_ratio)),
+        "text tower: blocks": float(full.text_depth * block_macs(full.context, full.text_dim, full.mlp_ratio)),
         "projections": float((full.dim + full.text_dim) * full.embedding),
     }
-
-
-def _block_cost(dim: int, mlp_ratio: float, tokens: int) -> float:
-    return float(tokens * (4 * dim**2 + 2 * dim * int(dim * mlp_ratio)) + 2 * tokens**2 * dim)
 
 
 def _checked(config: Config) -> Any:

@@ -5,21 +5,19 @@ a config.json or open_clip_config.json lies beside the weights it must agree wit
 activation it is, the recipe has to.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from pretrain.errors import WeightsError
 from pretrain.models import weights
 from pretrain.models.clip import CLIP, Config, TextTower, VisualTower, resolve
 from pretrain.models.frozen import Frozen
+from pretrain.models.huggingface import join_projections
 from pretrain.models.weights import LoadReport
-from pretrain.runtime import storage
 
 Layout = Literal["OpenAI", "open_clip", "Hugging Face", "own"]
 
@@ -244,12 +242,7 @@ def _fused(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
             apart.setdefault(f"{part[1]}attn.qkv.{part[3]}", {})[part[2]] = value
         else:
             found[name] = value
-    for name, parts in apart.items():
-        absent = [part for part in "qkv" if part not in parts]
-        if absent:
-            raise WeightsError(f"{name}: {', '.join(absent)} is missing beside {', '.join(parts)}")
-        found[name] = torch.cat([parts[part] for part in "qkv"])
-    return found
+    return found | join_projections(apart)
 
 
 def _named(key: str, stems: Mapping[str, str], parts: Mapping[str, str]) -> str:
@@ -267,7 +260,7 @@ def config_problems(model: CLIP | VisualTower | TextTower, path: str, layout: La
     towers = [kind for kind in (VisualTower, TextTower) if isinstance(model, (CLIP, kind))]
     wanted = _wanted(model.config, towers)
     stated: list[tuple[str, dict[str, Any]]] = []
-    hugging_face, open_clip = _beside(path, "config.json"), _beside(path, "open_clip_config.json")
+    hugging_face, open_clip = weights.beside(path, "config.json"), weights.beside(path, "open_clip_config.json")
     if str(hugging_face.get("model_type", "")).startswith("clip"):
         stated.append(("config.json", _hugging_face_facts(hugging_face, model.config)))
     if "model_cfg" in open_clip:
@@ -339,14 +332,3 @@ def _open_clip_facts(content: Mapping[str, Any]) -> dict[str, Any]:
              "vocab_size": "vocabulary"}  # fmt: skip
     found |= {name: text[key] for key, name in names.items() if key in text}
     return found | {key: text[key.split(".")[1]] for key in OPEN_CLIP_TEXT if key.split(".")[1] in text}
-
-
-def _beside(path: str, name: str) -> dict[str, Any]:
-    """Read a JSON file of the folder with the weights; empty where there is none."""
-    folder = storage.parent(path) if path.endswith(weights.FOLDER_FILES) else path
-    where = storage.join(folder, name)
-    fs, inner = storage.filesystem(where)
-    if not fs.exists(inner):
-        return {}
-    content: dict[str, Any] = json.loads(storage.read_bytes(where))
-    return content

@@ -38,10 +38,13 @@ def grid_problems(frames: int, height: int, width: int, tubelet: int, patch: int
         ("input.height", height, "model.patch_size", patch),
         ("input.width", width, "model.patch_size", patch),
     )
+    # A unit below 1 is what to change, and nothing can be divided by 0; two sides name the same one.
+    if too_small := {unit_key: unit for _, _, unit_key, unit in sizes if unit < 1}:
+        return [f"{key}: found {unit}, allowed: 1 or more" for key, unit in too_small.items()]
     return [
         f"{key}={size}: not a multiple of {unit_key}={unit}; use {max(round(size / unit), 1) * unit}"
         for key, size, unit_key, unit in sizes
-        if unit < 1 or size < 1 or size % unit
+        if size < 1 or size % unit
     ]
 
 

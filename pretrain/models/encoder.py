@@ -63,6 +63,30 @@ def missing(config: Any, fields: Sequence[str]) -> list[str]:
     ]
 
 
+def attention_macs(tokens: int, dim: int) -> int:
+    """Count multiply-accumulates of a block's attention: four projections, scores and their use."""
+    return 4 * tokens * dim * dim + 2 * tokens * tokens * dim
+
+
+def mlp_macs(tokens: int, dim: int, hidden: int) -> int:
+    """Count multiply-accumulates of a block's MLP."""
+    return 2 * tokens * dim * hidden
+
+
+def block_macs(tokens: int, dim: int, mlp_ratio: float) -> int:
+    """Count multiply-accumulates of a block; norms, softmax and activation functions are not counted."""
+    return attention_macs(tokens, dim) + mlp_macs(tokens, dim, int(dim * mlp_ratio))
+
+
+def size_problems(config: Any, fields: Sequence[str], section: str = "model") -> list[str]:
+    """List sizes of a filled configuration that are 0 or less: such layers would be built, and compute nothing."""
+    return [
+        f"{section}.{key}: found {getattr(config, key)}, allowed: more than 0"
+        for key in fields
+        if getattr(config, key) <= 0
+    ]
+
+
 def build_blocks(
     config: Any,
     dim: int,

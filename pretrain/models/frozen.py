@@ -52,7 +52,8 @@ class Frozen(Generic[M]):
         build: makes the network; its draws change nobody else's.
         fill: copies weights from what `locate` gave into it, strictly.
         dtype: format of its weights and activations.
-        name: for the log and the dry run; default: the key's part before the last dot.
+        name: for the log; default: the key's part before the last dot.
+        noted: whether checkpoints hold its hash, for which it is loaded; false where something else compares it.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Frozen(Generic[M]):
         fill: Callable[[M, str], object],
         dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
         name: str | None = None,
+        noted: bool = True,
     ) -> None:
-        self.key, self.weights, self.dtype = key, weights, dtype
+        self.key, self.weights, self.dtype, self.noted = key, weights, dtype, noted
         self.name = name or key.split(".")[-2 if "." in key else 0]
         self._build, self._fill = build, fill
         self._model: M | None = None
@@ -112,8 +114,8 @@ class Frozen(Generic[M]):
                     self.name, f"{count:,}", self.dtype, count * DTYPES[self.dtype].itemsize / 1e9)  # fmt: skip
 
     def build_empty(self) -> None:
-        """Build the network without reading weights: plans need its shapes alone, and run where the file is not."""
-        self._model = self._build().requires_grad_(False).to(DTYPES[self.dtype]).eval()
+        """Build the network on the meta device: plans need its shapes alone, and run where no file is or memory."""
+        self._model = self._build_on_meta().requires_grad_(False).to(DTYPES[self.dtype]).eval()
 
     @property
     def digest(self) -> str:
@@ -123,12 +125,15 @@ class Frozen(Generic[M]):
 
     def footprint(self) -> Footprint:
         """Count the memory that the network will take; reads no weights."""
-        # No memory is taken: the dry run may stand on a machine that the tower does not fit.
-        with torch.device("meta"):
-            model = self._build()
+        model = self._build_on_meta()
         count = sum(parameter.numel() for parameter in model.parameters())
         held = sum(value.numel() * _itemsize(value, DTYPES[self.dtype]) for value in model.state_dict().values())
         return Footprint(count, float(held), f"{count:,} parameters in {self.dtype}: frozen, whole on each rank")
+
+    def _build_on_meta(self) -> M:
+        # No memory is taken: a plan may stand on a machine that the tower does not fit.
+        with torch.device("meta"):
+            return self._build()
 
 
 def locate(key: str, weights: str) -> str:
@@ -216,7 +221,9 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 def frozen_notes(parts: Mapping[str, Frozen[Any]]) -> dict[str, dict[str, str]]:
     """Note for a checkpoint, in place of frozen weights, their name and hash (JSON); loads those not asked yet."""
-    return {name: {"weights": part.weights, "digest": part.digest} for name, part in sorted(parts.items())}
+    return {
+        name: {"weights": part.weights, "digest": part.digest} for name, part in sorted(parts.items()) if part.noted
+    }
 
 
 def check_frozen(parts: Mapping[str, Frozen[Any]], noted: Mapping[str, Mapping[str, str]], where: str) -> None:
@@ -230,6 +237,7 @@ def check_frozen(parts: Mapping[str, Frozen[Any]], noted: Mapping[str, Mapping[s
     Raises:
         CheckpointError: other weights, or parts that only one side has.
     """
+    parts = {name: part for name, part in parts.items() if part.noted}
     lines = [f"{name}: noted there, not in this recipe" for name in sorted(noted.keys() - parts.keys())]
     lines += [f"{name}: in this recipe, not noted there" for name in sorted(parts.keys() - noted.keys())]
     for name in sorted(parts.keys() & noted.keys()):

@@ -52,19 +52,28 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = _official_name(key)
         projection = re.fullmatch(r"(.*\.)attention\.attention\.(query|key|value)\.weight", name)
         if projection:
-            projections.setdefault(projection[1], {})[projection[2]] = value
+            projections.setdefault(f"{projection[1]}attn.qkv.weight", {})[projection[2][0]] = value
         # Both spellings of a bias in one file: whichever came last would win.
         elif name in found:
             raise WeightsError(f"{key}: a second spelling of {name} in one file; delete one of them")
         else:
             found[name] = value
-    for block, parts in projections.items():
-        absent = [part for part in QKV if part not in parts]
+    return found | join_projections(projections)
+
+
+def join_projections(apart: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join queries, keys and values that a file holds apart, by the name of the whole and their own first letters.
+
+    Raises:
+        WeightsError: one of the three is missing.
+    """
+    for name, parts in apart.items():
+        absent = [part for part in QKV if part[0] not in parts]
         if absent:
-            raise WeightsError(f"{block}attention: {', '.join(absent)} weight is missing beside {', '.join(parts)}")
-        # The order of rows that the official reshape(3, heads, d) reads; another one trains without an error.
-        found[block + "attn.qkv.weight"] = torch.cat([parts[part] for part in QKV])
-    return found
+            there = [part for part in QKV if part[0] in parts]
+            raise WeightsError(f"{name}: {', '.join(absent)} missing in the file beside {', '.join(there)}")
+    # The order of rows that the official reshape(3, heads, d) reads; another one trains without an error.
+    return {name: torch.cat([parts[part[0]] for part in QKV]) for name, parts in apart.items()}
 
 
 def _official_name(key: str) -> str:

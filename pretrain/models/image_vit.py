@@ -14,7 +14,8 @@ from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone, build_head, layer_id
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.cubes import Grid, grid_problems
-from pretrain.models.positions import stretch_table
+from pretrain.models.encoder import attention_macs, mlp_macs, size_problems
+from pretrain.models.positions import stretch_class_table
 from pretrain.models.recompute import Recompute
 from pretrain.models.token_reorganisation import Tokens
 from pretrain.models.vit import Block, drop_path_rates, truncated_normal
@@ -50,8 +51,20 @@ class Config:
     """epsilon of every layer norm"""
 
 
-#: Channels, blocks, heads of the published sizes; patch 16, MLP ratio 4.
-SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+def check(config: Config) -> list[str]:
+    """List what keeps this model from being built."""
+    if too_small := size_problems(config, ("image_size", "patch_size", "dim", "depth", "heads", "mlp_ratio")):
+        return too_small
+    found = []
+    if config.dim % config.heads:
+        found.append(f"model.heads={config.heads}: does not divide model.dim={config.dim}")
+    if config.image_size % config.patch_size:
+        found.append(f"model.image_size={config.image_size}: no multiple of model.patch_size={config.patch_size}")
+    if config.classes < 0:
+        found.append(f"model.classes={config.classes}: 0 (no head) or more is needed")
+    if not 0 <= config.drop_path < 1:
+        found.append(f"model.drop_path={config.drop_path}: a probability from 0 to below 1 is needed")
+    return found
 
 
 class PatchEmbedding(nn.Module):
@@ -70,18 +83,15 @@ class ImageViT(Backbone):
     """ViT with a class token; takes images of any size that patches fit, stretching the position table.
 
     Raises:
-        RecipeError: the heads don't divide the channels.
+        RecipeError: the configuration can't be built.
     """
 
     norm: nn.LayerNorm | None
     fc_norm: nn.LayerNorm | None
 
     def __init__(self, options: Config, activation_checkpointing: Recompute = False) -> None:
-        if options.dim % options.heads or options.image_size % options.patch_size:
-            raise RecipeError(
-                f"image ViT: {options.heads} heads must divide {options.dim} channels, and patches of "
-                f"{options.patch_size} an image of {options.image_size} pixels"
-            )
+        if problems := check(options):
+            raise RecipeError(problems)
         super().__init__(options.dim, 1, activation_checkpointing)
         self.options = options
         side = options.image_size // options.patch_size
@@ -103,7 +113,7 @@ class ImageViT(Backbone):
         counts: int | Sequence[int | None] | None = None,
     ) -> Tensor:
         """Compute logits [B, classes] of normalised images [B, 3, H, W]."""
-        return self.head(self.forward_features(images, keep_rate=keep_rate, counts=counts))
+        return self.forward_head(self.forward_features(images, keep_rate=keep_rate, counts=counts))
 
     def forward_features(
         self,
@@ -129,8 +139,13 @@ class ImageViT(Backbone):
         """Embed images as tokens [B, 1+N, C] with positions, as they enter the first block.
 
         Images are [B, 3, H, W], or clips of one frame [B, 1, H, W, 3] as samples have them.
+
+        Raises:
+            RecipeError: clips of several frames, or patches that don't fit.
         """
         if images.dim() == 5:
+            if images.shape[1] != 1:
+                raise RecipeError(f"clips of {images.shape[1]} frames: image_vit takes single pictures")
             images = images[:, 0].permute(0, 3, 1, 2)
         patch = self.options.patch_size
         height, width = images.shape[2:]
@@ -139,7 +154,7 @@ class ImageViT(Backbone):
         # Pixels arrive as float32; a convolution takes its weights' type alone.
         tokens = self.patch_embed(images.to(self.pos_embed.dtype))
         tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), tokens), dim=1)
-        return tokens + self._positions(Grid(1, height // patch, width // patch))
+        return tokens + stretch_class_table(self.pos_embed[0], self.grid, Grid(1, height // patch, width // patch))
 
     def pool(self, tokens: Tokens) -> Tensor:
         """Pool to features [B, C]: the class token behind `norm`, or `fc_norm` of the other tokens' mean."""
@@ -147,12 +162,10 @@ class ImageViT(Backbone):
             return self._normed(tokens.x)[:, 0]
         return self.fc_norm(self.mean_tokens(tokens))
 
-    def _positions(self, grid: Grid) -> Tensor:
-        if grid == self.grid:
-            return self.pos_embed
-        # Without the class token's position, which has no place on the grid.
-        patches = stretch_table(self.pos_embed[0, 1:], self.grid, grid)
-        return torch.cat((self.pos_embed[:, :1], patches[None]), dim=1)
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Compute logits [B, classes] of features [B, C]."""
+        logits: Tensor = self.head(features)
+        return logits
 
     def _normed(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm(x)
@@ -175,14 +188,12 @@ class ImageViTArchitecture(Classifier):
     """An image ViT as a recipe describes it; its input is clips of one frame."""
 
     def problems(self) -> list[str]:
-        options, (frames, height, width) = self.config, self.input.size
-        found = grid_problems(frames, height, width, 1, options.patch_size)
+        frames, height, width = self.input.size
+        found = check(self.config)
+        if self.config.patch_size > 0:  # else `check` has told
+            found += grid_problems(frames, height, width, 1, self.config.patch_size)
         if frames != 1:
             found.append(f"input.frames={frames}: image_vit takes single pictures; set input.frames=1")
-        if options.heads < 1 or options.dim % options.heads:
-            found.append(f"model.heads={options.heads}: does not divide model.dim={options.dim}")
-        if options.image_size % options.patch_size:
-            found.append(f"model.image_size={options.image_size}: no multiple of model.patch_size={options.patch_size}")
         return found
 
     def build(self, activation_checkpointing: Recompute = False) -> ImageViT:
@@ -194,8 +205,8 @@ class ImageViTArchitecture(Classifier):
         return Cost(
             {
                 "patch embedding": float(self._tokens * 3 * options.patch_size**2 * dim),
-                "attention": float(options.depth * (4 * tokens * dim * dim + 2 * tokens * tokens * dim)),
-                "MLP": float(options.depth * 2 * tokens * dim * hidden),
+                "attention": float(options.depth * attention_macs(tokens, dim)),
+                "MLP": float(options.depth * mlp_macs(tokens, dim, hidden)),
                 "head": float(dim * options.classes),
             },
             {"all": tokens},

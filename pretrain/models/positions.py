@@ -93,3 +93,10 @@ def stretch_table(table: Tensor, source: Grid, grid: Grid) -> Tensor:
         lines = F.interpolate(lines, size=grid.time, mode="linear", align_corners=False)
         planes = lines[0].t().unflatten(1, planes.shape[1:])
     return planes.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def stretch_class_table(table: Tensor, source: Grid, grid: Grid) -> Tensor:
+    """Stretch a table whose first row is the class token's, [1 + tokens, C]; that one has no place on the grid."""
+    if grid == source:
+        return table
+    return torch.cat((table[:1], stretch_table(table[1:], source, grid)))

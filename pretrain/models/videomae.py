@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pretrain.errors import RecipeError
 from pretrain.models.base import MaskedAutoencoder
 from pretrain.models.cubes import Grid, grid_of, grid_problems
-from pretrain.models.encoder import PRESET_FIELDS, EncoderShape, build_blocks, fill, missing
+from pretrain.models.encoder import PRESET_FIELDS, EncoderShape, block_macs, build_blocks, fill, missing, size_problems
 from pretrain.models.positions import SinCosPositions
 from pretrain.models.recompute import Recompute, run_blocks
 from pretrain.models.vit import CubeEmbedding, Linear
@@ -78,6 +78,8 @@ def check(config: Config, frames: int, height: int, width: int) -> list[str]:
     open_fields = missing(full, PRESET_FIELDS)
     if open_fields:
         return open_fields
+    if too_small := size_problems(full, ("tubelet", *PRESET_FIELDS)):
+        return too_small
     shape = shape_of(full)
     problems = [
         f"model.{heads_key}={heads}: does not divide model.{dim_key}={dim}"
@@ -85,7 +87,7 @@ def check(config: Config, frames: int, height: int, width: int) -> list[str]:
             ("heads", shape.heads, "dim", shape.dim),
             ("decoder_heads", shape.decoder_heads, "decoder_dim", shape.decoder_dim),
         )
-        if heads < 1 or dim % heads
+        if dim % heads
     ]
     if not 0 <= config.drop_path < 1:
         problems.append(f"model.drop_path={config.drop_path}: a probability from 0 to below 1 is needed")
@@ -121,11 +123,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config, shape: Shape, grid: Grid) -> None:
         super().__init__()
-        eps = config.norm_eps if config.decoder_norm_eps is None else config.decoder_norm_eps
         self.positions = SinCosPositions(grid.tokens, shape.decoder_dim)
         hidden = int(shape.decoder_dim * shape.mlp_ratio)
         self.blocks = build_blocks(config, shape.decoder_dim, shape.decoder_depth, shape.decoder_heads, hidden)
-        self.norm = nn.LayerNorm(shape.decoder_dim, eps=eps)
+        self.norm = nn.LayerNorm(shape.decoder_dim, eps=config.decoder_norm_eps or config.norm_eps)
         self.head = Linear(shape.decoder_dim, shape.cube)
 
     def forward(self, tokens: Tensor, predicted: int, recompute: Recompute = False) -> Tensor:
@@ -158,8 +159,8 @@ class VideoMAE(nn.Module):
         self.shape = shape_of(config)
         self.grid = grid_of(frames, height, width, self.shape.tubelet, self.shape.patch_size)
         self.activation_checkpointing = activation_checkpointing
-        self.encoder = Encoder(config, self.shape, self.grid)
-        self.decoder = Decoder(config, self.shape, self.grid)
+        self.encoder = Encoder(self.config, self.shape, self.grid)
+        self.decoder = Decoder(self.config, self.shape, self.grid)
         # PyTorch's own first weights, as officially: only layers inside encoder and decoder draw Xavier ones.
         self.encoder_to_decoder = nn.Linear(self.shape.dim, self.shape.decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.shape.decoder_dim))
@@ -223,8 +224,8 @@ def cost(config: Config, grid: Grid, visible: int, targets: int) -> dict[str, fl
     """
     shape = shape_of(config)
     embedding = shape.cube * shape.dim
-    encoder = shape.depth * _block_cost(visible, shape.dim, shape.mlp_ratio)
-    decoder = shape.decoder_depth * _block_cost(visible + targets, shape.decoder_dim, shape.mlp_ratio)
+    encoder = shape.depth * block_macs(visible, shape.dim, shape.mlp_ratio)
+    decoder = shape.decoder_depth * block_macs(visible + targets, shape.decoder_dim, shape.mlp_ratio)
     return {
         "cube embedding": float(visible * embedding),
         "encoder": float(encoder),
@@ -233,8 +234,3 @@ def cost(config: Config, grid: Grid, visible: int, targets: int) -> dict[str, fl
         "prediction head": float(targets * shape.decoder_dim * shape.cube),
         "skipped: embedding of hidden cubes": float((grid.tokens - visible) * embedding),
     }
-
-
-def _block_cost(tokens: int, dim: int, mlp_ratio: float) -> int:
-    projections = tokens * (4 * dim * dim + 2 * dim * int(dim * mlp_ratio))
-    return projections + 2 * tokens * tokens * dim

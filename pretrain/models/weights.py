@@ -12,6 +12,7 @@ import logging
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from pretrain.errors import WeightsError
 from pretrain.models import huggingface
 from pretrain.models.torchscript import is_torchscript, read_torchscript
+from pretrain.models.videomae import VideoMAE
 from pretrain.runtime import storage
 
 logger = logging.getLogger(__name__)
@@ -84,10 +86,12 @@ def load_weights(
         raw: the weights, where the caller has read them; `path` then only names them.
 
     Raises:
-        WeightsError: unreadable, or anything else is missing, unexpected or of another shape; nothing is loaded then.
+        WeightsError: unreadable, or anything else is missing, unexpected or of another shape, or a config.json in the
+            folder contradicts the model; nothing is loaded then.
     """
+    path = str(path)
     raw = read_raw(path) if raw is None else raw
-    report = LoadReport(str(path), layout_of(raw))
+    report = LoadReport(path, layout_of(raw))
     return load_state(
         module, official_state(raw), report, allow_missing, allow_unexpected, _config_problems(module, path)
     )
@@ -180,6 +184,28 @@ def read_raw(path: str) -> dict[str, Tensor]:
     return {key: value for part in sorted(set(parts)) for key, value in _read_file(storage.join(path, part)).items()}
 
 
+def beside(path: str, name: str) -> dict[str, Any]:
+    """Read a JSON file of the folder with the weights, of which `path` may name a file; empty where there is none.
+
+    A weights file of another name is one of many in its folder, and what lies there describes none of them.
+
+    Raises:
+        WeightsError: it holds no JSON object.
+    """
+    folder = storage.parent(path) if PurePosixPath(path).name in FOLDER_FILES else path
+    where = storage.join(folder, name)
+    fs, inner = storage.filesystem(where)
+    if not fs.exists(inner):
+        return {}
+    try:
+        content = json.loads(storage.read_bytes(where))
+    except ValueError as error:
+        raise WeightsError(f"{where}: not valid JSON ({error}); mend it, or move it away from the weights") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{where}: found a {type(content).__name__}, allowed: a JSON object")
+    return content
+
+
 def _read_file(url: str) -> dict[str, Tensor]:
     if url.endswith(".safetensors"):
         try:
@@ -264,19 +290,16 @@ def _copy(parameter: Tensor, value: Tensor) -> None:
 
 
 def _config_problems(module: nn.Module, path: str) -> list[str]:
-    """List contradictions between the model and a config.json beside the weights."""
-    where = storage.join(str(path), "config.json")
-    shape = getattr(module, "shape", None)
-    fs, inner = storage.filesystem(where)
-    if shape is None or not fs.exists(inner):
+    """List contradictions between a VideoMAE and a config.json beside the weights; of other models it says nothing."""
+    if not isinstance(module, VideoMAE):
         return []
-    content = json.loads(storage.read_bytes(where))
+    content = beside(path, "config.json")
     eps = (content.get("layer_norm_eps"), huggingface.DECODER_NORM_EPS)
-    ours = (module.config.norm_eps, module.config.decoder_norm_eps)  # type: ignore[union-attr]
+    ours = (module.config.norm_eps, module.config.decoder_norm_eps)
     if eps[0] is not None and eps != ours:
         logger.warning(
             "%s: its layer norm epsilons are %s (last decoder norm %s), this model has %s and %s; outputs differ by "
             "about 1e-5. Set model.norm_eps and model.decoder_norm_eps for equal ones.",
             path, *eps, *ours,
         )  # fmt: skip
-    return huggingface.config_problems(content, shape)
+    return huggingface.config_problems(content, module.shape)

@@ -105,7 +105,7 @@ class Objective(nn.Module):
         return {}
 
     def frozen_parts(self) -> Mapping[str, Frozen[Any]]:
-        """Give towers that don't train: a checkpoint names them with their hash, and a resume compares it."""
+        """Give towers that don't train: plans count them, and a resume compares their hashes in the checkpoint."""
         return {}
 
     def features(self, batch: Batch) -> Tensor:
@@ -229,10 +229,6 @@ class Method(abc.ABC):
         """Make a micro-batch of `count` samples with made-up content; no data are needed."""
         return self.samples().example(count)
 
-    def held(self) -> dict[str, tuple[float, str]]:
-        """Name what each rank holds beside the model (frozen towers): bytes and a remark, for the dry run."""
-        return {}
-
     def evaluation(self, ranks: Ranks) -> Evaluation | None:
         """Open what is measured while training; None where nothing is."""
         return None
@@ -263,17 +259,16 @@ def method_of(recipe: Recipe) -> Method:
     """Look up the method that a recipe names; once, then it is handed on.
 
     Raises:
-        RecipeError: there is none of that name, or its class is no complete method.
+        RecipeError: there is none of that name, or it asks for a model of a kind that there is not.
     """
     name = recipe.objective.name
-    chosen = load_component("objective", name, type(recipe).METHODS).METHOD
-    if not issubclass(chosen, Method):
-        raise RecipeError(f"objective {name!r}: METHOD is {chosen.__name__}, allowed: a subclass of {__name__}.Method")
-    if chosen.__abstractmethods__:
-        absent = ", ".join(sorted(chosen.__abstractmethods__))
-        raise RecipeError(f"objective {name!r}: {chosen.__name__} does not define {absent}")
-    method: Method = chosen(recipe)
-    return method
+    chosen: type[Method] = load_component("objective", name, type(recipe).METHODS).METHOD
+    if not (isinstance(chosen.MODEL, type) and issubclass(chosen.MODEL, Architecture)):
+        raise RecipeError(
+            f"objective {name!r}: {chosen.__name__}.MODEL is {chosen.MODEL!r}, allowed: a kind of model, one of the "
+            "classes in pretrain/models/base.py"
+        )
+    return chosen(recipe)
 
 
 def problems_of(method: Method, ranks: int | None = None) -> list[str]:

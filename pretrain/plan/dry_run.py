@@ -5,18 +5,21 @@ The model is built on the meta device, so a billion parameters take seconds and 
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
+from torch import nn
 
 from pretrain.data.compose import shares
 from pretrain.data.index import ShardIndex
 from pretrain.data.order import SourceShape
+from pretrain.engine.build import build_on_meta, open_cache
 from pretrain.engine.deepspeed_config import builds_sharded, deepspeed_config
-from pretrain.engine.model_states import Held, ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
+from pretrain.engine.model_states import ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
 from pretrain.engine.schedules import Schedule, build_schedule, every_steps
 from pretrain.errors import StorageError
+from pretrain.models.base import MODEL
 from pretrain.objectives.base import Method, Objective
 from pretrain.plan.indices import epoch_of, find_indices, source_size
 from pretrain.recipe.rates import actual_rates, rate_scales
@@ -46,6 +49,8 @@ class RunOutline:
     ranks: int
     ranks_from: str
     accumulation: int
+    cached: bool
+    """whether micro-batches are embedded once more, for a loss over the global batch"""
     size: ModelSize
     epoch_videos: int | None
     schedule: Schedule | None
@@ -57,8 +62,7 @@ def dry_run(method: Method) -> list[Section]:
     Missing data is reported, not raised: a published recipe is looked at before its data is there.
     """
     recipe = method.recipe
-    with torch.device("meta"):
-        objective = method.build()
+    objective = build_on_meta(method)
     data, indices = _data_section(recipe)
     plan = _plan(recipe, objective, indices)
     return [
@@ -68,7 +72,7 @@ def dry_run(method: Method) -> list[Section]:
         _batch_section(method, plan),
         _learning_rate_section(recipe),
         _schedule_section(recipe, plan),
-        _memory_section(method, plan),
+        _memory_section(recipe, plan),
         _deepspeed_section(recipe, plan),
         _checkpoint_section(recipe, plan),
     ]
@@ -85,23 +89,31 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
     epoch = epoch_of(recipe, indices)
     schedule = build_schedule(recipe, epoch[1]) if epoch is not None else None
     accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
-    return RunOutline(ranks, origin, accumulation, size_of(objective), epoch[0] if epoch else None, schedule)
+    cached = open_cache(objective, accumulation) is not None
+    return RunOutline(ranks, origin, accumulation, cached, size_of(objective), epoch[0] if epoch else None, schedule)
 
 
 def _model_section(objective: Objective, plan: RunOutline) -> Section:
     section = Section("model")
-    module = getattr(objective, "model", objective)
     total, trained = plan.size.parameters, plan.size.trained
-    section.add("parameters", f"{total:,}", type(module).__name__)
+    section.add("parameters", f"{total:,}", type(objective.model).__name__)
     if trained < total:
         section.add("  trained", f"{trained:,}", f"{trained / total:.2%}; the others are frozen")
-    for name, child in module.named_children():
-        count = sum(parameter.numel() for parameter in child.parameters())
-        if count:
-            section.add(f"  {name}", f"{count:,}")
-    for name, parameter in module.named_parameters(recurse=False):
-        section.add(f"  {name}", f"{parameter.numel():,}")
+    for name, count in _parts(objective.model):
+        section.add(f"  {name}", f"{count:,}")
+    for name, count in _parts(objective):
+        if name != MODEL:
+            section.add(f"  {name}", f"{count:,}", "beside the model")
     return section
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield the parameters of each child, where it has any, and the module's own."""
+    for name, child in module.named_children():
+        if count := sum(parameter.numel() for parameter in child.parameters()):
+            yield name, count
+    for name, parameter in module.named_parameters(recurse=False):
+        yield name, parameter.numel()
 
 
 def _cost_section(method: Method) -> Section:
@@ -179,7 +191,7 @@ def _batch_section(method: Method, plan: RunOutline) -> Section:
     )
     macs = method.cost().executed
     # `selective` recomputes no matrix product, and nothing else is counted.
-    passes = 1 + BACKWARD_COST + int(recipe.compute.activation_checkpointing is True)
+    passes = 1 + BACKWARD_COST + int(recipe.compute.activation_checkpointing is True) + int(plan.cached)
     section.add(
         "work",
         _flops(2 * macs * passes * batch.samples * views),
@@ -256,12 +268,10 @@ def _marks(schedule: Schedule) -> list[int]:
     return sorted(step for step in marks if step < schedule.total)
 
 
-def _memory_section(method: Method, plan: RunOutline) -> Section:
-    """List what a rank holds of the model, and of what the objective keeps beside it."""
-    recipe = method.recipe
+def _memory_section(recipe: Recipe, plan: RunOutline) -> Section:
+    """List what a rank holds of the model, and of frozen towers beside it."""
     section = Section(f"memory of one rank (ZeRO {recipe.zero.stage}, {recipe.compute.dtype})")
     parts = model_states(recipe, plan.size, plan.ranks)
-    parts += [Held(name, size, remark) for name, (size, remark) in method.held().items()]
     for part in parts:
         section.add(part.name, _gigabytes(part.size), part.remark)
     together = sum(part.size for part in parts if not part.host)

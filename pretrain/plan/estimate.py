@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from pretrain.data.index import ShardIndex
-from pretrain.engine.build import count_model
-from pretrain.engine.model_states import checkpoint_bytes
+from pretrain.engine.build import build_on_meta, open_cache
+from pretrain.engine.model_states import checkpoint_bytes, size_of
 from pretrain.engine.schedules import build_schedule
 from pretrain.errors import RecipeError
 from pretrain.objectives.base import Method
@@ -100,7 +100,8 @@ class Planner:
         self.method, self.recipe = method, method.recipe
         self.gpu, self.resources, self.indices = gpu, resources, indices
         self.epoch_steps = epoch_steps
-        self.size = count_model(method)
+        self.objective = build_on_meta(method)
+        self.size = size_of(self.objective)
         self.parameters = self.size.parameters
         self._traces: dict[int, Trace] = {}
 
@@ -114,7 +115,8 @@ class Planner:
         """Plan the run on `gpus` accelerators.
 
         Raises:
-            RecipeError: batch.samples can't be dealt to that many.
+            RecipeError: batch.samples can't be dealt to that many, or a loss over the global batch not to so many
+                micro-batches.
         """
         recipe, gpu = self.recipe, self.gpu
         # Only where the ranks divide the lanes has each rank lanes of its own, which keeps its reads close together.
@@ -127,13 +129,13 @@ class Planner:
         micro, problems = self._choose_micro(gpus, largest, states)
         accumulation = recipe.batch.samples // (micro * gpus)
         trace = self.trace(micro)
-        traffic = traffic_of(recipe, self.parameters, gpus, accumulation)
-        times = self._times(trace, accumulation, gpus, traffic)
+        # A loss over the global batch embeds every micro-batch before the first one is trained on.
+        forwards = 1 if open_cache(self.objective, accumulation) is None else 2
+        traffic = traffic_of(recipe, self.size, gpus, accumulation, forwards)
+        times = self._times(trace, accumulation, forwards, gpus, traffic)
         videos_per_s = recipe.batch.samples / times.total
         clips_per_s = videos_per_s * recipe.input.views
         feeding = feeding_of(recipe, videos_per_s, gpus, self.resources, self.indices)
-        # A backward pass costs two forward ones. Recomputed work is no model's work: counted, it would raise the MFU.
-        model_flops = 3 * trace.forward_flops / trace.clips
         return Estimate(
             gpus=gpus,
             gpu=gpu,
@@ -148,7 +150,7 @@ class Planner:
             communication_s=seconds_of(traffic.total, gpu, gpus),
             times=times,
             clips_per_s=clips_per_s,
-            mfu=clips_per_s * model_flops / (gpu.matmul_tflops * 1e12 * gpus),
+            mfu=clips_per_s * trace.model_flops / trace.clips / (gpu.matmul_tflops * 1e12 * gpus),
             steps=self._steps(),
             checkpoint_bytes=checkpoint_bytes(recipe, self.size),
             feeding=feeding,
@@ -163,14 +165,14 @@ class Planner:
             return None
         return build_schedule(self.recipe, self.epoch_steps).total
 
-    def _times(self, trace: Trace, accumulation: int, gpus: int, traffic: Traffic) -> Times:
+    def _times(self, trace: Trace, accumulation: int, forwards: int, gpus: int, traffic: Traffic) -> Times:
         """Estimate by a roofline: each kernel takes the time of its arithmetic or memory traffic, the longer one."""
         gpu, zero = self.gpu, self.recipe.zero
         seconds = {BACKWARD: 0.0, "forward": 0.0}
         for kernel in trace.operations:
             arithmetic, moved = kernel.flops / (gpu.matmul_tflops * 1e12), kernel.bytes / (gpu.memory_gbs * 1e9)
             seconds[BACKWARD if kernel.part == BACKWARD else "forward"] += max(arithmetic, moved, gpu.launch_s)
-        forward, backward = accumulation * seconds["forward"], accumulation * seconds[BACKWARD]
+        forward, backward = accumulation * forwards * seconds["forward"], accumulation * seconds[BACKWARD]
         gradients, weights = (seconds_of(sent, gpu, gpus) for sent in (traffic.gradients, traffic.weights))
         if zero.overlap and zero.stage == 3:  # weights travel while the passes go on, gradients in the backward pass
             exposed = max(0.0, gradients + weights - forward - backward)

@@ -25,7 +25,7 @@ class Memory:
     """Bytes on one rank when most is held.
 
     Attributes:
-        weights: in the computing format; sharded at ZeRO 3.
+        weights: in the computing format, sharded at ZeRO 3; and frozen towers, whole.
         gradients: as far as they are kept at that moment.
         optimiser: float32 weights where they are not the weights themselves, and moments; sharded from ZeRO 1 on.
         buffers: the model's own, communication buckets, gathered weights, copies of gradients, temporaries.

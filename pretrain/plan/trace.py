@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from pretrain.data.samples import Batch
+from pretrain.engine.build import build_on_meta
 from pretrain.models.vit import Attention
 from pretrain.objectives.base import Method
 from pretrain.runtime.dtypes import DTYPES
@@ -44,11 +45,15 @@ FLOPS = flop_registry | {
 
 @dataclass(frozen=True)
 class Operation:
-    """One kernel: floating point operations (a multiply-add is two), and bytes read and written."""
+    """One kernel: floating point operations (a multiply-add is two), and bytes read and written.
+
+    `recomputed`: of the backward pass, which repeats it for activation checkpointing.
+    """
 
     part: str
     flops: float
     bytes: float
+    recomputed: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,13 @@ class Trace:
         return self.flops() - self.flops(BACKWARD)
 
     @property
+    def model_flops(self) -> float:
+        """Of the model's own work, which MFU counts: nothing that is recomputed, and no gradient of frozen weights."""
+        backward = sum(each.flops for each in self.operations if each.part == BACKWARD and not each.recomputed)
+        # Two forward passes at most: fused attention computes its scores again as well.
+        return self.forward_flops + min(backward, 2 * self.forward_flops)
+
+    @property
     def parts(self) -> list[str]:
         """In the order in which they begin."""
         return list(dict.fromkeys(operation.part for operation in self.operations))
@@ -94,17 +106,19 @@ def trace_step(method: Method, micro: int, on_cpu: bool = False) -> Trace:
         micro: samples of the micro-batch.
         on_cpu: choose kernels as a CPU does; else as an accelerator.
     """
-    with torch.device("meta"):
-        objective = method.build().to(DTYPES[method.recipe.compute.dtype])
-    for part in objective.frozen_parts().values():
-        part.build_empty()
+    objective = build_on_meta(method).to(DTYPES[method.recipe.compute.dtype])
+    towers = objective.frozen_parts().values()
+    for tower in towers:
+        tower.build_empty()
     made_up = method.example(micro)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         module = objective.to_empty(device="cpu")
+        for tower in towers:
+            tower.module().to_empty(device="cpu")
         batch: Batch = {
             name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in made_up.items()
         }
-        for parameter in module.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
             # Accumulated gradients are ZeRO's to place: counted with the model's states, not here.
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         counter = _Counter(module, batch)
@@ -135,6 +149,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self, module: nn.Module, batch: Batch) -> None:
         super().__init__()
         self.part = TARGETS
+        self.recomputing = 0
         self.operations: list[Operation] = []
         self.peak = self.largest = self._alive = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -154,7 +169,8 @@ class _Counter(TorchDispatchMode):
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             count = FLOPS.get(func._overloadpacket)
             flops = float(count(*args, **kwargs, out_val=output)) if count else 0.0
-            self.operations.append(Operation(self.part, flops, float(sum(map(_size, given + new)))))
+            moved = float(sum(map(_size, given + new)))
+            self.operations.append(Operation(self.part, flops, moved, self.recomputing > 0))
         return output
 
     def _hold(self, tensor: Tensor) -> bool:
@@ -186,16 +202,22 @@ def _parts_noted(module: nn.Module, counter: _Counter) -> Iterator[None]:
         def hook(*_: Any) -> None:
             above.append(counter.part)
             # What is recomputed in the backward pass is part of it.
-            counter.part = counter.part if counter.part == BACKWARD else _part_of(name, counter.part)
+            if counter.part == BACKWARD:
+                counter.recomputing += 1
+            else:
+                counter.part = _part_of(name, counter.part)
 
         return hook
 
     def leave(*_: Any) -> None:
         counter.part = above.pop()
+        counter.recomputing -= counter.part == BACKWARD
 
     handles = []
     for name, child in module.named_modules():
-        handles += [child.register_forward_pre_hook(enter(name)), child.register_forward_hook(leave)]
+        handles += [child.register_forward_pre_hook(enter(name))]
+        # Always: recomputing ends with an exception as soon as all is there that the backward pass needs.
+        handles.append(child.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:

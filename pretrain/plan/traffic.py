@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pretrain.engine.model_states import ModelSize
 from pretrain.plan.hardware import Gpu
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.dtypes import DTYPES
@@ -20,20 +21,27 @@ class Traffic:
         return self.gradients + self.weights
 
 
-def traffic_of(recipe: Recipe, parameters: int, ranks: int, accumulation: int) -> Traffic:
+def traffic_of(recipe: Recipe, size: ModelSize, ranks: int, accumulation: int, forwards: int = 1) -> Traffic:
     """Compute the bytes of ring collectives: a reduce-scatter or an all-gather sends (n-1)/n of its whole.
 
     Stage 0 reduces whole gradients once a step (reduce-scatter and all-gather). Stage 1 scatters gradients and gathers
-    weights once. Stages 2 and 3 scatter gradients after each micro-batch; stage 3 gathers weights in each forward and
-    again in each backward pass.
+    updated weights once. Stages 2 and 3 scatter gradients after each micro-batch; stage 3 gathers weights, frozen ones
+    too, in each forward and again in each backward pass.
+
+    Args:
+        recipe: number format and ZeRO stage.
+        size: of the model.
+        ranks: over which ZeRO shards.
+        accumulation: micro-batches of a step.
+        forwards: forward passes of each of them.
     """
-    width = DTYPES[recipe.compute.dtype].itemsize
-    share = (ranks - 1) / ranks * parameters * width
+    sent = (ranks - 1) / ranks * DTYPES[recipe.compute.dtype].itemsize
+    trained, whole = sent * size.trained, sent * size.parameters
     return {
-        0: Traffic(gradients=2 * share, weights=0.0),
-        1: Traffic(gradients=share, weights=share),
-        2: Traffic(gradients=share * accumulation, weights=share),
-        3: Traffic(gradients=share * accumulation, weights=2 * share * accumulation),
+        0: Traffic(gradients=2 * trained, weights=0.0),
+        1: Traffic(gradients=trained, weights=trained),
+        2: Traffic(gradients=trained * accumulation, weights=trained),
+        3: Traffic(gradients=trained * accumulation, weights=(forwards + 1) * whole * accumulation),
     }[recipe.zero.stage]
 
 

@@ -3,9 +3,12 @@
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
-from pretrain.recipe.check_optim import optim_problems, optim_warnings, schedule_problems
-from pretrain.recipe.schema import Guard, Recipe
+from pretrain.recipe.check_optim import is_changed, optim_problems, optim_warnings, schedule_problems
+from pretrain.recipe.schema import Recipe
 
 
 def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
@@ -29,20 +32,20 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     """Name options of the sections of every recipe that have no effect, or that are likely not meant."""
     data, warnings = recipe.data, []
     # An option given at its default can't be told from one that was left out, so only other values are told of.
-    if data.cache_dir is None and data.cache_gb != type(data)().cache_gb:
+    if data.cache_dir is None and is_changed(recipe, "data.cache_gb"):
         warnings.append(f"data.cache_gb={data.cache_gb:g} has no effect: data.cache_dir is null")
     warnings += optim_warnings(recipe)
     if recipe.zero.stage == 0 and recipe.zero.offload != "none":
         warnings.append("zero.offload has no effect: zero.stage 0 shards no optimiser; use stage 1 or more")
     if recipe.zero.init == "always" and recipe.zero.stage != 3:
         warnings.append(f"zero.init=always has no effect: zero.stage is {recipe.zero.stage}, and only 3 shards weights")
-    if recipe.checkpoint.every_steps is not None and recipe.checkpoint.every_epochs != 5:
+    if recipe.checkpoint.every_steps is not None and is_changed(recipe, "checkpoint.every_epochs"):
         warnings.append("checkpoint.every_epochs has no effect: checkpoint.every_steps is set")
-    if recipe.log.pictures_every_steps == 0 and recipe.log.pictures != 4:
+    if recipe.log.pictures_every_steps == 0 and is_changed(recipe, "log.pictures"):
         warnings.append("log.pictures has no effect: log.pictures_every_steps is 0")
     if recipe.health.shards is None and recipe.health != type(recipe.health)():
         warnings.append("health has no effect: health.shards is null")
-    warnings += _guard_warnings(recipe.guard)
+    warnings += _guard_warnings(recipe)
     if recipe.batch.samples > 1 and data.workers == 0 and recipe.batch.micro > 8:
         warnings.append("data.workers=0 decodes in the training process: the accelerator waits for every batch")
     ranks = _launched_ranks() or recipe.batch.ranks
@@ -55,14 +58,15 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     return warnings
 
 
-def _guard_warnings(guard: Guard) -> list[str]:
+def _guard_warnings(recipe: Recipe) -> list[str]:
     """List options of policies that neither of the two kinds of bad step has."""
+    guard = recipe.guard
     options = {"lower_lr": ("lower_lr_factor", "lower_lr_steps", "max_lowered"), "rewind": ("leave_out", "max_rewinds")}
     return [
         f"guard.{name} has no effect: neither guard.nonfinite nor guard.spike is {policy}"
         for policy, names in options.items()
         for name in names
-        if policy not in (guard.nonfinite, guard.spike) and getattr(guard, name) != getattr(Guard(), name)
+        if policy not in (guard.nonfinite, guard.spike) and is_changed(recipe, f"guard.{name}")
     ]
 
 
@@ -113,14 +117,24 @@ def _check_ranges(recipe: Recipe) -> list[str]:
 
 def not_finite(recipe: Recipe) -> list[str]:
     """Find NaN and infinity in any section: comparisons with NaN are false, so no range would refuse it."""
+    found = (_numbers(value, name) for name, value in vars(recipe).items())
     return [
-        f"{section}.{name}: found {number}, allowed: a finite number"
-        for section, part in vars(recipe).items()
-        if dataclasses.is_dataclass(part)
-        for name, value in vars(part).items()
-        for number in (value if isinstance(value, list | tuple) else [value])
-        if isinstance(number, float) and not math.isfinite(number)
+        f"{key}: found {number}, allowed: a finite number"
+        for key, number in chain.from_iterable(found)
+        if not math.isfinite(number)
     ]
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Yield every float at or below a key of the recipe, in sections, named entries and lists."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item, key)
+    elif isinstance(value, dict) or dataclasses.is_dataclass(value):
+        for name, item in (value if isinstance(value, dict) else vars(value)).items():
+            yield from _numbers(item, f"{key}.{name}")
 
 
 def _check_sources(recipe: Recipe) -> list[str]:

@@ -76,7 +76,7 @@ def optim_warnings(recipe: Recipe) -> list[str]:
         reasons |= {key: "there is no warm-up" for key in ("optim.base_warmup_lr", "schedule.warmup_ends")}
     if recipe.optim.scaled == "none":
         reasons["optim.base_batch"] = "optim.scaled is none"
-    return [f"{key} has no effect: {reason}" for key, reason in reasons.items() if _is_changed(recipe, key)]
+    return [f"{key} has no effect: {reason}" for key, reason in reasons.items() if is_changed(recipe, key)]
 
 
 def _value(recipe: Recipe, key: str) -> Any:
@@ -84,7 +84,8 @@ def _value(recipe: Recipe, key: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
-def _is_changed(recipe: Recipe, key: str) -> bool:
+def is_changed(recipe: Recipe, key: str) -> bool:
+    """Tell whether a key of a section has another value than its default."""
     section, _, name = key.partition(".")
     # Of a new section, not of its class: defaults made by a factory are no attributes of the class.
     return _value(recipe, key) != getattr(type(getattr(recipe, section))(), name)

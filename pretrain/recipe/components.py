@@ -14,8 +14,11 @@ from pretrain.errors import RecipeError
 from pretrain.recipe.describe import suggestion
 from pretrain.recipe.schema import Input
 
-#: Section of a recipe -> name that its components give their class.
-ENTRIES = {"objective": "METHOD", "model": "ARCHITECTURE"}
+#: Section of a recipe -> name that its components give their class, and module and name of the class's base.
+ENTRIES = {
+    "objective": ("METHOD", "pretrain.objectives.base", "Method"),
+    "model": ("ARCHITECTURE", "pretrain.models.base", "Architecture"),
+}
 
 
 def load_component(section: str, name: str, pattern: str) -> ModuleType:
@@ -43,6 +46,8 @@ def load_component(section: str, name: str, pattern: str) -> ModuleType:
     if lacking := _lacking(section, module):
         likely = suggestion(name, component_names(pattern))
         raise RecipeError(f"no {section} {name!r} in {folder}/: {pattern.format(name)} has no {lacking}{likely}")
+    if wrong := _wrong_class(section, module):
+        raise RecipeError(f"{section} {name!r}: {wrong}")
     return module
 
 
@@ -57,10 +62,23 @@ def _lacking(section: str, module: ModuleType) -> str:
     """Say what a file would need to be a component of this section; nothing where it is one."""
     if section == "input":
         return "" if _is_component(module) else "`Config`, a dataclass of its own that inherits from schema.Input"
-    wanted = ENTRIES.get(section)
-    if wanted and not isinstance(getattr(module, wanted, None), type):
-        return f"`{wanted}`, the class of this {section}"
+    entry = ENTRIES[section][0] if section in ENTRIES else None
+    if entry and not isinstance(getattr(module, entry, None), type):
+        return f"`{entry}`, the class of this {section}"
     return "" if dataclasses.is_dataclass(getattr(module, "Config", None)) else "`Config`, a dataclass of its keys"
+
+
+def _wrong_class(section: str, module: ModuleType) -> str:
+    """Say what keeps a component's class from being used; nothing where it is a complete one."""
+    if section not in ENTRIES:
+        return ""
+    entry, room, base = ENTRIES[section]
+    chosen = getattr(module, entry)
+    # By its name, as components are found: this room knows nothing of methods and models.
+    if not issubclass(chosen, getattr(importlib.import_module(room), base)):
+        return f"{entry} is {chosen.__name__}, allowed: a subclass of {room}.{base}"
+    absent = ", ".join(sorted(chosen.__abstractmethods__))
+    return f"{chosen.__name__} does not define {absent}" if absent else ""
 
 
 def _is_component(module: ModuleType) -> bool:

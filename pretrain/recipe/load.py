@@ -111,9 +111,7 @@ def _open_components(
                 reading.bad_keys.add(section)
             continue
         # The method's own input where none is named, so that no recipe has to repeat it.
-        # A class that is no method has none: `method_of` says so, as soon as there is a recipe to ask it with.
-        default = getattr(getattr(modules.get("objective"), "METHOD", None), "INPUT", "clip")
-        name = default if by_default else str(naming[-1].content[section]["name"])
+        name = str(modules["objective"].METHOD.INPUT if by_default else naming[-1].content[section]["name"])
         try:
             modules[section] = load_component(section, name, patterns[section])
         except RecipeError as error:

@@ -6,6 +6,7 @@ it is written for someone who reads a recipe, not this file. `model`, `objective
 pretrain/samples/<name>.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -351,3 +352,7 @@ class Recipe:
     log: Log = field(default_factory=Log)
     health: Health = field(default_factory=Health)
     run: Run = field(default_factory=Run)
+
+
+#: Kinds of recipe that pre-training knows, by the `program` that stands in them.
+PRETRAINING: Mapping[str, type[Recipe]] = {Recipe.program: Recipe}

@@ -10,10 +10,7 @@ from pretrain.models.initial_weights import weights_source
 from pretrain.objectives.base import Method, Objective, method_of
 from pretrain.recipe.files import program_of
 from pretrain.recipe.load import load_recipe
-from pretrain.recipe.schema import Recipe
-
-#: Kinds of recipe that pre-training knows, by the `program` that stands in them.
-PRETRAINING: Mapping[str, type[Recipe]] = {"pretrain": Recipe}
+from pretrain.recipe.schema import PRETRAINING, Recipe
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from finetune.adapters.config import AdaptFormer, LowRank, Prompts, Tune
 from finetune.adapters.modules import AdaptMLP
 from pretrain.errors import RecipeError
 from pretrain.models.classifier import Config, VideoClassifier
-from pretrain.models.image_vit import SIZES, ImageViT
 from pretrain.models.image_vit import Config as ImageConfig
+from pretrain.models.image_vit import ImageViT
 
 TUNES = {
     "linear": Tune("linear"),
@@ -57,9 +57,8 @@ def test_published_counts_of_video(tune: Tune, classes: int, trainable: int, tot
 
 @pytest.mark.parametrize(("tune", "trainable"), PUBLISHED_IMAGE)
 def test_published_counts_of_images(tune: Tune, trainable: int) -> None:
-    dim, depth, heads = SIZES["base"]
     with torch.device("meta"):
-        model = ImageViT(ImageConfig(dim=dim, depth=depth, heads=heads, classes=100, head="batch_norm"))
+        model = ImageViT(ImageConfig(dim=768, heads=12, classes=100, head="batch_norm"))
         apply_tuning(model, tune)
     assert count(model, trainable=True) == trainable
 

@@ -164,3 +164,5 @@ def test_memory_of_the_teacher_counts() -> None:
     found = memory_of("vit_s_distill_k710")
     assert found["teacher"] == f"{1_012_611_142 * 2 / 1e9:.2f} GB"
     assert float(found["together"].removesuffix(" GB")) > 2.03
+    filling_a_cache = memory_of("vit_s_distill_k710", "objective.cache=logits")
+    assert filling_a_cache["teacher"] == found["teacher"]

@@ -10,6 +10,8 @@ from pretrain.errors import WeightsError
 from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.classifier_weights import load_pretrained, map_head, read_label_map, split_projections
 from pretrain.models.huggingface import from_official
+from pretrain.models.image_vit import Config as ImageConfig
+from pretrain.models.image_vit import ImageViT
 from pretrain.models.videomae import Config as PretrainConfig
 from pretrain.models.videomae import VideoMAE
 
@@ -141,6 +143,15 @@ def test_heads_that_weights_do_not_show_are_read_from_config_json(pretrained: Vi
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
     with pytest.raises(WeightsError, match="num_attention_heads=4, the model has 3"):
         load_pretrained(classifier(), str(tmp_path))
+    with pytest.raises(WeightsError, match="num_attention_heads=4, the model has 3"):
+        load_pretrained(classifier(), str(tmp_path / "model.safetensors"))
+
+
+def test_a_config_json_says_nothing_of_an_image_model(tmp_path) -> None:
+    model = ImageViT(ImageConfig("image_vit", 16, 4, 24, 1, 3, 2.0, 5))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    load_pretrained(model, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ def test_loading_is_strict() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "nothing was loaded"
     split = dict(hugging_face("gelu").state_dict())
     del split["text_model.encoder.layers.1.self_attn.k_proj.bias"]
-    with pytest.raises(WeightsError, match=r"text.blocks.1.attn.qkv.bias: k is missing beside"):
+    with pytest.raises(WeightsError, match=r"text.blocks.1.attn.qkv.bias: key missing in the file beside query, value"):
         load_clip(model, "broken", raw=split)
     report = load_clip(
         model, "scale", raw={k: v for k, v in state.items() if k != "logit_scale"}, allow_missing=["logit_scale"]
@@ -455,5 +455,7 @@ def test_what_can_not_be_built() -> None:
     assert check(Config(size="custom"))[0] == "model.patch_size: null, but model.size=custom has no default for it"
     problems = check(Config(heads=5, image_size=230, end_id=60_000), "objective.teacher")
     assert len(problems) == 3 and all(problem.startswith("objective.teacher.") for problem in problems)
+    for word in ("patch_size", "heads", "text_heads", "text_dim", "context"):
+        assert check(Config(**{word: 0})) == [f"model.{word}: found 0, allowed: more than 0"]
     with pytest.raises(RecipeError, match="does not divide"):
         CLIP(Config(text_heads=3))

@@ -12,9 +12,10 @@ from pretrain.models.backbone import Prompts
 from pretrain.models.classifier import Config, VideoClassifier, cost, layer_id
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.cubes import Grid, grid_of
-from pretrain.models.image_vit import SIZES, ImageViT
 from pretrain.models.image_vit import Config as ImageConfig
+from pretrain.models.image_vit import ImageViT
 from pretrain.models.keep_rates import Reorganisation, keep_rates, scheduled_rate, token_counts, tokens_kept
+from pretrain.models.positions import stretch_class_table
 from pretrain.models.token_scores import class_attention, received_attention
 from pretrain.objectives.base import decays
 
@@ -215,10 +216,10 @@ def test_cost_table_of_video_models(size: str, costs: tuple[float, ...]) -> None
 
 
 def test_image_sizes_are_those_published() -> None:
-    for name, count in {"tiny": 5_717_416, "small": 22_050_664, "base": 86_567_656}.items():
-        dim, depth, heads = SIZES[name]
+    """DeiT's tiny, small and base."""
+    for (dim, heads), count in {(192, 3): 5_717_416, (384, 6): 22_050_664, (768, 12): 86_567_656}.items():
         with torch.device("meta"):
-            model = ImageViT(ImageConfig(dim=dim, depth=depth, heads=heads))
+            model = ImageViT(ImageConfig(dim=dim, heads=heads))
         assert sum(value.numel() for value in model.parameters()) == count
 
 
@@ -246,7 +247,10 @@ def test_prompts_and_dropping_exclude_each_other() -> None:
 def test_images_of_other_sizes_stretch_their_positions() -> None:
     model = ImageViT(ImageConfig("image_vit", 16, 4, 24, 1, 3, 2.0, 0)).eval()
     assert model(torch.randn(1, 3, 24, 12)).shape == (1, 24)
-    assert_close(model._positions(Grid(1, 4, 4)), model.pos_embed)
+    table = model.pos_embed[0]
+    stretched = stretch_class_table(table, model.grid, Grid(1, 6, 3))
+    assert stretched.shape == (19, 24) and torch.equal(stretched[0], table[0])
+    assert stretch_class_table(table, model.grid, Grid(1, 4, 4)) is table
 
 
 @pytest.mark.parametrize(("weight", "fuse"), [(1.0, False), (4.0, True)])

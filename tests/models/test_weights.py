@@ -5,10 +5,12 @@ import json
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from pretrain.errors import WeightsError
@@ -139,7 +141,7 @@ def test_hugging_face_oddities_are_named() -> None:
     with pytest.raises(WeightsError, match="second spelling"):
         to_official(twice)
     state.pop("videomae.encoder.layer.1.attention.attention.key.weight")
-    with pytest.raises(WeightsError, match=r"encoder.blocks.1.*key weight is missing"):
+    with pytest.raises(WeightsError, match=r"encoder.blocks.1.*key missing in the file beside query, value"):
         to_official(state)
 
 
@@ -219,6 +221,26 @@ def test_heads_that_contradict_config_json_are_refused(tmp_path: Path) -> None:
     export_huggingface(build(0), str(tmp_path))
     with pytest.raises(WeightsError, match="num_attention_heads=3, the model has 4"):
         load_weights(build(1, heads=4), str(tmp_path))
+    # The file itself named: what lies beside it says the same.
+    with pytest.raises(WeightsError, match="num_attention_heads=3, the model has 4"):
+        load_weights(build(1, heads=4), str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_a_config_json_that_is_none_is_named(text: str, tmp_path: Path) -> None:
+    export_huggingface(build(0), str(tmp_path))
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(WeightsError, match="config.json: (not valid JSON|found a list, allowed: a JSON object)"):
+        load_weights(build(1), str(tmp_path / "model.safetensors"))
+
+
+def test_a_config_json_says_nothing_of_other_models(tmp_path: Path) -> None:
+    """Such as Hugging Face folders have, with an epsilon and sizes; a user's own model has neither."""
+    model = nn.Linear(3, 2)
+    model.shape = SimpleNamespace(patch_size=4)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"layer_norm_eps": 1e-12, "patch_size": 16}))
+    assert load_weights(model, str(tmp_path)).matched == ["weight", "bias"]
 
 
 def test_other_epsilons_are_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

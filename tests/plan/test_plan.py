@@ -204,10 +204,13 @@ def test_starving_accelerators_are_named() -> None:
 def test_traffic_of_stages() -> None:
     def sent(stage: int, accumulation: int) -> float:
         recipe = load_recipe("vit_b_dual", [f"zero.stage={stage}", "compute.dtype=bf16"])
-        return traffic_of(recipe, 1000, 4, accumulation).total
+        return traffic_of(recipe, ModelSize(1000, trained), 4, accumulation).total
 
+    trained = 1000
     assert [sent(stage, 1) for stage in range(4)] == [3000, 3000, 3000, 4500]
     assert [sent(stage, 2) for stage in range(4)] == [3000, 3000, 4500, 9000]
+    trained = 100  # frozen weights have no gradient and no update; stage 3 gathers them all the same
+    assert [sent(stage, 2) for stage in range(4)] == [300, 300, 450, 300 + 6000]
 
 
 def test_command_writes_tables_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

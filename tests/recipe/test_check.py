@@ -1,12 +1,18 @@
 """Cross-field checks: each finds its own mistake, names key and remedy, and leaves a good recipe alone."""
 
+import re
+from typing import Any
+
 import pytest
 
 from pretrain.data.samples import Samples
+from pretrain.errors import RecipeError
+from pretrain.models import image_vit
 from pretrain.models.base import Classifier, Cost
 from pretrain.objectives.base import Method, Objective, method_of, problems_of, warnings_of
 from pretrain.recipe.components import load_component
 from pretrain.recipe.load import load_recipe
+from pretrain.samples import clip
 
 
 @pytest.mark.parametrize(
@@ -28,6 +34,7 @@ from pretrain.recipe.load import load_recipe
         (["optim.base_lr=nan"], "optim.base_lr: found nan, allowed: a finite number"),
         (["optim.betas=[0.9, .nan]"], "optim.betas: found nan, allowed: a finite number"),
         (["objective.mask_ratio=nan"], "objective.mask_ratio: found nan"),
+        (["data.sources.camera.weight=.nan"], "data.sources.camera.weight: found nan, allowed: a finite number"),
         (["schedule.epochs=.inf"], "schedule.epochs: found inf"),
         (["run.seed=-1"], "run.seed: found -1, allowed: 0 or more"),
         (["data.bad_rate=2"], "data.bad_rate: found 2"),
@@ -37,12 +44,46 @@ from pretrain.recipe.load import load_recipe
         (["objective.decoder_mask_ratio=0.4"], "objective.decoder_mask_ratio=0.4"),
         (["objective.mask_ratio=1"], "objective.mask_ratio=1.0"),
         (["model.heads=5"], "model.heads=5"),
+        (["model.heads=0"], "model.heads: found 0, allowed: more than 0"),
+        (["model.dim=0"], "model.dim: found 0, allowed: more than 0"),
+        (["model.patch_size=0"], "model.patch_size: found 0, allowed: more than 0"),
+        (["model.patch_size=-8"], "model.patch_size: found -8, allowed: more than 0"),
+        (["model.tubelet=0"], "model.tubelet: found 0, allowed: more than 0"),
         (["model.dim=null"], "model.dim: null"),
     ],
 )
 def test_mistake_is_found(overrides: list[str], expected: str) -> None:
     problems = problems_of(method_of(load_recipe("demo", overrides)))
     assert any(expected in problem for problem in problems), problems
+
+
+IMAGE: dict[str, Any] = {"image_size": 64, "patch_size": 16, "dim": 48, "depth": 1, "heads": 3}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("model.patch_size=0", "model.patch_size: found 0, allowed: more than 0"),
+        ("model.heads=0", "model.heads: found 0, allowed: more than 0"),
+        ("model.heads=5", "model.heads=5: does not divide model.dim=48"),
+        ("model.image_size=60", "model.image_size=60: no multiple of model.patch_size=16"),
+        ("model.classes=-1", "model.classes=-1: 0 (no head) or more is needed"),
+        ("model.drop_path=1", "model.drop_path=1.0: a probability from 0 to below 1 is needed"),
+        ("input.frames=2", "input.frames=2: image_vit takes single pictures"),
+        ("input.height=72", "input.height=72: not a multiple of model.patch_size=16"),
+    ],
+)
+def test_an_image_model_that_can_not_be_built(word: str, expected: str) -> None:
+    section, _, key = word.partition("=")[0].partition(".")
+    value = float(word.partition("=")[2])
+    model, of_clips = dict(IMAGE), dict(frames=1, height=64, width=64)
+    (model if section == "model" else of_clips)[key] = value if key == "drop_path" else int(value)
+    config = image_vit.Config(**model)
+    (problem,) = image_vit.ImageViTArchitecture(config, clip.Config(**of_clips)).problems()
+    assert problem.startswith(expected)
+    if section == "model":
+        with pytest.raises(RecipeError, match=re.escape(expected)):
+            image_vit.ImageViT(config)
 
 
 def test_several_mistakes_are_one_list() -> None:
@@ -74,7 +115,10 @@ def test_model_of_another_kind() -> None:
     recipe = load_recipe("demo")
     recipe.model = load_component("model", "classifier", "pretrain.models.{}").Config()
     (problem,) = problems_of(method_of(recipe))
-    assert problem.startswith("model.name=classifier: Classifier, and objective videomae needs an encoder of visible")
+    assert problem == (
+        "model.name: found classifier, of the kind Classifier; allowed with objective videomae: the kind "
+        "MaskedAutoencoder (An encoder of visible cubes with a decoder that predicts cubes)"
+    )
 
 
 class Silent(Method):
@@ -101,7 +145,9 @@ class Needing(Silent):
 
 def test_a_model_of_another_kind_is_told_beside_all_else() -> None:
     problems = problems_of(Needing(load_recipe("demo", ["batch.micro=5"])))
-    assert problems[0].startswith("batch.samples") and "needs a backbone with a head" in problems[-1], problems
+    assert problems[0].startswith("batch.samples") and "the kind Classifier (A backbone with a head" in problems[-1], (
+        problems
+    )
 
 
 def test_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from finetune.commands import finetune
 from pretrain.commands.pretrain import main
 from pretrain.recipe.files import RECIPES
 
@@ -46,6 +47,14 @@ def test_bad_value_is_not_blamed_twice(capsys: pytest.CaptureFixture[str]) -> No
 def test_wrong_usage_is_exit_code_2(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_a_commands_own_options_are_among_those_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune.main(["--recipe", "demo_finetune", "--tests", "last"]) == 2
+    assert "did you mean --test?" in capsys.readouterr().err
+    assert finetune.main(["--recipe", "demo_finetune", "--zzz"]) == 2
+    error = capsys.readouterr().err
+    assert "--test, --rescore" in error and "--resume" in error and "--local_rank" not in error
 
 
 def test_other_ranks_stay_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import pretrain.models
 import pretrain.objectives
 import pretrain.samples
 from pretrain.errors import RecipeError
@@ -38,6 +39,34 @@ FILES = {
         r"not_installed.py:1: ModuleNotFoundError: .*nothing_of",
     ),
     "raising": ("1 / 0\n", r"raising.py:1: ZeroDivisionError: division by zero"),
+    "named_kind": (
+        METHOD + "class METHOD(videomae.VideoMAEMethod):\n    MODEL = 'classifier'\n",
+        "METHOD.MODEL is 'classifier', allowed: a kind of model",
+    ),
+}
+MODEL = """
+from pretrain.models import image_vit
+from pretrain.models.base import Architecture, Classifier
+
+class Config(image_vit.Config): ...
+
+"""
+#: The same for models.
+MODEL_FILES = {
+    "no_architecture": ("from pretrain.models.image_vit import Config\n", "no_architecture has no `ARCHITECTURE`"),
+    "its_instance": (MODEL + "ARCHITECTURE = Config()\n", "its_instance has no `ARCHITECTURE`, the class"),
+    "another_model_class": (
+        MODEL + "ARCHITECTURE = Config\n",
+        r"ARCHITECTURE is Config, allowed: a subclass of pretrain.models.base.Architecture",
+    ),
+    "its_module": (
+        MODEL + "ARCHITECTURE = image_vit.ImageViT\n",
+        r"ARCHITECTURE is ImageViT, allowed: a subclass of pretrain.models.base.Architecture",
+    ),
+    "incomplete_model": (
+        MODEL + "class ARCHITECTURE(Classifier):\n    def problems(self):\n        return []\n",
+        "ARCHITECTURE does not define build, cost, layer_of",
+    ),
 }
 
 
@@ -48,6 +77,15 @@ def test_a_mistake_in_a_method_is_one_error(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(pretrain.objectives, "__path__", [*pretrain.objectives.__path__, str(tmp_path)])
     with pytest.raises(RecipeError, match=told):
         method_of(load_recipe("vit_s_v1_k400", [f"objective.name={name}"]))
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_a_mistake_in_a_model_is_one_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, told = MODEL_FILES[name]
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(pretrain.models, "__path__", [*pretrain.models.__path__, str(tmp_path)])
+    with pytest.raises(RecipeError, match=told):
+        method_of(load_recipe("vit_s_v1_k400", [f"model.name={name}"]))
 
 
 def test_a_kind_of_sample_whose_config_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,22 +54,15 @@ class CaptionedMethod(Method):
     def samples(self) -> CaptionedImages:
         return CaptionedImages(self.recipe.input, self.recipe.run.seed)
 
-    def tower(self) -> "Frozen[Words]":
-        """The text tower, not loaded yet."""
+    def build(self) -> "Captioned":
         options = self.recipe.objective
         build = functools.partial(Words, options.words, self.recipe.model.dim)
-        return Frozen("objective.tower", options.tower, build, fill, dtype="fp32")
-
-    def build(self) -> "Captioned":
-        return Captioned(self.architecture.build(), self.tower())
+        tower = Frozen("objective.tower", options.tower, build, fill, dtype="fp32")
+        return Captioned(self.architecture.build(), tower)
 
     def cost(self) -> Cost:
         cost: Cost = self.architecture.cost()
         return cost
-
-    def held(self) -> dict[str, tuple[float, str]]:
-        footprint = self.tower().footprint()
-        return {"text tower": (footprint.bytes, footprint.remark)}
 
 
 METHOD = CaptionedMethod
