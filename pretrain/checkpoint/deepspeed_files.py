@@ -70,7 +70,8 @@ def load_file(path: Path, mapped: bool = True) -> dict[str, Any]:
 
 def _stored_classes() -> list[Any]:
     # Imported here: readers of weights need no DeepSpeed until they meet one of its files.
-    return [getattr(importlib.import_module(module), name) for module, names in STORED_CLASSES.items() for name in names]
+    stored = ((module, name) for module, names in STORED_CLASSES.items() for name in names)
+    return [getattr(importlib.import_module(module), name) for module, name in stored]
 
 
 def _reason(path: Path, error: Exception) -> str:

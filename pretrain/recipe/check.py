@@ -7,6 +7,9 @@ import os
 from pretrain.recipe.check_optim import optim_problems, optim_warnings, schedule_problems
 from pretrain.recipe.schema import Guard, Recipe
 
+#: Longest name of a run, bytes: file systems end at 255, and files that are made of it have endings.
+MAX_NAME = 200
+
 
 def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
     """Say what in the sections of every recipe can't work; methods judge theirs (pretrain/objectives/base.py).
@@ -17,6 +20,7 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
     """
     ranks = ranks or _launched_ranks()
     return [
+        *_check_name(recipe),
         *_check_ranges(recipe),
         *_check_sources(recipe),
         *_check_batch(recipe, ranks),
@@ -68,6 +72,14 @@ def _guard_warnings(guard: Guard) -> list[str]:
 
 def _launched_ranks() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+
+
+def _check_name(recipe: Recipe) -> list[str]:
+    # Part of the run folder's path, of file names and of wandb's: `../x` would leave runs/.
+    name = recipe.run.name
+    if name and name.isprintable() and name == name.strip() and not set(name) & set("/\\") and name not in (".", ".."):
+        return [] if len(name.encode()) <= MAX_NAME else [f"run.name: {len(name.encode())} bytes, allowed: {MAX_NAME}"]
+    return [f"run.name: found {name!r}, allowed: a name without slashes; where the run lies is run.dir"]
 
 
 def _check_ranges(recipe: Recipe) -> list[str]:
