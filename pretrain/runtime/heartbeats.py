@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.runtime.activity import COLLECTIVE, current
+from pretrain.runtime.untrusted import parse_json
 
 FOLDER_NAME = "heartbeats"
 
@@ -95,7 +96,10 @@ class Heartbeats:
             content = _read(self._path(rank))
             if content is None or content.get("start") != self._start:
                 continue
-            beat = Beat(**content)
+            try:
+                beat = Beat(**content)
+            except TypeError:  # damaged, which the rank's next beat mends
+                continue
             number, seen_at = self._first_seen.get(rank, (-1, now))
             if beat.number != number:
                 seen_at = now
@@ -151,8 +155,8 @@ def behind(seen: dict[int, Seen]) -> list[Seen]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
+        content = parse_json(path.read_bytes())
+        return content if isinstance(content, dict) else None
     except (OSError, ValueError):
         # Not written yet, or replaced while it was read (ESTALE on NFS): the next look reads it.
         return None

@@ -102,7 +102,8 @@ class Watchdog:
     def begin(self, first_step: int) -> None:
         """Tell how many steps earlier starts have done: where this one continues."""
         self._first_step = self._step = first_step
-        self._hangs = sum(record["from_step"] == first_step for record in read_records(self._folder / HANGS))
+        earlier = read_records(self._folder / HANGS, ("from_step",))
+        self._hangs = sum(record["from_step"] == first_step for record in earlier)
 
     def step_done(self, steps_done: int) -> None:
         """Note that a step has finished: its length counts towards the median, unless long work lay in it."""
