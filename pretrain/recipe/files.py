@@ -15,6 +15,9 @@ from pretrain.errors import RecipeError
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
+#: Bytes of the largest file that is read as a recipe; ours have 10 kB when they are resolved.
+LARGEST = 1 << 20
+
 #: What a recipe may read of the environment, besides names that begin with TUBELET_. Recipes and runs are passed on,
 #: and what they print is too: with any name allowed, a recipe of somebody else would show the reader's keys.
 ENVIRONMENT = (
@@ -166,6 +169,8 @@ def program_of(path: Path) -> str | None:
 def _read(path: Path) -> Layer:
     origin = _display(path)
     try:
+        if path.stat().st_size > LARGEST:
+            raise RecipeError(f"{origin}: {path.stat().st_size} bytes, at most {LARGEST} are read as a recipe")
         text = path.read_text(encoding="utf-8")
         content = OmegaConf.create(text or "{}")
         # Parsed a second time, because OmegaConf keeps no line numbers.

@@ -214,3 +214,13 @@ def test_the_best_checkpoint_stays_in_the_store(
         one.offer(step, {2})
     assert one.finish() == ""
     assert remote.steps() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("url", [URL, URL + "/checkpoints", URL + "/checkpoints/up", "s3://bucket/runs", "s3://bucket"])
+def test_a_store_that_is_the_run_folder_by_another_way_is_refused(s3_server: Any, url: str) -> None:
+    run = s3_server.bucket / "runs" / "one"  # as of a bucket that is mounted
+    publish(run / "checkpoints", 3)
+    before = {*run.rglob("*")}
+    with pytest.raises(CheckpointError, match="is, holds or lies in the run folder"):
+        prepare_resume(run / "checkpoints", Checkpoint(upload=url, upload_deadline_s=30.0), ALONE, "auto")
+    assert {*run.rglob("*")} - {run / ".run_id"} == before and problems(folders.folder_of(run / "checkpoints", 3)) == []

@@ -90,4 +90,21 @@ def test_paths_expand_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_deep_nesting_is_an_error_of_the_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="mine.yaml: can't be read: nested too deep"):
-        load_recipe(write(tmp_path, "a: " + "[" * 20_000))
+        load_recipe(write(tmp_path, "a: " + "[" * 3000 + "]" * 3000))
+    with pytest.raises(RecipeError, match="mine.yaml: 1048581 bytes, at most 1048576"):
+        load_recipe(write(tmp_path, "a: " + "x" * (1 << 20) + "y\n"))
+
+
+@pytest.mark.parametrize(
+    "upload", ["DIR", "DIR/", "file://DIR", "DIR/..", "DIR/checkpoints", "DIR/up", "LINK", "LINK/up"]
+)
+def test_uploads_go_nowhere_near_the_run_folder(upload: str, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run)
+    recipe = load_recipe(write(tmp_path, MINIMAL % "/s"), [f"run.dir={run}"])
+    recipe.checkpoint.upload = upload.replace("DIR", str(run)).replace("LINK", str(tmp_path / "link"))
+    assert [line for line in check_recipe(recipe) if "checkpoint.upload" in line], recipe.checkpoint.upload
+    for apart in (f"{run}_up", f"{tmp_path}/up/one", "s3://bucket/one"):
+        recipe.checkpoint.upload = apart
+        assert not [line for line in check_recipe(recipe) if "checkpoint.upload" in line], apart
