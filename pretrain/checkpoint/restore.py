@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import problems, write_manifest
-from pretrain.checkpoint.remote import RECORDS, RemoteCheckpoints
+from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.errors import CheckpointError, StorageError, TubeletError
 from pretrain.recipe.schema import Checkpoint
 from pretrain.runtime import storage
@@ -184,13 +184,18 @@ def restore(root: Path, remote: RemoteCheckpoints, step: int, ranks: Ranks) -> b
 
 def _restore_records(run_dir: Path, remote: RemoteCheckpoints) -> None:
     """Restore metrics.jsonl and the like, where the local ones are gone; a run goes on without them."""
-    for name in RECORDS:
-        url = storage.join(remote.url, name)
+    try:
+        names = remote.records()
+    except StorageError as error:
+        logger.warning("the records of the run at %s could not be restored: %s", remote, error)
+        return
+    for name in names:
         try:
-            if not (run_dir / name).exists() and storage.exists(url):
-                storage.download(url, str(run_dir / name))
+            if not (run_dir / name).exists():
+                (run_dir / name).parent.mkdir(exist_ok=True)
+                storage.download(storage.join(remote.url, name), str(run_dir / name))
         except (StorageError, OSError) as error:
-            logger.warning("%s could not be restored: %s", url, error)
+            logger.warning("%s could not be restored: %s", storage.join(remote.url, name), error)
 
 
 def _problems_on_all(ranks: Ranks, folder: Path) -> list[str]:
