@@ -42,7 +42,8 @@ class Backbone(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         # A slot, not a wrapper, which would rename every parameter: official files would no longer fit.
         self.register_module("embeddings", None)
-        self.reorganisation = self._resting = None
+        self.reorganisation = None
+        self._resting: TokenReorganisation | None = None
 
     def reorganise(self, config: Reorganisation, rates: Sequence[float] | None = None) -> None:
         """Drop tokens from now on; at a keep rate of 1 the model is the plain one again.

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.runtime.activity import COLLECTIVE, current
+from pretrain.runtime.activity import COLLECTIVE, awake, current
 from pretrain.runtime.untrusted import parse_json
 
 FOLDER_NAME = "heartbeats"
@@ -72,7 +72,7 @@ class Heartbeats:
         self._start, self._rank, self._world_size = start, rank, world_size
         self._number = 0
         self._first_seen: dict[int, tuple[int, float]] = {}
-        self._began = time.monotonic()
+        self._began = awake()
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def beat(self, step: int) -> None:
@@ -91,7 +91,7 @@ class Heartbeats:
 
     def read(self) -> dict[int, Seen]:
         """Read the newest beat of every rank that has written one in this start."""
-        found, now = {}, time.monotonic()
+        found, now = {}, awake()
         for rank in range(self._world_size):
             content = _read(self._path(rank))
             if content is None or content.get("start") != self._start:
