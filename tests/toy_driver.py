@@ -3,7 +3,8 @@
     deepspeed toy_driver.py RECIPE PLAN.json
 
 The plan is a list of {"overrides": [...], "accidents": [[micro-batch, rank, what], ...]}; micro-batches are counted
-from 1 in each run. Exit codes, or errors, of the runs are printed as a JSON line.
+from 1 in each run. `"on_rank": {"1": [...]}` gives a rank more overrides, as a host with files of its own has. Exit
+codes, or errors, of the runs are printed as a JSON line.
 """
 
 import json
@@ -60,7 +61,7 @@ def drive(recipe_path: str, plan: list[dict]) -> list:
     plain_forward = VideoMAEObjective.forward
     results = []
     for entry in plan:
-        recipe = load_recipe(recipe_path, entry["overrides"])
+        recipe = load_recipe(recipe_path, entry["overrides"] + entry.get("on_rank", {}).get(str(rank), []))
         calls = 0
 
         def forward(self, batch, entry=entry, recipe=recipe):

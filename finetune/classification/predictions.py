@@ -8,6 +8,7 @@ A folder holds `predictions.json` (task, class names, unreadable videos) and one
 """
 
 import json
+import logging
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,9 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from finetune.classification.labels import Task
 from pretrain.errors import DataError
+from pretrain.metrics import ranking
+
+logger = logging.getLogger(__name__)
 
 INFO = "predictions.json"
 Floats = npt.NDArray[np.float32]
@@ -123,6 +128,9 @@ def checked(predictions: Predictions) -> Predictions:
 def scores(predictions: Predictions) -> dict[str, float]:
     """Compute metrics in percent (regression: in the labels' units) by name; the first one is the headline."""
     merged, targets = predictions.merged, predictions.targets
+    broken = int((~np.isfinite(merged)).any(axis=1).sum())
+    if broken:
+        logger.warning("%d of %d videos have predictions that are not finite; they count as wrong", broken, len(merged))
     if predictions.task == "regression":
         return _regression_scores(merged, targets)
     if predictions.task == "multi":
@@ -140,34 +148,38 @@ def scores(predictions: Predictions) -> dict[str, float]:
 
 
 def ranks(merged: Floats, targets: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Count the classes that have a higher probability than the right one, [n]; of equal ones, half count."""
-    right = np.take_along_axis(merged, targets[:, None], axis=1)
-    # A model that gives all classes the same would be always right if ties counted for it, never if against.
-    above, equal = (merged > right).sum(axis=1), (merged == right).sum(axis=1) - 1
-    return np.asarray(above + equal // 2, dtype=np.int64)
+    """Count the classes that have a higher probability than the right one, [n]; of equal ones, half count; NaN last."""
+    return np.asarray(ranking.ranks(torch.from_numpy(merged), torch.from_numpy(targets)), dtype=np.int64)
 
 
 def class_accuracy(predictions: Predictions) -> npt.NDArray[np.float64]:
     """Compute the share of each class' videos that are classified right, [K]; NaN for a class without any."""
     table = confusion(predictions).astype(np.float64)
-    totals = table.sum(axis=1)
+    # Not the table's sums, which lack the videos without a prediction.
+    totals = np.bincount(predictions.targets, minlength=len(table)).astype(np.float64)
     return np.divide(table.diagonal(), totals, out=np.full(len(totals), np.nan), where=totals > 0)
 
 
 def confusion(predictions: Predictions) -> npt.NDArray[np.int64]:
-    """Count videos of true class (row) and predicted class (column), [K, K]."""
+    """Count videos of true class (row) and predicted class (column), [K, K]; those predicted NaN are in no cell."""
     classes = predictions.logits.shape[-1]
-    pairs = predictions.targets * classes + predictions.merged.argmax(axis=1)
+    found = ranking.predicted(torch.from_numpy(predictions.merged)).numpy()
+    pairs = (predictions.targets * classes + found)[found >= 0]
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
 def average_precision(score: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:
-    """Average the precision at each positive, equal scores taken together; NaN without positives."""
+    """Average the precision at each positive, equal scores taken together; NaN without positives.
+
+    A score of NaN counts as wrong: behind all others for a positive, before them for a negative.
+    """
     if not truth.any():
         return float("nan")
+    score = np.where(np.isnan(score), np.where(truth > 0, -np.inf, np.inf), score)
     order = np.argsort(-score, kind="stable")
     hits, ordered = truth[order] > 0, score[order]
-    last = np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1)  # where a group of equal scores ends
+    # Where a group of equal scores ends; not by their difference, which is NaN between infinities.
+    last = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
     found = np.cumsum(hits)[last]
     gained = np.diff(found, prepend=0)
     return float((found / (last + 1) * gained).sum() / found[-1])

@@ -26,6 +26,7 @@ from finetune.classification.validation import Validation
 from finetune.classification.views import TrainingViews
 from finetune.recipe import TuneRecipe
 from pretrain.data.samples import Batch
+from pretrain.metrics.ranking import predicted
 from pretrain.models.averages import WeightAverage
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Classifier, Cost
@@ -149,7 +150,7 @@ class ClassificationObjective(Objective):
         # In float32: the softmax of bfloat16 logits would be rounded to 8 bits.
         logits = self.model(video).float()
         loss = self._loss(logits, self._soft(target))
-        right = (logits.argmax(-1) == target).float().mean() * 100 if self.task == "single" else None
+        right = (predicted(logits) == target).float().mean() * 100 if self.task == "single" else None
         return Output(loss, {} if right is None else {"top1": right})
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from finetune.classification.predictions import Predictions, class_accuracy, con
 from finetune.classification.validation import centre_view, predict, test_views, video_sets
 from finetune.classification.videos import VideoSet
 from finetune.recipe import TuneRecipe
-from pretrain.checkpoint.consolidate import consolidated_state, newest_checkpoint
+from pretrain.checkpoint.consolidate import newest_checkpoint
 from pretrain.checkpoint.folders import folder_of
 from pretrain.checkpoint.reshape import Layout
 from pretrain.checkpoint.resume import load_weights, open_verified
@@ -24,6 +24,7 @@ from pretrain.objectives.base import Method
 from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 from pretrain.runtime.run_folder import RunFolder
+from pretrain.trained.load_run import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def load_objective(method: Method, ranks: Ranks, checkpoint: Path) -> Any:
         load_weights(built.engine, open_verified(checkpoint, ranks), here, built.groups)
         return built.engine.module.eval()
     objective = method.build()
-    objective.load_state_dict(consolidated_state(checkpoint))
+    load_checkpoint(objective, checkpoint)
     return objective.to(device=ranks.device, dtype=DTYPES[recipe.compute.dtype]).eval()
 
 

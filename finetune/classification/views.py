@@ -161,7 +161,8 @@ class EvaluationViews:
         if short_side < max(self.height, self.width):
             return transforms.centre_crop(clip, self.width, self.height)
         resized = _resize_short(clip, short_side)
-        y, x = (resized.shape[1] - self.height) // 2, (resized.shape[2] - self.width) // 2
+        y = transforms.centred(resized.shape[1] - self.height)
+        x = transforms.centred(resized.shape[2] - self.width)
         # A copy: a view would keep all of the resized clip in memory, and be sent to the trainer with it.
         return np.ascontiguousarray(resized[:, y : y + self.height, x : x + self.width])
 

@@ -128,7 +128,8 @@ def _feature_shards(objective: Any, recipe: TuneRecipe, kind: Any, ranks: Any, f
 def _score(train: Any, held_out: Any, arguments: argparse.Namespace, seed: int, device: Any) -> dict[str, Any]:
     from finetune.probe.few_shot import few_shot
     from finetune.probe.heads import train_heads
-    from pretrain.metrics.neighbours import accuracy, knn_scores
+    from pretrain.metrics.neighbours import knn_scores
+    from pretrain.metrics.ranking import accuracy
 
     result: dict[str, Any] = {"videos": len(held_out.keys), "chance": 100 / len(train.names)}
     if arguments.method == "knn":

@@ -17,6 +17,7 @@ from finetune.classification.task import ClassificationObjective, Classification
 from finetune.distillation.teacher import FrozenTeacher, Teacher
 from finetune.recipe import TuneRecipe
 from pretrain.data.samples import Batch
+from pretrain.metrics.ranking import predicted
 from pretrain.models import classifier
 from pretrain.models.base import Classifier
 from pretrain.models.frozen import Frozen
@@ -103,7 +104,7 @@ class DistillationObjective(ClassificationObjective):
         loss = divergence
         if options.label_weight > 0:
             loss = (1 - options.label_weight) * divergence + options.label_weight * soft_cross_entropy(logits, soft)
-        agreement = (logits.argmax(-1) == wanted.argmax(-1)).float().mean() * 100
+        agreement = (predicted(logits) == wanted.argmax(-1)).float().mean() * 100
         return Output(loss, {"divergence": divergence.detach(), "agreement": agreement})
 
     def frozen_parts(self) -> Mapping[str, Frozen[Any]]:

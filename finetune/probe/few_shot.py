@@ -6,7 +6,8 @@ import torch
 
 from finetune.probe.features import Features
 from pretrain.data.randomness import generator
-from pretrain.metrics.neighbours import accuracy, knn_scores
+from pretrain.metrics.neighbours import knn_scores
+from pretrain.metrics.ranking import accuracy
 
 
 def draw_shots(targets: npt.NDArray[np.int64], shots: int, seed: int, draw: int) -> npt.NDArray[np.int64]:

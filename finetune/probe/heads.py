@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.probe.features import Features
-from pretrain.metrics.neighbours import accuracy
+from pretrain.metrics.ranking import accuracy
 
 #: Rates and decays of the grid.
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)

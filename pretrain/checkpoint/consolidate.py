@@ -37,8 +37,6 @@ def newest_checkpoint(root: Path) -> Path:
 def consolidated_state(folder: Path) -> dict[str, Tensor]:
     """Merge the shards of all ranks into float32 weights, by the names that they have in the objective.
 
-    The files are unpickled; only a checkpoint whose hashes verify gets that far.
-
     Raises:
         CheckpointError: the checkpoint does not verify.
     """
@@ -55,7 +53,7 @@ def merged(folder: Path, world_size: int, stage: int) -> dict[str, Tensor]:
     Without ZeRO they are those of the forward pass: the optimiser's float32 copies have no names there.
 
     Args:
-        folder: DeepSpeed's folder inside the checkpoint, whose files are unpickled.
+        folder: DeepSpeed's folder inside the checkpoint.
         world_size: Ranks that wrote it.
         stage: ZeRO stage that wrote it.
 

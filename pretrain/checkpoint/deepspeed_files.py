@@ -1,6 +1,9 @@
 """The files of a DeepSpeed checkpoint: their names, and what is noted in them of the parameters."""
 
-from collections.abc import Mapping
+import importlib
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +41,78 @@ def stored_parameters(folder: Path, world_size: int, stage: int) -> Stored:
     )
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """Unpickle a file, whose hash was verified; tensors stay in it until they are read."""
-    # weights_only would refuse fp16's loss scaler, an object in DeepSpeed's files.
-    content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+#: The classes that DeepSpeed stores beside tensors and plain values, by module. Each of them only keeps attributes.
+STORED_CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+}
+
+
+def load_file(path: Path, mapped: bool = True) -> dict[str, Any]:
+    """Read a file of tensors, plain values and DeepSpeed's own classes, without running anything that it names.
+
+    Args:
+        path: of the file.
+        mapped: Leave tensors in the file until they are used.
+
+    Raises:
+        CheckpointError: it holds anything else, or is damaged.
+    """
+    try:
+        # Never all that pickle can: who gives a checkpoint gives its manifest too, so right hashes prove nothing.
+        with torch.serialization.safe_globals(_stored_classes()):
+            content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{path}: {_reason(path, error)}") from error
     return content
+
+
+def _stored_classes() -> list[Any]:
+    # Imported here: readers of weights need no DeepSpeed until they meet one of its files.
+    stored = ((module, name) for module, names in STORED_CLASSES.items() for name in names)
+    return [getattr(importlib.import_module(module), name) for module, name in stored]
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Say why a file was not read, with the names in it that are not allowed; torch's advice is to run them."""
+    try:
+        with torch.serialization.safe_globals(_stored_classes()):
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # so damaged that it has no list of names
+        foreign = []
+    if foreign:
+        return (
+            f"it holds {', '.join(sorted(foreign))}, and a checkpoint holds tensors, plain values and classes of "
+            "DeepSpeed only; nothing of it was run. Where you trust it, take its weights over as safetensors"
+        )
+    return f"can't be read as tensors and plain values ({(str(error) or type(error).__name__).splitlines()[0]})"
+
+
+@contextmanager
+def read_safely(engine: Any) -> Iterator[None]:
+    """Make DeepSpeed read its files through `load_file` while it loads a checkpoint."""
+    own = engine.checkpoint_engine
+    engine.checkpoint_engine = _SafeReader(own)
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = own
+
+
+class _SafeReader:
+    """Stand-in for DeepSpeed's checkpoint engine while it loads (deepspeed.runtime.checkpoint_engine)."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+        """Read a file to the CPU, from where DeepSpeed copies what it needs."""
+        # Not mapped: DeepSpeed keeps some of these tensors, and training would go on in a file that retention removes.
+        return load_file(Path(path), mapped=False)
 
 
 def sharded_shapes(model: dict[str, Any]) -> dict[str, torch.Size]:

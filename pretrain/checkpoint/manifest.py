@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.errors import CheckpointError
+from pretrain.runtime.untrusted import inner_name, parse_json
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -71,10 +72,14 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         CheckpointError: damaged, or of another version.
     """
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         if content["version"] != VERSION:
             raise CheckpointError(f"{where}: version {content['version']}, this release reads {VERSION}")
-        return Manifest(content["step"], tuple(FileEntry(**entry) for entry in content["files"]))
+        files = tuple(FileEntry(**entry) for entry in content["files"])
+        for entry in files:
+            # Files are fetched to, and verified at, these places: a manifest of a stranger must not choose others.
+            inner_name(entry.path)
+        return Manifest(int(content["step"]), files)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{where}: unreadable ({type(error).__name__}: {error})") from error
 

@@ -108,7 +108,7 @@ def gather(pieces: Iterable[Piece], begin: int, count: int, what: str) -> Tensor
 
 
 def open_shards(folder: Path, world_size: int, stage: int, groups: Groups, shapes: Mapping[str, torch.Size]) -> Shards:
-    """Find everything in DeepSpeed's files, whose hashes were verified: they are unpickled.
+    """Find everything in DeepSpeed's files.
 
     Args:
         folder: DeepSpeed's folder inside the checkpoint.

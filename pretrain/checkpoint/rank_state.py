@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.deepspeed_files import load_file
 from pretrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -128,8 +129,7 @@ def _read(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
     path = _file(folder, rank)
     if not path.is_file():
         return {}
-    content: dict[str, dict[str, Any]] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return content
+    return load_file(path)
 
 
 def _check_names(folder: Path, stored: Mapping[str, Mapping[str, Any]], states: Mapping[str, RankState]) -> None:

@@ -5,6 +5,7 @@ is removed, which is done first; so no reader ever takes a part for the whole.
 """
 
 import logging
+import re
 import time
 from collections.abc import Sequence, Set
 from pathlib import Path
@@ -19,8 +20,16 @@ logger = logging.getLogger(__name__)
 #: What a manifest is called whose checkpoint lies after the one that a run was taken back to.
 SUPERSEDED = "superseded_manifest.json"
 
-#: Files of the run folder that travel with its checkpoints, so that a run which lost its local disk has its history.
-RECORDS = ("recipe.yaml", "environment.json", "metrics.jsonl", "bad_samples.jsonl", "best.json", "wandb_id")
+#: Files of the run folder that travel with its checkpoints: all that a resume reads, and the run's history.
+RECORDS = (
+    "recipe.yaml", "environment.json", "metrics.jsonl", "guard.json", "hangs.jsonl", "best.json", "timings.json",
+    "wandb_id",
+)  # fmt: skip
+
+#: Folder of the run folder with a file of each rank, which travel as well.
+RECORDS_BY_RANK = "bad_samples"
+
+RANK_FILE = re.compile(r"rank_\d{5,}\.jsonl")
 
 #: Longest time of a small request, seconds.
 REQUEST_S = 120.0
@@ -64,9 +73,20 @@ class RemoteCheckpoints:
             left = max(end - time.monotonic(), 1.0)
             storage.upload(str(folder / entry.path), storage.join(self.of(step), entry.path), left)
 
-    def upload_beside(self, path: Path) -> None:
-        """Copy a file of the run folder, such as metrics.jsonl, to where the run's folder of checkpoints is."""
-        storage.upload(str(path), storage.join(self.url, path.name), self.deadline_s)
+    def upload_records(self, run_dir: Path, rank: int, world_size: int) -> None:
+        """Copy this rank's share of the run folder's records to where the run's folder of checkpoints is."""
+        # Also of ranks that this start does not have: a resume reads and shortens the files of all.
+        by_rank = sorted((run_dir / RECORDS_BY_RANK).glob("rank_*.jsonl"))[rank::world_size]
+        for path in [*by_rank, *(run_dir / name for name in RECORDS if rank == 0)]:
+            if path.is_file():
+                place = storage.join(self.url, str(path.relative_to(run_dir)))
+                storage.upload(str(path), place, self.deadline_s)
+
+    def records(self) -> list[str]:
+        """List the records that are there, relative to the run folder."""
+        by_rank = storage.find(storage.join(self.url, RECORDS_BY_RANK), self._request_s)
+        found = [f"{RECORDS_BY_RANK}/{name}" for name in by_rank if RANK_FILE.fullmatch(name)]
+        return found + [name for name in RECORDS if storage.exists(storage.join(self.url, name), self._request_s)]
 
     def publish(self, manifest: Manifest) -> None:
         """Compare the sizes of what arrived and add the manifest.

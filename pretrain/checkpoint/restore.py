@@ -3,19 +3,26 @@
 import hashlib
 import logging
 import os
+import secrets
 from pathlib import Path
 
 from filelock import FileLock
 
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import problems, write_manifest
-from pretrain.checkpoint.remote import RECORDS, RemoteCheckpoints
+from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.errors import CheckpointError, StorageError, TubeletError
 from pretrain.recipe.schema import Checkpoint
 from pretrain.runtime import storage
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 
 logger = logging.getLogger(__name__)
+
+#: File of the run folder by which it is known again; its content is no other folder's.
+MARK = ".run_id"
+
+#: Longest time of one look for the run folder in the store, seconds.
+APART_S = 30.0
 
 #: Longest time that the download of a checkpoint for a reader of weights may take, seconds.
 FETCH_S = 3600.0
@@ -41,6 +48,8 @@ def prepare_resume(root: Path, options: Checkpoint, ranks: Ranks, resume: str) -
     if "://" in resume:
         return str(_restore_url(root, resume, options.upload_deadline_s, ranks))
     remote = open_remote(options)
+    if remote is not None and ranks.first:
+        _set_mark(root.parent)
     if remote is not None and resume == "auto":
         restore_newest(root, remote, ranks)
     elif remote is not None and resume == "never" and (steps := _steps(root, remote, ranks)):
@@ -49,6 +58,51 @@ def prepare_resume(root: Path, options: Checkpoint, ranks: Ranks, resume: str) -
             "leave --resume out to continue"
         )
     return resume
+
+
+def _check_apart(run_dir: Path, remote: RemoteCheckpoints, ranks: Ranks) -> None:
+    """Refuse a store that is, holds or lies in the run folder, seen by another way: a mounted bucket, a bind mount.
+
+    Paths can't tell (`recipe/check.py` compares those): the run folder's own mark is looked for in the store.
+
+    Raises:
+        CheckpointError: it is found.
+    """
+    problem = ""
+    if ranks.first:
+        mark = (run_dir / MARK).read_bytes()
+        # Up to three folders deep either way: `<url>/runs/name` in a mounted bucket, and `run/checkpoints/x`.
+        above = [storage.join(remote.url, *run_dir.parts[-depth:]) for depth in (3, 2, 1)]
+        try:
+            if any(_holds(place, mark) for place in [*above, *_up(remote.url, 4)]):
+                problem = (
+                    f"checkpoint.upload: {remote} is, holds or lies in the run folder {run_dir}, where each upload "
+                    "would destroy the checkpoint that it copies; name another place"
+                )
+        except StorageError as error:
+            logger.warning("%s did not answer whether it is the run folder by another way: %s", remote, error)
+    if problem := from_first(ranks, problem):
+        raise CheckpointError(problem)
+
+
+def _set_mark(run_dir: Path) -> None:
+    """Lay a file of its own into the run folder, once, before stores that cache lists are asked."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / MARK).is_file():
+        (run_dir / MARK).write_text(secrets.token_hex(16), encoding="utf-8")
+
+
+def _holds(place: str, mark: bytes) -> bool:
+    url = storage.join(place, MARK)
+    return storage.exists(url, APART_S) and storage.read_bytes(url, deadline_s=APART_S) == mark
+
+
+def _up(url: str, levels: int) -> list[str]:
+    """Return a URL and the folders above it."""
+    protocol, separator, path = url.rpartition("://")
+    parts = path.rstrip("/").split("/")
+    kept = range(len(parts), max(len(parts) - levels, 0), -1)
+    return [protocol + separator + "/".join(parts[:count]) for count in kept]
 
 
 def _restore_url(root: Path, url: str, deadline_s: float, ranks: Ranks) -> Path:
@@ -93,6 +147,7 @@ def _steps(root: Path, remote: RemoteCheckpoints, ranks: Ranks) -> list[int]:
             problem = str(error)
     steps, problem = from_first(ranks, (steps, problem))
     if not problem:
+        _check_apart(root.parent, remote, ranks)
         return steps
     if not from_first(ranks, [folder.name for folder in folders.published(root)]):
         raise CheckpointError(
@@ -129,13 +184,18 @@ def restore(root: Path, remote: RemoteCheckpoints, step: int, ranks: Ranks) -> b
 
 def _restore_records(run_dir: Path, remote: RemoteCheckpoints) -> None:
     """Restore metrics.jsonl and the like, where the local ones are gone; a run goes on without them."""
-    for name in RECORDS:
-        url = storage.join(remote.url, name)
+    try:
+        names = remote.records()
+    except StorageError as error:
+        logger.warning("the records of the run at %s could not be restored: %s", remote, error)
+        return
+    for name in names:
         try:
-            if not (run_dir / name).exists() and storage.exists(url):
-                storage.download(url, str(run_dir / name))
+            if not (run_dir / name).exists():
+                (run_dir / name).parent.mkdir(exist_ok=True)
+                storage.download(storage.join(remote.url, name), str(run_dir / name))
         except (StorageError, OSError) as error:
-            logger.warning("%s could not be restored: %s", url, error)
+            logger.warning("%s could not be restored: %s", storage.join(remote.url, name), error)
 
 
 def _problems_on_all(ranks: Ranks, folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.collect import NO_RANK_STATE
-from pretrain.checkpoint.deepspeed_files import Groups
+from pretrain.checkpoint.deepspeed_files import Groups, read_safely
 from pretrain.checkpoint.manifest import problems
 from pretrain.checkpoint.rank_state import RankState, load_rank_state
 from pretrain.checkpoint.reshape import Layout, load_reshaped
@@ -119,9 +119,8 @@ def load(
 ) -> None:
     """Load weights, optimiser states, loss scale and rank state, whichever layout wrote them.
 
-    The same layout is DeepSpeed's to load, each rank its own files; others are converted (`reshape`). The files were
-    written by this program and their hashes verified, so they may be unpickled; checkpoints from elsewhere never come
-    this way (run.init_weights reads tensors only).
+    The same layout is DeepSpeed's to load, each rank its own files; others are converted (`reshape`). Nothing in the
+    files is run (`deepspeed_files.load_file`): `--resume` takes checkpoints from anywhere.
 
     Args:
         engine: The engine, trained or not.
@@ -137,7 +136,8 @@ def load(
     if before.fits(now):
         split_buffers(engine)
         # No scheduler's state: the rate is a function of the step (engine/schedules.py).
-        path, _ = engine.load_checkpoint(str(found.folder), tag=TAG, load_lr_scheduler_states=False)
+        with read_safely(engine):
+            path, _ = engine.load_checkpoint(str(found.folder), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{found.folder / TAG}: DeepSpeed found nothing to load")
     else:

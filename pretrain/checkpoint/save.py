@@ -30,7 +30,6 @@ from pretrain.checkpoint.collect import Collected, collect
 from pretrain.checkpoint.manifest import FileEntry, Manifest, describe_file, write_manifest
 from pretrain.checkpoint.rank_messages import RankMessages
 from pretrain.checkpoint.rank_state import RankState, digests, unequal, write_rank_state
-from pretrain.checkpoint.remote import RECORDS
 from pretrain.checkpoint.restore import open_remote
 from pretrain.checkpoint.snapshot import HostCopies
 from pretrain.checkpoint.upload import Uploader
@@ -271,8 +270,7 @@ def open_saver(
     messages = RankMessages(from_first(ranks, secrets.token_hex(8)))
     remote, uploader = open_remote(options), None
     if remote is not None:
-        extras = tuple(root.parent / name for name in RECORDS)
-        uploader = Uploader(root, remote, ranks, messages, options.keep_last, keep_every_steps, extras, keep)
+        uploader = Uploader(root, remote, ranks, messages, options.keep_last, keep_every_steps, keep)
     return Saver(root, ranks, options, keep_every_steps, messages, uploader)
 
 

@@ -41,7 +41,6 @@ class Uploader:
         keep_last: Newest checkpoints that stay at `remote`.
         keep_every_steps: One of every so many steps stays there for good; None: none.
         keep: Further steps that stay there.
-        extras: Further files of the run folder that go along (rank 0), such as metrics.jsonl.
     """
 
     def __init__(
@@ -52,11 +51,10 @@ class Uploader:
         messages: RankMessages,
         keep_last: int,
         keep_every_steps: int | None,
-        extras: tuple[Path, ...] = (),
         keep: Set[int] = frozenset(),
     ) -> None:
         self._root, self._remote, self._ranks, self._messages = root, remote, ranks, messages
-        self._keep_last, self._keep_every_steps, self._extras = keep_last, keep_every_steps, extras
+        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
         self._changed = threading.Condition()
         self._uploaded: set[int] = set()
         self._failed: dict[int, str] = {}
@@ -169,10 +167,6 @@ class Uploader:
         answers = {self._messages.take(f"{key}/{rank}", timeout) for rank in range(self._ranks.world_size)} - {""}
         if answers:
             return "; ".join(sorted(answers))
-        # Before the manifest: whoever restores this checkpoint finds metrics that reach as far.
-        for path in self._extras:
-            if path.is_file():
-                self._remote.upload_beside(path)
         self._remote.publish(manifest)
         try:
             self._remote.retire(self._keep_last, self._keep_every_steps, {step} | self._keep)
@@ -187,6 +181,8 @@ class Uploader:
             # Large files in turn, so that shares are of like size.
             files = sorted(read_manifest(folder).files, key=lambda entry: (-entry.bytes, entry.path))
             self._remote.upload(folder, step, files[self._ranks.rank :: self._ranks.world_size])
+            # Before the manifest: whoever restores this checkpoint finds metrics that reach as far.
+            self._remote.upload_records(self._root.parent, self._ranks.rank, self._ranks.world_size)
         except Exception as error:
             return f"rank {self._ranks.rank}: {error}"
         return ""

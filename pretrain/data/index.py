@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import inner_name, parse_json
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -194,7 +195,7 @@ def load_index(url: str, deadline_s: float = 300.0) -> ShardIndex:
     """
     where = storage.join(url, INDEX_NAME)
     try:
-        content = json.loads(storage.read_bytes(where, deadline_s=deadline_s))
+        content = parse_json(storage.read_bytes(where, deadline_s=deadline_s))
     except StorageError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise store_error(where, error) from error
@@ -212,7 +213,7 @@ def _parse_index(url: str, where: str, content: Any) -> ShardIndex:
         found = content.get("version") if isinstance(content, dict) else type(content).__name__
         raise DataError(f"{where}: index version {found!r}, this release reads {INDEX_VERSION}; index again")
     try:
-        index = ShardIndex(url, ShardTable(Shard(**entry) for entry in content["shards"]))
+        index = ShardIndex(url, ShardTable(_checked(entry) for entry in content["shards"]))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: damaged entry ({error}); write it again with launch/pack.py --index-only") from error
     if content.get("fingerprint") != index.fingerprint:
@@ -221,6 +222,11 @@ def _parse_index(url: str, where: str, content: Any) -> ShardIndex:
             "the file was edited or cut; write it again with launch/pack.py --index-only"
         )
     return index
+
+
+def _checked(entry: dict[str, Any]) -> Shard:
+    inner_name(entry["name"])
+    return Shard(**entry)
 
 
 def write_index(index: ShardIndex) -> None:
@@ -244,7 +250,7 @@ def load_members(url: str, shard: str, deadline_s: float = 300.0) -> MemberTable
     where = storage.join(url, members_name(shard))
     try:
         # Credentials that are wrong have been found at the index; a denial here may be one that passes.
-        content = json.loads(storage.read_bytes(where, deadline_s=deadline_s, denied_for_good=False))
+        content = parse_json(storage.read_bytes(where, deadline_s=deadline_s, denied_for_good=False))
         return MemberTable(
             Keys(content["keys"]),
             np.array(content["offsets"], dtype=np.int64),

@@ -17,6 +17,7 @@ from pretrain.data.index import store_error
 from pretrain.data.time_segment import Segment
 from pretrain.errors import DataError, SampleError, StorageError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Span:
             SampleError: "index" for anything else.
         """
         try:
-            content = json.loads(data)
+            content = parse_json(data, SAMPLE_JSON_BYTES)
             stamps = content.get("stamps")
             return cls(
                 int(content["bytes"]),

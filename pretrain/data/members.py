@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from pretrain.data.media import (
     Kind,
 )
 from pretrain.errors import SampleError
+from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, parse_json
 
 #: Where the json of foreign shards and of manifests keeps a text, in this order.
 TEXT_FACTS = ("caption", "text")
@@ -148,7 +148,7 @@ class Members:
         for name in names:
             if f"{name}.json" in self.files:
                 try:
-                    return json.loads(self.files[f"{name}.json"])
+                    return parse_json(self.files[f"{name}.json"], SAMPLE_JSON_BYTES)
                 except ValueError as error:
                     raise SampleError(reason, f"{name}.json is damaged: {error}") from error
         meta = self.facts.get("meta")
@@ -163,7 +163,7 @@ class Members:
         """The json's content, or the error that reading it raised."""
         try:
             # The error is kept and not raised: whoever needs pixels only must not lose the sample to a damaged json.
-            return json.loads(self.files.get("json", b"{}"))
+            return parse_json(self.files.get("json", b"{}"), SAMPLE_JSON_BYTES)
         except ValueError as error:
             return error
 

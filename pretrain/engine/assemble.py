@@ -97,13 +97,13 @@ def keep_every(recipe: Recipe, schedule: Schedule) -> int | None:
 
 def forget_after(folder: RunFolder, step: int, plan: StreamPlan) -> None:
     """Drop what the steps after the checkpoint had written: they are run again."""
-    keep_records(folder.metrics, lambda record: record["step"] <= step)
+    keep_records(folder.metrics, lambda record: record["step"] <= step, ("step",))
 
     def served_before(record: dict[str, Any]) -> bool:
         return plan.composition.step_of(record["epoch"], record["position"]) < step
 
     for records in folder.bad_samples.glob("rank_*.jsonl"):  # also of ranks that this start does not have
-        keep_records(records, served_before)
+        keep_records(records, served_before, ("epoch", "position"))
 
 
 def build_run(

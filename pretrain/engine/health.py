@@ -18,7 +18,8 @@ from pretrain.data.index import load_index
 from pretrain.data.members import parse_sample
 from pretrain.data.samples import Arrays, Batch, SourceInfo
 from pretrain.errors import DataError, RecipeError, SampleError
-from pretrain.metrics.neighbours import accuracy, leave_one_out_scores
+from pretrain.metrics.neighbours import leave_one_out_scores
+from pretrain.metrics.ranking import accuracy
 from pretrain.objectives.base import Method, Objective
 from pretrain.recipe.schema import Source
 from pretrain.runtime.process_group import Ranks, gather_objects

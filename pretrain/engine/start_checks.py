@@ -9,7 +9,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ from pretrain.errors import TrainingError
 from pretrain.objectives.base import Method
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime import host_checks, storage
-from pretrain.runtime.environment import versions
+from pretrain.runtime.environment import code_hash, versions
 from pretrain.runtime.findings import Finding, Line, merge, odd_ones
 from pretrain.runtime.process_group import Ranks, gather_objects
 
 logger = logging.getLogger(__name__)
+
+#: The check of the program's own files.
+CODE = "files of pretrain/ and finetune/"
 
 #: Packages that must be the same everywhere; another version of the others is a warning.
 ESSENTIAL = ("python", "torch", "deepspeed", "cuda")
@@ -53,7 +56,30 @@ def check_hosts(method: Method, ranks: Ranks) -> None:
     Raises:
         TrainingError: some check failed; all of them are in the message.
     """
-    lines = examine_start(method, ranks)
+    _judge(examine_start(method, ranks), ranks)
+
+
+def check_data(fingerprints: Mapping[str, str], ranks: Ranks) -> None:
+    """Refuse ranks that opened different data: each would train on its own, to the end and without an error.
+
+    Args:
+        fingerprints: Of the data that this rank opened, by source.
+        ranks: This process among all.
+
+    Raises:
+        TrainingError: some rank has other data than most; its host is named.
+    """
+    hosts, found = gather_objects(ranks, platform.node()), gather_objects(ranks, dict(fingerprints))
+    advice = "copy it there again, or name one place that all hosts share (launch/pack.py --check finds what differs)"
+    findings = []
+    for name in fingerprints:  # the recipe names the sources, and recipes have been compared
+        usual, odd = odd_ones([one[name] for one in found])
+        value = f"fingerprint {fingerprints[name]} instead of {usual}"
+        findings.append(Finding(f"data of {name}", "fail" if ranks.rank in odd else "ok", value, advice))
+    _judge(merge(gather_objects(ranks, findings), hosts), ranks)
+
+
+def _judge(lines: list[Line], ranks: Ranks) -> None:
     for line in lines:
         if ranks.first and line.status == "warn":
             logger.warning("%s", line)
@@ -76,7 +102,7 @@ def check_limits(method: Method, hosts: list[str], ranks: Ranks) -> Iterator[Fin
 
 
 def check_same_everywhere(recipe: Recipe, ranks: Ranks) -> Iterator[Finding]:
-    """Compare versions and the recipe with those of most ranks."""
+    """Compare versions, the program's files and the recipe with those of most ranks."""
     own = {"python": sys.version.split()[0], "cuda": str(torch.version.cuda or "none")} | versions()
     found = gather_objects(ranks, own)
     for name in sorted({name for one in found for name in one}):
@@ -84,6 +110,7 @@ def check_same_everywhere(recipe: Recipe, ranks: Ranks) -> Iterator[Finding]:
         finding = compare([one.get(name, "not installed") for one in found], ranks.rank, name, essential)
         if finding.status != "ok" or essential:
             yield finding
+    yield compare(gather_objects(ranks, code_hash()), ranks.rank, CODE, essential=True)
     yield _compare_recipes(gather_objects(ranks, _comparable(recipe)), ranks.rank)
 
 

@@ -41,8 +41,3 @@ def _votes(similarity: Tensor, targets: Tensor, classes: int, neighbours: int) -
     weight = (nearest / TEMPERATURE).exp()
     return torch.zeros(len(similarity), classes).scatter_add_(1, targets[index], weight)
 
-
-def accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:
-    """Compute top-k accuracy in percent."""
-    top = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return 100 * (top == targets[:, None]).any(dim=1).float().mean().item()

@@ -43,6 +43,7 @@ class Backbone(nn.Module):
         # A slot, not a wrapper, which would rename every parameter: official files would no longer fit.
         self.register_module("embeddings", None)
         self.reorganisation = None
+        self._resting: TokenReorganisation | None = None
 
     def reorganise(self, config: Reorganisation, rates: Sequence[float] | None = None) -> None:
         """Drop tokens from now on; at a keep rate of 1 the model is the plain one again.
@@ -53,13 +54,11 @@ class Backbone(nn.Module):
         """
         rates = keep_rates(config, len(self.blocks)) if rates is None else rates
         # Nothing is left in the slot: prompts, which `run` refuses beside a reorganisation, work again.
-        if all(rate == 1 for rate in rates):
-            self.reorganisation = None
-            return
-        kind: Kind = "keyframe" if config.score == "keyframe" else "class" if self.class_tokens else "received"
         if config.score == "added_class" and not self.class_tokens:
             raise RecipeError("tokens.score=added_class: this model was built without a class token; build it with one")
-        self.reorganisation = TokenReorganisation(rates, kind, config)
+        kind: Kind = "keyframe" if config.score == "keyframe" else "class" if self.class_tokens else "received"
+        self._resting = TokenReorganisation(rates, kind, config)
+        self.reorganisation = None if all(rate == 1 for rate in rates) else self._resting
 
     def run(
         self,
@@ -69,13 +68,15 @@ class Backbone(nn.Module):
         counts: int | Sequence[int | None] | None = None,
     ) -> Tokens:
         """Run tokens [B, c+N, C] through all blocks; see `TokenReorganisation` for the other arguments."""
-        if self.reorganisation is None:
+        # Counts act in any block, also where all rates are 1; a keep rate only in blocks that drop.
+        reorganisation = self.reorganisation or (None if counts is None else self._resting)
+        if reorganisation is None:
             if keep_rate is not None or counts is not None:
                 raise RecipeError("a keep rate was given, but this model drops no tokens; call `reorganise` first")
             return Tokens(self._prompted(x))
         if self.embeddings is not None:
             raise RecipeError("prompts and token reorganisation exclude each other: a prompt has no score")
-        return self.reorganisation.run(
+        return reorganisation.run(
             self.blocks, x, self.class_tokens, slices, keep_rate, counts, self.activation_checkpointing
         )
 

@@ -41,8 +41,8 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: Recompute) -> 
 
 
 def _keep_products() -> Any:
-    # Under ZeRO stage 3 this needs memory_efficient_linear=false: DeepSpeed's own linear adds its bias in place into
-    # the kept product, and gradients were 370 % off (0.19.8, measured).
+    # Right only where nothing is added into a kept product in place, as DeepSpeed's own linear does under ZeRO stage 3
+    # (engine/deepspeed_config.py turns it off).
     return create_selective_checkpoint_contexts(list(KEPT))
 
 

@@ -117,6 +117,7 @@ def load_state(
     refused = [f"missing: {key}" for key in _outside(report.missing, allow_missing)]
     refused += [f"unexpected: {key}" for key in _outside(report.unexpected, allow_unexpected)]
     refused += [f"mismatched: {text}" for text in report.mismatched]
+    refused += [f"not finite: {text}" for text in not_finite({key: state[key] for key in report.matched})]
     # All reasons are gathered before the first copy: a half-loaded model would train on without an error.
     refused += [f"config: {text}" for text in problems]
     # copy_ into a meta tensor does nothing and raises nothing.
@@ -125,12 +126,19 @@ def load_state(
     if refused:
         raise WeightsError(
             f"{report}\nnothing was loaded. Refused because of:\n  " + "\n  ".join(refused[: 2 * SHOWN_KEYS]) + "\n"
-            "Check model.size and its overrides, or name the keys that may be missing or ignored (glob patterns)."
+            "Check model.size and its overrides, or name the keys that may be missing or ignored (glob patterns). "
+            "Weights that are not finite are of a run that went wrong: take an earlier checkpoint."
         )
     for key in report.matched:
         _copy(targets[key], state[key])
     logger.info("%s", report)
     return report
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Find the tensors with NaN or infinity in them; a network with one of them answers NaN to everything."""
+    counts = {key: int((~value.isfinite()).sum()) for key, value in state.items() if value.is_floating_point()}
+    return [f"{key} ({count} of {state[key].numel()} values)" for key, count in counts.items() if count]
 
 
 def layout_of(raw: Mapping[str, Tensor]) -> str:

@@ -5,10 +5,16 @@ import math
 import os
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
+
+import fsspec
 
 from pretrain.recipe.check_optim import is_changed, optim_problems, optim_warnings, schedule_problems
 from pretrain.recipe.schema import Recipe
+
+#: Longest name of a run, bytes: file systems end at 255, and files that are made of it have endings.
+MAX_NAME = 200
 
 
 def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
@@ -20,6 +26,8 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
     """
     ranks = ranks or _launched_ranks()
     return [
+        *_check_name(recipe),
+        *_check_upload(recipe),
         *_check_ranges(recipe),
         *_check_sources(recipe),
         *_check_batch(recipe, ranks),
@@ -72,6 +80,28 @@ def _guard_warnings(recipe: Recipe) -> list[str]:
 
 def _launched_ranks() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+
+
+def _check_name(recipe: Recipe) -> list[str]:
+    # Part of the run folder's path, of file names and of wandb's: `../x` would leave runs/.
+    name = recipe.run.name
+    if name and name.isprintable() and name == name.strip() and not set(name) & set("/\\") and name not in (".", ".."):
+        return [] if len(name.encode()) <= MAX_NAME else [f"run.name: {len(name.encode())} bytes, allowed: {MAX_NAME}"]
+    return [f"run.name: found {name!r}, allowed: a name without slashes; where the run lies is run.dir"]
+
+
+def _check_upload(recipe: Recipe) -> list[str]:
+    """Check that uploads and run folder are apart: an upload first takes back what lies at its target."""
+    upload = recipe.checkpoint.upload
+    if upload is None or fsspec.utils.get_protocol(upload) not in ("file", "local"):
+        return []
+    there, here = (Path(place.removeprefix("file://")).expanduser().resolve() for place in (upload, recipe.run.dir))
+    if not (there.is_relative_to(here) or here.is_relative_to(there)):
+        return []
+    return [
+        f"checkpoint.upload: {upload} is, holds or lies in run.dir ({here}), where each upload would destroy the "
+        "checkpoint that it copies; name a folder elsewhere, such as one named after the run beside runs/"
+    ]
 
 
 def _check_ranges(recipe: Recipe) -> list[str]:

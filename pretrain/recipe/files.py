@@ -1,6 +1,7 @@
 """Recipe files: their places, contents and line numbers."""
 
 import difflib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,41 @@ from pretrain.errors import RecipeError
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
+#: Bytes of the largest file that is read as a recipe; ours have 10 kB when they are resolved.
+LARGEST = 1 << 20
+
+#: What a recipe may read of the environment, besides names that begin with TUBELET_. Recipes and runs are passed on,
+#: and what they print is too: with any name allowed, a recipe of somebody else would show the reader's keys.
+ENVIRONMENT = (
+    "HOME", "USER", "TMPDIR", "SCRATCH", "WORK", "PROJECT", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_TASK_ID",
+    "SLURM_TMPDIR",
+)  # fmt: skip
+_NO_DEFAULT = "\0"
+
+
+def _from_environment(name: str, default: Any = _NO_DEFAULT) -> Any:
+    """Resolve `${oc.env:NAME,default}`; ValueError for names that recipes may not read."""
+    if name not in ENVIRONMENT and not name.startswith("TUBELET_"):
+        raise ValueError(
+            f"recipes don't read {name} from the environment, only TUBELET_… and {', '.join(ENVIRONMENT)}; "
+            f'give the value on the command line: key="${name}"'
+        )
+    if name not in os.environ and default == _NO_DEFAULT:
+        raise ValueError(f"the environment has no {name}; set it, or write a default: ${{oc.env:{name},default}}")
+    return os.environ.get(name, default)
+
+
+# In the place of OmegaConf's own, so that nothing which a recipe can write leads around it.
+OmegaConf.register_resolver("oc.env", _from_environment, replace=True)
+
+
 @dataclass
 class Layer:
     """One origin of values, a file or the command line; later layers win.
 
     Attributes:
         lines: line of each dotted key in the file.
+        spelling: the same content with every value as it was spelt.
         whole: keys whose mapping replaces what lies below instead of adding to it. A file states `data.sources`
             whole, or the sources of its base would be mixed in.
     """
@@ -27,6 +57,7 @@ class Layer:
     origin: str
     content: dict[str, Any]
     lines: dict[str, int] = field(default_factory=dict)
+    spelling: dict[str, Any] = field(default_factory=dict)
     whole: frozenset[str] = frozenset({"data.sources"})
 
     def where(self, key: str) -> str:
@@ -36,6 +67,13 @@ class Layer:
             above = above.rpartition(".")[0]
         line = f":{self.lines[above]}" if above else ""
         return f"{self.origin}{line}: {key}"
+
+    def spelt(self, key: str) -> Any:
+        """Return the value of a dotted key as it was spelt: text, or a list or mapping of texts; None where unknown."""
+        found: Any = self.spelling
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
 
 
 def recipe_names(folder: str = "") -> list[str]:
@@ -92,7 +130,7 @@ def override_layer(overrides: list[str]) -> tuple[Layer, list[str]]:
 
     Values are YAML, so `[1, 2]`, `null` and `1e-3` mean what they do in a file.
     """
-    problems, good = [], []
+    problems, good, spelling = [], [], {}
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals or not key:
@@ -102,11 +140,24 @@ def override_layer(overrides: list[str]) -> tuple[Layer, list[str]]:
             # Word by word: from_dotlist of all would stop at the first bad one and report nothing of the others.
             OmegaConf.from_dotlist([word])
             good.append(word)
+            spelling[key] = yaml.load(value, Loader=yaml.BaseLoader)
         except yaml.YAMLError:
             problems.append(f"command line: {key}: {value!r} is not a YAML value; quote text with ' or \"")
     # `data.sources={...}` replaces all sources as a file does; `data.sources.mine.shards=...` is another key, and adds.
     whole = frozenset(word.partition("=")[0] for word in good)
-    return Layer("command line", _plain(OmegaConf.from_dotlist(good)), whole=whole), problems
+    layer = Layer("command line", _plain(OmegaConf.from_dotlist(good)), whole=whole)
+    for key, spelt in spelling.items():
+        _put(layer.spelling, key, spelt)
+    return layer, problems
+
+
+def _put(spelling: dict[str, Any], key: str, value: Any) -> None:
+    *above, last = key.split(".")
+    for part in above:
+        below = spelling.get(part)
+        spelling[part] = below if isinstance(below, dict) else {}
+        spelling = spelling[part]
+    spelling[last] = value
 
 
 def program_of(path: Path) -> str | None:
@@ -118,18 +169,24 @@ def program_of(path: Path) -> str | None:
 def _read(path: Path) -> Layer:
     origin = _display(path)
     try:
+        if path.stat().st_size > LARGEST:
+            raise RecipeError(f"{origin}: {path.stat().st_size} bytes, at most {LARGEST} are read as a recipe")
         text = path.read_text(encoding="utf-8")
         content = OmegaConf.create(text or "{}")
         # Parsed a second time, because OmegaConf keeps no line numbers.
         lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader))
+        # A third time, with nothing but text in it: `001`, `on` and `1e3` are good names of runs and classes.
+        spelling = yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{origin}:{line}: not valid YAML: {error.problem}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{origin}: can't be read: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{origin}: can't be read: nested too deep") from error
     if not isinstance(content, DictConfig):
         raise RecipeError(f"{origin}: a recipe is a mapping of sections, this is a {type(content).__name__}")
-    return Layer(origin, _plain(content), lines)
+    return Layer(origin, _plain(content), lines, spelling if isinstance(spelling, dict) else {})
 
 
 def _plain(content: Any) -> dict[str, Any]:

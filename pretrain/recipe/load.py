@@ -1,8 +1,10 @@
 """Reading of a recipe: from its name and `key=value` words to a typed Recipe, all that is wrong reported at once."""
 
+import os
+import types
 from dataclasses import dataclass, field, is_dataclass
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -180,10 +182,8 @@ class _Merge:
 
     def leaf(self, key: str, value: Any) -> None:
         before = OmegaConf.select(self.config, key, throw_on_missing=False)
-        if isinstance(value, bool):
-            # YAML 1.1 reads `off` as false, also where the word is one of the allowed values.
-            words = {"on", "yes"} if value else {"off", "no"}
-            value = next((word for word in get_args(_annotation(self.config, key)) if word in words), value)
+        # YAML reads `001` as a number and `off` as false, also where text is meant.
+        value = _expanded(_as_text(value, self.layer.spelt(key), _annotation(self.config, key)))
         try:
             OmegaConf.update(self.config, key, value)
         except (OmegaConfBaseException, TypeError, ValueError):
@@ -204,6 +204,28 @@ class _Merge:
         }
         hint = key_suggestion(key, siblings, list(all_keys(OmegaConf.get_type(self.config) or Recipe, components)))
         self.reading.add(key, f"{self.layer.where(key)}: no such key{hint}")
+
+
+def _as_text(value: Any, spelt: Any, annotation: Any) -> Any:
+    """Return a value as it was spelt where its key takes text; null stays null."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if isinstance(value, list) and origin is list and isinstance(spelt, list) and len(spelt) == len(value):
+        return [_as_text(one, text, arguments[0]) for one, text in zip(value, spelt, strict=True)]
+    if value is None or not isinstance(spelt, str):
+        return value
+    if origin in (Union, types.UnionType):
+        takes = [_as_text(value, spelt, argument) for argument in arguments if argument is not types.NoneType]
+        return takes[0] if len(takes) == 1 else value
+    if origin is Literal:
+        return spelt if spelt in arguments else value
+    return spelt if annotation is str else value
+
+
+def _expanded(value: Any) -> Any:
+    """Expand a leading ~ in paths, wherever they stand: only some of the libraries that take them do."""
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _annotation(config: DictConfig, key: str) -> Any:

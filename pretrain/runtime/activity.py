@@ -7,17 +7,32 @@ from dataclasses import dataclass, field
 COLLECTIVE = ("backward", "all-reduce", "optimiser")
 
 
+#: Seconds that this process was suspended for, as far as somebody noticed.
+_suspended = 0.0
+
+
+def awake() -> float:
+    """Read a clock, in seconds, that stands still while the process is suspended: a closed lid, a paused machine."""
+    return time.monotonic() - _suspended
+
+
+def suspended(seconds: float) -> None:
+    """Take note of a suspension, so that nobody is judged by the time that passed in it."""
+    global _suspended
+    _suspended += seconds
+
+
 @dataclass(frozen=True)
 class Moment:
     """A phase ("start", "data", "forward", "backward", "all-reduce", "optimiser", "save", ...) and when it began."""
 
     phase: str
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: awake())
 
     @property
     def seconds(self) -> float:
         """Seconds since the phase began."""
-        return time.monotonic() - self.since
+        return awake() - self.since
 
 
 _current = Moment("start")

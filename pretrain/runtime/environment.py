@@ -1,5 +1,6 @@
 """environment.json: what a run ran on, enough to explain a difference later."""
 
+import hashlib
 import os
 import platform
 import re
@@ -22,6 +23,9 @@ PACKAGES = (
     "fsspec",
     "numpy",
 )
+
+#: Packages that a run consists of.
+CODE = ("pretrain", "finetune")
 
 #: Variables that change speed or behaviour. Nothing else is stored: environments hold keys and tokens.
 VARIABLES = re.compile(r"(SLURM_JOB_|SLURM_N|NCCL_|GLOO_|DS_|OMP_|CUDA_|TORCH_|PYTORCH_|TUBELET_|MASTER_|WORLD_SIZE$)")
@@ -57,6 +61,15 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def code_hash() -> str:
+    """Hash the program's own files: a checkout on one host may be older, or edited, without another version."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for path in sorted(path for package in CODE for path in (root / package).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def commit() -> str | None:

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.runtime.activity import COLLECTIVE, current
+from pretrain.runtime.activity import COLLECTIVE, awake, current
+from pretrain.runtime.untrusted import parse_json
 
 FOLDER_NAME = "heartbeats"
 
@@ -71,7 +72,7 @@ class Heartbeats:
         self._start, self._rank, self._world_size = start, rank, world_size
         self._number = 0
         self._first_seen: dict[int, tuple[int, float]] = {}
-        self._began = time.monotonic()
+        self._began = awake()
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def beat(self, step: int) -> None:
@@ -90,12 +91,15 @@ class Heartbeats:
 
     def read(self) -> dict[int, Seen]:
         """Read the newest beat of every rank that has written one in this start."""
-        found, now = {}, time.monotonic()
+        found, now = {}, awake()
         for rank in range(self._world_size):
             content = _read(self._path(rank))
             if content is None or content.get("start") != self._start:
                 continue
-            beat = Beat(**content)
+            try:
+                beat = Beat(**content)
+            except TypeError:  # damaged, which the rank's next beat mends
+                continue
             number, seen_at = self._first_seen.get(rank, (-1, now))
             if beat.number != number:
                 seen_at = now
@@ -151,8 +155,8 @@ def behind(seen: dict[int, Seen]) -> list[Seen]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
+        content = parse_json(path.read_bytes())
+        return content if isinstance(content, dict) else None
     except (OSError, ValueError):
         # Not written yet, or replaced while it was read (ESTALE on NFS): the next look reads it.
         return None

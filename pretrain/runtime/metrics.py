@@ -1,46 +1,96 @@
 """metrics.jsonl: one dictionary a step, each step once, also after kills and resumes."""
 
+import itertools
 import json
 import logging
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.runtime.disk import Tolerance
+from pretrain.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
+#: Damaged lines of a file that are told one by one.
+WARNINGS = 5
+
 #: Records that are kept while a disk takes none.
 MOST_WAITING = 100_000
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Read complete records of a .jsonl file. A last line cut by a kill is left out."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+def read_records(path: Path, whole: Sequence[str] = ()) -> Iterator[Record]:
+    """Read the complete records of a .jsonl file.
+
+    A last line cut by a kill is left out. So are damaged ones, which are told with their numbers: after a power loss
+    files hold NULs, and a run must not end because of what only records its past.
+
+    Args:
+        path: of the file; it need not exist.
+        whole: keys that every record has, with whole numbers.
+    """
+    for _, record in _numbered(path, whole):
+        if record is not None:
+            yield record
 
 
-def keep_records(path: Path, keep: Callable[[Record], bool]) -> None:
-    """Drop the records that `keep` refuses, atomically: after a resume they are about to be made again."""
+def keep_records(path: Path, keep: Callable[[Record], bool], whole: Sequence[str] = ()) -> None:
+    """Drop the records that `keep` refuses, atomically: after a resume they are about to be made again.
+
+    A file with damaged lines is kept beside, as `<name>.damaged`.
+    """
     if not path.exists():
         return
-    kept = [record for record in read_records(path) if keep(record)]
+    numbered = list(_numbered(path, whole))
     temporary = path.with_suffix(".partial")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_line(record) for record in kept)
+        file.writelines(_line(record) for _, record in numbered if record is not None and keep(record))
         file.flush()
         # A rename may reach the disk before the content does; after a power cut the file would be empty.
         os.fsync(file.fileno())
+    if any(record is None for _, record in numbered):
+        aside = unused_name(path.with_name(path.name + ".damaged"))
+        path.rename(aside)
+        logger.warning("%s: the damaged file is kept as %s", path, aside)
     temporary.replace(path)
+
+
+def unused_name(path: Path) -> Path:
+    """Return the path, or the first of `<path>.2`, `<path>.3` … that nothing has."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
+def _numbered(path: Path, whole: Sequence[str]) -> Iterator[tuple[int, Record | None]]:
+    """Read lines with their numbers; None and a warning for damaged ones."""
+    if not path.exists():
+        return
+    damaged = 0
+    # Bytes: a line that is no UTF-8 is one damaged line, not the end of reading.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                continue
+            record = _record(line, whole)
+            if record is None and (damaged := damaged + 1) <= WARNINGS:
+                logger.warning("%s:%d: damaged line left out: %.80r", path, number, line)
+            yield number, record
+    if damaged > WARNINGS:
+        logger.warning("%s: %d damaged lines left out", path, damaged)
+
+
+def _record(line: bytes, whole: Sequence[str]) -> Record | None:
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    fits = isinstance(record, dict) and all(type(record.get(key)) is int for key in whole)
+    return record if fits else None
 
 
 class JsonLines:
@@ -54,6 +104,9 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
         self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        # A kill has cut the last line: appended to it, the next record would be lost with it.
+        if _cut(path):
+            self._waiting.append(b"\n")
         self._tolerate = Tolerance()
 
     def write(self, record: Record) -> None:
@@ -77,6 +130,14 @@ class JsonLines:
                 self._waiting[0] = self._waiting[0][written:]
             else:
                 self._waiting.popleft()
+
+
+def _cut(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _line(record: Record) -> str:

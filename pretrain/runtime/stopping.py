@@ -8,12 +8,15 @@ sent to the launcher reaches some ranks too late. Touch the stop file instead, o
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+
+from pretrain.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +119,7 @@ def _deadline(time_limit_minutes: float | None, started: float, environ: Mapping
 
 def _longest_save(path: Path) -> float:
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["save_s"])
-    except (OSError, ValueError, KeyError):  # none yet, or cut by a kill
+        seconds = float(parse_json(path.read_bytes())["save_s"])
+        return seconds if math.isfinite(seconds) else 0.0
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or cut by a kill
         return 0.0

@@ -4,6 +4,8 @@
     no rank enters another phase for `stop_after_s`, or one is gone:  the run ends, naming the ranks that are behind
 
 A rank that waits for the others can't tell a hang from a slow rank; the heartbeat files can (runtime/heartbeats.py).
+Where they can't be written or read, a second thread, which touches no file, log or terminal, ends the rank by itself.
+Time in which the machine was suspended counts for nobody.
 Long work is expected at the start (the first step compiles), in a save, an evaluation and pictures: until the first
 step after it has finished, `long_s` stands in for the limit, and the process group is as patient.
 """
@@ -17,13 +19,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.recipe.schema import Watchdog as Options
 from pretrain.runtime import stacks
-from pretrain.runtime.activity import note
+from pretrain.runtime.activity import awake, note, suspended
 from pretrain.runtime.heartbeats import Heartbeats, Seen, behind
 from pretrain.runtime.metrics import JsonLines, read_records
 from pretrain.runtime.process_group import WORK_TIMEOUT_S, Ranks, from_first, set_timeout
@@ -43,6 +45,13 @@ JUDGES = 8
 #: The process group is more patient than the watchdog, and that more than a read, by this many seconds: what the inner
 #: one says of the cause is more to the point.
 MARGIN_S = 60.0
+
+#: Seconds that a thread may wake up late; more, and the process was suspended.
+SUSPENDED_S = 30.0
+
+#: Longest time that lines, stacks and flushing may hold up a verdict, seconds: a console that nobody reads, or a lost
+#: disk, would hold it up for ever.
+SAY_S = 5.0
 
 #: Run folder's list of the starts that ended in a hang.
 HANGS = "hangs.jsonl"
@@ -82,7 +91,7 @@ class Watchdog:
         self.limits = Limits.of(options, deadline_s)
         self._first_step, self._step, self._saved, self._hangs = 0, 0, False, 0
         self._steps_s: deque[float] = deque(maxlen=WINDOW)
-        self._mark = time.monotonic()
+        self._mark = awake()
         self._patient, self._timeout_s = True, 0.0
         self._reported: float | None = None
         # Rank 0's clock for all: with names of their own, no rank would find the beats of another.
@@ -93,20 +102,24 @@ class Watchdog:
         stacks.announce(folder, ranks.rank)
         self._closed = threading.Event()
         self._leaving: threading.Timer | None = None
+        self._lock, self._awoke, self._answered = threading.Lock(), time.monotonic(), awake()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._alone = threading.Thread(target=self._watch_alone, daemon=True, name="watchdog alone")
         note("start")
         self._set_patience(True)
         if options.enabled:
             self._thread.start()
+            self._alone.start()
 
     def begin(self, first_step: int) -> None:
         """Tell how many steps earlier starts have done: where this one continues."""
         self._first_step = self._step = first_step
-        self._hangs = sum(record["from_step"] == first_step for record in read_records(self._folder / HANGS))
+        earlier = read_records(self._folder / HANGS, ("from_step",))
+        self._hangs = sum(record["from_step"] == first_step for record in earlier)
 
     def step_done(self, steps_done: int) -> None:
         """Note that a step has finished: its length counts towards the median, unless long work lay in it."""
-        now = time.monotonic()
+        now = awake()
         if not self._patient:
             self._steps_s.append(now - self._mark)
         self._mark, self._step = now, steps_done
@@ -118,14 +131,14 @@ class Watchdog:
         self.expect_long(phase)
         yield
         # Not in a `finally`: where the block raised, the heartbeat must go on naming the phase that failed.
-        self._mark = time.monotonic()
+        self._mark = awake()
         self._saved = self._saved or phase == "save"
         note("data")
 
     def expect_long(self, phase: str) -> None:
         """Expect long work that all ranks, or one of them, do now; the others may wait for it in the next step."""
         self._set_patience(True)
-        self._mark = time.monotonic()
+        self._mark = awake()
         note(phase)
 
     def close(self) -> None:
@@ -135,8 +148,10 @@ class Watchdog:
             self._leaving.cancel()
         # Nobody renews the timeout from here on: what cleans up may take longer than an ordinary step.
         set_timeout(WORK_TIMEOUT_S)
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in (self._thread, self._alone):
+            if thread.is_alive():
+                # Not for ever: it may stand in a write to a disk that is gone.
+                thread.join(timeout=2 * SAY_S)
 
     def leave_soon(self) -> None:
         """End the process of this failed rank in `leave_s` even if cleaning up waits for ranks that are gone."""
@@ -170,33 +185,60 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
+            self._notice_suspension()
             try:
                 self._look()
+                self._answered = awake()
             except Exception as error:  # a full or lost file system, among others, must not end the watch
-                logger.warning("watchdog: %s: %s", type(error).__name__, error)
+                say(logging.WARNING, f"watchdog: {type(error).__name__}: {error}")
             if self._closed.wait(self._options.beat_s):
                 return
+
+    def _watch_alone(self) -> None:
+        """End this rank in a stall in which the other thread gets no answer of files, log or terminal."""
+        while not self._closed.wait(self._options.beat_s):
+            self._notice_suspension()
+            now, patience_s = awake(), self.limits.stop_after_s
+            if now - self._mark - self.limit_s > patience_s and now - self._answered > patience_s:
+                say(
+                    logging.CRITICAL,
+                    f"hang: step {self._step + 1} has not finished after {now - self._mark:.0f} s, and neither the "
+                    f"heartbeats in {self._folder} nor the log could be written for {now - self._answered:.0f} s: this "
+                    "rank leaves without knowing of the others",
+                )
+                _kill_workers()
+                os._exit(self.exit_code)
+
+    def _notice_suspension(self) -> None:
+        with self._lock:  # whichever thread wakes first notices, the other then finds nothing
+            late_s = time.monotonic() - self._awoke - self._options.beat_s
+            self._awoke = time.monotonic()
+            if late_s > SUSPENDED_S:
+                suspended(late_s)
+        if late_s > SUSPENDED_S:
+            say(logging.WARNING, f"this process stood still for {late_s:.0f} s (suspended?); nothing is judged by that")
 
     def _look(self) -> None:
         self._beats.beat(self._step + 1)
         if self._beats.given_up:
             self._end()
             return
-        stalled_s = time.monotonic() - self._mark - self.limit_s
+        stalled_s = awake() - self._mark - self.limit_s
         if stalled_s < 0:
             if self._reported is not None:
-                logger.warning(
-                    "step %d: going on after a stall of %.0f s", self._step, time.monotonic() - self._reported
+                say(
+                    logging.WARNING, f"step {self._step}: going on after a stall of {awake() - self._reported:.0f} s"
                 )
                 self._reported = None
             return
         if self._reported is None:
-            self._reported = time.monotonic() - self.limit_s
-            path = stacks.dump(self._step + 1)
-            logger.warning(
-                "step %d: not finished after %.0f s (watchdog.factor, watchdog.least_s); stacks in %s, stop in %.0f s "
-                "unless some rank goes on",
-                *(self._step + 1, self.limit_s, path.parent, self.limits.stop_after_s),
+            self._reported = awake() - self.limit_s
+            with contextlib.suppress(OSError):  # a full disk has no room for stacks, which are no reason not to judge
+                stacks.dump(self._step + 1)
+            say(
+                logging.WARNING,
+                f"step {self._step + 1}: not finished after {self.limit_s:.0f} s (watchdog.factor, watchdog.least_s); "
+                f"stacks in {self._folder / 'stacks'}, stop in {self.limits.stop_after_s:.0f} s unless a rank goes on",
             )
         self._judge()
 
@@ -208,7 +250,7 @@ class Watchdog:
         idle_s = min((one.idle_s for one in seen.values() if one not in gone), default=0.0)
         # Only the rank whose verdict stands tells: the lines of eight judges would count as eight hangs in a row.
         if (gone or idle_s > self.limits.stop_after_s) and self._beats.give_up(reason := self._reason(seen, gone)):
-            logger.critical(reason)
+            say(logging.CRITICAL, reason)
             record = {"from_step": self._first_step, "step": self._step + 1, "reason": reason, "at": time.time()}
             with contextlib.closing(JsonLines(self._folder / HANGS)) as hangs:
                 hangs.write(record)
@@ -222,27 +264,44 @@ class Watchdog:
             names, what = list(seen.values()), "wait for each other in a collective: a network, or a rank that left it"
         listed = "; ".join(map(str, names[:8])) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
         return (
-            f"hang: step {self._step + 1} has not finished after {time.monotonic() - self._mark:.0f} s. "
+            f"hang: step {self._step + 1} has not finished after {awake() - self._mark:.0f} s. "
             f"{len(names)} of {self._ranks.world_size} ranks {what}: {listed}. Stacks of every rank and data worker "
             f"are in {self._folder / 'stacks'}; launch/doctor.py checks hosts, network and storage"
         )
 
     def _end(self) -> None:
         """Leave without cleaning up, which might wait for a rank that hangs."""
-        stacks.dump(self._step + 1)
+        briefly(lambda: stacks.dump(self._step + 1))
         # Whoever leaves first makes the launcher end the others, who are still writing their stacks.
         time.sleep(min(2 * self._options.beat_s, 10.0))
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            briefly(stream.flush)
         # Not sys.exit at the end: it would end this thread alone, and the main thread hangs in a collective.
         _kill_workers()
         os._exit(self.exit_code)
 
     def _leave_unclean(self) -> None:
         seconds = self._options.leave_s
-        logger.critical("this rank failed and could not clean up within %.0f s; it leaves now", seconds)
+        say(logging.CRITICAL, f"this rank failed and could not clean up within {seconds:.0f} s; it leaves now")
         _kill_workers()
         os._exit(1)
+
+
+def say(level: int, text: str) -> None:
+    """Log a line, but don't wait for a console that nobody reads: a pager, Ctrl-S, a dead collector of logs."""
+    briefly(lambda: logger.log(level, "%s", text))
+
+
+def briefly(work: Callable[[], object]) -> None:
+    """Run `work` in a thread and go on after `SAY_S` even if it has not ended; what it raises is dropped with it."""
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(SAY_S)
 
 
 def _kill_workers() -> None:

@@ -22,10 +22,10 @@ from pretrain.samples.transforms import Clip
 #: Colour that rotated and shifted frames are filled with.
 FILL = (128, 128, 128)
 #: Random resized crop and erasing give up after so many boxes that don't fit.
-TRIES = 10
+TRIES, ERASE_TRIES = 10, 100
 #: Erased box: share of the clip's area, and height / width.
 ERASED_AREA = (0.02, 1 / 3)
-ERASED_ASPECT = (0.3, 3.3)
+ERASED_ASPECT = (0.3, 10 / 3)
 
 
 @dataclass
@@ -109,7 +109,7 @@ def erase(clip: Clip, rng: np.random.Generator) -> Clip:
     The noise is N(0, 1) of normalised pixels; brought to uint8 it is cut at black and white (1 to 2 % of the values).
     """
     frames, height, width = clip.shape[:3]
-    for _ in range(TRIES):
+    for _ in range(ERASE_TRIES):
         wanted = rng.uniform(*ERASED_AREA) * height * width
         ratio = math.exp(rng.uniform(math.log(ERASED_ASPECT[0]), math.log(ERASED_ASPECT[1])))
         box_height, box_width = round(math.sqrt(wanted * ratio)), round(math.sqrt(wanted / ratio))

@@ -75,6 +75,11 @@ def resize_short(clip: Clip, short: int) -> Clip:
     return resize(clip, short, int(height * short / width))
 
 
+def centred(margin: int) -> int:
+    """Halve a margin as the official centre crops do, halves to even: 1 -> 0, 3 -> 2, 5 -> 2, 7 -> 4."""
+    return round(margin / 2)
+
+
 def centre_crop(clip: Clip, out_width: int, out_height: int) -> Clip:
     """Resize so that the output is just covered, then cut its centre."""
     height, width = clip.shape[1:3]
@@ -82,7 +87,7 @@ def centre_crop(clip: Clip, out_width: int, out_height: int) -> Clip:
     # round() with the covering side given exactly: a float error must not make the result one pixel too small.
     new_width, new_height = max(out_width, round(width * scale)), max(out_height, round(height * scale))
     scaled = resize(clip, new_width, new_height)
-    x, y = (new_width - out_width) // 2, (new_height - out_height) // 2
+    x, y = centred(new_width - out_width), centred(new_height - out_height)
     return np.ascontiguousarray(scaled[:, y : y + out_height, x : x + out_width])
 
 

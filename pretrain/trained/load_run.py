@@ -7,6 +7,7 @@ from pathlib import Path
 from pretrain.checkpoint.consolidate import consolidated_state, is_checkpoint
 from pretrain.errors import CheckpointError, RecipeError, WeightsError
 from pretrain.models.initial_weights import weights_source
+from pretrain.models.weights import not_finite
 from pretrain.objectives.base import Method, Objective, method_of
 from pretrain.recipe.files import program_of
 from pretrain.recipe.load import load_recipe
@@ -94,6 +95,12 @@ def load_checkpoint(objective: Objective, source: Path) -> None:
         WeightsError: the weights don't fit the recipe.
     """
     state = consolidated_state(source)
+    learnt = {name: state[name] for name, _ in objective.named_parameters() if name in state}
+    if broken := not_finite(learnt):
+        raise WeightsError(
+            f"{source}: {len(broken)} of {len(learnt)} weights are not finite: {', '.join(broken[:5])}; the run went "
+            "wrong before this checkpoint: take an earlier one (RUN/checkpoints, guard in RUN/metrics.jsonl)"
+        )
     # Not strict: torch's own error would name neither the file nor both lists of keys in one line.
     outcome = objective.load_state_dict(state, strict=False)
     if outcome.missing_keys or outcome.unexpected_keys:

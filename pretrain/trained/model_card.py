@@ -49,7 +49,7 @@ def run_metrics(source: Path) -> Metrics:
     root = run_of(source)
     if root is None:
         return latest
-    for record in read_records(RunFolder(root).metrics):
+    for record in read_records(RunFolder(root).metrics, ("step",)):
         # The run may have gone on since: metrics of later steps are of other weights.
         if record["step"] <= step_of(source):
             latest |= {name: (value, record["step"]) for name, value in record.items() if name.startswith(SHOWN)}

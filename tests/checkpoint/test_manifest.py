@@ -1,8 +1,17 @@
+import json
 from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.manifest import MANIFEST, Manifest, describe_file, problems, read_manifest, write_manifest
+from pretrain.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    describe_file,
+    parse_manifest,
+    problems,
+    read_manifest,
+    write_manifest,
+)
 from pretrain.errors import CheckpointError
 
 FILES = {"a/weights.pt": b"weights" * 1000, "a/optimizer.pt": b"moments" * 10, "state.json": b"{}"}
@@ -59,3 +68,18 @@ def test_manifest_of_another_version_is_refused(folder: Path) -> None:
 def test_extra_files_such_as_keep_do_no_harm(folder: Path) -> None:
     (folder / "keep").touch()
     assert problems(folder) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../x", "/etc/x", "a/../../x", "..", ".", "", "a//b", "a/", "./a", "s3://bucket/x", "C:\\x", "a\0b", 7, None],
+)
+def test_a_manifest_names_no_file_outside_of_its_checkpoint(name: object) -> None:
+    files = [{"path": name, "bytes": 1, "sha256": "0" * 64}]
+    with pytest.raises(CheckpointError, match="manifest.json: unreadable"):
+        parse_manifest(json.dumps({"version": 1, "step": 1, "files": files}).encode(), "manifest.json")
+
+
+def test_a_manifest_that_is_nested_deep_is_damaged() -> None:
+    with pytest.raises(CheckpointError, match="nested too deep"):
+        parse_manifest(b'{"version": ' + b"[" * 200_000, "manifest.json")

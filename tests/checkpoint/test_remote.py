@@ -49,8 +49,7 @@ def uploader(tmp_path: Path) -> Iterator[Callable[..., Uploader]]:
     def open_one(remote: RemoteCheckpoints, rank: int = 0, world_size: int = 1, space: str = "x") -> Uploader:
         channels.append(RankMessages(space, store))
         ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
-        extras = (tmp_path / "run" / "metrics.jsonl",)
-        return Uploader(tmp_path / "run" / "checkpoints", remote, ranks, channels[-1], 2, 10, extras)
+        return Uploader(tmp_path / "run" / "checkpoints", remote, ranks, channels[-1], 2, 10)
 
     yield open_one
     for channel in channels:
@@ -66,6 +65,10 @@ def test_two_ranks_upload_and_retire(tmp_path: Path, s3_server: Any, remote: Rem
     root = tmp_path / "run" / "checkpoints"
     publish(root, 6)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 6}\n')
+    bad_samples = [f"rank_{rank:05d}.jsonl" for rank in range(3)]  # the third of an earlier start with more ranks
+    (tmp_path / "run" / "bad_samples").mkdir()
+    for name in bad_samples:
+        (tmp_path / "run" / "bad_samples" / name).write_text(name)
     both = [uploader(remote, rank, 2) for rank in (0, 1)]
     for step in (9, 12, 15, 18):
         publish(root, step)
@@ -80,6 +83,7 @@ def test_two_ranks_upload_and_retire(tmp_path: Path, s3_server: Any, remote: Rem
     assert objects(s3_server, 18) == ["deepspeed/a.pt", "deepspeed/b.pt", "manifest.json", "state.json"]
     assert objects(s3_server, 9) == []
     assert (s3_server.bucket / "runs/one/metrics.jsonl").is_file()
+    assert sorted(path.name for path in (s3_server.bucket / "runs/one/bad_samples").iterdir()) == bad_samples
 
 
 def test_an_upload_that_was_killed_is_no_checkpoint_and_is_made_good(
@@ -129,7 +133,10 @@ def test_a_lost_disk_is_restored_from_the_newest_that_verifies(
     root = tmp_path / "run" / "checkpoints"
     for step in (3, 6):
         publish(root, step)
-    (tmp_path / "run" / "metrics.jsonl").write_text("history\n")
+    records = ["metrics.jsonl", "guard.json", "hangs.jsonl", "timings.json", "bad_samples/rank_00007.jsonl"]
+    for name in records:
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text(f"history of {name}\n")
     assert uploader(remote).finish() == ""
     shutil.rmtree(tmp_path / "run")
     damaged = s3_server.bucket / "runs/one/checkpoints/step_00000006/deepspeed/b.pt"
@@ -141,7 +148,9 @@ def test_a_lost_disk_is_restored_from_the_newest_that_verifies(
     found = find_checkpoint(root, ALONE)
     assert found is not None and found.step == 3 and problems(found.folder) == []
     assert "step_00000006 can't be restored" in caplog.text and "sha256" in caplog.text
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "history\n"
+    assert {name: (tmp_path / "run" / name).read_text() for name in records} == {
+        name: f"history of {name}\n" for name in records
+    }
     assert [path.name for path in root.iterdir()] == ["step_00000003"]
 
 
@@ -214,3 +223,13 @@ def test_the_best_checkpoint_stays_in_the_store(
         one.offer(step, {2})
     assert one.finish() == ""
     assert remote.steps() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("url", [URL, URL + "/checkpoints", URL + "/checkpoints/up", "s3://bucket/runs", "s3://bucket"])
+def test_a_store_that_is_the_run_folder_by_another_way_is_refused(s3_server: Any, url: str) -> None:
+    run = s3_server.bucket / "runs" / "one"  # as of a bucket that is mounted
+    publish(run / "checkpoints", 3)
+    before = {*run.rglob("*")}
+    with pytest.raises(CheckpointError, match="is, holds or lies in the run folder"):
+        prepare_resume(run / "checkpoints", Checkpoint(upload=url, upload_deadline_s=30.0), ALONE, "auto")
+    assert {*run.rglob("*")} - {run / ".run_id"} == before and problems(folders.folder_of(run / "checkpoints", 3)) == []

@@ -20,7 +20,8 @@ from pretrain.data.index import (
     write_index,
     write_members,
 )
-from pretrain.errors import DataError
+from pretrain.data.members import Members
+from pretrain.errors import DataError, SampleError
 
 SHARDS = [Shard("a.tar", 3, 10_240, "ab" * 32), Shard("deep/ünï.tar", 1, 1 << 40, ""), Shard("c.tar", 0, 0, "cd")]
 
@@ -92,3 +93,27 @@ def test_processes_share_the_table() -> None:
         process.join()
         assert process.exitcode == 0
     assert table.samples.tolist() == [77, 1, 77], "what one process writes, others read"
+
+
+@pytest.mark.parametrize("name", ["../a.tar", "/a.tar", "x/../../a.tar", "s3://other/a.tar"])
+def test_an_index_names_no_shard_outside_of_its_folder(name: str, tmp_path: Path) -> None:
+    write_index(ShardIndex(str(tmp_path), ShardTable([Shard(name, 1, 1, "ab" * 32)])))
+    with pytest.raises(DataError, match="index.json: damaged entry .*folder"):
+        load_index(str(tmp_path))
+
+
+def test_json_that_is_nested_deep_is_damage(tmp_path: Path) -> None:
+    deep = b"[" * 200_000 + b"]" * 200_000
+    (tmp_path / "index.json").write_bytes(deep)
+    with pytest.raises(DataError, match="nested too deep"):
+        load_index(str(tmp_path))
+    (tmp_path / "a.members.json").write_bytes(deep)
+    with pytest.raises(DataError, match="nested too deep"):
+        load_members(str(tmp_path), "a.tar")
+    sample = Members({"json": deep, "boxes.json": deep})
+    with pytest.raises(SampleError, match="nested too deep"):
+        _ = sample.facts
+    with pytest.raises(SampleError, match="nested too deep"):
+        sample.boxes()
+    with pytest.raises(SampleError, match="at most 16777216 are read"):
+        _ = Members({"json": b'{"a": "' + b"x" * (16 << 20) + b'"}'}).facts

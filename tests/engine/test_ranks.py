@@ -1,12 +1,16 @@
 """Runs on two ranks, all in one launch: ZeRO stages, number formats, accumulation, accidents, stopping."""
 
 import json
+import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.toy_shards import index
 
 STEPS = 10
 SIGNAL = ("zero.stage=1", "batch.micro=4")
@@ -46,6 +50,8 @@ def unsharded_only() -> dict[str, dict[str, Any]]:
     plan["nan, too often"] = plain("batch.micro=4", "guard.max_skips=2", accidents=spoilt)
     plan["signal"] = plain(*SIGNAL, accidents=[[3, 1, "SIGUSR1"]])
     plan["signal, again"] = plain(*SIGNAL, "run.dir=signal")
+    # In place of a host with an older copy: the same recipe, but other files at its path.
+    plan["other data"] = plain("batch.micro=4") | {"on_rank": {"1": ["data.sources.toy.shards=other"]}}
     plan["stop file"] = plain("batch.micro=4", accidents=[[3, 1, "stop file"]])
     return plan
 
@@ -53,6 +59,10 @@ def unsharded_only() -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def outcome(toy: Any) -> dict[str, int | str]:
     """Exit code, or error, of each run."""
+    other = toy.folder / "other"
+    other.mkdir()
+    shutil.copyfile(toy.folder / "shards" / "toy-000000.tar", other / "toy-000000.tar")
+    index(other)
     results: dict[str, int | str] = toy.drive(runs(), ranks=2)
     return results
 
@@ -101,6 +111,12 @@ def test_one_bad_micro_batch_of_one_rank_leaves_the_update_out_on_all(
     assert np.isfinite(losses[4:]).all()
     # The step after it sees the weights before it, so its loss is not that of the sound run.
     assert losses[4] != sound[4]["train/loss"]
+
+
+def test_a_rank_with_other_data_is_named_at_the_start(toy: Any, outcome: Any) -> None:
+    error = str(outcome["other data"])
+    assert error.startswith("TrainingError") and f"data of toy: host {platform.node()} (rank 1): fingerprint" in error
+    assert not (toy.folder / "other data" / "metrics.jsonl").exists()
 
 
 def test_stop_policy_ends_the_run_at_that_step(toy: Any, outcome: Any) -> None:

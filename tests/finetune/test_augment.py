@@ -84,3 +84,14 @@ def test_views_differ_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
         without = augment.augment(clip(), plain, False, (32, 24), draw)
         mirrored += (augment.augment(clip(), plain, True, (32, 24), draw) == without[:, :, ::-1]).all()
     assert 10 < mirrored < 30
+
+
+def test_erasing_reaches_the_published_aspects_and_tries_a_hundred_boxes() -> None:
+    # In a strip only the flattest boxes fit, so that ten tries would often find none.
+    strip = np.full((1, 10, 300, 3), 7, np.uint8)
+    found = [(erase(strip, generator(seed)) != strip).any(axis=(0, 3)) for seed in range(300)]
+    assert np.mean([changed.any() for changed in found]) > 0.97
+    square = np.full((1, 200, 200, 3), 7, np.uint8)
+    boxes = [(erase(square, generator(seed)) != square).any(axis=(0, 3)) for seed in range(1200)]
+    ratios = np.array([box.any(axis=1).sum() / box.any(axis=0).sum() for box in boxes])
+    assert 3.31 < ratios.max() < 3.45 and 0.29 < ratios.min() < 0.31, "height / width from 0.3 to 10/3"

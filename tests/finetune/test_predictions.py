@@ -98,3 +98,44 @@ def test_regression_scores() -> None:
     views = np.stack([values - 0.5, values + 0.5], axis=1)
     found = scores(Predictions("regression", ["0"], list("abc"), values + 1, views.astype(np.float32)))
     assert (found["mae"], found["rmse"], found["r2"]) == pytest.approx((1, 1, 1 - 3 / 2))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("spoil", ["all", "right", "one other", "infinity", "one view"])
+def test_a_network_of_nan_is_right_about_nothing(spoil: str, caplog: pytest.LogCaptureFixture) -> None:
+    logits = np.random.default_rng(0).normal(size=(6, 4, 7)).astype(np.float32)
+    targets = [0, 1, 2, 3, 6, 5]
+    for row, target in enumerate(targets):
+        logits[row, :, target] += 9  # without the fault every video would be right
+    sound = scores(single(logits, targets))
+    assert sound["top1"] == sound["mean_class_accuracy"] == 100
+    for row, target in enumerate(targets):
+        where, value = {
+            "all": ((row,), NAN),
+            "right": ((row, slice(None), target), NAN),
+            "one other": ((row, slice(None), (target + 1) % 7), NAN),
+            "infinity": ((row, slice(None), target), INF),
+            "one view": ((row, 2), NAN),
+        }[spoil]
+        logits[where] = value
+    found = scores(single(logits, targets))
+    assert (found["top1"], found["top5"], found["mean_class_accuracy"]) == (0, 0, 0)
+    assert "6 of 6 videos have predictions that are not finite" in caplog.text
+    assert confusion(single(logits, targets)).sum() == 0
+
+
+def test_ties_are_neither_right_nor_wrong() -> None:
+    equal = scores(single(np.zeros((6, 4, 7)), [0, 1, 2, 3, 6, 5]))
+    assert (equal["top1"], equal["top5"]) == (0, 100), "the right one is the fourth of seven"
+
+
+def test_a_score_of_nan_has_the_worst_precision() -> None:
+    truth, score = np.array([1, 0, 1, 0]), np.array([0.9, 0.2, 0.8, 0.1])
+    assert average_precision(score, truth) == 1
+    worst = average_precision(-score, truth)
+    assert average_precision(np.full(4, NAN), truth) == pytest.approx((2 / 4 + 2 / 4) / 2)
+    assert average_precision(np.array([NAN, 0.2, 0.8, 0.1]), truth) == pytest.approx((1 + 2 / 4) / 2)
+    assert average_precision(np.array([0.9, NAN, 0.8, 0.1]), truth) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert average_precision(np.array([INF, 0.2, INF, -INF]), truth) == 1 and worst < 1

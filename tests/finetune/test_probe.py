@@ -15,7 +15,8 @@ from finetune.probe.few_shot import draw_shots, few_shot
 from finetune.probe.heads import statistics, train_heads
 from finetune.probe.windows import window_starts
 from pretrain.data.index import load_index, load_members
-from pretrain.metrics.neighbours import accuracy, knn_scores, leave_one_out_scores
+from pretrain.metrics.neighbours import knn_scores, leave_one_out_scores
+from pretrain.metrics.ranking import accuracy
 
 
 def clouds(videos: int, seed: int, spread: float, tokens: int = 0) -> Features:

@@ -314,3 +314,21 @@ def test_added_class_token_starts_beside_pre_trained_weights(tmp_path) -> None:
         VideoClassifier(Config(**TINY, classes=3, positions="rebuild", pooling="class"), 8, 16, 16)
     with pytest.raises(RecipeError, match="built without a class token"):
         plain.reorganise(Reorganisation(0.5, score="added_class"))
+
+
+def test_explicit_counts_act_in_any_block_also_where_all_rates_are_one() -> None:
+    dropping, resting = video_model(keep_rate=0.5, blocks=[1]), video_model()
+    counts = [None, None, 20, 9]
+    found = resting.encode(clips(), counts=counts)
+    assert found.x.shape[1] == 10, "nine, and the fused one"
+    # The same counts mean the same tokens, whatever the model's own rates are.
+    assert torch.equal(found.x, dropping.encode(clips(), counts=[64, *counts[1:]], keep_rate=1.0).x)
+    assert torch.equal(resting(clips()), dropping(clips(), keep_rate=1.0)), "and nothing is kept of them"
+    with pytest.raises(RecipeError, match="block 2: can't keep 65"):
+        resting.encode(clips(), counts=[None, None, 65, None])
+
+
+def test_scales_and_biases_never_decay() -> None:
+    assert decays("blocks.0.attn.qkv.weight", (6, 2)) and decays("blocks.0.scales", (6, 2))
+    for name in ("blocks.0.attn.scale", "blocks.0.adaptmlp.scale", "a.bias", "model.pos_embed", "cls_token"):
+        assert not decays(name, (3, 1, 1)), name

@@ -91,6 +91,8 @@ def test_half_precision_is_cast_to_the_models_type(tmp_path: Path) -> None:
     [
         (lambda state: state.pop("decoder.head.bias"), "missing: decoder.head.bias"),
         (lambda state: state.update(extra=torch.zeros(1)), "unexpected: extra"),
+        (lambda state: state["mask_token"][0, 0, 3:].fill_(float("nan")), r"not finite: mask_token \(\d+ of"),
+        (lambda state: state["decoder.head.bias"][1].fill_(float("-inf")), r"not finite: decoder.head.bias \(1 of"),
         (lambda state: state.update(mask_token=torch.zeros(1, 1, 8)), r"mask_token \[1, 1, 8\] in the file"),
     ],
 )

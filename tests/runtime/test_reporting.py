@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pretrain.runtime import wandb_run
 from pretrain.runtime.environment import environment_report
 from pretrain.runtime.pictures import contact_sheet, save_pictures
 from pretrain.runtime.progress import Goal, Progress, duration
@@ -125,3 +126,36 @@ def test_wandb_offline_writes_into_the_run_folder_under_one_id(tmp_path: Path) -
     assert ids[0] == ids[1]
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}/run-{ids[0]}.wandb"))) >= 1
     open_wandb("disabled", "tubelet", "name", tmp_path, {}).log({"train/loss": 1.0}, 3)
+
+
+def wandb_files(folder: Path) -> list[Path]:
+    return list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_a_wandb_server_that_does_not_answer_costs_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setattr(wandb_run, "START_S", 1.0)
+    run = open_wandb("online", "tubelet", "name", tmp_path, {})
+    run.log({"train/loss": 1.0}, 1)
+    run.close(0)
+    assert "online run could not be started" in caplog.text and "wandb sync" in caplog.text
+    assert len(wandb_files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 8, b"\xff\xfe", b"a b"])
+def test_a_damaged_wandb_id_begins_another_run(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "wandb_id").write_bytes(damage)
+    open_wandb("offline", "tubelet", "name", tmp_path, {}).close(0)
+    found = (tmp_path / "wandb_id").read_text()
+    assert wandb_run.RUN_ID.fullmatch(found) and found in wandb_files(tmp_path)[0].name
+
+
+def test_a_folder_that_wandb_cannot_write_costs_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "wandb").write_text("no folder")  # root may write into every folder, so this stands for one it may not
+    run = open_wandb("offline", "tubelet", "name", tmp_path, {})
+    run.log({"train/loss": 1.0}, 1)
+    run.close(0)
+    assert "nothing is logged there" in caplog.text

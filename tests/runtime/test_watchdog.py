@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -138,3 +139,79 @@ def test_stacks_tell_what_was_going_on(tmp_path: Path) -> None:
     text = path.read_text()
     assert f"step 12, host {os.uname().nodename}, pid {os.getpid()}: data for 0 s" in text
     assert "in test_stacks_tell_what_was_going_on" in text
+
+
+#: A rank with a short-tempered watchdog, in trouble of one kind or another.
+PROGRAM = """
+import logging, os, shutil, sys, time
+from pathlib import Path
+import torch
+from pretrain.recipe.schema import Watchdog as Options
+from pretrain.runtime import watchdog
+from pretrain.runtime.activity import note
+from pretrain.runtime.process_group import Ranks
+
+folder, trouble = Path(sys.argv[1]), sys.argv[2]
+watchdog.SUSPENDED_S, watchdog.SAY_S = 1.0, 0.5
+logging.basicConfig(level=logging.INFO)
+options = Options(beat_s=0.1, least_s=0.5, long_s=0.5, stop_after_s=0.7)
+watch = watchdog.Watchdog(options, 300.0, folder, Ranks(0, 1, 0, torch.device("cpu")))
+watch.begin(0)
+for step in range(10):
+    note("forward")
+    time.sleep(0.02)
+    watch.step_done(step + 1)
+if trouble == "lost disk":
+    shutil.rmtree(folder / "heartbeats")
+    (folder / "heartbeats").write_text("no folder any more")
+print("ready", flush=True)
+if trouble == "console":
+    logging.info("x" * 10_000_000)  # nobody reads: this thread stands here, with the handler's lock in its hand
+elif trouble == "suspended":
+    for _ in range(40):
+        note("all-reduce")
+        time.sleep(0.05)
+        if (folder / "go on").exists():
+            break
+    watch.step_done(11)
+    watch.close()
+    sys.exit(0)
+time.sleep(60)
+"""
+
+
+def start(tmp_path: Path, trouble: str) -> "subprocess.Popen[str]":
+    root = str(Path(__file__).resolve().parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), trouble],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+
+
+@pytest.mark.parametrize("trouble", ["lost disk", "console", "nothing"])
+def test_the_verdict_depends_on_no_file_and_no_console(tmp_path: Path, trouble: str) -> None:
+    process = start(tmp_path, trouble)
+    try:
+        assert process.wait(timeout=60) == 75
+    finally:
+        process.kill()
+    assert process.stderr is not None
+    output = process.stderr.read()
+    assert "hang: step 11 has not finished" in output or trouble == "console"
+    assert ("could be written" in output) == (trouble == "lost disk")
+
+
+def test_a_suspended_process_is_not_judged_by_its_sleep(tmp_path: Path) -> None:
+    process = start(tmp_path, "suspended")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.6)  # another stall as long as it is allowed, so that the sleep counts if anybody counts it
+    (tmp_path / "go on").touch()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stood still for" in errors

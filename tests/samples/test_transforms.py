@@ -87,3 +87,17 @@ def test_one_test_clip_is_the_middle() -> None:
     assert sampling.dense_views(100, 4, 4, 1).tolist() == [[40, 44, 48, 52]]
     with pytest.raises(ValueError, match="where the clip ends"):
         sampling.dense_frames(100, 16, 4, None)
+
+
+@pytest.mark.parametrize(("margin", "cut"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (6, 3), (7, 4)])
+def test_centre_crops_round_halves_to_even(margin: int, cut: int) -> None:
+    clip = noise(1, 20, 20 + margin)
+    assert (transforms.centre_crop(clip, 20, 20) == clip[:, :, cut : cut + 20]).all()
+    assert (transforms.centre_crop(clip.swapaxes(1, 2), 20, 20) == clip.swapaxes(1, 2)[:, cut : cut + 20]).all()
+
+
+def test_multiscale_sizes_snap_within_two_pixels_only() -> None:
+    # Short sides whose four scales are 2 and 3 pixels off the output, from both sides.
+    for short, snaps in [(226, True), (227, False), (222, True), (221, False)]:
+        sizes = {width for width, _ in transforms.crop_sizes(400, short, 224, 224)}
+        assert (224 in sizes, short in sizes) == (snaps, not snaps), short

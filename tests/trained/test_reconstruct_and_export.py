@@ -11,7 +11,8 @@ from PIL import Image
 from finetune.commands import export
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.commands import reconstruct
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, WeightsError
+from pretrain.trained import load_run
 from pretrain.trained.load_run import load_trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,14 @@ def test_zero_stages_export_the_same_weights(toy, run):
 def test_an_older_checkpoint_can_be_named(run):
     older = load_trained(run / "checkpoints" / "step_00000004")
     assert not torch.equal(older.objective.model.mask_token, load_trained(run).objective.model.mask_token)
+
+
+def test_weights_that_are_not_finite_are_refused(run, monkeypatch):
+    spoilt = consolidated_state(run / "checkpoints" / "step_00000006")
+    spoilt["model.decoder.head.weight"][3, 2] = float("nan")
+    monkeypatch.setattr(load_run, "consolidated_state", lambda _: spoilt)  # as a run that diverged has left it
+    with pytest.raises(WeightsError, match=r"6: 1 of \d+ weights are not finite: model.decoder.head.weight"):
+        load_trained(run)
 
 
 def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):

@@ -1,0 +1,41 @@
+"""Names and JSON out of files that somebody else may have made: read within limits, and never led astray by them."""
+
+import json
+from typing import Any
+
+#: Longest JSON of one sample, bytes. Annotations of a film take kilobytes; a worker parses this many in a second.
+SAMPLE_JSON_BYTES = 16 << 20
+
+
+def parse_json(data: bytes | str, limit: int | None = None) -> Any:
+    """Parse JSON.
+
+    Args:
+        data: the text.
+        limit: its longest length that is read, in bytes; None: whatever was read already.
+
+    Raises:
+        ValueError: no JSON, too long, or nested too deep to be read.
+    """
+    if limit is not None and len(data) > limit:
+        raise ValueError(f"{len(data)} bytes of JSON, at most {limit} are read")
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        # Not a ValueError by itself, so that it would pass every handler of damaged files and end the run.
+        raise ValueError("JSON nested too deep to be read") from error
+
+
+def inner_name(name: object) -> str:
+    """Return the name of a file that must lie in the folder which lists it.
+
+    Raises:
+        ValueError: no text, or a path that leaves the folder.
+    """
+    if not isinstance(name, str) or "\0" in name or "\\" in name or "://" in name:
+        raise ValueError(f"{name!r} is no name of a file in this folder")
+    # By text, not by resolving: what lies on this disk must not decide what a list may name. An absolute name, and one
+    # that ends with a slash, have an empty part.
+    if not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise ValueError(f"{name!r} leads out of its folder; allowed are names of files in it")
+    return name
