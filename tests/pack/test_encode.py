@@ -21,6 +21,7 @@ from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
 from pretrain.errors import SampleError
+from tests.films import numbers_of, write_film
 
 MakeVideo = Callable[..., Path]
 FAST = Options(preset="ultrafast", crf=10, gop=8)
@@ -47,6 +48,58 @@ def _frames(path: str | Path, decoder: str = "decord") -> np.ndarray:
 
 def _same(one: np.ndarray, two: np.ndarray, tolerance: float = 10.0) -> bool:
     return one.shape == two.shape and bool(np.abs(one - two).mean() < tolerance)
+
+
+BT709, BT2020, SMPTE240M, BT601, UNSPECIFIED = 1, 9, 7, 6, 2
+#: By what the source is: its pixel format, matrix, full range or not, and what packing does with it.
+COLOURS: dict[str, tuple[str, int, bool, Options]] = {
+    "HD": ("yuv420p", BT709, False, FAST),
+    "HD, smaller": ("yuv420p", BT709, False, replace(FAST, short_side=32)),
+    "HD, kept": ("yuv420p", BT709, False, KEEP),
+    "HD, phone": ("yuvj420p", BT709, True, FAST),
+    "no tag": ("yuv420p", UNSPECIFIED, False, FAST),
+    "no tag, full": ("yuvj420p", UNSPECIFIED, True, FAST),
+    "DVD": ("yuv420p", BT601, False, FAST),
+    "old HD": ("yuv422p", SMPTE240M, False, FAST),
+    "UHD": ("yuv420p10le", BT2020, False, FAST),
+    "UHD, full": ("yuv420p10le", BT2020, True, FAST),
+    "to hevc": ("yuv420p", BT709, False, replace(FAST, codec="hevc")),
+    "to vp9": ("yuv420p", BT709, False, replace(FAST, codec="vp9", preset="8")),
+    "to av1": ("yuv420p", BT709, False, replace(FAST, codec="av1", preset="12", decoders=("pyav",))),
+}
+
+
+def _two_colours(path: Path, pix_fmt: str, matrix: int, full: bool) -> Path:
+    """A red and a green half, in the matrix and range of the tags."""
+    import av
+
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:, :32], pixels[:, 32:] = (189, 44, 30), (20, 200, 30)
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=25, options={"crf": "1"})
+        video.width, video.height, video.pix_fmt = 64, 48, pix_fmt
+        video.codec_context.colorspace, video.codec_context.color_range = matrix, 2 if full else 1
+        for _ in range(6):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = frame.reformat(format=pix_fmt, dst_colorspace=5 if matrix in (BT601, UNSPECIFIED) else matrix,
+                                   dst_color_range=2 if full else 1)  # fmt: skip
+            frame.colorspace = matrix
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("kind", COLOURS)
+def test_colours_stay_the_same(kind: str, tmp_path: Path) -> None:
+    """For both decoders, and for tags as they are: another matrix moves these two by 13 levels and more."""
+    pix_fmt, matrix, full, options = COLOURS[kind]
+    source = _two_colours(tmp_path / "a.mp4", pix_fmt, matrix, full)
+    packed = _pack(source, options)
+    for decoder in options.decoders:
+        for frames in (_frames(source, decoder), _frames(packed.video, decoder)):
+            middle, width = frames.shape[1] // 2, frames.shape[2]
+            found = frames[3, middle, width // 4], frames[3, middle, 3 * width // 4]
+            assert np.abs(np.array(found) - [(189, 44, 30), (20, 200, 30)]).max() < 5, (decoder, found)
 
 
 KINDS = {
@@ -120,6 +173,25 @@ def test_variable_frame_rate_keeps_its_times_or_becomes_constant(tmp_path: Path,
     assert 10 <= even.facts["frames"] <= 11
     shown = _frames(source)[[0, 2, 4, 4, 4]]  # what is on the screen at 0, 200, 300, 400, 500 ms
     assert _same(_frames(even.video)[[0, 2, 3, 4, 5]], shown)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.ts", "a.mkv"])
+def test_another_rate_shows_the_same_seconds(name: str, tmp_path: Path) -> None:
+    """Time bases differ by container, and the length of the last frame must not be read in the wrong one."""
+    source = write_film(tmp_path / name, frames=50, container="mpegts" if name == "a.ts" else None)
+    for rate in (Fraction(10), Fraction(30000, 1001), Fraction(50)):
+        packed = _pack(source, replace(FAST, fps=rate))
+        assert packed.facts["frames"] == round(2 * rate) and packed.facts["duration"] == pytest.approx(2, abs=0.01)
+        shown = [25 * number // rate for number in range(packed.facts["frames"])]
+        assert numbers_of(_frames(packed.video)) == pytest.approx(shown, abs=1)
+
+
+def test_a_slow_video_and_pictures_at_another_rate(tmp_path: Path) -> None:
+    slow = write_film(tmp_path / "slow.mp4", frames=8, fps=1)
+    assert _pack(slow, replace(FAST, fps=Fraction(2))).facts["frames"] == 16
+    _frame_folder(tmp_path / "clip", range(1, 21))
+    folder = _pack(tmp_path / "clip", replace(FAST, fps=Fraction(12)), is_folder=True)
+    assert (folder.facts["frames"], folder.facts["fps"]) == (10, 12)
 
 
 @pytest.mark.parametrize(
