@@ -97,7 +97,8 @@ def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
         # From one key frame to another a piece can be kept, or read in place, without what lies before it.
         items = cut_items(items, args.cut, at_keys=args.copy or args.in_place)
     timed = [name for name in args.companions if kind_of_ending(name) in ("sound", "video")]
-    if any(item.segment and {*beside(item.path, timed)} & {*item.companions} for item in items):
+    # Not as sets: a companion may hold a value of its list, boxes say, which has no hash.
+    if any(item.segment and any(one in item.companions for one in beside(item.path, timed)) for item in items):
         raise RecipeError(
             f"--with {','.join(timed)}: lies beside the whole video, not the segment; "
             "keep its own sound with --audio keep"

@@ -186,6 +186,15 @@ def test_plans_without_segments_keep_their_fingerprint() -> None:
     assert sum(parts) == 64 and min(parts) > 4, "a film is not the work of one part"
 
 
+def test_values_of_a_list_go_along_with_segments(films: Callable[[str], Path], tmp_path: Path) -> None:
+    row = {"path": str(films("end.mp4")), "start": 1, "end": 2, "boxes": [[1, 2, 3, 4]], "key": "k"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "m.jsonl"), str(out), "--with", "boxes", "--preset", "ultrafast", "--workers", "0"]) == 0
+    (sample,) = wds.WebDataset([str(path) for path in out.glob("*.tar")], shardshuffle=False)
+    assert json.loads(sample["boxes.json"]) == [[1, 2, 3, 4]] and json.loads(sample["json"])["frames"] == 25
+
+
 def test_annotations_of_public_sets(tmp_path: Path) -> None:
     for name in ("x/aaa.mp4", "x/bbb_000010_000020.mkv", "v_ccc.webm"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

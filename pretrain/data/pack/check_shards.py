@@ -12,7 +12,7 @@ import numpy as np
 from pretrain.data.decoders import open_video
 from pretrain.data.index import MemberTable, Shard, load_index, load_members
 from pretrain.data.linked_video import LinkedVideo, VideoFile, open_link
-from pretrain.data.media import KINDS, LINK_ENDING, SPAN_ENDING, Kind, extension_of, kind_of_ending
+from pretrain.data.media import KINDS, LINK_ENDING, SPAN_ENDING, Kind, extension_of, kind_of_ending, main_member
 from pretrain.data.pack.contents import describe
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.data.pack.scan import scan_shard
@@ -86,8 +86,7 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
     try:
         files, facts = _read_sample(storage.read_bytes(where, offset, offset + size))
         kinds = {ending: kind_of_ending(ending) for ending in files}
-        # In the order of KINDS: a video with a picture beside it is a video sample.
-        main = next((ending for kind in KINDS for ending in files if kinds[ending] == kind), None)
+        main = _main_member(kinds, facts.get("member"))
         for ending, content in files.items():
             if ending != main or kinds[ending] != "video":
                 _check_member(ending, content, facts if ending == main else {}, kinds)
@@ -103,6 +102,14 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
     except (TubeletError, ValueError, tarfile.TarError) as error:
         return [f"{where}: sample {key!r}: {error}"]
     return []
+
+
+def _main_member(kinds: dict[str, Kind | None], stated: object) -> str | None:
+    """Find the member that the json describes; without a word in it, a video with a picture beside it is a video."""
+    if isinstance(stated, str) and stated in kinds:
+        return stated
+    found = ([ending for ending, one in kinds.items() if one == kind] for kind in KINDS)
+    return next((main_member(endings, None) for endings in found if endings), None)
 
 
 def _check_member(ending: str, content: VideoFile, facts: dict[str, object], kinds: dict[str, Kind | None]) -> None:
