@@ -190,7 +190,8 @@ def test_values_of_a_list_go_along_with_segments(films: Callable[[str], Path], t
     row = {"path": str(films("end.mp4")), "start": 1, "end": 2, "boxes": [[1, 2, 3, 4]], "key": "k"}
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
     out = tmp_path / "out"
-    assert main([str(tmp_path / "m.jsonl"), str(out), "--with", "boxes", "--preset", "ultrafast", "--workers", "0"]) == 0
+    arguments = [str(tmp_path / "m.jsonl"), str(out), "--with", "boxes", "--preset", "ultrafast"]
+    assert main([*arguments, "--workers", "0"]) == 0
     (sample,) = wds.WebDataset([str(path) for path in out.glob("*.tar")], shardshuffle=False)
     assert json.loads(sample["boxes.json"]) == [[1, 2, 3, 4]] and json.loads(sample["json"])["frames"] == 25
 
