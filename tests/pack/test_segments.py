@@ -110,6 +110,35 @@ def test_sound_of_a_segment(films: Callable[[str], Path]) -> None:
     assert times[0] < 0.06 and times[-1] == pytest.approx(2, abs=0.1)
 
 
+def sound_ahead(source: Path, path: Path, container: str | None = None, lead: float = 1.5) -> Path:
+    """The packets of a film, with the sound some seconds in front of its pictures in the file."""
+    import av
+
+    options = {"max_interleave_delta": "1"}
+    with av.open(str(source)) as film, av.open(str(path), "w", format=container, options=options) as out:
+        copies = {stream.index: out.add_stream_from_template(stream) for stream in film.streams}
+        packets = [packet for packet in film.demux() if packet.size]
+        packets.sort(key=lambda one: one.dts * one.time_base - (lead if one.stream.type == "audio" else 0))
+        for packet in packets:
+            packet.stream = copies[packet.stream.index]
+            out.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("name", ["ahead.mp4", "ahead.ts", "ahead.mkv"])
+def test_sound_that_lies_ahead_of_its_pictures(name: str, films: Callable[[str], Path], tmp_path: Path) -> None:
+    import av
+
+    path = sound_ahead(films("end.mp4"), tmp_path / name, "mpegts" if name == "ahead.ts" else None)
+    for start, end in ((4, 6), (4.5, 6)):
+        packed = cut(path, Segment(start, end))
+        assert isinstance(packed, Packed)
+        with av.open(packed.video) as container:
+            packets = [one for one in container.demux(audio=0) if one.pts is not None]
+        assert packets[0].pts * packets[0].time_base < 0.05
+        assert len(packets) == pytest.approx((end - start) * 44100 / 1024, abs=2), "without a gap"
+
+
 def test_what_is_no_segment(films: Callable[[str], Path], tmp_path: Path) -> None:
     for segment, reason in ((Segment(11, 12), "segment"), (Segment(1.001, 1.002), "segment")):
         found = cut(films("end.mp4"), segment)
