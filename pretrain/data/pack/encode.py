@@ -131,7 +131,7 @@ def encode_images(images: Iterable[Any], target: str, options: Options, phase: i
 
 
 def copy_stream(source: str, target: str, audio: bool) -> None:
-    """Put the video stream of `source`, and its sound if wanted, into an mp4 file as they are.
+    """Put the video stream of `source` into an mp4 file as it is; so its sound if wanted, or as AAC.
 
     Raises:
         SampleError: "copy" when mp4 can't hold the codec or the time stamps are unusable.
@@ -141,11 +141,18 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
     try:
         with av.open(source) as container, av.open(target, "w", format="mp4", options=MP4_OPTIONS) as out:
             streams = [video_stream(container)]
-            streams += [s for s in container.streams.audio[:1] if audio and codec_name(s) in MP4_AUDIO]
-            copies = {stream.index: out.add_stream_from_template(stream) for stream in streams}
-            for packet in with_decoding_times(container.demux(streams)):
+            sounds = container.streams.audio[:1] if audio else ()
+            foreign = [s for s in sounds if codec_name(s) not in MP4_AUDIO]
+            copies = {s.index: out.add_stream_from_template(s) for s in [*streams, *sounds] if s not in foreign}
+            encoded = Sound(out, container, 0.0) if foreign else None
+            for packet in with_decoding_times(container.demux([*streams, *sounds])):
+                if encoded is not None and packet.stream.type == "audio":
+                    encoded.write(packet)
+                    continue
                 packet.stream = copies[packet.stream.index]
                 out.mux(packet)
+            if encoded is not None:
+                encoded.finish()
     except (av.error.FFmpegError, ValueError) as error:
         raise SampleError("copy", str(error)) from error
 
