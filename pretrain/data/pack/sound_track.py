@@ -47,15 +47,17 @@ class Sound:
             self.out.mux(packet)
             return
         for frame in packet.decode():
-            # Not from zero: sound may begin behind the first picture. Nor as it says: stamps are rounded, in Matroska to
-            # milliseconds, and an encoder refuses samples that overlap.
-            rate = frame.sample_rate
-            stated = (
-                self.next if frame.pts is None else round((frame.pts * frame.time_base - Fraction(self.start)) * rate)
-            )
-            frame.pts = stated if stated - self.next > GAP_S * rate else self.next
-            frame.time_base, self.next = Fraction(1, rate), frame.pts + frame.samples
+            self._stamp(frame)
             self.out.mux(self.stream.encode(frame))
+
+    def _stamp(self, frame: Any) -> None:
+        """Set the time of decoded sound: behind the sound before it, or where a pause says."""
+        rate, time = frame.sample_rate, self.next
+        # Not as stated: stamps are rounded, in Matroska to milliseconds, and an encoder refuses samples that overlap.
+        if frame.pts is not None:
+            stated = round((frame.pts * frame.time_base - Fraction(self.start)) * rate)
+            time = stated if stated - self.next > GAP_S * rate else self.next
+        frame.pts, frame.time_base, self.next = time, Fraction(1, rate), time + frame.samples
 
     def finish(self) -> None:
         """Write what the encoder still holds."""
