@@ -13,7 +13,8 @@ from pretrain.commands.pack import main
 from pretrain.data.decoders import open_video
 from pretrain.data.index import load_index
 from pretrain.data.pack.discover import Item, gather
-from pretrain.data.pack.film_index import cut_items, read_index
+from pretrain.data.pack.film_index import FilmIndex, cut_items, read_index
+from pretrain.data.pack.linked_shards import write_links
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_plan import Part, make_plan
 from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
@@ -205,6 +206,42 @@ def test_a_cut_film_is_kept_and_complete(films: Callable[[str], Path], tmp_path:
         with open_video(sample["mp4"], "pyav") as reader:
             found += numbers_of(reader.frames(range(reader.num_frames)))
     assert found == list(range(250))
+
+
+def test_pieces_of_an_edited_film_lie_between_its_key_frames(films: Callable[[str], Path]) -> None:
+    """Frames that its edit list hides are in the index as well, in decoding order."""
+    items = [Item(str(films("edited.mp4")), "edited.mp4")]
+    pieces = cut_items(items, 3.3, at_keys=True)
+    assert [one.segment for one in pieces] == [Segment(0, 3.6), Segment(3.6, 6.6), Segment(6.6, None)]
+    packed = [cut(films("edited.mp4"), one.segment, KEEP) for one in pieces if one.segment is not None]
+    assert [one.facts["reencoded"] for one in packed[1:] if isinstance(one, Packed)] == [None, None]
+
+
+def test_a_film_that_can_not_be_cut_says_why(
+    films: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = [Item(str(films("live.mkv")), "live.mkv")]
+    assert cut_items(items, 3.0, at_keys=False) == items
+    assert "live.mkv: stays whole: its header states no duration" in caplog.text
+
+
+def test_a_cut_film_in_place_is_looked_into_once(films: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "end.mp4"
+    path.write_bytes(films("end.mp4").read_bytes())
+    indexes: dict[str, FilmIndex] = {}
+    items = make_plan(cut_items([Item(str(path), "end.mp4")], 3.0, True, indexes=indexes)).items
+    path.write_bytes(bytes(path.stat().st_size))
+    write_links(list(items), str(tmp_path / "out"), indexes)
+    samples = list(wds.WebDataset([str(tmp_path / "out/links-000000.tar")], shardshuffle=False))
+    assert len(samples) == 3 and all(json.loads(sample["span"])["index"] for sample in samples)
+
+
+def test_a_list_that_leaves_nothing_to_link(
+    films: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.csv").write_text(f"path,start,end\n{films('end.mp4')},11,12\n")
+    assert main(["--in-place", str(tmp_path / "m.csv"), str(tmp_path / "out")]) == 1
+    assert "nothing to link" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_plans_without_segments_keep_their_fingerprint() -> None:

@@ -16,7 +16,7 @@ from pretrain.data.pack.annotations import ID_COLUMN, annotated, database_rows
 from pretrain.data.pack.companions import Companion, beside, from_row
 from pretrain.data.pack.lists import ListFormat, parse_list
 from pretrain.data.time_segment import Segment
-from pretrain.errors import RecipeError, StorageError
+from pretrain.errors import RecipeError, SampleError
 from pretrain.runtime import storage
 
 logger = logging.getLogger(__name__)
@@ -114,10 +114,9 @@ def gather(
 
 
 def _one_source(source: str, wanted: _Wanted) -> Iterable[Item]:
-    fs, path = storage.filesystem(source)
-    if fs.isdir(path):
+    if storage.is_folder(source):
         return _from_folder(source, wanted)
-    if not fs.exists(path):
+    if not storage.exists(source):
         raise RecipeError(f"{source}: does not exist; give a folder, a video, a list file or a csv/jsonl manifest")
     if extension_of(source) in LIST_EXTENSIONS:
         return _from_list(source, wanted)
@@ -324,20 +323,24 @@ def _under(root: str, path: str) -> str:
     """Let a list's path start at `root` where it is relative; `root` may be a zip archive."""
     if "://" in path or path.startswith("/") or not root:
         return path
-    return zip_source.entry_path(root, path) if root.endswith(zip_source.ENDING) else storage.join(root, path)
+    return zip_source.entry_path(root, path) if zip_source.is_archive(root) else storage.join(root, path)
 
 
 def with_sizes(items: list[Item], threads: int = 16) -> list[Item]:
-    """Fill in the sizes that listing a folder didn't give (files named by lists); 0 for what can't be found."""
+    """Fill in the sizes that listing a folder didn't give (files named by lists); 0 for what can't be found.
+
+    Raises:
+        DataError: the store does not answer: without its sizes the items would go to other parts.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     def sized(item: Item) -> Item:
         if item.size:
             return item
         try:
-            found = storage.find(item.path).values() if item.is_folder else [originals.size(item.path)]
-            return replace(item, size=sum(found))
-        except StorageError:
+            found = originals.folder_size(item.path) if item.is_folder else originals.size(item.path)
+            return replace(item, size=found)
+        except SampleError:
             return item
 
     # Threads, since each size is a question to the store.

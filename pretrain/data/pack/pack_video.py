@@ -16,7 +16,7 @@ from pretrain.data.pack.discover import IMAGE_EXTENSIONS, Item, extension_of
 from pretrain.data.pack.encode import copy_stream, encode_images, encode_video
 from pretrain.data.pack.media_probe import Facts, probe
 from pretrain.data.pack.options import Options
-from pretrain.data.pack.originals import fetch, refusal
+from pretrain.data.pack.originals import check_local, fetch, refusal
 from pretrain.data.pack.packed import Packed, Rejected
 from pretrain.data.pack.segments import cut_out
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
@@ -210,8 +210,7 @@ def grid_phase(key: str, options: Options) -> int:
 def _local(path: str, folder: str) -> Iterator[str]:
     """Provide a local file with the content of `path`, which may be a URL."""
     if "://" not in path and not zip_source.is_entry(path):
-        if not os.path.isfile(path):
-            raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
+        check_local(path)
         yield path
         return
     with tempfile.NamedTemporaryFile(dir=folder, suffix="." + extension_of(path)) as copy:
