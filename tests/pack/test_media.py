@@ -492,6 +492,15 @@ def test_companions_that_are_no_companions(tmp_path: Path) -> None:
     assert list(_stream(tmp_path / "caption")) == ["a"]
 
 
+def test_samples_that_the_index_leaves_out_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A shard with a video is one of videos, whatever was packed."""
+    _write(tmp_path, {"a.txt": b"A rising tone", "b.txt": b"Silence"})
+    video_with_sound(tmp_path / "tone.mp4", wave(0.4), frames=10)
+    (tmp_path / "m.csv").write_text("path,more\na.txt,tone.mp4\nb.txt,nothing more\n")
+    assert main([str(tmp_path / "m.csv"), str(tmp_path / "out"), "--with", "more", *ALONE]) == 0
+    assert "shard-000000.tar: 1 of 2 samples hold none of the others' kind and are left out" in caplog.text
+
+
 def test_the_member_that_is_meant_among_several_of_a_kind(tmp_path: Path) -> None:
     """Tar files have members by name: a mask comes before its image, and so does a JPEG before a PNG."""
     own, mask, other = image_bytes(picture()), image_bytes(picture(9, 9)), image_bytes(picture(8, 8), "JPEG")

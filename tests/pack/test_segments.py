@@ -17,7 +17,8 @@ from pretrain.data.pack.film_index import FilmIndex, cut_items, read_index
 from pretrain.data.pack.linked_shards import write_links
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_plan import Part, make_plan
-from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
+from pretrain.data.pack.packed import Packed, Rejected
+from pretrain.data.pack.packers import pack_sample
 from pretrain.data.time_segment import Segment
 from pretrain.errors import RecipeError
 from pretrain.runtime import storage
@@ -46,7 +47,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def cut(path: Path, segment: Segment, options: Options = FAST) -> Packed | Rejected:
     folder = path.parent / "out"
     folder.mkdir(exist_ok=True)
-    return pack_item(Item(str(path), path.name, key="k", segment=segment), options, str(folder))
+    return pack_sample(Item(str(path), path.name, key="k", segment=segment), options, str(folder))
 
 
 def shown_in(kind: str, start: float, end: float) -> list[int]:
@@ -61,7 +62,7 @@ def test_frames_of_a_segment(kind: str, options: Options, films: Callable[[str],
     for start, end in ((0, 1), (2, 4), (3.2, 3.68), (1.52, 1.56), (8.04, 60)):
         packed = cut(films(kind), Segment(start, end), options)
         assert isinstance(packed, Packed), packed
-        data = Path(packed.video).read_bytes()
+        data = Path(packed.files["mp4"]).read_bytes()
         for decoder in ("pyav", "decord"):
             with open_video(data, decoder) as reader:
                 assert numbers_of(reader.frames(range(reader.num_frames))) == shown_in(kind, start, end)
@@ -83,12 +84,12 @@ def test_a_segment_costs_its_own_bytes(tmp_path: Path) -> None:
     film = write_film(tmp_path / "minute.mp4", frames=1500)
     storage.write_bytes("memory://films/minute.mp4", film.read_bytes())
     item = Item("memory://films/minute.mp4", "minute.mp4", key="k", segment=Segment(30, 32))
-    packed = pack_item(item, FAST, str(tmp_path))
+    packed = pack_sample(item, FAST, str(tmp_path))
     assert isinstance(packed, Packed) and packed.facts["original"]["bytes"] == film.stat().st_size
-    with open_video(Path(packed.video).read_bytes(), "pyav") as reader:
+    with open_video(Path(packed.files["mp4"]).read_bytes(), "pyav") as reader:
         assert numbers_of(reader.frames(range(reader.num_frames))) == list(range(750, 800))
     assert packed.bytes_read < film.stat().st_size / 6
-    gone = pack_item(Item("memory://films/gone.mp4", "gone.mp4", key="k", segment=Segment(0, 2)), FAST, str(tmp_path))
+    gone = pack_sample(Item("memory://films/gone.mp4", "gone.mp4", key="k", segment=Segment(0, 2)), FAST, str(tmp_path))
     assert isinstance(gone, Rejected) and gone.reason == "missing"
 
 
@@ -105,7 +106,7 @@ def test_sound_of_a_segment(films: Callable[[str], Path]) -> None:
 
     packed = cut(films("end.mp4"), Segment(2.5, 4.5))
     assert isinstance(packed, Packed) and packed.facts["audio"] == "aac"
-    with av.open(packed.video) as container:
+    with av.open(packed.files["mp4"]) as container:
         sound = container.streams.audio[0]
         times = [float(packet.pts * packet.time_base) for packet in container.demux(sound) if packet.pts is not None]
     assert times[0] < 0.06 and times[-1] == pytest.approx(2, abs=0.1)
@@ -134,7 +135,7 @@ def test_sound_that_lies_ahead_of_its_pictures(name: str, films: Callable[[str],
     for start, end in ((4, 6), (4.5, 6)):
         packed = cut(path, Segment(start, end))
         assert isinstance(packed, Packed)
-        with av.open(packed.video) as container:
+        with av.open(packed.files["mp4"]) as container:
             packets = [one for one in container.demux(audio=0) if one.pts is not None]
         assert packets[0].pts * packets[0].time_base < 0.05
         assert len(packets) == pytest.approx((end - start) * 44100 / 1024, abs=2), "without a gap"
@@ -234,6 +235,16 @@ def test_a_cut_film_in_place_is_looked_into_once(films: Callable[[str], Path], t
     write_links(list(items), str(tmp_path / "out"), indexes)
     samples = list(wds.WebDataset([str(tmp_path / "out/links-000000.tar")], shardshuffle=False))
     assert len(samples) == 3 and all(json.loads(sample["span"])["index"] for sample in samples)
+
+
+def test_segments_in_place_are_checked_without_reading_the_film_for_each(
+    films: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["--in-place", str(films("end.mp4")), out, "--cut", "5"]) == 0
+    assert main(["--check", out, "--workers", "0", "--check-decoders", "decord,pyav"]) == 0
+    assert "['decord'] would read all of a film for each" in caplog.text
+    assert "all of it is read for every sample" not in caplog.text
 
 
 def test_a_list_that_leaves_nothing_to_link(

@@ -16,8 +16,8 @@ from pretrain.data.pack.pack_video import pack_item
 from pretrain.data.pack.packed import Packed, Rejected
 from pretrain.errors import SampleError
 
-#: (item, options, local folder for the sample's files) -> the sample, or why there is none.
-Packer = Callable[[Item, Options, str], Packed | Rejected]
+#: (item, options, local folder for the sample's files) -> the sample; SampleError where there is none.
+Packer = Callable[[Item, Options, str], Packed]
 
 PACKERS: dict[Kind, Packer] = {
     "video": pack_item,
@@ -39,21 +39,23 @@ def pack_sample(item: Item, options: Options, folder: str) -> Packed | Rejected:
         # Companions come first: they are small, and a video without its caption need not be encoded.
         companions = [(one, read_companion(one)) for one in item.companions]
         packed = PACKERS[item.kind](item, options, folder)
+        return _join(packed, companions, folder) if companions else packed
     except SampleError as error:
         return Rejected(item.name, item.path, error.reason, str(error).removeprefix(f"{error.reason}: "))
-    if isinstance(packed, Rejected) or not companions:
-        return packed
+
+
+def _join(packed: Packed, companions: list[tuple[Companion, bytes]], folder: str) -> Packed:
+    """Join a sample and its companions: members of their own, but a json goes into the sample's own, as `meta`.
+
+    Raises:
+        SampleError: "companion" where one would take the place of another member.
+    """
     endings = [*packed.files, *(companion.ending for companion, _ in companions)]
     twice = [ending for ending, count in Counter(endings).items() if count > 1]
     if twice:
         packed.discard()
         detail = f"two files of the sample would be its member {twice[0]!r}; rename one, or leave it out of --with"
-        return Rejected(item.name, item.path, "companion", detail)
-    return _join(packed, companions, folder)
-
-
-def _join(packed: Packed, companions: list[tuple[Companion, bytes]], folder: str) -> Packed:
-    """Join a sample and its companions: members of their own, but a json goes into the sample's own, as `meta`."""
+        raise SampleError("companion", detail)
     # Which member the json describes: readers could not tell an image from a mask of another format.
     files, facts = dict(packed.files), packed.facts | {"member": next(iter(packed.files))}
     read = packed.bytes_read
