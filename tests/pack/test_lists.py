@@ -130,3 +130,10 @@ def test_what_is_not_there_has_no_size(tmp_path: Path) -> None:
     names = ("gone.zip@/a.npy", "gone.npy", "gone")
     items = [Item(str(tmp_path / name), name, is_folder=name == "gone") for name in names]
     assert with_sizes(items) == items
+
+
+def test_a_caption_with_a_line_separator_is_one_line(tmp_path: Path) -> None:
+    row = {"path": "a.mp4", "caption": "one\u2028two"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (item,) = gather([str(tmp_path / "m.jsonl")])
+    assert item.meta == {"caption": "one\u2028two"}

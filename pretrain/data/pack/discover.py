@@ -1,9 +1,6 @@
 """Discovery of what to pack: files of one kind (and frame folders) in folders, zip archives, lists and manifests."""
 
-import csv
 import functools
-import io
-import json
 import logging
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,9 +9,10 @@ from typing import Any, Literal
 
 from pretrain.data.media import KINDS, VIDEO_ENDINGS, Kind, extension_of, is_of_kind, kind_of, plural_of
 from pretrain.data.pack import originals, zip_source
-from pretrain.data.pack.annotations import ID_COLUMN, annotated, database_rows
+from pretrain.data.pack.annotations import Row, annotated
 from pretrain.data.pack.companions import Companion, beside, from_row
 from pretrain.data.pack.lists import ListFormat, parse_list
+from pretrain.data.pack.manifests import read_rows
 from pretrain.data.time_segment import Segment
 from pretrain.errors import RecipeError, SampleError
 from pretrain.runtime import storage
@@ -217,13 +215,8 @@ def _from_list(source: str, wanted: _Wanted) -> list[Item]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{source}: not a text file in UTF-8 ({error})") from error
     root = wanted.data_root or posixpath.dirname(source)
-    if extension_of(source) in ("jsonl", "ndjson"):
-        rows = _jsonl_rows(source, text)
-    elif extension_of(source) == "json":
-        rows = database_rows(source, text)
-    elif (header := _csv_header(text)) is not None:
-        rows = _csv_rows(source, text, header)
-    else:
+    rows = read_rows(source, text)
+    if rows is None:
         lines = [_rooted(Item(**vars(line)), root) for line in parse_list(source, text, wanted.list_format)]
         return _completed(source, lines, root, wanted)
     return _completed(source, _manifest_items(source, annotated(rows, root), root), root, wanted)
@@ -246,40 +239,7 @@ def _completed(source: str, items: list[Item], root: str, wanted: _Wanted) -> li
     return completed
 
 
-def _csv_header(text: str) -> str | None:
-    """Find the delimiter if the first line is a header with a column for the video; official lists have no header."""
-    first = text.split("\n", 1)[0].strip()
-    return next((d for d in ",\t;" if {"path", ID_COLUMN} & {c.strip().strip('"') for c in first.split(d)}), None)
-
-
-def _csv_rows(source: str, text: str, delimiter: str) -> list[tuple[int, dict[str, Any] | str]]:
-    # Not splitlines: a quoted value may hold line breaks.
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    rows: list[tuple[int, dict[str, Any] | str]] = []
-    for row in reader:
-        # DictReader keeps surplus values under None, and fills missing ones with it.
-        wrong = None in row or None in row.values()
-        fault = (
-            f"{len(reader.fieldnames or ())} columns expected as in the header; quote values that hold {delimiter!r}"
-        )
-        # An empty cell is no value: an empty `end` means the film's.
-        rows.append((reader.line_num, fault if wrong else {k: v for k, v in row.items() if v != ""}))
-    return rows
-
-
-def _jsonl_rows(source: str, text: str) -> list[tuple[int, dict[str, Any] | str]]:
-    rows: list[tuple[int, dict[str, Any] | str]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                row = f"not JSON: {error}"
-            rows.append((number, row if isinstance(row, (dict, str)) else "not a JSON object in one line"))
-    return rows
-
-
-def _manifest_items(source: str, rows: list[tuple[int, dict[str, Any] | str]], root: str) -> list[Item]:
+def _manifest_items(source: str, rows: list[Row], root: str) -> list[Item]:
     problems: list[str] = []
     items: list[Item] = []
     for number, row in rows:
