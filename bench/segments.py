@@ -3,7 +3,8 @@
 python bench/segments.py [--minutes 60] [--clips 20] [--film NAME] [--out bench/results/segments_DATE.md]
 The film: 426 x 240, 25 frames/s, a key frame every 250, about 1 Mbit/s, with sound; one minute that is encoded and
 repeated. A clip is 16 frames, stride 4, from pack.py --in-place's shards to RGB by PyAV in this process. S3 is rclone
-on loopback, which answers 10 ms late. Bytes are those of the film that the storage handed out; times are medians.
+on loopback, which answers 10 ms late. Bytes are those of the film that the storage handed out; bytes and requests
+are means, times are medians.
 """
 
 import argparse
@@ -56,6 +57,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=20, help="clips of each kind (default 20)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.minutes < 2:
+        parser.error(
+            f"--minutes {options.minutes}: 2 or more, for a minute is one piece, and too small to be read by ranges"
+        )
     with tempfile.TemporaryDirectory() as folder:
         bucket = Path(folder, "s3", "bucket")
         bucket.mkdir(parents=True)

@@ -9,7 +9,7 @@ from pretrain.commands.pack_arguments import VIDEO_SHORT_SIDE, make_parser
 from pretrain.data.media import kind_of_ending, plural_of
 from pretrain.data.pack.companions import beside
 from pretrain.data.pack.discover import Item, LabelRule, gather, with_sizes
-from pretrain.data.pack.film_index import cut_items
+from pretrain.data.pack.film_index import FilmIndex, cut_items
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_plan import Part, Plan, make_plan
 from pretrain.data.pack.pack_run import Report, pack
@@ -74,16 +74,19 @@ def _link(args: argparse.Namespace) -> int:
     if len(args.paths) < 2:
         raise RecipeError("give at least one SOURCE and a DEST (see --help)")
     *sources, dest = args.paths
-    plan = _plan(args, sources, args.part)
     if args.companions:
         raise RecipeError("--with copies files into shards, --in-place copies none: choose one")
+    indexes: dict[str, FilmIndex] = {}
+    plan = _plan(args, sources, args.part, indexes)
     noun = plural_of(item.kind for item in plan.items)
-    index = write_links(with_sizes(list(plan.items)), dest)
+    index = write_links(with_sizes(list(plan.items)), dest, indexes)
     _say(f"pack: {dest}: {index.samples} {noun} stay where they are, fingerprint {index.fingerprint}")
     return DONE
 
 
-def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
+def _plan(
+    args: argparse.Namespace, sources: list[str], part: Part, indexes: dict[str, FilmIndex] | None = None
+) -> Plan:
     labels: LabelRule = "none" if args.no_labels else "auto"
     items = gather(sources, args.data_root, args.list_format, labels, args.kind, args.companions)
     items = [item for item in items if _selected(item, args.where)]
@@ -95,9 +98,10 @@ def _plan(args: argparse.Namespace, sources: list[str], part: Part) -> Plan:
         raise RecipeError("--cut makes segments of videos, and of those outside of zip archives")
     if args.cut:
         # From one key frame to another a piece can be kept, or read in place, without what lies before it.
-        items = cut_items(items, args.cut, at_keys=args.copy or args.in_place)
+        items = cut_items(items, args.cut, at_keys=args.copy or args.in_place, indexes=indexes)
     timed = [name for name in args.companions if kind_of_ending(name) in ("sound", "video")]
-    if any(item.segment and {*beside(item.path, timed)} & {*item.companions} for item in items):
+    # Not as sets: a companion may hold a value of its list, boxes say, which has no hash.
+    if any(item.segment and any(one in item.companions for one in beside(item.path, timed)) for item in items):
         raise RecipeError(
             f"--with {','.join(timed)}: lies beside the whole video, not the segment; "
             "keep its own sound with --audio keep"

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 Range = tuple[int, int]
 
 #: Containers, by FFmpeg's names, whose index lists the key frames, so that seeking in them is exact and cheap.
-INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+MATROSKA = "matroska,webm"
+INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", MATROSKA)
 #: Containers that store no presentation time stamps.
 UNSTAMPED = ("avi", "h264", "hevc", "m4v")
 

@@ -55,6 +55,12 @@ def kind_of_ending(ending: str) -> Kind | None:
     return next((kind for kind, endings in ENDINGS.items() if last in endings), None)
 
 
+def main_member(endings: Iterable[str], stated: object) -> str | None:
+    """Choose among members of a kind, by ending: the one that the sample's json states, else the first without a name
+    ("png" and not "mask.png"), else the first; None without any."""
+    return min(endings, key=lambda ending: (ending != stated, "." in ending), default=None)
+
+
 def is_of_kind(name: str, kind: Kind) -> bool:
     """Tell whether a file can be taken for one of `kind`."""
     return extension_of(name) in ENDINGS[kind] | ALSO.get(kind, frozenset())

@@ -15,6 +15,7 @@ from pretrain.data.media import (
     TEXT_ENDINGS,
     VIDEO_ENDINGS,
     Kind,
+    main_member,
 )
 from pretrain.errors import SampleError
 from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, parse_json
@@ -27,7 +28,8 @@ class Members:
     """Content of a sample's files.
 
     A sample may hold several files of a kind, told apart by what stands before the last dot of their endings: the
-    member `<key>.flow.npy` is the array named "flow". Without a name the first one of the kind is meant.
+    member `<key>.flow.npy` is the array named "flow". Without a name the sample's own is meant: the one that its json
+    calls `member`, else one without a name, else the first.
 
     Args:
         files: content by ending, as webdataset splits names: what follows the first dot.
@@ -124,12 +126,11 @@ class Members:
         return content if isinstance(content, LinkedVideo) else bytes(content)
 
     def _find(self, endings: frozenset[str], name: str) -> str | None:
-        """Find the first member of a kind, and of a name if one is given; its ending, None without."""
-        for ending in self.files:
-            first, _, last = ending.rpartition(".")
-            if last in endings and name in ("", first):
-                return ending
-        return None
+        """Find the ending of a member of a kind, and of a name if one is given; None where there is none."""
+        parts = {ending: ending.rpartition(".") for ending in self.files}
+        found = [ending for ending, (first, _, last) in parts.items() if last in endings and name in ("", first)]
+        stated = self._json.get("member") if isinstance(self._json, dict) else None
+        return main_member(found, stated)
 
     def _missing(self, what: str) -> SampleError:
         there = [ending for ending in self.files if not ending.startswith("__")]

@@ -117,6 +117,16 @@ def exists(url: str, deadline_s: float = 60.0) -> bool:
     return retried(look, url, "looking for", deadline_s)
 
 
+def is_folder(url: str, deadline_s: float = 60.0) -> bool:
+    """Tell whether a folder is at `url`; on an object store, whether files lie below it."""
+
+    def look() -> bool:
+        fs, path = filesystem(url)
+        return bool(fs.isdir(path))
+
+    return retried(look, url, "looking for", deadline_s)
+
+
 def size(url: str, deadline_s: float = 60.0, denied_for_good: bool = True) -> int:
     """Return the size of a file in bytes; see `read_bytes` for the arguments."""
 

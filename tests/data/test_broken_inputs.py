@@ -16,7 +16,8 @@ from pretrain.data.decoders import open_video
 from pretrain.data.members import Members
 from pretrain.data.pack.discover import Item
 from pretrain.data.pack.options import Options
-from pretrain.data.pack.pack_video import Packed, pack_item
+from pretrain.data.pack.packed import Packed
+from pretrain.data.pack.packers import pack_sample
 from pretrain.data.pack.scan import index_folder
 from pretrain.errors import DataError, SampleError
 from pretrain.samples import sampling
@@ -121,7 +122,7 @@ def streamed(data: bytes, decoder: str) -> int | str:
 def packed(path: Path, folder: Path, decoders: tuple[str, ...]) -> str:
     """How a video gets into a shard, or why not."""
     options = Options(copy=True, preset="ultrafast", reads=2, decoders=decoders)
-    found = pack_item(Item(str(path), path.name, key=path.stem), options, str(folder))
+    found = pack_sample(Item(str(path), path.name, key=path.stem), options, str(folder))
     if not isinstance(found, Packed):
         return found.reason
     return "kept" if found.facts["reencoded"] is None else "encoded"

@@ -18,9 +18,11 @@ from pretrain.data.pack.discover import Item
 from pretrain.data.pack.encode import encode_video
 from pretrain.data.pack.media_probe import probe
 from pretrain.data.pack.options import Options
-from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
+from pretrain.data.pack.packed import Packed, Rejected
+from pretrain.data.pack.packers import pack_sample
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
 from pretrain.errors import SampleError
+from tests.films import numbers_of, write_film
 
 MakeVideo = Callable[..., Path]
 FAST = Options(preset="ultrafast", crf=10, gop=8)
@@ -37,7 +39,7 @@ def _any(path: Path, options: Options = FAST, **more: object) -> Packed | Reject
     item = Item(str(path), path.name, key=path.stem, **more)  # type: ignore[arg-type]
     folder = path.parent / "out"
     folder.mkdir(exist_ok=True)
-    return pack_item(item, options, str(folder))
+    return pack_sample(item, options, str(folder))
 
 
 def _frames(path: str | Path, decoder: str = "decord") -> np.ndarray:
@@ -47,6 +49,58 @@ def _frames(path: str | Path, decoder: str = "decord") -> np.ndarray:
 
 def _same(one: np.ndarray, two: np.ndarray, tolerance: float = 10.0) -> bool:
     return one.shape == two.shape and bool(np.abs(one - two).mean() < tolerance)
+
+
+BT709, BT2020, SMPTE240M, BT601, UNSPECIFIED = 1, 9, 7, 6, 2
+#: By what the source is: its pixel format, matrix, full range or not, and what packing does with it.
+COLOURS: dict[str, tuple[str, int, bool, Options]] = {
+    "HD": ("yuv420p", BT709, False, FAST),
+    "HD, smaller": ("yuv420p", BT709, False, replace(FAST, short_side=32)),
+    "HD, kept": ("yuv420p", BT709, False, KEEP),
+    "HD, phone": ("yuvj420p", BT709, True, FAST),
+    "no tag": ("yuv420p", UNSPECIFIED, False, FAST),
+    "no tag, full": ("yuvj420p", UNSPECIFIED, True, FAST),
+    "DVD": ("yuv420p", BT601, False, FAST),
+    "old HD": ("yuv422p", SMPTE240M, False, FAST),
+    "UHD": ("yuv420p10le", BT2020, False, FAST),
+    "UHD, full": ("yuv420p10le", BT2020, True, FAST),
+    "to hevc": ("yuv420p", BT709, False, replace(FAST, codec="hevc")),
+    "to vp9": ("yuv420p", BT709, False, replace(FAST, codec="vp9", preset="8")),
+    "to av1": ("yuv420p", BT709, False, replace(FAST, codec="av1", preset="12", decoders=("pyav",))),
+}
+
+
+def _two_colours(path: Path, pix_fmt: str, matrix: int, full: bool) -> Path:
+    """A red and a green half, in the matrix and range of the tags."""
+    import av
+
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:, :32], pixels[:, 32:] = (189, 44, 30), (20, 200, 30)
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=25, options={"crf": "1"})
+        video.width, video.height, video.pix_fmt = 64, 48, pix_fmt
+        video.codec_context.colorspace, video.codec_context.color_range = matrix, 2 if full else 1
+        for _ in range(6):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = frame.reformat(format=pix_fmt, dst_colorspace=5 if matrix in (BT601, UNSPECIFIED) else matrix,
+                                   dst_color_range=2 if full else 1)  # fmt: skip
+            frame.colorspace = matrix
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("kind", COLOURS)
+def test_colours_stay_the_same(kind: str, tmp_path: Path) -> None:
+    """For both decoders, and for tags as they are: another matrix moves these two by 13 levels and more."""
+    pix_fmt, matrix, full, options = COLOURS[kind]
+    source = _two_colours(tmp_path / "a.mp4", pix_fmt, matrix, full)
+    packed = _pack(source, options)
+    for decoder in options.decoders:
+        for frames in (_frames(source, decoder), _frames(packed.files["mp4"], decoder)):
+            middle, width = frames.shape[1] // 2, frames.shape[2]
+            found = frames[3, middle, width // 4], frames[3, middle, 3 * width // 4]
+            assert np.abs(np.array(found) - [(189, 44, 30), (20, 200, 30)]).max() < 5, (decoder, found)
 
 
 KINDS = {
@@ -66,7 +120,7 @@ KINDS = {
 def test_pictures_stay_the_same(name: str, options: Options, tmp_path: Path, make_video: MakeVideo) -> None:
     source = make_video(tmp_path / name, **KINDS[name])
     packed = _pack(source, options)
-    before, after = _frames(source, "pyav"), _frames(packed.video, "pyav")
+    before, after = _frames(source, "pyav"), _frames(packed.files["mp4"], "pyav")
     assert len(after) == 24 == packed.facts["frames"]
     assert _same(before, after) and not _same(before[1:], after[:-1])
     assert packed.facts["width"], packed.facts["height"] == after.shape[2:0:-1]
@@ -76,7 +130,7 @@ def test_pictures_stay_the_same(name: str, options: Options, tmp_path: Path, mak
 
 def test_rotation_is_baked_in(tmp_path: Path, make_video: MakeVideo) -> None:
     packed = _pack(make_video(tmp_path / "r.mp4", rotation=90))
-    written = probe(packed.video)
+    written = probe(packed.files["mp4"])
     assert (written.rotation, written.width, written.height) == (0, 96, 128)
     assert packed.facts["original"]["rotation"] == 90
 
@@ -95,7 +149,7 @@ def test_inexact_random_access_is_found_and_encoded(
     packed = _pack(source, KEEP)
     assert packed.facts["reencoded"].startswith("inexact") and packed.facts["codec"] == "h264"
     assert packed.facts["frames"] == 60
-    assert _same(_frames(packed.video, "pyav"), _frames(source, "pyav"))
+    assert _same(_frames(packed.files["mp4"], "pyav"), _frames(source, "pyav"))
 
 
 def test_codec_that_a_decoder_lacks_is_encoded(tmp_path: Path, make_video: MakeVideo) -> None:
@@ -112,14 +166,33 @@ def test_variable_frame_rate_keeps_its_times_or_becomes_constant(tmp_path: Path,
     assert kept.facts["vfr"] and kept.facts["frames"] == 8
     import av
 
-    with av.open(kept.video) as container:
+    with av.open(kept.files["mp4"]) as container:
         written = [float(frame.time) for frame in container.decode(video=0)]
     assert np.allclose(written, np.array(times) / 1000, atol=1e-4)
     even = _pack(source, Options(preset="ultrafast", crf=10, fps=Fraction(10)))
     assert not even.facts["vfr"] and even.facts["fps"] == 10
     assert 10 <= even.facts["frames"] <= 11
     shown = _frames(source)[[0, 2, 4, 4, 4]]  # what is on the screen at 0, 200, 300, 400, 500 ms
-    assert _same(_frames(even.video)[[0, 2, 3, 4, 5]], shown)
+    assert _same(_frames(even.files["mp4"])[[0, 2, 3, 4, 5]], shown)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.ts", "a.mkv"])
+def test_another_rate_shows_the_same_seconds(name: str, tmp_path: Path) -> None:
+    """Time bases differ by container, and the length of the last frame must not be read in the wrong one."""
+    source = write_film(tmp_path / name, frames=50, container="mpegts" if name == "a.ts" else None)
+    for rate in (Fraction(10), Fraction(30000, 1001), Fraction(50)):
+        packed = _pack(source, replace(FAST, fps=rate))
+        assert packed.facts["frames"] == round(2 * rate) and packed.facts["duration"] == pytest.approx(2, abs=0.01)
+        shown = [25 * number // rate for number in range(packed.facts["frames"])]
+        assert numbers_of(_frames(packed.files["mp4"])) == pytest.approx(shown, abs=1)
+
+
+def test_a_slow_video_and_pictures_at_another_rate(tmp_path: Path) -> None:
+    slow = write_film(tmp_path / "slow.mp4", frames=8, fps=1)
+    assert _pack(slow, replace(FAST, fps=Fraction(2))).facts["frames"] == 16
+    _frame_folder(tmp_path / "clip", range(1, 21))
+    folder = _pack(tmp_path / "clip", replace(FAST, fps=Fraction(12)), is_folder=True)
+    assert (folder.facts["frames"], folder.facts["fps"]) == (10, 12)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +210,7 @@ def test_size(
     source = make_video(tmp_path / "s.mkv", size=size, pix_fmt="yuv444p")
     packed = _pack(source, Options(preset="ultrafast", short_side=short_side))
     assert (packed.facts["width"], packed.facts["height"]) == expected
-    assert _frames(packed.video).shape[1:3] == expected[::-1]
+    assert _frames(packed.files["mp4"]).shape[1:3] == expected[::-1]
 
 
 def test_references_lie_on_the_grid_of_the_json(tmp_path: Path, make_video: MakeVideo) -> None:
@@ -149,10 +222,10 @@ def test_references_lie_on_the_grid_of_the_json(tmp_path: Path, make_video: Make
         packed = _pack(make_video(tmp_path / f"{name}.mp4", frames=72), Options(preset="ultrafast", crf=10))
         step, phase = packed.facts["grid"]["step"], packed.facts["grid"]["phase"]
         phases.add(phase)
-        every = sequential_frames(packed.video)
+        every = sequential_frames(packed.files["mp4"])
         for start, stride, most in ((phase + 8, step, 16), (phase + 9, step, 28), (0, 1, 16), (3, 2, 24)):
             indices = start + stride * np.arange(12)
-            with PyAVReader(Path(packed.video).read_bytes()) as reader:
+            with PyAVReader(Path(packed.files["mp4"]).read_bytes()) as reader:
                 assert (reader.frames(indices) == every[indices]).all()
                 assert reader.decoded <= most, (start, stride)
     assert len(phases) > 1, "each video draws its own"
@@ -178,7 +251,7 @@ def test_evenly_spaced_frames_are_read_without_the_list_of_all_packets(
     packed = _pack(make_video(tmp_path / "a.mp4", **source), options)
     stamps = Members({"json": json.dumps(packed.facts).encode()}).stamps
     assert stamps is not None and len(stamps) == packed.facts["frames"]
-    data = Path(packed.video).read_bytes()
+    data = Path(packed.files["mp4"]).read_bytes()
     with PyAVReader(data) as reader:
         frames = reader.frames(range(reader.num_frames))
     for start in range(len(stamps)):
@@ -215,7 +288,7 @@ def test_key_frames_come_every_gop(tmp_path: Path, make_video: MakeVideo) -> Non
     import av
 
     packed = _pack(make_video(tmp_path / "g.mp4", frames=40, options={"g": "5"}), replace(FAST, grid=0))
-    with av.open(packed.video) as container:
+    with av.open(packed.files["mp4"]) as container:
         keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
     assert keys == [0, 8, 16, 24, 32]
 
@@ -225,12 +298,14 @@ def test_key_frames_come_every_gop(tmp_path: Path, make_video: MakeVideo) -> Non
 def test_audio(keep: bool, copy: bool, tmp_path: Path, make_video: MakeVideo) -> None:
     source = make_video(tmp_path / "a.mp4", audio=True, frames=50)
     packed = _pack(source, Options(preset="ultrafast", audio=keep, copy=copy))
-    written = probe(packed.video)
+    written = probe(packed.files["mp4"])
     assert written.audio == packed.facts["audio"] == ("aac" if keep else None)
     assert written.packets == 50
 
 
-def test_foreign_audio_becomes_aac(tmp_path: Path, make_video: MakeVideo) -> None:
+@pytest.mark.parametrize("options", [FAST, KEEP], ids=["encode", "copy"])
+def test_foreign_audio_becomes_aac(options: Options, tmp_path: Path, make_video: MakeVideo) -> None:
+    """It begins half a second behind the pictures."""
     import av
 
     with av.open(str(tmp_path / "pcm.mkv"), "w") as out, av.open(str(make_video(tmp_path / "v.mp4"))) as video:
@@ -241,23 +316,26 @@ def test_foreign_audio_becomes_aac(tmp_path: Path, make_video: MakeVideo) -> Non
                 packet.stream = copied
                 out.mux(packet)
         for start in range(0, 16000, 800):
-            noise = av.AudioFrame.from_ndarray(np.full((1, 800), start, "i2"), format="s16", layout="mono")
-            noise.sample_rate, noise.pts = 16000, start
+            tone = 8000 * np.sin(np.arange(start, start + 800) / 8)[None]
+            noise = av.AudioFrame.from_ndarray(tone.astype("i2"), format="s16", layout="mono")
+            noise.sample_rate, noise.pts, noise.time_base = 16000, start + 8000, Fraction(1, 16000)
             out.mux(sound.encode(noise))
         out.mux(sound.encode(None))
-    packed = _pack(tmp_path / "pcm.mkv", Options(preset="ultrafast", audio=True))
-    with av.open(packed.video) as container:
-        stream = container.streams.audio[0]
-        assert stream.codec_context.name == "aac"
-        samples = sum(frame.samples for frame in container.decode(audio=0))
-    assert abs(samples - 16000) < 3000
+    packed = _pack(tmp_path / "pcm.mkv", replace(options, audio=True))
+    assert packed.facts["audio"] == "aac" and (packed.facts["reencoded"] is None) == options.copy
+    with av.open(packed.files["mp4"]) as container:
+        frames = list(container.decode(audio=0))
+    assert abs(sum(frame.samples for frame in frames) - 16000) < 3000
+    assert frames[0].time == pytest.approx(0.5, abs=0.1)
+    loudness = np.sqrt(np.mean(np.concatenate([frame.to_ndarray() for frame in frames[2:-2]], axis=1) ** 2))
+    assert loudness == pytest.approx(8000 / 32768 / np.sqrt(2), rel=0.05)
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path, make_video: MakeVideo) -> None:
     source = make_video(tmp_path / "d.mp4", audio=True, size=(96, 72))
     options = Options(audio=True)
     packed = [_pack(source, options) for _ in range(8)]  # x264 differs in about every third run where it does
-    assert len({Path(one.video).read_bytes() for one in packed}) == 1
+    assert len({Path(one.files["mp4"]).read_bytes() for one in packed}) == 1
     assert all(one.facts == packed[0].facts for one in packed)
 
 
@@ -269,7 +347,7 @@ def test_codecs(codec: str, tmp_path: Path, make_video: MakeVideo) -> None:
     source = make_video(tmp_path / "c.mp4")
     packed = _pack(source, options)
     assert packed.facts["codec"] == codec
-    assert _same(_frames(packed.video, "pyav"), _frames(source, "pyav"), 12)
+    assert _same(_frames(packed.files["mp4"], "pyav"), _frames(source, "pyav"), 12)
 
 
 def test_no_thread_keeps_the_real_time_priority_of_the_av1_encoder(tmp_path: Path, make_video: MakeVideo) -> None:
@@ -311,7 +389,7 @@ def test_reasons_for_rejection(tmp_path: Path, make_video: MakeVideo, make_sound
 def test_cut_file_with_its_index_in_front(tmp_path: Path, make_video: MakeVideo) -> None:
     whole = _pack(make_video(tmp_path / "whole.mp4", frames=60, size=(160, 120)))  # packed files have it in front
     cut = tmp_path / "cut.mp4"
-    cut.write_bytes(Path(whole.video).read_bytes())
+    cut.write_bytes(Path(whole.files["mp4"]).read_bytes())
     _cut(cut, 0.6)
     for options in (FAST, KEEP):
         result = _any(cut, options)
@@ -320,7 +398,7 @@ def test_cut_file_with_its_index_in_front(tmp_path: Path, make_video: MakeVideo)
 
 def test_random_reads_that_are_one_frame_off_are_found_in_slow_scenes(tmp_path: Path) -> None:
     _frame_folder(tmp_path / "clip", range(1, 21), step=3)
-    video = Path(_pack(tmp_path / "clip", is_folder=True).video)
+    video = Path(_pack(tmp_path / "clip", is_folder=True).files["mp4"])
     signatures = sequential_signatures(str(video))
     check_random_reads(video.read_bytes(), signatures, "pyav", 4, "key")
     for wrong in (np.roll(signatures, 1, axis=0), signatures[:-1], signatures[::-1]):
@@ -339,10 +417,10 @@ def test_frame_folder(tmp_path: Path) -> None:
     everything = _pack(tmp_path / "clip", is_folder=True)
     assert everything.facts["frames"] == 20 and everything.facts["fps"] == 24
     five = _pack(tmp_path / "clip", is_folder=True, frames=(4, 5))
-    reds = _frames(five.video)[:, :, :, 0].mean((1, 2))
+    reds = _frames(five.files["mp4"])[:, :, :, 0].mean((1, 2))
     assert np.allclose(reds, [32, 40, 48, 56, 64], atol=4)
     first = _pack(tmp_path / "clip", is_folder=True, frames=(None, 3))
-    assert np.allclose(_frames(first.video)[:, :, :, 0].mean((1, 2)), [8, 16, 24], atol=4)
+    assert np.allclose(_frames(first.files["mp4"])[:, :, :, 0].mean((1, 2)), [8, 16, 24], atol=4)
 
 
 def test_frame_folder_that_lacks_frames(tmp_path: Path) -> None:

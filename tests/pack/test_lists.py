@@ -1,13 +1,18 @@
 """List files of the official repositories and manifests."""
 
 import json
+import zipfile
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from pretrain.data.pack.discover import gather
+from pretrain.commands.pack import main
+from pretrain.data.pack.discover import Item, gather, with_sizes
 from pretrain.data.pack.lists import ListLine, parse_list
-from pretrain.errors import RecipeError
+from pretrain.errors import DataError, RecipeError
 
 
 @pytest.mark.parametrize(
@@ -84,3 +89,51 @@ def test_wrong_manifest_rows(tmp_path: Path) -> None:
         gather([str(tmp_path / "m.jsonl"), str(tmp_path / "m.csv"), str(tmp_path / "nowhere")])
     places = [problem.split(": ")[0] for problem in error.value.problems]
     assert places == [f"{tmp_path}/m.jsonl:2", f"{tmp_path}/m.jsonl:3", f"{tmp_path}/m.csv:3", f"{tmp_path}/nowhere"]
+
+
+class DeadFileSystem(MemoryFileSystem):
+    """A store that answers with an error which no second attempt cures."""
+
+    protocol = "dead"
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        raise ValueError("no answer")
+
+    def find(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        raise ValueError("no answer")
+
+    def _open(self, path: str, *arguments: Any, **kwargs: Any) -> Any:
+        raise ValueError("no answer")
+
+
+fsspec.register_implementation("dead", DeadFileSystem, clobber=True)
+
+
+def test_a_store_that_does_not_answer_is_no_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for item in (Item("dead://b/a.mp4", "a"), Item("dead://b/a", "a", is_folder=True), Item("dead://b/z.zip@/a", "a")):
+        with pytest.raises(DataError, match="no answer"):
+            with_sizes([item])
+    (tmp_path / "hacs.csv").write_text("classname,youtube_id,subset,start,end,label\nskiing,aaa,training,1.5,3.5,1\n")
+    for sources in (["dead://b/z.zip"], [str(tmp_path / "hacs.csv"), "--data-root", "dead://b"]):
+        assert main([sources[0], str(tmp_path / "out"), *sources[1:], "--workers", "0"]) == 1
+        assert "no answer" in capsys.readouterr().err
+
+
+def test_what_is_not_there_has_no_size(tmp_path: Path) -> None:
+    """An archive that ends in capital letters is one, and one that is not there is no traceback."""
+    with zipfile.ZipFile(tmp_path / "A.ZIP", "w") as out:
+        out.writestr("x/b.npy", b"12345")
+    (tmp_path / "m.csv").write_text("path\nx/b.npy\nx/c.npy\n")
+    items = with_sizes(gather([str(tmp_path / "m.csv")], data_root=str(tmp_path / "A.ZIP")))
+    assert [(item.path.rpartition("@/")[2], item.size) for item in items] == [("x/b.npy", 5), ("x/c.npy", 0)]
+    assert [item.size for item in gather([str(tmp_path / "A.ZIP")])] == [5]
+    names = ("gone.zip@/a.npy", "gone.npy", "gone")
+    items = [Item(str(tmp_path / name), name, is_folder=name == "gone") for name in names]
+    assert with_sizes(items) == items
+
+
+def test_a_caption_with_a_line_separator_is_one_line(tmp_path: Path) -> None:
+    row = {"path": "a.mp4", "caption": "one\u2028two"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (item,) = gather([str(tmp_path / "m.jsonl")])
+    assert item.meta == {"caption": "one\u2028two"}

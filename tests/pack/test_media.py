@@ -476,6 +476,45 @@ def test_companions_of_a_manifest(tmp_path: Path) -> None:
     assert members.text("caption") == "cat, sitting" and members.boxes() == [[1, 2, 3, 4]]
 
 
+def test_companions_that_are_no_companions(tmp_path: Path) -> None:
+    """Nothing in the list, a text without words, and what would take the place of the image itself."""
+    _write(tmp_path, {f"{name}.bmp": image_bytes(picture(seed=ord(name)), "BMP") for name in "abcd"})
+    _write(tmp_path, {f"{name}.png": image_bytes(picture()) for name in "ad"})
+    rows = [{"path": f"{name}.bmp", "caption": text} for name, text in zip("abc", ["A", " ", None], strict=True)]
+    rows += [{"path": "d.bmp", "caption": "\ud800"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for asked, kept in (("caption", ["a"]), ("png", [])):
+        out = tmp_path / asked
+        assert main([str(tmp_path / "m.jsonl"), str(out), "--with", asked, *ALONE]) == (0 if kept else 1)
+        lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+        assert [line["reason"] for line in lines] == ["companion"] * (4 - len(kept))
+    assert sum("would be its member 'png'" in line["detail"] for line in lines) == 2
+    assert list(_stream(tmp_path / "caption")) == ["a"]
+
+
+def test_samples_that_the_index_leaves_out_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A shard with a video is one of videos, whatever was packed."""
+    _write(tmp_path, {"a.txt": b"A rising tone", "b.txt": b"Silence"})
+    video_with_sound(tmp_path / "tone.mp4", wave(0.4), frames=10)
+    (tmp_path / "m.csv").write_text("path,more\na.txt,tone.mp4\nb.txt,nothing more\n")
+    assert main([str(tmp_path / "m.csv"), str(tmp_path / "out"), "--with", "more", *ALONE]) == 0
+    assert "shard-000000.tar: 1 of 2 samples hold none of the others' kind and are left out" in caplog.text
+
+
+def test_the_member_that_is_meant_among_several_of_a_kind(tmp_path: Path) -> None:
+    """Tar files have members by name: a mask comes before its image, and so does a JPEG before a PNG."""
+    own, mask, other = image_bytes(picture()), image_bytes(picture(9, 9)), image_bytes(picture(8, 8), "JPEG")
+    _write(tmp_path / "in", {"a.png": own, "a.MASK.png": mask, "a.jpg": other})
+    (tmp_path / "m.csv").write_text("path\nin/a.png\n")
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "m.csv"), str(out), "--with", "MASK.png,jpg", *ALONE]) == 0
+    (members,) = _stream(out).values()
+    assert members.image() == own and members.image("mask") == mask and members.files["jpg"] == other
+    assert main(["--check", str(out), *ALONE]) == 0
+    assert Members({"left.webp": b"l", "mask.png": b"m", "png": b"p"}).image() == b"p"
+    assert Members({"left.webp": b"l", "mask.png": b"m", "json": b'{"member": ["png"]}'}).image() == b"l"
+
+
 def test_images_in_place(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["--in-place", str(images), str(out), "--kind", "image"]) == 0

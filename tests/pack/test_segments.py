@@ -13,10 +13,12 @@ from pretrain.commands.pack import main
 from pretrain.data.decoders import open_video
 from pretrain.data.index import load_index
 from pretrain.data.pack.discover import Item, gather
-from pretrain.data.pack.film_index import cut_items, read_index
+from pretrain.data.pack.film_index import FilmIndex, cut_items, read_index
+from pretrain.data.pack.linked_shards import write_links
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.pack_plan import Part, make_plan
-from pretrain.data.pack.pack_video import Packed, Rejected, pack_item
+from pretrain.data.pack.packed import Packed, Rejected
+from pretrain.data.pack.packers import pack_sample
 from pretrain.data.time_segment import Segment
 from pretrain.errors import RecipeError
 from pretrain.runtime import storage
@@ -45,7 +47,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def cut(path: Path, segment: Segment, options: Options = FAST) -> Packed | Rejected:
     folder = path.parent / "out"
     folder.mkdir(exist_ok=True)
-    return pack_item(Item(str(path), path.name, key="k", segment=segment), options, str(folder))
+    return pack_sample(Item(str(path), path.name, key="k", segment=segment), options, str(folder))
 
 
 def shown_in(kind: str, start: float, end: float) -> list[int]:
@@ -60,7 +62,7 @@ def test_frames_of_a_segment(kind: str, options: Options, films: Callable[[str],
     for start, end in ((0, 1), (2, 4), (3.2, 3.68), (1.52, 1.56), (8.04, 60)):
         packed = cut(films(kind), Segment(start, end), options)
         assert isinstance(packed, Packed), packed
-        data = Path(packed.video).read_bytes()
+        data = Path(packed.files["mp4"]).read_bytes()
         for decoder in ("pyav", "decord"):
             with open_video(data, decoder) as reader:
                 assert numbers_of(reader.frames(range(reader.num_frames))) == shown_in(kind, start, end)
@@ -82,12 +84,12 @@ def test_a_segment_costs_its_own_bytes(tmp_path: Path) -> None:
     film = write_film(tmp_path / "minute.mp4", frames=1500)
     storage.write_bytes("memory://films/minute.mp4", film.read_bytes())
     item = Item("memory://films/minute.mp4", "minute.mp4", key="k", segment=Segment(30, 32))
-    packed = pack_item(item, FAST, str(tmp_path))
+    packed = pack_sample(item, FAST, str(tmp_path))
     assert isinstance(packed, Packed) and packed.facts["original"]["bytes"] == film.stat().st_size
-    with open_video(Path(packed.video).read_bytes(), "pyav") as reader:
+    with open_video(Path(packed.files["mp4"]).read_bytes(), "pyav") as reader:
         assert numbers_of(reader.frames(range(reader.num_frames))) == list(range(750, 800))
     assert packed.bytes_read < film.stat().st_size / 6
-    gone = pack_item(Item("memory://films/gone.mp4", "gone.mp4", key="k", segment=Segment(0, 2)), FAST, str(tmp_path))
+    gone = pack_sample(Item("memory://films/gone.mp4", "gone.mp4", key="k", segment=Segment(0, 2)), FAST, str(tmp_path))
     assert isinstance(gone, Rejected) and gone.reason == "missing"
 
 
@@ -104,10 +106,39 @@ def test_sound_of_a_segment(films: Callable[[str], Path]) -> None:
 
     packed = cut(films("end.mp4"), Segment(2.5, 4.5))
     assert isinstance(packed, Packed) and packed.facts["audio"] == "aac"
-    with av.open(packed.video) as container:
+    with av.open(packed.files["mp4"]) as container:
         sound = container.streams.audio[0]
         times = [float(packet.pts * packet.time_base) for packet in container.demux(sound) if packet.pts is not None]
     assert times[0] < 0.06 and times[-1] == pytest.approx(2, abs=0.1)
+
+
+def sound_ahead(source: Path, path: Path, container: str | None = None, lead: float = 1.5) -> Path:
+    """The packets of a film, with the sound some seconds in front of its pictures in the file."""
+    import av
+
+    options = {"max_interleave_delta": "1"}
+    with av.open(str(source)) as film, av.open(str(path), "w", format=container, options=options) as out:
+        copies = {stream.index: out.add_stream_from_template(stream) for stream in film.streams}
+        packets = [packet for packet in film.demux() if packet.size]
+        packets.sort(key=lambda one: one.dts * one.time_base - (lead if one.stream.type == "audio" else 0))
+        for packet in packets:
+            packet.stream = copies[packet.stream.index]
+            out.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("name", ["ahead.mp4", "ahead.ts", "ahead.mkv"])
+def test_sound_that_lies_ahead_of_its_pictures(name: str, films: Callable[[str], Path], tmp_path: Path) -> None:
+    import av
+
+    path = sound_ahead(films("end.mp4"), tmp_path / name, "mpegts" if name == "ahead.ts" else None)
+    for start, end in ((4, 6), (4.5, 6)):
+        packed = cut(path, Segment(start, end))
+        assert isinstance(packed, Packed)
+        with av.open(packed.files["mp4"]) as container:
+            packets = [one for one in container.demux(audio=0) if one.pts is not None]
+        assert packets[0].pts * packets[0].time_base < 0.05
+        assert len(packets) == pytest.approx((end - start) * 44100 / 1024, abs=2), "without a gap"
 
 
 def test_what_is_no_segment(films: Callable[[str], Path], tmp_path: Path) -> None:
@@ -178,12 +209,68 @@ def test_a_cut_film_is_kept_and_complete(films: Callable[[str], Path], tmp_path:
     assert found == list(range(250))
 
 
+def test_pieces_of_an_edited_film_lie_between_its_key_frames(films: Callable[[str], Path]) -> None:
+    """Frames that its edit list hides are in the index as well, in decoding order."""
+    items = [Item(str(films("edited.mp4")), "edited.mp4")]
+    pieces = cut_items(items, 3.3, at_keys=True)
+    assert [one.segment for one in pieces] == [Segment(0, 3.6), Segment(3.6, 6.6), Segment(6.6, None)]
+    packed = [cut(films("edited.mp4"), one.segment, KEEP) for one in pieces if one.segment is not None]
+    assert [one.facts["reencoded"] for one in packed[1:] if isinstance(one, Packed)] == [None, None]
+
+
+def test_a_film_that_can_not_be_cut_says_why(
+    films: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = [Item(str(films("live.mkv")), "live.mkv")]
+    assert cut_items(items, 3.0, at_keys=False) == items
+    assert "live.mkv: stays whole: its header states no duration" in caplog.text
+
+
+def test_a_cut_film_in_place_is_looked_into_once(films: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "end.mp4"
+    path.write_bytes(films("end.mp4").read_bytes())
+    indexes: dict[str, FilmIndex] = {}
+    items = make_plan(cut_items([Item(str(path), "end.mp4")], 3.0, True, indexes=indexes)).items
+    path.write_bytes(bytes(path.stat().st_size))
+    write_links(list(items), str(tmp_path / "out"), indexes)
+    samples = list(wds.WebDataset([str(tmp_path / "out/links-000000.tar")], shardshuffle=False))
+    assert len(samples) == 3 and all(json.loads(sample["span"])["index"] for sample in samples)
+
+
+def test_segments_in_place_are_checked_without_reading_the_film_for_each(
+    films: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["--in-place", str(films("end.mp4")), out, "--cut", "5"]) == 0
+    assert main(["--check", out, "--workers", "0", "--check-decoders", "decord,pyav"]) == 0
+    assert "['decord'] would read all of a film for each" in caplog.text
+    assert "all of it is read for every sample" not in caplog.text
+
+
+def test_a_list_that_leaves_nothing_to_link(
+    films: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.csv").write_text(f"path,start,end\n{films('end.mp4')},11,12\n")
+    assert main(["--in-place", str(tmp_path / "m.csv"), str(tmp_path / "out")]) == 1
+    assert "nothing to link" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_plans_without_segments_keep_their_fingerprint() -> None:
     plan = make_plan([Item("/a.mp4", "a.mp4", 3, size=7), Item("/b", "b", frames=(1, 9), is_folder=True)])
     assert plan.fingerprint("options") == "3c971c929fd5b9f7"
     segments = [Item("/a.mp4", "a.mp4", size=7, segment=Segment(n, n + 1)) for n in range(64)]
     parts = [len(make_plan(segments).part(Part(index, 4))) for index in range(4)]
     assert sum(parts) == 64 and min(parts) > 4, "a film is not the work of one part"
+
+
+def test_values_of_a_list_go_along_with_segments(films: Callable[[str], Path], tmp_path: Path) -> None:
+    row = {"path": str(films("end.mp4")), "start": 1, "end": 2, "boxes": [[1, 2, 3, 4]], "key": "k"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "m.jsonl"), str(out), "--with", "boxes", "--preset", "ultrafast"]
+    assert main([*arguments, "--workers", "0"]) == 0
+    (sample,) = wds.WebDataset([str(path) for path in out.glob("*.tar")], shardshuffle=False)
+    assert json.loads(sample["boxes.json"]) == [[1, 2, 3, 4]] and json.loads(sample["json"])["frames"] == 25
 
 
 def test_annotations_of_public_sets(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import posixpath
 from typing import Any
 
 from pretrain.data.media import VIDEO_ENDINGS
-from pretrain.errors import RecipeError, StorageError
+from pretrain.errors import RecipeError
 from pretrain.runtime import storage
 
 ID_COLUMN = "youtube_id"
@@ -46,7 +46,11 @@ def database_rows(source: str, text: str) -> list[Row]:
 
 
 def annotated(rows: list[Row], root: str) -> list[Row]:
-    """Give rows a path, start and end in the place of their id and the columns' official names."""
+    """Give rows a path, start and end in the place of their id and the columns' official names.
+
+    Raises:
+        StorageError: the folder can't be listed: ids that are not looked up would be missing one by one.
+    """
     if not any(isinstance(row, dict) and ID_COLUMN in row and "path" not in row for _, row in rows):
         return rows
     files = _files(root)
@@ -85,10 +89,7 @@ def _piece(row: dict[str, Any]) -> str | None:
 
 
 def _files(root: str) -> dict[str, str]:
-    """List the paths of the videos below a folder, relative to it, by name without ending."""
-    try:
-        names = storage.find(root or ".")
-    except StorageError:
-        return {}
+    """List the paths of the videos below a folder, relative to it, by name without ending; none without a folder."""
+    names = storage.find(root or ".")
     stems = ((posixpath.splitext(posixpath.basename(name)), name) for name in names)
     return {stem: name for (stem, ending), name in stems if ending.lstrip(".").lower() in VIDEO_ENDINGS}

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import numpy as np
 from pretrain.data.decoders import open_video
 from pretrain.data.index import MemberTable, Shard, load_index, load_members
 from pretrain.data.linked_video import LinkedVideo, VideoFile, open_link
-from pretrain.data.media import KINDS, LINK_ENDING, SPAN_ENDING, Kind, extension_of, kind_of_ending
+from pretrain.data.media import KINDS, LINK_ENDING, SPAN_ENDING, Kind, extension_of, kind_of_ending, main_member
 from pretrain.data.pack.contents import describe
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.data.pack.scan import scan_shard
@@ -20,11 +21,16 @@ from pretrain.data.pack.verify import Signatures, check_random_reads, sequential
 from pretrain.errors import SampleError, TubeletError
 from pretrain.runtime import storage
 
+logger = logging.getLogger(__name__)
+
 READS = 6
+#: Decoder that reads linked films by ranges.
+RANGED = "pyav"
 #: Frames of a linked film that are decoded at once.
 FRAMES = 64
 #: Longest time of reading a linked file, seconds.
 DEADLINE_S = 300.0
+_TOLD: set[str] = set()
 
 
 def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = ()) -> Iterator[str]:
@@ -86,8 +92,7 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
     try:
         files, facts = _read_sample(storage.read_bytes(where, offset, offset + size))
         kinds = {ending: kind_of_ending(ending) for ending in files}
-        # In the order of KINDS: a video with a picture beside it is a video sample.
-        main = next((ending for kind in KINDS for ending in files if kinds[ending] == kind), None)
+        main = _main_member(kinds, facts.get("member"))
         for ending, content in files.items():
             if ending != main or kinds[ending] != "video":
                 _check_member(ending, content, facts if ending == main else {}, kinds)
@@ -98,11 +103,32 @@ def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[
         stated = facts.get("frames")
         if isinstance(stated, int) and stated != len(signatures):
             raise SampleError("frames", f"{len(signatures)} frames decode, its json says {stated}")
-        for decoder in decoders:
+        for decoder in _ranged(video, decoders):
             check_random_reads(video, signatures, decoder, READS, key)
     except (TubeletError, ValueError, tarfile.TarError) as error:
         return [f"{where}: sample {key!r}: {error}"]
     return []
+
+
+def _ranged(video: VideoFile, decoders: tuple[str, ...]) -> tuple[str, ...]:
+    """Leave out the decoders that would read a whole film for each of its segments."""
+    if not isinstance(video, LinkedVideo) or video.span.segment is None:
+        return decoders
+    left_out = [decoder for decoder in decoders if decoder != RANGED]
+    if left_out and not _TOLD:
+        _TOLD.add(video.url)
+        logger.warning(
+            "segments in place are read with %s only: %s would read all of a film for each", RANGED, left_out
+        )
+    return tuple(decoder for decoder in decoders if decoder == RANGED)
+
+
+def _main_member(kinds: dict[str, Kind | None], stated: object) -> str | None:
+    """Find the member that the json describes; without a word in it, a video with a picture beside it is a video."""
+    if isinstance(stated, str) and stated in kinds:
+        return stated
+    found = ([ending for ending, one in kinds.items() if one == kind] for kind in KINDS)
+    return next((main_member(endings, None) for endings in found if endings), None)
 
 
 def _check_member(ending: str, content: VideoFile, facts: dict[str, object], kinds: dict[str, Kind | None]) -> None:
@@ -126,7 +152,7 @@ def _check_member(ending: str, content: VideoFile, facts: dict[str, object], kin
 def _signatures(video: VideoFile) -> Signatures:
     """Sum up all frames; those of a linked film or segment by PyAV, some at a time, since it may be long."""
     if isinstance(video, LinkedVideo):
-        with open_video(video, "pyav") as reader:
+        with open_video(video, RANGED) as reader:
             parts = np.array_split(np.arange(reader.num_frames), -(-reader.num_frames // FRAMES))
             return np.stack([signature(frame) for part in parts for frame in reader.frames(part)])
     with tempfile.NamedTemporaryFile(suffix=".video") as file:

@@ -35,7 +35,8 @@ class Companion:
 def beside(path: str, names: Sequence[str]) -> tuple[Companion, ...]:
     """Name the files of the same stem as `path`; whether they are there shows when the sample is packed."""
     stem = posixpath.splitext(path)[0] if kind_of(path) else path  # a folder of frames may have a dot in its name
-    return tuple(Companion(name, f"{stem}.{name}") for name in names)
+    # Readers know endings in small letters; the file's may have others.
+    return tuple(Companion(name.lower(), f"{stem}.{name}") for name in names)
 
 
 def from_row(
@@ -55,7 +56,8 @@ def from_row(
     return (*found, *beside(path, [name for name in names if name not in columns]))
 
 
-def _from_column(name: str, value: Any, rooted: Callable[[str], str]) -> Companion:
+def _from_column(column: str, value: Any, rooted: Callable[[str], str]) -> Companion:
+    name = column.lower()
     # A text of several lines is no path, whatever it ends like.
     if isinstance(value, str) and "\n" not in value and (kind_of(value) or extension_of(value) == "json"):
         ending = extension_of(value)
@@ -79,16 +81,24 @@ def read_companion(companion: Companion) -> bytes:
     """Read its content, verified by what its ending says that it is.
 
     Raises:
-        SampleError: "companion" where it is missing or damaged.
+        SampleError: "companion" where it is missing, empty or damaged.
         DataError: the store does not answer.
     """
-    if not companion.path:
-        # Sorted, so that a list with its fields in another order packs the same bytes.
-        text = companion.value if isinstance(companion.value, str) else json.dumps(companion.value, sort_keys=True)
-        return text.encode()
     try:
-        data = fetch_whole(companion.path)
+        data = fetch_whole(companion.path) if companion.path else _written(companion.value)
         describe(companion.ending, data)
         return data
     except SampleError as error:
-        raise SampleError("companion", f"{companion.path}: {error}") from error
+        raise SampleError("companion", f"{companion.path or companion.ending}: {error}") from error
+
+
+def _written(value: Any) -> bytes:
+    """Write a value of a list as a file's content."""
+    if value is None:
+        raise SampleError("missing", "the list says null")
+    # Sorted, so that a list with its fields in another order packs the same bytes.
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError("damaged", f"the list's text is no Unicode: {error}") from error

@@ -1,9 +1,6 @@
 """Discovery of what to pack: files of one kind (and frame folders) in folders, zip archives, lists and manifests."""
 
-import csv
 import functools
-import io
-import json
 import logging
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,11 +9,12 @@ from typing import Any, Literal
 
 from pretrain.data.media import KINDS, VIDEO_ENDINGS, Kind, extension_of, is_of_kind, kind_of, plural_of
 from pretrain.data.pack import originals, zip_source
-from pretrain.data.pack.annotations import ID_COLUMN, annotated, database_rows
+from pretrain.data.pack.annotations import Row, annotated
 from pretrain.data.pack.companions import Companion, beside, from_row
 from pretrain.data.pack.lists import ListFormat, parse_list
+from pretrain.data.pack.manifests import read_rows
 from pretrain.data.time_segment import Segment
-from pretrain.errors import RecipeError, StorageError
+from pretrain.errors import RecipeError, SampleError
 from pretrain.runtime import storage
 
 logger = logging.getLogger(__name__)
@@ -114,10 +112,9 @@ def gather(
 
 
 def _one_source(source: str, wanted: _Wanted) -> Iterable[Item]:
-    fs, path = storage.filesystem(source)
-    if fs.isdir(path):
+    if storage.is_folder(source):
         return _from_folder(source, wanted)
-    if not fs.exists(path):
+    if not storage.exists(source):
         raise RecipeError(f"{source}: does not exist; give a folder, a video, a list file or a csv/jsonl manifest")
     if extension_of(source) in LIST_EXTENSIONS:
         return _from_list(source, wanted)
@@ -218,13 +215,8 @@ def _from_list(source: str, wanted: _Wanted) -> list[Item]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{source}: not a text file in UTF-8 ({error})") from error
     root = wanted.data_root or posixpath.dirname(source)
-    if extension_of(source) in ("jsonl", "ndjson"):
-        rows = _jsonl_rows(source, text)
-    elif extension_of(source) == "json":
-        rows = database_rows(source, text)
-    elif (header := _csv_header(text)) is not None:
-        rows = _csv_rows(source, text, header)
-    else:
+    rows = read_rows(source, text)
+    if rows is None:
         lines = [_rooted(Item(**vars(line)), root) for line in parse_list(source, text, wanted.list_format)]
         return _completed(source, lines, root, wanted)
     return _completed(source, _manifest_items(source, annotated(rows, root), root), root, wanted)
@@ -247,40 +239,7 @@ def _completed(source: str, items: list[Item], root: str, wanted: _Wanted) -> li
     return completed
 
 
-def _csv_header(text: str) -> str | None:
-    """Find the delimiter if the first line is a header with a column for the video; official lists have no header."""
-    first = text.split("\n", 1)[0].strip()
-    return next((d for d in ",\t;" if {"path", ID_COLUMN} & {c.strip().strip('"') for c in first.split(d)}), None)
-
-
-def _csv_rows(source: str, text: str, delimiter: str) -> list[tuple[int, dict[str, Any] | str]]:
-    # Not splitlines: a quoted value may hold line breaks.
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    rows: list[tuple[int, dict[str, Any] | str]] = []
-    for row in reader:
-        # DictReader keeps surplus values under None, and fills missing ones with it.
-        wrong = None in row or None in row.values()
-        fault = (
-            f"{len(reader.fieldnames or ())} columns expected as in the header; quote values that hold {delimiter!r}"
-        )
-        # An empty cell is no value: an empty `end` means the film's.
-        rows.append((reader.line_num, fault if wrong else {k: v for k, v in row.items() if v != ""}))
-    return rows
-
-
-def _jsonl_rows(source: str, text: str) -> list[tuple[int, dict[str, Any] | str]]:
-    rows: list[tuple[int, dict[str, Any] | str]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                row = f"not JSON: {error}"
-            rows.append((number, row if isinstance(row, (dict, str)) else "not a JSON object in one line"))
-    return rows
-
-
-def _manifest_items(source: str, rows: list[tuple[int, dict[str, Any] | str]], root: str) -> list[Item]:
+def _manifest_items(source: str, rows: list[Row], root: str) -> list[Item]:
     problems: list[str] = []
     items: list[Item] = []
     for number, row in rows:
@@ -324,20 +283,24 @@ def _under(root: str, path: str) -> str:
     """Let a list's path start at `root` where it is relative; `root` may be a zip archive."""
     if "://" in path or path.startswith("/") or not root:
         return path
-    return zip_source.entry_path(root, path) if root.endswith(zip_source.ENDING) else storage.join(root, path)
+    return zip_source.entry_path(root, path) if zip_source.is_archive(root) else storage.join(root, path)
 
 
 def with_sizes(items: list[Item], threads: int = 16) -> list[Item]:
-    """Fill in the sizes that listing a folder didn't give (files named by lists); 0 for what can't be found."""
+    """Fill in the sizes that listing a folder didn't give (files named by lists); 0 for what can't be found.
+
+    Raises:
+        DataError: the store does not answer: without its sizes the items would go to other parts.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     def sized(item: Item) -> Item:
         if item.size:
             return item
         try:
-            found = storage.find(item.path).values() if item.is_folder else [originals.size(item.path)]
-            return replace(item, size=sum(found))
-        except StorageError:
+            found = originals.folder_size(item.path) if item.is_folder else originals.size(item.path)
+            return replace(item, size=found)
+        except SampleError:
             return item
 
     # Threads, since each size is a question to the store.

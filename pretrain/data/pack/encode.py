@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from pretrain.data.pack.colour import scaler_tags, set_scaler_tags, tag_stream
 from pretrain.data.pack.media_probe import Facts, codec_name, video_stream
 from pretrain.data.pack.options import ENCODERS, Options
 from pretrain.data.pack.scheduling import leave_real_time
@@ -100,6 +101,7 @@ def encode_video(
         raise SampleError("encode", str(error)) from error
     # By the file's own table: of a file whose end is missing, all packets that are there may decode.
     losses.check(facts.listed + hidden)
+    sink.check_length(facts.duration)
 
 
 def encode_images(images: Iterable[Any], target: str, options: Options, phase: int = 0) -> None:
@@ -121,14 +123,15 @@ def encode_images(images: Iterable[Any], target: str, options: Options, phase: i
                     "damaged", f"picture {number} is {image.size}, the first is {(facts.width, facts.height)}"
                 )
             frame = av.VideoFrame.from_image(image.convert("RGB"))
-            frame.pts, frame.time_base = number, 1 / facts.fps
+            frame.pts, frame.time_base, frame.duration = number, 1 / facts.fps, 1
             sink.write(frame)
         if sink is not None:
             sink.finish()
+            sink.check_length((number + 1) / float(options.image_fps))
 
 
 def copy_stream(source: str, target: str, audio: bool) -> None:
-    """Put the video stream of `source`, and its sound if wanted, into an mp4 file as they are.
+    """Put the video stream of `source` into an mp4 file as it is; so its sound if wanted, or as AAC.
 
     Raises:
         SampleError: "copy" when mp4 can't hold the codec or the time stamps are unusable.
@@ -138,11 +141,18 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
     try:
         with av.open(source) as container, av.open(target, "w", format="mp4", options=MP4_OPTIONS) as out:
             streams = [video_stream(container)]
-            streams += [s for s in container.streams.audio[:1] if audio and codec_name(s) in MP4_AUDIO]
-            copies = {stream.index: out.add_stream_from_template(stream) for stream in streams}
-            for packet in with_decoding_times(container.demux(streams)):
+            sounds = container.streams.audio[:1] if audio else ()
+            foreign = [s for s in sounds if codec_name(s) not in MP4_AUDIO]
+            copies = {s.index: out.add_stream_from_template(s) for s in [*streams, *sounds] if s not in foreign}
+            encoded = Sound(out, container, 0.0) if foreign else None
+            for packet in with_decoding_times(container.demux([*streams, *sounds])):
+                if encoded is not None and packet.stream.type == "audio":
+                    encoded.write(packet)
+                    continue
                 packet.stream = copies[packet.stream.index]
                 out.mux(packet)
+            if encoded is not None:
+                encoded.finish()
     except (av.error.FFmpegError, ValueError) as error:
         raise SampleError("copy", str(error)) from error
 
@@ -196,6 +206,8 @@ class _Clock:
         if self.vfr and frame.pts is not None:
             # Never the same time twice, nor an earlier one, as some originals have: encoders refuse it.
             time = max(time, round((frame.pts * stream_base - Fraction(self.start)) / self.base))
+        # In the new time base as well: a change of rate shows the last frame for as long as this says.
+        frame.duration = max(round(frame.duration * stream_base / self.base), 1) if self.vfr else 1
         frame.pts, frame.time_base, self.next = time, self.base, time + 1
         return frame
 
@@ -225,6 +237,7 @@ class _Sink:
     def write(self, frame: Any) -> None:
         if self.graph is None:
             self._build(frame)
+        set_scaler_tags(frame)
         if (frame.width, frame.height, frame.format.name) != self.input:  # the stream changed its mind on the way
             assert self.input is not None
             width, height, pix_fmt = self.input
@@ -240,20 +253,29 @@ class _Sink:
             self._drain()
             self.out.mux(self.stream.encode(None))
 
+    def check_length(self, seconds: float) -> None:
+        """Raise SampleError("encode") where other than so many seconds were written: nobody would see it later."""
+        rate = float(self.options.fps or self.facts.fps)
+        # The last frame of an uneven video has no length of its own; what may be lost is judged by Losses.
+        tolerance = 2 + DAMAGE_TOLERANCE * seconds * rate + rate / float(self.facts.fps)
+        if abs(self.written - seconds * rate) > tolerance:
+            raise SampleError(
+                "encode", f"{self.written} frames written for {seconds:.2f} s at {rate:g} frames/s; pack without --fps"
+            )
+
     def _build(self, frame: Any) -> None:
         import av
 
         self.input = (frame.width, frame.height, frame.format.name)
-        context = self.stream.codec_context
-        context.color_range, context.colorspace = 1, frame.colorspace  # 1 = limited range, what every player assumes
-        context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
+        tag_stream(self.stream.codec_context, frame)
+        matrix, color_range = scaler_tags(frame)
         self.graph = av.filter.Graph()
         self.graph.threads = 1
-        nodes = [
-            self.graph.add_buffer(
-                width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
-            )
-        ]
+        source = {
+            "video_size": f"{frame.width}x{frame.height}", "pix_fmt": frame.format.name, "pixel_aspect": "1/1",
+            "time_base": str(frame.time_base), "colorspace": str(matrix), "range": str(color_range),
+        }  # fmt: skip
+        nodes = [self.graph.add("buffer", **source)]
         nodes += [self.graph.add(name, arguments) for name, arguments in self._filters()]
         self.graph.link_nodes(*nodes, self.graph.add("buffersink")).configure()
 

@@ -1,24 +1,28 @@
 """A container's index of its video, read by ranges; and the cutting of long videos into pieces by it."""
 
+import itertools
 import logging
-import os
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from pretrain.data.linked_video import INDEXED, UNSTAMPED, LinkedVideo, Range, Span
+from pretrain.data.pack import originals
 from pretrain.data.pack.discover import Item
 from pretrain.data.pack.media_probe import video_stream
+from pretrain.data.pack.originals import check_local
 from pretrain.data.time_segment import Segment
-from pretrain.errors import DataError, SampleError, StorageError
-from pretrain.runtime import storage
+from pretrain.errors import SampleError
 
 logger = logging.getLogger(__name__)
 
 #: FFmpeg opens a file by decoding its first frames, to learn what an index says as well.
 UNTRIED = {"codec_whitelist": "none"}
+#: Most frames that a codec decodes before one that is shown earlier.
+REORDERED = 16
 
 
 def open_file(path: str) -> str | LinkedVideo:
@@ -28,23 +32,17 @@ def open_file(path: str) -> str | LinkedVideo:
         SampleError: "missing", or "storage" where access is denied.
         DataError: the store does not answer.
     """
-    if "://" not in path:
-        if not os.path.isfile(path):
-            raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
-        return path
-    return open_ranges(path)
+    check_local(path)
+    return open_ranges(path) if "://" in path else path
 
 
 def open_ranges(path: str) -> LinkedVideo:
     """Open a path or URL as a file that is read by ranges; errors as by `open_file`."""
-    try:
-        return LinkedVideo(path, Span(storage.size(path)))
-    except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise SampleError("missing", str(error)) from error
-        if isinstance(error.__cause__, PermissionError):
-            raise SampleError("storage", str(error)) from error
-        raise DataError(f"{error}; when the store answers again, start the same command") from error
+    return LinkedVideo(path, Span(originals.size(path)))
+
+
+def _stamp(key: tuple[int, int]) -> int:
+    return key[0]
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,10 @@ class FilmIndex:
         frames = None
         if segment is not None and self.keys:
             latest, (_, end) = segment.latest_key(self.first, self.time_base), segment.ticks(self.first, self.time_base)
-            before = [place for stamp, place in self.keys if stamp <= latest] or [self.keys[0][1]]
-            after = [place for stamp, place in self.keys if end is not None and stamp >= end]
-            frames = before[-1], min([place for place in after if place > before[-1]], default=self.bytes)
+            _, begins = self.keys[max(bisect_right(self.keys, latest, key=_stamp) - 1, 0)]
+            behind = len(self.keys) if end is None else bisect_left(self.keys, end, key=_stamp)
+            later = (place for _, place in itertools.islice(self.keys, behind, None) if place > begins)
+            frames = begins, next(later, self.bytes)
         return Span(self.bytes, segment, self.stamps, self.ranges, frames)
 
 
@@ -123,8 +122,13 @@ def _duration(container: Any, video: Any) -> float:
 
 
 def _key_frames(video: Any, entries: list[Any]) -> tuple[tuple[int, int], ...]:
+    if not entries:
+        return ()
+    # What an edit list hides at the beginning lies before the first frame shown, in part behind it in decoding order.
+    shown = next((number for number, entry in enumerate(entries) if not entry.is_discard), 0)
+    hidden = sum(entry.is_discard for entry in entries[: shown + REORDERED])
     # An mp4 lists decoding times, the first of which lies before the first frame's time by what decoding runs ahead.
-    lead = (video.start_time or 0) - entries[0].timestamp if entries else 0
+    lead = (video.start_time or 0) - entries[hidden].timestamp
     return tuple((entry.timestamp + lead, entry.pos) for entry in entries if entry.is_keyframe)
 
 
@@ -143,7 +147,18 @@ def _even(video: Any, found: list[int]) -> range | None:
     return range(video.start_time, video.start_time + len(found) * step, step)
 
 
-def cut_items(items: Iterable[Item], seconds: float, at_keys: bool, threads: int = 16) -> list[Item]:
+def _nearest(ascending: Sequence[float], value: float) -> float:
+    place = bisect_left(ascending, value)
+    return min(ascending[max(place - 1, 0) : place + 1], key=lambda one: abs(one - value))
+
+
+def cut_items(
+    items: Iterable[Item],
+    seconds: float,
+    at_keys: bool,
+    threads: int = 16,
+    indexes: dict[str, FilmIndex] | None = None,
+) -> list[Item]:
     """Cut long videos into pieces of `seconds`; a rest shorter than half of that belongs to the piece before it.
 
     Args:
@@ -152,6 +167,7 @@ def cut_items(items: Iterable[Item], seconds: float, at_keys: bool, threads: int
         seconds: Length of a piece.
         at_keys: Cut at the key frames nearest to where a piece would end, so that streams can be kept.
         threads: Files looked into at once.
+        indexes: Filled with what was read, by path, for `write_links`.
     """
 
     def pieces(item: Item) -> list[Item]:
@@ -161,8 +177,13 @@ def cut_items(items: Iterable[Item], seconds: float, at_keys: bool, threads: int
             index = read_index(item.path)
         except SampleError:
             return [item]
-        if index.container in UNSTAMPED:
-            logger.warning("%s: stays whole: its container stores no time stamps to cut at", item.path)
+        if indexes is not None:
+            indexes[item.path] = index
+        why = "its container stores no time stamps to cut at" if index.container in UNSTAMPED else ""
+        if not index.duration:
+            why = why or "its header states no duration, as a live recording's; convert it (ffmpeg -i IN -c copy OUT)"
+        if why:
+            logger.warning("%s: stays whole: %s", item.path, why)
             return [item]
         found = [replace(item, segment=segment, size=index.bytes) for segment in _pieces(index, seconds, at_keys)]
         return found if len(found) > 1 else [item]
@@ -175,9 +196,10 @@ def _pieces(index: FilmIndex, seconds: float, at_keys: bool) -> list[Segment]:
     count = max(int(index.duration / seconds + 0.5), 1)
     cuts = [number * seconds for number in range(1, count)]
     if at_keys and index.keys:
-        keys = [float((stamp - index.first) * index.time_base) for stamp, _ in index.keys]
+        # Not before the first frame, where an edit list hides some.
+        keys = [max(float((stamp - index.first) * index.time_base), 0.0) for stamp, _ in index.keys]
         # Between key frames a piece would have to be encoded anew, or read from the key frame before it.
-        cuts = [min(keys, key=lambda key: abs(key - cut)) for cut in cuts]
+        cuts = [_nearest(keys, cut) for cut in cuts]
     # To the microsecond, since bounds are part of keys and fingerprints.
     bounds = sorted({round(cut, 6) for cut in cuts} - {0.0})
     return [Segment(start, end) for start, end in zip([0.0, *bounds], [*bounds, None], strict=True)]

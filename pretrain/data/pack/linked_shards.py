@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from pretrain.data.index import (
@@ -40,16 +40,17 @@ FILM_BYTES = 8 << 20
 THREADS = 16
 
 
-def write_links(items: list[Item], dest: str) -> ShardIndex:
+def write_links(items: list[Item], dest: str, known: Mapping[str, FilmIndex] | None = None) -> ShardIndex:
     """Index videos in place.
 
     Args:
         items: files with their keys, in order (`Plan.items`), sizes filled in.
         dest: folder for the shards of links and `index.json`, any fsspec URL; it must hold no index.
+        known: indexes that were read already, by path (`cut_items`).
 
     Raises:
         RecipeError: frame folders, or files that are not there: all of them are listed.
-        DataError: `dest` holds an index already, or a store does not answer.
+        DataError: `dest` holds an index already, nothing is left to link, or a store does not answer.
     """
     problems = [f"{item.path}: a folder of frames; only video files can be used in place, pack these" for item in items
                 if item.is_folder]  # fmt: skip
@@ -62,9 +63,12 @@ def write_links(items: list[Item], dest: str) -> ShardIndex:
         raise RecipeError(problems)
     if storage.exists(storage.join(dest, INDEX_NAME)):
         raise DataError(f"{dest}: holds an index already; choose another DEST")
-    indexes = _read_indexes(files)
+    indexes = _read_indexes(files, known or {})
     shards = []
-    rest = iter(_there(items, indexes))
+    there = _there(items, indexes)
+    if not there:
+        raise DataError(f"{dest}: nothing to link: every segment begins behind the end of its file; correct the list")
+    rest = iter(there)
     for number, some in enumerate(iter(lambda: list(itertools.islice(rest, SAMPLES)), [])):
         shards.append(_write_shard(f"links-{number:06d}.tar", some, indexes, dest))
     index = ShardIndex(dest, ShardTable(shards))
@@ -103,13 +107,15 @@ def _samples(items: list[Item], indexes: dict[str, FilmIndex]) -> Iterator[dict[
         yield sample
 
 
-def _read_indexes(items: list[Item]) -> dict[str, FilmIndex]:
+def _read_indexes(items: list[Item], known: Mapping[str, FilmIndex]) -> dict[str, FilmIndex]:
     """Read the index of each file of which a sample needs a part only, by path; without those that can't be read."""
     films = [item for item in items if item.kind == "video" and (item.segment is not None or item.size > FILM_BYTES)]
     paths = sorted({item.path for item in films})
+    unknown = [path for path in paths if path not in known]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = zip(paths, pool.map(_try_index, paths), strict=True)
-        return {path: index for path, index in found if index is not None}
+        found = zip(unknown, pool.map(_try_index, unknown), strict=True)
+        read = {path: index for path, index in found if index is not None}
+    return read | {path: known[path] for path in paths if path in known}
 
 
 def _try_index(path: str) -> FilmIndex | None:

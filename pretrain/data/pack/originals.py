@@ -18,8 +18,7 @@ def fetch(path: str) -> bytes:
     try:
         if zip_source.is_entry(path):
             return zip_source.read(path)
-        if "://" not in path and not os.path.isfile(path):
-            raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
+        check_local(path)
         return storage.read_bytes(path)
     except StorageError as error:
         raise refusal(error) from error
@@ -33,9 +32,26 @@ def fetch_whole(path: str) -> bytes:
     return data
 
 
+def check_local(path: str) -> None:
+    """Raise SampleError("missing") for a local path without a file; URLs are asked for when they are read."""
+    if "://" not in path and not os.path.isfile(path):
+        raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
+
+
 def size(path: str) -> int:
-    """Look up the bytes of an original; StorageError where it is not there."""
-    return zip_source.size(path) if zip_source.is_entry(path) else storage.size(path)
+    """Look up the bytes of an original; errors as by `fetch`."""
+    try:
+        return zip_source.size(path) if zip_source.is_entry(path) else storage.size(path)
+    except StorageError as error:
+        raise refusal(error) from error
+
+
+def folder_size(path: str) -> int:
+    """Add up the bytes of all files of a folder, 0 for one that is not there; errors as by `fetch`."""
+    try:
+        return sum(storage.find(path).values())
+    except StorageError as error:
+        raise refusal(error) from error
 
 
 def keep(data: bytes, ending: str, folder: str) -> str:

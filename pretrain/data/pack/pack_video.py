@@ -16,8 +16,8 @@ from pretrain.data.pack.discover import IMAGE_EXTENSIONS, Item, extension_of
 from pretrain.data.pack.encode import copy_stream, encode_images, encode_video
 from pretrain.data.pack.media_probe import Facts, probe
 from pretrain.data.pack.options import Options
-from pretrain.data.pack.originals import fetch, refusal
-from pretrain.data.pack.packed import Packed, Rejected
+from pretrain.data.pack.originals import check_local, fetch, refusal
+from pretrain.data.pack.packed import Packed
 from pretrain.data.pack.segments import cut_out
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
 from pretrain.data.randomness import generator
@@ -28,15 +28,20 @@ from pretrain.runtime import storage
 logger = logging.getLogger(__name__)
 
 
-def pack_item(item: Item, options: Options, folder: str) -> Packed | Rejected:
-    """Make the sample of one item; its video ends up as a file in the local `folder`."""
+def pack_item(item: Item, options: Options, folder: str) -> Packed:
+    """Make the sample of one item; its video ends up as a file in the local `folder`.
+
+    Raises:
+        SampleError: it can't be used.
+        DataError: the store does not answer.
+    """
     handle, target = tempfile.mkstemp(suffix=".mp4", dir=folder)
     os.close(handle)
     try:
         return _from_frames(item, options, target) if item.is_folder else _from_video(item, options, target, folder)
-    except SampleError as error:
+    except SampleError:
         os.unlink(target)
-        return Rejected(item.name, item.path, error.reason, str(error).removeprefix(f"{error.reason}: "))
+        raise
 
 
 def _from_video(item: Item, options: Options, target: str, folder: str) -> Packed:
@@ -49,8 +54,7 @@ def _from_video(item: Item, options: Options, target: str, folder: str) -> Packe
         with open(source, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         original = probe(source)
-        if original.packets < options.min_frames:
-            raise SampleError("too-short", f"{original.packets} frames, at least {options.min_frames} are wanted")
+        _check_length(original.packets, options)
         reencoded = _produce(source, original, target, item.key, options)
     facts = _describe(item, target, sha256, options, reencoded)
     facts["original"] = _describe_original(original, original.container, size)
@@ -60,13 +64,17 @@ def _from_video(item: Item, options: Options, target: str, folder: str) -> Packe
 def _from_segment(item: Item, segment: Segment, options: Options, target: str, folder: str) -> Packed:
     with cut_out(item.path, segment, folder, options.audio) as piece:
         original = probe(piece.path, piece.shown)
-        if original.packets < options.min_frames:
-            raise SampleError("too-short", f"{original.packets} frames, at least {options.min_frames} are wanted")
+        _check_length(original.packets, options)
         reencoded = _produce(piece.path, original, target, item.key, options, None if piece.whole else piece.shown)
     facts = _describe(item, target, piece.sha256, options, reencoded)
     facts["segment"] = segment._asdict()
     facts["original"] = _describe_original(original, piece.container, piece.size)
     return Packed({"mp4": target}, facts, piece.bytes_read)
+
+
+def _check_length(frames: int, options: Options) -> None:
+    if frames < options.min_frames:
+        raise SampleError("too-short", f"{frames} frames, at least {options.min_frames} are wanted")
 
 
 def _describe_original(facts: Facts, container: str, size: int) -> dict[str, Any]:
@@ -116,8 +124,7 @@ def _verify(path: str, key: str, options: Options) -> int:
 
 def _from_frames(item: Item, options: Options, target: str) -> Packed:
     names = select_frames(item)
-    if len(names) < options.min_frames:
-        raise SampleError("too-short", f"{len(names)} frames, at least {options.min_frames} are wanted")
+    _check_length(len(names), options)
     digest = hashlib.sha256()
     sizes: list[int] = []
 
@@ -210,8 +217,7 @@ def grid_phase(key: str, options: Options) -> int:
 def _local(path: str, folder: str) -> Iterator[str]:
     """Provide a local file with the content of `path`, which may be a URL."""
     if "://" not in path and not zip_source.is_entry(path):
-        if not os.path.isfile(path):
-            raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
+        check_local(path)
         yield path
         return
     with tempfile.NamedTemporaryFile(dir=folder, suffix="." + extension_of(path)) as copy:

@@ -20,11 +20,6 @@ class Packed:
     facts: dict[str, Any]
     bytes_read: int
 
-    @property
-    def video(self) -> str:
-        """Local path of the packed video."""
-        return self.files["mp4"]
-
     def discard(self) -> None:
         """Delete the sample's files."""
         for path in self.files.values():

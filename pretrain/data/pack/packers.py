@@ -1,6 +1,7 @@
 """From an item of any kind to its sample: the packer of its kind, then what goes along. Runs in worker processes."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ from pretrain.data.pack.pack_video import pack_item
 from pretrain.data.pack.packed import Packed, Rejected
 from pretrain.errors import SampleError
 
-#: (item, options, local folder for the sample's files) -> the sample, or why there is none.
-Packer = Callable[[Item, Options, str], Packed | Rejected]
+#: (item, options, local folder for the sample's files) -> the sample; SampleError where there is none.
+Packer = Callable[[Item, Options, str], Packed]
 
 PACKERS: dict[Kind, Packer] = {
     "video": pack_item,
@@ -38,26 +39,35 @@ def pack_sample(item: Item, options: Options, folder: str) -> Packed | Rejected:
         # Companions come first: they are small, and a video without its caption need not be encoded.
         companions = [(one, read_companion(one)) for one in item.companions]
         packed = PACKERS[item.kind](item, options, folder)
+        return _join(packed, companions, folder) if companions else packed
     except SampleError as error:
         return Rejected(item.name, item.path, error.reason, str(error).removeprefix(f"{error.reason}: "))
-    if isinstance(packed, Rejected) or not companions:
-        return packed
-    return _joined(packed, companions, folder)
 
 
-def _joined(packed: Packed, companions: list[tuple[Companion, bytes]], folder: str) -> Packed:
-    """Join a sample and its companions: members of their own, but a json goes into the sample's own, as `meta`."""
-    files, facts = dict(packed.files), dict(packed.facts)
+def _join(packed: Packed, companions: list[tuple[Companion, bytes]], folder: str) -> Packed:
+    """Join a sample and its companions: members of their own, but a json goes into the sample's own, as `meta`.
+
+    Raises:
+        SampleError: "companion" where one would take the place of another member.
+    """
+    endings = [*packed.files, *(companion.ending for companion, _ in companions)]
+    twice = [ending for ending, count in Counter(endings).items() if count > 1]
+    if twice:
+        packed.discard()
+        detail = f"two files of the sample would be its member {twice[0]!r}; rename one, or leave it out of --with"
+        raise SampleError("companion", detail)
+    # Which member the json describes: readers could not tell an image from a mask of another format.
+    files, facts = dict(packed.files), packed.facts | {"member": next(iter(packed.files))}
     read = packed.bytes_read
     for companion, data in companions:
         read += len(data)
         if companion.ending == "json":
-            facts["meta"] = _merged(json.loads(data), facts.get("meta", {}))
+            facts["meta"] = _merge_meta(json.loads(data), facts.get("meta", {}))
         else:
             files[companion.ending] = keep(data, companion.ending, folder)
     return Packed(files, facts, read)
 
 
-def _merged(content: Any, meta: dict[str, Any]) -> dict[str, Any]:
+def _merge_meta(content: Any, meta: dict[str, Any]) -> dict[str, Any]:
     """Put what a companion json says under what the manifest says; a list is no set of facts, and kept as `json`."""
     return (content if isinstance(content, dict) else {"json": content}) | meta

@@ -128,6 +128,12 @@ def scan_shard(url: str, name: str, media_only: bool = True) -> tuple[Shard, Mem
     return Shard(name, len(kept), reader.bytes, reader.sha256.hexdigest()), members, len(samples) - len(kept)
 
 
+def describe_left_out(shard: Shard, count: int) -> str:
+    """Say how many samples of a shard its index leaves out, and why."""
+    what = "none of the others' kind" if shard.samples else "no video, image, sound, array, raster or text"
+    return f"{shard.name}: {count} of {count + shard.samples} samples hold {what} and are left out"
+
+
 def _with_media(samples: list[_Sample]) -> list[_Sample]:
     """Select samples that hold what their shard is made of. Videos come first because indexes have always been made so:
     that of a shard must stay what it was, to the fingerprint."""
@@ -219,11 +225,7 @@ def index_folder(url: str, threads: int = 8) -> tuple[ShardIndex, list[str]]:
             write_members(url, name, members)
             shards.append(shard)
             if without:
-                notes.append(
-                    f"{name}: {without} of {without + shard.samples} samples hold "
-                    + ("none of the others' kind" if shard.samples else "no video, image, sound, array, raster or text")
-                    + " and are left out"
-                )
+                notes.append(describe_left_out(shard, without))
     if problems:
         raise DataError("\n".join(problems))
     index = ShardIndex(url, ShardTable(shards))

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from pretrain.data.linked_video import INDEXED, UNSTAMPED, LinkedVideo
+from pretrain.data.linked_video import INDEXED, MATROSKA, UNSTAMPED, LinkedVideo
 from pretrain.data.pack.encode import MP4_OPTIONS, with_decoding_times
 from pretrain.data.pack.film_index import open_file
 from pretrain.data.pack.media_probe import video_stream
 from pretrain.data.time_segment import Segment
 from pretrain.errors import SampleError
 
-#: Sound may lie this far behind the pictures that it belongs to, seconds.
+#: Sound may lie this far from the pictures that it belongs to, seconds.
 SKEW_S = 2
 
 
@@ -141,13 +141,14 @@ class _Window:
             if packet.pts is None or packet.dts is None or self._container.format.name in UNSTAMPED:
                 raise SampleError("unstamped", "its container stores no time stamps to cut at; convert it to mp4 first")
             if packet.stream is not self._video:
-                if begun and self._sounds_in(packet):
+                # Also before the key frame: a file's sound may lie ahead of the pictures that it belongs to.
+                if self._sounds_in(packet):
                     waiting.append(packet)
                 continue
             if self._over(packet):
                 break
             if packet.is_keyframe and packet.pts <= self._latest and not self._found:
-                waiting, begun, self.shift = [], True, packet.pts
+                waiting, begun, self.shift = self._sound_of(waiting), True, packet.pts
             if not begun or packet.pts < self.shift:  # leading pictures, which refer to what lies before the key frame
                 continue
             waiting.append(packet)
@@ -158,13 +159,15 @@ class _Window:
             raise SampleError(
                 "segment", f"no frame is shown from {self._segment}: it lies between two, or behind the end"
             )
-        yield from (packet for packet in waiting if packet.stream is not self._video)
+        yield from self._sound_of(waiting)
         # Two segments may need the same packets: which of them are shown tells them apart.
         self.digest.update(f"{self.first - self.shift} {self.last - self.shift} {self.shift}".encode())
 
     def _seek(self) -> None:
         """Seek to a key frame at or before the segment; an index of rounded times may lead to the one after it."""
-        for early in (0, SKEW_S, 10 * SKEW_S, self._segment.start):
+        # An mp4's sound is sought for itself; Matroska's begins where the pictures do, though it may lie ahead of them.
+        first = SKEW_S if self._sounds and self._container.format.name == MATROSKA else 0
+        for early in (first, SKEW_S, 10 * SKEW_S, self._segment.start):
             target = max(self._latest - round(early / self._video.time_base), self._video.start_time or 0)
             self._container.seek(target, stream=self._video)
             found = next(self._container.demux(self._video), None)
@@ -186,6 +189,9 @@ class _Window:
                 self.digest.update(bytes(packet))
                 self.whole &= self._shows(packet)
             yield packet
+
+    def _sound_of(self, packets: list[Any]) -> list[Any]:
+        return [packet for packet in packets if packet.stream is not self._video]
 
     def _sounds_in(self, packet: Any) -> bool:
         time = packet.pts * packet.time_base

@@ -5,16 +5,21 @@ the training images of ImageNet.
 """
 
 import functools
+import lzma
 import posixpath
 import threading
 import zipfile
 import zlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import fsspec
 
 from pretrain.errors import RecipeError, SampleError, StorageError
 from pretrain.runtime import storage
 from pretrain.runtime.retries import retried
+
+T = TypeVar("T")
 
 #: Between an archive's path and that of an entry in it.
 BETWEEN = "@/"
@@ -25,9 +30,14 @@ DEADLINE_S = 300.0
 _LOCK = threading.Lock()
 
 
+def is_archive(path: str) -> bool:
+    """Tell whether a path names an archive, by its ending."""
+    return path.lower().endswith(ENDING)
+
+
 def is_entry(path: str) -> bool:
     """Tell whether a path names an entry of an archive."""
-    return ENDING + BETWEEN in path
+    return ENDING + BETWEEN in path.lower()
 
 
 def entry_path(archive: str, name: str) -> str:
@@ -40,11 +50,14 @@ def find(archive: str) -> dict[str, int]:
 
     Raises:
         RecipeError: it is no zip archive.
+        StorageError: the store does not answer, or denies access.
     """
     try:
-        entries = _open(archive).infolist()
-    except zipfile.BadZipFile as error:
-        raise RecipeError(f"{archive}: no whole zip archive ({error}); copy it again") from error
+        entries = retried(lambda: _open(archive).infolist(), archive, "reading", DEADLINE_S)
+    except StorageError as error:
+        if isinstance(error.__cause__, zipfile.BadZipFile):
+            raise RecipeError(f"{archive}: no whole zip archive ({error.__cause__}); copy it again") from error
+        raise
     return dict(sorted((entry.filename, entry.file_size) for entry in entries if not entry.is_dir()))
 
 
@@ -55,12 +68,8 @@ def map_of(archive: str) -> str | None:
 
 
 def size(path: str) -> int:
-    """Look up the bytes of an entry, unpacked; StorageError where it is not there."""
-    archive, name = _split(path)
-    try:
-        return _open(archive).getinfo(name).file_size
-    except KeyError as error:
-        raise StorageError(f"{path}: the archive has no such entry") from error
+    """Look up the bytes of an entry, unpacked; errors as by `read`."""
+    return _from_entry(path, lambda archive, name: archive.getinfo(name).file_size)
 
 
 def read(path: str) -> bytes:
@@ -70,21 +79,27 @@ def read(path: str) -> bytes:
         SampleError: "missing" for no such entry or archive, "unreadable" for a damaged or encrypted one.
         StorageError: the store does not answer.
     """
+    return _from_entry(path, lambda archive, name: archive.read(name))
+
+
+def _from_entry(path: str, call: Callable[[zipfile.ZipFile, str], T]) -> T:
     archive, name = _split(path)
     try:
-        return retried(lambda: _open(archive).read(name), archive, "reading", DEADLINE_S)
+        return retried(lambda: call(_open(archive), name), archive, "reading", DEADLINE_S)
     except StorageError as error:
         cause = error.__cause__
         if isinstance(cause, KeyError):
             raise SampleError("missing", f"{archive} has no entry {name}") from error
-        if isinstance(cause, (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)):
+        if isinstance(
+            cause, (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError)
+        ):
             raise SampleError("unreadable", f"entry of a zip archive: {cause}") from error
         raise
 
 
 def _split(path: str) -> tuple[str, str]:
-    archive, _, name = path.partition(ENDING + BETWEEN)
-    return archive + ENDING, posixpath.normpath(name)
+    place = path.lower().index(ENDING + BETWEEN) + len(ENDING)
+    return path[:place], posixpath.normpath(path[place + len(BETWEEN) :])
 
 
 def _open(archive: str) -> zipfile.ZipFile:
