@@ -21,7 +21,6 @@ from pretrain.models import classifier
 from pretrain.models.base import Classifier
 from pretrain.models.frozen import Frozen
 from pretrain.objectives.base import Output
-from pretrain.runtime.dtypes import DTYPES
 
 
 @dataclass
@@ -71,13 +70,8 @@ class DistillationTask(ClassificationTask):
         return found
 
     def held(self) -> dict[str, tuple[float, str]]:
-        options = self.recipe.objective.teacher
-        # No memory is taken and no file read: a dry run needs neither.
-        with torch.device("meta"):
-            model = classifier.VideoClassifier(options.model, *self.recipe.input.size)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        size = float(count * DTYPES[options.dtype].itemsize)
-        return {"teacher": (size, f"{count:,} parameters in {options.dtype}: frozen, whole on each rank")}
+        footprint = FrozenTeacher(self.recipe).footprint()
+        return {"teacher": (footprint.bytes, footprint.remark)}
 
     def build(self) -> "DistillationObjective":
         return DistillationObjective(self.build_model(), self.recipe, self.architecture)
