@@ -273,11 +273,25 @@ def test_predict_with_fewer_tokens(run: Path, clip: Path, tmp_path: Path, capsys
     assert printed[0].out == plain != printed[1].out and "keep_rate=0.0" in printed[2].err
 
 
+def test_an_image_is_opened_as_training_does(run: Path, tmp_path: Path) -> None:
+    """By the camera's orientation, and for classification too: a picture of 48 x 64 that lies on its side."""
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "lying.PNG", exif=exif)
+    Image.fromarray(np.rot90(pixels, -1)).save(tmp_path / "upright.png")
+    judge = predictor_of(load_fine_tuned(run))
+    found, expected = (predict_video(judge, str(tmp_path / name)) for name in ("lying.PNG", "upright.png"))
+    assert found.views.shape == (1, 4, 32, 32, 3) and np.array_equal(found.views, expected.views)
+    assert (found.views == found.views[:, :1]).all(), "one frame, repeated"
+
+
 @pytest.mark.parametrize(
     ("video", "words", "text"),
     [
         ("nowhere.mp4", [], "nowhere.mp4"),
         ("text.mp4", [], "can't be read as a video"),
+        ("text.jpg", [], "can't be read as a video or an image"),
         ("clip", ["--labels", "two.txt"], "2 names, but the model has 3 classes"),
         ("clip", ["--weights", "."], "neither a run"),
         ("clip", ["--weights", "text.onnx"], "text.onnx: can't be opened"),
@@ -291,6 +305,7 @@ def test_errors_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.mp4").write_text("no video")
+    Path("text.jpg").write_text("no picture")
     Path("two.txt").write_text("one\ntwo\n")
     Path("text.onnx").write_text("no graph")
     Path("text.pt2").write_text("no graph")
