@@ -46,6 +46,8 @@ def read_tested(run: Path) -> Tested:
     Raises:
         DataError: no test there, or not a fine-tuning run.
     """
+    if not (run / "recipe.yaml").is_file():
+        raise DataError(f"{run}: no recipe.yaml, so it is no run folder, and was not tested")
     method = method_of(load_tune_recipe(str(run / "recipe.yaml")))
     recipe = method.recipe
     if not isinstance(method, ClassificationTask):
