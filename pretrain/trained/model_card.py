@@ -67,9 +67,11 @@ def model_card(
         "data": ", ".join(_source(name, recipe) for name in recipe.data.sources),
         "started from": recipe.run.init_weights or "random weights",
     }
+    # Once each: objective and model of masked autoencoding have the same name.
+    tags = ", ".join(dict.fromkeys((recipe.objective.name, recipe.model.name, recipe.input.name)))
     return "\n".join(
         [
-            *("---", f"library_name: {library}", f"pipeline_tag: {task}", "tags: [video, videomae]", "---", ""),
+            *("---", f"library_name: {library}", f"pipeline_tag: {task}", f"tags: [{tags}]", "---", ""),
             *(f"# {recipe.run.name}", "", "| | |", "|---|---|"),
             *(f"| {name} | {text} |" for name, text in rows.items()),
             *("", "## Metrics", "", *_metric_lines(metrics)),

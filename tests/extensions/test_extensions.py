@@ -231,6 +231,8 @@ def test_their_weights_are_exported_and_read_back(root: Path, told: dict[str, li
         weights, again = (
             safetensors.numpy.load_file(root / folder / name / "model.safetensors") for folder in ("weights", "again")
         )
+        card = (root / "weights" / name / "README.md").read_text()
+        assert f"\ntags: [{name}, " in card and "videomae" not in card
         assert weights and weights.keys() == again.keys()
         assert all(np.array_equal(weights[key], again[key]) for key in weights), name
 
