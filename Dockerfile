@@ -18,6 +18,6 @@ RUN python3 -m venv .venv \
     && pip install --constraint .ci/constraints.txt torch torchvision
 
 COPY . .
-RUN pip install --constraint .ci/constraints.txt --editable '.[s3,gcs,azure,torchcodec]'
+RUN pip install --constraint .ci/constraints.txt --editable '.[s3,gcs,azure,torchcodec,language,arrays,raster]'
 
 CMD ["deepspeed", "launch/pretrain.py", "--help"]

@@ -126,6 +126,7 @@ class TuneRecipe(Recipe):
 
     FOLDER: ClassVar[str] = "finetune"
     METHODS: ClassVar[str] = "finetune.{}.task"
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("tune", "augment", "ema", "evaluate", "start")
 
     program: Literal["finetune"] = "finetune"  # type: ignore[assignment]
     """what runs this recipe: launch/<program>.py"""

@@ -3,7 +3,7 @@
 # command is shown before it runs, and each is one that you would type yourself. `make demo` calls it inside .venv;
 # running it again starts over.
 #
-#   TUBELET_DEMO_EPOCHS=4   a shorter training, and a shorter fine-tuning after it; 3 at least: the kill comes at step 100
+#   TUBELET_DEMO_EPOCHS=4   a shorter training, and a shorter fine-tuning after it; 4 at least: the warm-up takes 3
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TUBELET_DATA=.cache/demo/shards

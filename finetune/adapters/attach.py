@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +18,13 @@ logger = logging.getLogger(__name__)
 
 #: Trained with every method: the head, the norm between pooling and head, and a class token that is new.
 TASK = ("head.", "fc_norm.", "added_class.")
+#: Methods that attach parts to blocks.
+ATTACHING = ("adaptformer", "vpt", "lora")
 #: Row blocks of the linear layers that take a low-rank update.
 ROW_BLOCKS = {"qkv": ("query", "key", "value"), "proj": ("proj",), "fc1": ("fc1",), "fc2": ("fc2",)}
 
 
-def apply_tuning(model: Backbone, tune: Tune) -> list[str]:
+def apply_tuning(model: Any, tune: Tune) -> list[str]:
     """Attach a method's parts to a model that has its weights, and freeze everything that it doesn't train.
 
     Load the backbone's weights before: the parts are no part of its files. Frozen parameters have `requires_grad`
@@ -31,9 +34,9 @@ def apply_tuning(model: Backbone, tune: Tune) -> list[str]:
         Names of the trainable parameters.
 
     Raises:
-        RecipeError: options that can't be built, or a model that has parts attached already.
+        RecipeError: options that can't be built, a model that they don't fit, or one that has parts attached already.
     """
-    problems = config.check(tune)
+    problems = config.check(tune) + tuning_problems(model, tune)
     if any(True for _ in attached(model)):
         problems.append("the model has an adapter already; detach it, or switch with AdapterBank")
     if problems:
@@ -49,6 +52,22 @@ def apply_tuning(model: Backbone, tune: Tune) -> list[str]:
     count = sum(_numel(parameters[name]) for name in names)
     logger.info("tune.method=%s trains %d of %d parameters", tune.method, count, sum(map(_numel, parameters.values())))
     return names
+
+
+def tuning_problems(model: nn.Module, tune: Tune) -> list[str]:
+    """List what keeps a method from working on a model: parts without a place, or nothing left to train."""
+    method = tune.method
+    if method in ATTACHING and not (isinstance(model, Backbone) and _blocks(model)):
+        return [
+            f"tune.method={method}: needs the blocks of a ViT (a model that inherits from pretrain.models.backbone."
+            f"Backbone), found {type(model).__name__}; allowed here: full, linear, bitfit"
+        ]
+    if not any(is_trained(name, method) for name, _ in model.named_parameters()) and method not in ATTACHING:
+        return [
+            f"tune.method={method}: {type(model).__name__} has no parameter that it trains (names that begin with "
+            f"{', '.join(TASK)}{' or end with bias' if method == 'bitfit' else ''}); allowed here: full"
+        ]
+    return []
 
 
 def attach_adaptformer(model: Backbone, options: config.AdaptFormer) -> None:

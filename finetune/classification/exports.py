@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pretrain.data.media import MEAN, STD
 from pretrain.errors import WeightsError
 from pretrain.models.base import Classifier
 from pretrain.models.classifier_export import export_huggingface
-from pretrain.models.formats import export_official, export_safetensors, recipe_text
+from pretrain.models.formats import export_official, recipe_text
 from pretrain.models.huggingface import processor_configs
 from pretrain.objectives.base import Export
 from pretrain.runtime import storage
@@ -26,11 +27,14 @@ USAGE = "`python launch/predict.py VIDEO --weights FOLDER`, or `run.init_weights
 USAGE_HUGGINGFACE = "`transformers.VideoMAEForVideoClassification.from_pretrained(FOLDER)`, or " + USAGE
 
 
-def export_formats(recipe: TuneRecipe, architecture: Classifier, source: Path) -> dict[str, Export]:
-    """Name the formats that a run's classifier can be written in; `source` is its checkpoint or export."""
+def export_formats(recipe: TuneRecipe, architecture: Classifier, source: Path, plain: Export) -> dict[str, Export]:
+    """Name the formats that a run's classifier can be written in; `source` is its checkpoint or export.
+
+    `plain` is safetensors, as any method writes them.
+    """
     task = HUB_TASKS[recipe.objective.task]
     bound = functools.partial
-    formats = {"safetensors": Export(bound(_safetensors, recipe), USAGE, hub_task=task)}
+    formats = {"safetensors": replace(plain, usage=USAGE, hub_task=task)}
     if architecture.videomae_layouts:
         formats["official"] = Export(_official)
         written = bound(_huggingface, recipe, source)
@@ -45,11 +49,6 @@ def export_formats(recipe: TuneRecipe, architecture: Classifier, source: Path) -
 def class_files(recipe: TuneRecipe, source: Path) -> dict[str, bytes]:
     """Give the class names as the file that goes beside exported weights."""
     return {NAMES: "".join(f"{name}\n" for name in names_of(recipe, source)).encode()}
-
-
-def _safetensors(recipe: TuneRecipe, objective: Any, dest: str) -> str:
-    export_safetensors(objective.model, recipe, dest)
-    return ""
 
 
 def _huggingface(recipe: TuneRecipe, source: Path, objective: Any, dest: str) -> str:

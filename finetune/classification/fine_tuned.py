@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from finetune.classification.labels import LabelMap, class_names, read_names
 from finetune.classification.predictions import INFO
 from finetune.recipe import PROGRAMS, TuneRecipe
 from pretrain.checkpoint.folders import run_of
-from pretrain.errors import TubeletError, WeightsError
+from pretrain.errors import RecipeError, TubeletError, WeightsError
+from pretrain.models.backbone import Backbone
 from pretrain.recipe.files import program_of
 from pretrain.recipe.schema import Recipe
 from pretrain.trained.load_run import Trained, find_trained, load_trained
@@ -42,43 +43,44 @@ def load_fine_tuned(path: str | Path) -> FineTuned:
 
     Raises:
         CheckpointError: nothing of that kind is there, or it does not verify.
+        WeightsError: weights of pre-training or of another task, or weights that don't fit the recipe.
+    """
+    from finetune.classification.task import ClassificationTask  # here, because it imports this module
+
+    trained = load_task(path)
+    if not isinstance(trained.method, ClassificationTask):
+        raise WeightsError(f"{path}: objective {trained.recipe.objective.name} is no classification")
+    recipe = trained.method.recipe
+    return FineTuned(recipe, trained.objective, names_of(recipe, trained.source), trained.source)
+
+
+def load_task(path: str | Path) -> Trained:
+    """Open what a fine-tuning task has trained, as `load_fine_tuned`, of any task.
+
+    Raises:
+        CheckpointError: nothing of that kind is there, or it does not verify.
         WeightsError: pre-trained weights, or weights that don't fit the recipe.
     """
     source = find_trained(path)
     # Before the weights are read: those of pre-training may be large, or in a layout that only starts a run.
     if program_of(source / "recipe.yaml") == Recipe.program:
-        raise _without_classifier(str(path))
-    return as_fine_tuned(load_trained(source, PROGRAMS), str(path))
+        raise WeightsError(
+            f"{path}: pre-trained weights, which have no classifier; fine-tune them: "
+            f"python launch/finetune.py --recipe RECIPE run.init_weights={path}"
+        )
+    return load_trained(source, PROGRAMS)
 
 
-def as_fine_tuned(trained: Trained, path: str) -> FineTuned:
-    """Add the class names to a trained classifier.
-
-    Raises:
-        WeightsError: pre-trained weights.
-    """
-    recipe = trained.method.recipe
-    if not isinstance(recipe, TuneRecipe):
-        raise _without_classifier(path)
-    return FineTuned(recipe, trained.objective, names_of(recipe, trained.source), trained.source)
-
-
-def _without_classifier(path: str) -> WeightsError:
-    return WeightsError(
-        f"{path}: pre-trained weights, which have no classifier; fine-tune them: "
-        f"python launch/finetune.py --recipe RECIPE run.init_weights={path}"
-    )
-
-
-def with_keep_rate(tuned: FineTuned, rate: float) -> FineTuned:
+def set_keep_rate(trained: Trained, rate: float) -> None:
     """Keep another share of tokens in the dropping blocks (EViT), with the same weights; 1: all.
 
     Raises:
-        RecipeError: not above 0 and at most 1.
+        RecipeError: not above 0 and at most 1, or a model that drops none.
     """
-    tokens = replace(tuned.recipe.model.tokens, keep_rate=rate)
-    tuned.model.reorganise(tokens)
-    return replace(tuned, recipe=replace(tuned.recipe, model=replace(tuned.recipe.model, tokens=tokens)))
+    model, options = trained.objective.model, trained.recipe.model
+    if not isinstance(model, Backbone) or "tokens" not in {field.name for field in fields(options)}:
+        raise RecipeError(f"--keep-rate: model.name={options.name} has no section `tokens`, so it can't drop any")
+    model.reorganise(replace(options.tokens, keep_rate=rate))
 
 
 def label_map(tuned: FineTuned) -> LabelMap:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from pretrain.errors import WeightsError
-from pretrain.objectives.videomae import PixelNormalization, unit_pixels
+from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.runtime import storage
 from pretrain.runtime.vision_ops import ensure_torchvision
 

@@ -1,11 +1,13 @@
 """Labels of samples and what they mean: class numbers, class names, several classes, or values to regress.
 
-Labels lie in the samples' json files. Counting them needs one short read a sample; the result is kept beside the shards
-in `labels.json`, under the fingerprint of the data.
+Labels lie in the samples' json files, or in members `cls`. Counting them needs one short read a sample; the result is
+kept beside the shards in `labels.json`, under the fingerprint of the data.
 """
 
 import json
 import logging
+import posixpath
+import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ import numpy as np
 
 from pretrain.data.fetch import read_ahead
 from pretrain.data.index import ShardIndex, load_index, load_members
+from pretrain.data.media import LABEL_ENDING
+from pretrain.data.members import Members
 from pretrain.errors import DataError, SampleError, StorageError, TubeletError
 from pretrain.runtime import storage
 
@@ -145,16 +149,17 @@ def count_labels(shards: str) -> Counter[str]:
     """Count how often each label occurs, numbers as text; from labels.json where it is up to date, else anew.
 
     Raises:
-        DataError: no index, or samples without a json in front of the video.
+        DataError: no index, or samples with neither json nor class in front.
     """
     known = known_counts(shards)
     if known is not None:
         return known
     index, where = load_index(shards), storage.join(shards, LABELS_NAME)
     logger.info("%s: counting the labels of %d samples", shards, index.samples)
-    counts = Counter(
-        str(one) for label in _all_labels(index) for one in (label if isinstance(label, list) else [label])
-    )
+    found = [label for label in _all_labels(index) if label is not None]
+    if len(found) < index.samples:
+        logger.warning("%s: %d of %d samples have no label", shards, index.samples - len(found), index.samples)
+    counts = Counter(str(one) for label in found for one in (label if isinstance(label, list) else [label]))
     content = {"fingerprint": index.fingerprint, "counts": dict(sorted(counts.items()))}
     try:
         storage.write_bytes(where, json.dumps(content, indent=1).encode())
@@ -190,23 +195,39 @@ def _all_labels(index: ShardIndex) -> list[Any]:
 
 
 def label_in_head(data: bytes, where: str) -> Any:
-    """Find the label in the first bytes of a sample, whose json comes first.
+    """Find the label in the first bytes of a sample, as `Members.label` finds it in all of them; None without.
+
+    A json behind a large file is not read where the class stands in front.
 
     Raises:
-        DataError: it does not.
+        DataError: neither its json nor its class stands in front.
     """
-    import tarfile
-
+    files = _files_in_head(data)
+    if not files.keys() & {"json", LABEL_ENDING}:
+        raise DataError(
+            f"{where}: neither json nor {LABEL_ENDING} is the first file of the sample, so labels can't be counted; "
+            "give class names in a file (data.sources.<name>.labels) or labels=integer, or pack again with "
+            "launch/pack.py"
+        )
     try:
-        first = tarfile.TarInfo.frombuf(data[:512], "utf-8", "surrogateescape")
-        if first.name.endswith(".json") and 512 + first.size <= len(data):
-            return json.loads(data[512 : 512 + first.size]).get("label")
-    except (tarfile.TarError, ValueError) as error:
+        return Members(files).label
+    except SampleError as error:
         raise DataError(f"{where}: no readable json ({error})") from error
-    raise DataError(
-        f"{where}: its json is not the first file of the sample, so labels can't be counted; give the source's class "
-        "names in a file (data.sources.<name>.labels) or labels=integer, or pack again with launch/pack.py"
-    )
+
+
+def _files_in_head(data: bytes) -> dict[str, bytes]:
+    """Read the files of a sample that lie whole in its first bytes, by ending."""
+    files, start = {}, 0
+    while start + tarfile.BLOCKSIZE <= len(data):
+        try:
+            header = tarfile.TarInfo.frombuf(data[start : start + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+        except tarfile.TarError:
+            break
+        start += tarfile.BLOCKSIZE
+        if start + header.size <= len(data):
+            files[posixpath.basename(header.name).partition(".")[2].lower()] = data[start : start + header.size]
+        start += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return files
 
 
 def imbalance_report(counts: Counter[str]) -> list[str]:

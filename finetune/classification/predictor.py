@@ -15,6 +15,8 @@ from finetune.classification.graphs import read_graph
 from finetune.classification.labels import LabelMap, Task, read_names
 from finetune.classification.predictions import Predictions
 from finetune.classification.views import EvaluationViews, SourceRules
+from pretrain.data.linked_video import StillImage
+from pretrain.data.media import is_of_kind
 from pretrain.errors import DataError, SampleError
 from pretrain.runtime import storage
 from pretrain.runtime.pictures import SHEET_FRAMES, contact_sheet
@@ -128,7 +130,7 @@ def with_names(predictor: Predictor, path: str) -> Predictor:
 def predict_video(
     predictor: Predictor, video: str, clips: int = 1, crops: int = 1, decoder: str | None = None
 ) -> Prediction:
-    """Classify a video as the run's validation does, or with more views as its test does.
+    """Classify a video as the run's validation does, or with more views as its test does; an image is one frame.
 
     Args:
         predictor: the model.
@@ -138,15 +140,16 @@ def predict_video(
         decoder: library that decodes; None: the model's.
 
     Raises:
-        DataError: the file is no video that can be read, or the decoder is not installed.
+        DataError: the file is no video or image that can be read, or the decoder is not installed.
         StorageError: there is no such file.
     """
     make = EvaluationViews(predictor.size, decoder or predictor.decoder, clips, crops, validation=clips * crops == 1)
     content = storage.read_bytes(video)
+    still = is_of_kind(video, "image")
     try:
-        views = make(content, predictor.rules)
+        views = make(StillImage(content) if still else content, predictor.rules)
     except SampleError as error:
-        raise DataError(f"{video}: can't be read as a video ({error})") from error
+        raise DataError(f"{video}: can't be read as a video or an image ({error})") from error
     logits = torch.cat([predictor.logits(part) for part in torch.from_numpy(views).split(MICRO)]).numpy()
     # Its target is made up: only merged views are asked for.
     predictions = Predictions(

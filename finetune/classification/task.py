@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.adapters.attach import apply_tuning, detach
+from finetune.adapters.attach import apply_tuning, detach, tuning_problems
 from finetune.adapters.config import check as check_tuning
 from finetune.classification.exports import class_files, export_formats
+from finetune.classification.fine_tuned import FineTuned, names_of
 from finetune.classification.label_sources import label_report, source_rules
 from finetune.classification.labels import Task
 from finetune.classification.mixing import Mixing
+from finetune.classification.predictor import Predictor, predictor_of
 from finetune.classification.recipe_checks import check_classification, classification_warnings
 from finetune.classification.testing import run_test, wants_test
 from finetune.classification.validation import Validation
@@ -58,10 +60,16 @@ class ClassificationTask(Method):
 
     INPUT = "augmented_clip"
     MODEL = Classifier
+    SECTIONS = TuneRecipe.OPTIONAL
     recipe: TuneRecipe
 
     def problems(self) -> list[str]:
-        return super().problems() + check_tuning(self.recipe.tune) + check_classification(self.recipe)
+        found = super().problems() + check_tuning(self.recipe.tune)
+        if not found and self.recipe.tune.method != "full":
+            # By the module and not by a flag of its architecture: what adapters attach to is code. Takes no memory.
+            with torch.device("meta"):
+                found = tuning_problems(self.architecture.build(), self.recipe.tune)
+        return found + check_classification(self.recipe)
 
     def warnings(self) -> list[str]:
         return classification_warnings(self.recipe)
@@ -99,6 +107,9 @@ class ClassificationTask(Method):
             return None
         return run_test(self, ranks, which or self.recipe.evaluate.test)
 
+    def predictor(self, objective: Objective, source: Path) -> Predictor:
+        return predictor_of(FineTuned(self.recipe, objective, names_of(self.recipe, source), source))
+
     def take_export(self, objective: Objective, source: Path) -> None:
         assert isinstance(objective, ClassificationObjective), "what `build` made"
         state = classifier_state(read_state(str(source)))
@@ -107,7 +118,7 @@ class ClassificationTask(Method):
         objective.average = None
 
     def exports(self, source: Path) -> dict[str, Export]:
-        return export_formats(self.recipe, self.architecture, source)
+        return export_formats(self.recipe, self.architecture, source, super().exports(source)["safetensors"])
 
     def describe(self, source: Path) -> dict[str, bytes]:
         return class_files(self.recipe, source)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.classification.predictions import INFO
+from finetune.classification.task import ClassificationTask
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.errors import DataError
-from pretrain.objectives.base import method_of
+from pretrain.objectives.base import Method, method_of
 from pretrain.runtime.run_folder import RunFolder
 
 SCORES = "scores.json"
@@ -45,10 +46,17 @@ def read_tested(run: Path) -> Tested:
     Raises:
         DataError: no test there, or not a fine-tuning run.
     """
+    if not (run / "recipe.yaml").is_file():
+        raise DataError(f"{run}: no recipe.yaml, so it is no run folder, and was not tested")
+    method = method_of(load_tune_recipe(str(run / "recipe.yaml")))
+    recipe = method.recipe
+    if not isinstance(method, ClassificationTask):
+        raise DataError(
+            f"{run}: objective {recipe.objective.name}; --compare is for classification and tasks that inherit from it"
+        )
     found = sorted(run.glob(f"predictions/*/{SCORES}"))
     if not found:
         raise DataError(f"{run}: no predictions/*/{SCORES}, so it was not tested; launch/finetune.py --test last does")
-    recipe = load_tune_recipe(str(run / "recipe.yaml"))
     # The last by name is of the latest step: its number has leading zeros.
     info = json.loads((found[-1].parent / INFO).read_text(encoding="utf-8"))
     return Tested(
@@ -56,14 +64,14 @@ def read_tested(run: Path) -> Tested:
         recipe=recipe,
         scores=json.loads(found[-1].read_text(encoding="utf-8")),
         classes=len(info["classes"]),
-        trained=trained_parameters(recipe),
+        trained=trained_parameters(method),
         memory_gib=_peak_memory(RunFolder(run).metrics),
     )
 
 
-def trained_parameters(recipe: TuneRecipe) -> int:
-    """Count the parameters that the recipe's method trains."""
-    return sum(value.numel() for value in method_of(recipe).build().parameters() if value.requires_grad)
+def trained_parameters(method: Method) -> int:
+    """Count the parameters that the method trains."""
+    return sum(value.numel() for value in method.build().parameters() if value.requires_grad)
 
 
 def compare(runs: list[Path]) -> list[str]:

@@ -62,12 +62,19 @@ def _numbers(text: str) -> list[int]:
 
 
 def _run(method: Method, arguments: argparse.Namespace) -> int:
+    from finetune.classification.task import ClassificationTask
+    from pretrain.errors import RecipeError
     from pretrain.models.initial_weights import read_weights
     from pretrain.runtime.dtypes import DTYPES
     from pretrain.runtime.logging import set_up_logging
     from pretrain.runtime.process_group import join, leave
     from pretrain.runtime.seeds import seed_everything
 
+    if not isinstance(method, ClassificationTask):
+        raise RecipeError(
+            f"objective.name: found {method.recipe.objective.name}, allowed: classification, or a task that inherits "
+            "from it; its labels and views are what features are measured with. Give such a recipe with the same model"
+        )
     ranks, recipe = join(), method.recipe
     try:
         folder = Path(recipe.run.dir).absolute()

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from pretrain.trained.load_run import Trained
 
 DESCRIPTION = """\
-Write the weights of a run, pre-training or fine-tuning, for use elsewhere.
+Write the weights of a run, pre-training or fine-tuning, for use elsewhere. Which formats there are says the method;
+safetensors always. With another one the error lists them. VideoMAE's and classification's:
 
   safetensors   DEST/model.safetensors with official key names, recipe.yaml, a model card (README.md) and, fine-tuned,
                 classes.txt; what run.init_weights and launch/predict.py read
@@ -82,7 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
         "run", help="run folder (its newest checkpoint that verifies) or URL it was uploaded to, checkpoint, or export"
     )
     parser.add_argument("dest", help="where to write: a folder or a file, as above; any fsspec URL")
-    formats = ("safetensors", "official", "huggingface", "onnx", "torch_export", "adapter")
-    parser.add_argument("--format", choices=formats, default="safetensors", help="default safetensors")
+    parser.add_argument(
+        "--format", default="safetensors", help="one of the above or of the method (default safetensors)"
+    )
     parser.add_argument("--merge", action="store_true", help="add low-rank updates (LoRA) to their weights first")
     return parser

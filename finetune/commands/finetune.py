@@ -75,6 +75,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _run(method: Method, arguments: argparse.Namespace) -> int:
     """Train, then test; or test only. One process group serves both."""
     from pretrain.engine.loop import train
+    from pretrain.errors import RecipeError
     from pretrain.runtime.logging import set_up_logging
     from pretrain.runtime.process_group import join, leave
 
@@ -82,7 +83,8 @@ def _run(method: Method, arguments: argparse.Namespace) -> int:
     try:
         if arguments.test is not None:
             set_up_logging(ranks.rank, Path(method.recipe.run.dir).absolute() / "logs")
-            method.test(ranks, arguments.test)
+            if method.test(ranks, arguments.test) is None:
+                raise RecipeError(f"--test: objective.name={method.recipe.objective.name} has no test")
             return 0
         code = train(method, resume=arguments.resume)
         # Not after 75: the start that finishes the run tests it.

@@ -61,8 +61,8 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _predictor(arguments: argparse.Namespace) -> "Predictor":
-    from finetune.classification.fine_tuned import load_fine_tuned, with_keep_rate
-    from finetune.classification.predictor import predictor_of, predictor_of_graph
+    from finetune.classification.fine_tuned import load_task, set_keep_rate
+    from finetune.classification.predictor import predictor_of_graph
 
     if Path(arguments.weights).suffix in GRAPHS:
         if arguments.keep_rate is not None:
@@ -70,8 +70,16 @@ def _predictor(arguments: argparse.Namespace) -> "Predictor":
                 f"--keep-rate: {arguments.weights} is a graph of one rate; give the run or an export folder"
             )
         return predictor_of_graph(Path(arguments.weights))
-    tuned = load_fine_tuned(arguments.weights)
-    return predictor_of(tuned if arguments.keep_rate is None else with_keep_rate(tuned, arguments.keep_rate))
+    trained = load_task(arguments.weights)
+    if arguments.keep_rate is not None:
+        set_keep_rate(trained, arguments.keep_rate)
+    predictor: Predictor | None = trained.method.predictor(trained.objective, trained.source)
+    if predictor is None:
+        raise WeightsError(
+            f"{arguments.weights}: objective {trained.recipe.objective.name} predicts no classes of a video; "
+            "classification does, tasks that inherit from it, and those that define Method.predictor"
+        )
+    return predictor
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -82,7 +82,7 @@ def extract(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSe
         DataError: they would not fit into memory, or no video can be read.
     """
     # Before the first video is decoded: the kernel's kill would come hours later, without a reason.
-    _check_memory(objective, recipe, sum(one.index.samples for one in sets), kind)
+    _check_memory(objective, recipe, ranks.device, sum(one.index.samples for one in sets), kind)
     keys: list[str] = []
     targets: list[Tensor] = []
     values: list[Tensor] = []
@@ -140,9 +140,11 @@ def _batches(videos: Videos, recipe: TuneRecipe) -> Iterator[list[dict[str, Any]
         yield waiting
 
 
-def _check_memory(objective: Any, recipe: TuneRecipe, videos: int, kind: Kind) -> None:
-    model = objective.model
-    needed = videos * model.dim * (4 if kind == "pooled" else 2 * model.grid.tokens)
+def _check_memory(objective: Any, recipe: TuneRecipe, device: torch.device, videos: int, kind: Kind) -> None:
+    # Of a blank clip, not by the model's sizes: every classifier gives features, not all have a token grid.
+    blank = torch.zeros(1, *recipe.input.size, 3, dtype=torch.uint8, device=device)
+    elements = objective.features({"video": blank}, pooled=kind == "pooled").numel()
+    needed = videos * elements * (4 if kind == "pooled" else 2)
     free = psutil.virtual_memory().available
     if needed > MEMORY_SHARE * free:
         raise DataError(

@@ -44,11 +44,11 @@ def window_rows(model: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSe
         key = f"{entry.name}/{name}/{reader.key(source, shard, row).replace('/', '_')}"
         try:
             video = parse_sample(reader.read(source, shard, row)).video()
-            features = window_features(model, video, recipe.input.decoder, step, ranks.device)
+            features = window_features(model, video, recipe.input.decoder, recipe.input.size, step, ranks.device)
         except SampleError as error:
             logger.warning("%s left out: %s", key, error)
             continue
-        yield Row(key, features.numpy(), {"step": step, "window": model.grid.time * model.shape.tubelet})
+        yield Row(key, features.numpy(), {"step": step, "window": recipe.input.size[0]})
 
 
 def window_starts(num_frames: int, frames: int, step: int) -> list[int]:
@@ -57,21 +57,23 @@ def window_starts(num_frames: int, frames: int, step: int) -> list[int]:
 
 
 @torch.no_grad()
-def window_features(model: Any, video: VideoFile, decoder: str, step: int, device: torch.device) -> Tensor:
+def window_features(
+    model: Any, video: VideoFile, decoder: str, size: tuple[int, int, int], step: int, device: torch.device
+) -> Tensor:
     """Compute features float32 [windows, C] of a video.
 
     Args:
-        model: VideoClassifier in evaluation mode.
+        model: a classifier in evaluation mode.
         video: the file.
         decoder: library that decodes.
+        size: frames, height and width of a window.
         step: frames between two windows.
         device: of the model.
 
     Raises:
         SampleError: the video can't be read or is shorter than a window.
     """
-    height, width = model.grid.height * model.shape.patch_size, model.grid.width * model.shape.patch_size
-    frames = model.grid.time * model.shape.tubelet
+    frames, height, width = size
     with open_video(video, decoder) as reader:
         starts = window_starts(reader.num_frames, frames, step)
         if not starts:

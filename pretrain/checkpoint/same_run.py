@@ -71,7 +71,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 
 
 def _new_keys(before: dict[str, Any], recipe: Recipe) -> set[str]:
-    """Find keys that the program has learnt since, at their defaults, which are what it did before."""
+    """Find keys that the program has learnt since and that stand at their defaults.
+
+    Those are what it did before, but for `ema.warmup` (docs/decisions.md).
+    """
     components = {name: type(getattr(recipe, name))() for name in COMPONENTS}
     blank = replace(type(recipe)(), **components)
     old, now = flat(before), flat(asdict(recipe))

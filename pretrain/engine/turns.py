@@ -37,9 +37,15 @@ class Turn:
         """Make the coming passes and updates those of this turn."""
         if self.own is None:
             return
-        engine.module.turn = self.name
+        self.choose(engine.module)
         # DeepSpeed keeps the optimiser as `basic_optimizer` whatever it wraps it in.
         engine.basic_optimizer.turn = self.name
+
+    def choose(self, objective: Objective) -> None:
+        """Make the coming passes of the objective those of this turn."""
+        if self.own is None:
+            return
+        objective.turn = self.name
         for parameter in self.own:
             parameter.requires_grad_(True)
         for parameter in self.others:

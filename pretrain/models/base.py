@@ -99,7 +99,7 @@ class Classifier(Architecture):
     """A backbone with a head: forward(pixels) -> logits [B, classes].
 
     Its module has timm's names: `forward_features(pixels, pooled=True)` gives the pooled vector [B, C] or all tokens
-    [B, N, C], `forward_head` logits of pooled vectors; and `grid`, `dim`, `blocks` where adapters are to be attached.
+    [B, N, C], `forward_head` logits of pooled vectors. Adapters attach to modules that inherit from `Backbone`.
     """
 
     @abc.abstractmethod

@@ -18,6 +18,7 @@ from pretrain.checkpoint.rank_state import RankState
 from pretrain.data.samples import Batch, Samples
 from pretrain.errors import RecipeError
 from pretrain.models.base import Architecture, Cost, architecture_of
+from pretrain.models.formats import export_safetensors
 from pretrain.models.frozen import Frozen
 from pretrain.models.weights import load_weights
 from pretrain.recipe.check import check_recipe, not_finite, recipe_warnings
@@ -28,6 +29,8 @@ from pretrain.runtime.process_group import Ranks
 
 #: Tensors that never decay although they have two or more dimensions (VideoMAEv2, optim_factory.get_parameter_groups).
 NO_DECAY_NAMES = frozenset({"pos_embed", "cls_token", "mask_token"})
+#: Use of exported weights, where the method says no more.
+USAGE = "`run.init_weights=FOLDER` of another run."
 #: The turn of an objective whose parameters are all updated at once.
 ALL = "all"
 
@@ -186,11 +189,13 @@ class Method(abc.ABC):
     Attributes:
         INPUT: kind of sample that it takes where the recipe names none: pretrain/samples/<name>.py.
         MODEL: kind of model that it needs (pretrain/models/base.py).
+        SECTIONS: those of the recipe's `OPTIONAL` sections that it reads; values in others are refused.
         recipe: the resolved recipe.
     """
 
     INPUT: ClassVar[str] = "clip"
     MODEL: ClassVar[type[Any]] = Architecture
+    SECTIONS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, recipe: Any) -> None:
         self.recipe = recipe
@@ -242,17 +247,36 @@ class Method(abc.ABC):
         """
         return None
 
+    def predictor(self, objective: Objective, source: Path) -> Any:
+        """Give what launch/predict.py asks about one video, a finetune.classification.predictor.Predictor.
+
+        Args:
+            objective: trained, in evaluation mode.
+            source: checkpoint or export that it was read from.
+
+        Returns:
+            None where the method has no such answer.
+        """
+        return None
+
     def take_export(self, objective: Objective, source: Path) -> None:
         """Load weights that `exports()` has written as safetensors."""
         load_weights(objective.model, str(source))
 
     def exports(self, source: Path) -> dict[str, Export]:
-        """Name the formats that weights of this method can be written in; `source` is where they come from."""
-        return {}
+        """Name the formats that weights of this method can be written in; `source` is where they come from.
+
+        Safetensors needs nothing of a model but its parameters; override to add formats, or to say how to use weights.
+        """
+        return {"safetensors": Export(self._write_safetensors, USAGE)}
 
     def describe(self, source: Path) -> dict[str, bytes]:
         """Give files that go beside exported weights, class names for example, by name."""
         return {}
+
+    def _write_safetensors(self, objective: Any, dest: str) -> str:
+        export_safetensors(objective.model, self.recipe, dest)
+        return ""
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -282,7 +306,7 @@ def problems_of(method: Method, ranks: int | None = None) -> list[str]:
     if unusable := not_finite(recipe):
         return unusable
     wrong_input = recipe.input.problems()
-    problems = check_recipe(recipe, ranks) + wrong_input
+    problems = check_recipe(recipe, ranks) + _unread_sections(method) + wrong_input
     if wrong_input:
         # Zero frames can't be cut into cubes: what a model would say of a size that is wrong in itself misleads.
         return problems
@@ -290,6 +314,18 @@ def problems_of(method: Method, ranks: int | None = None) -> list[str]:
         return problems + method.problems()
     except RecipeError as error:
         return problems + error.problems
+
+
+def _unread_sections(method: Method) -> list[str]:
+    """List sections with values that the method would pass over without a word."""
+    recipe = method.recipe
+    sections = {name: vars(recipe)[name] for name in recipe.OPTIONAL if name not in method.SECTIONS}
+    return [
+        f"{name}: objective.name={recipe.objective.name} does not read this section, so its values have no effect; "
+        f"remove it, or name it in {type(method).__name__}.SECTIONS where the method reads it"
+        for name, section in sections.items()
+        if section != type(section)()
+    ]
 
 
 def warnings_of(method: Method) -> list[str]:

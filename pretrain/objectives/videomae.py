@@ -8,7 +8,7 @@ whole batch where T' is a multiple of 4 or `decoder_mask` is none or frame; else
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from pretrain.data.randomness import generator
 from pretrain.data.samples import Batch, Draw
 from pretrain.models.base import Cost, MaskedAutoencoder
 from pretrain.models.cubes import complement, cut_cubes, join_cubes, take_tokens
-from pretrain.models.formats import export_huggingface, export_official, export_safetensors
+from pretrain.models.formats import export_huggingface, export_official
 from pretrain.models.huggingface import processor_configs
 from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.objectives.base import Export, Method, Objective, Output
@@ -103,7 +103,8 @@ class VideoMAEMethod(Method):
         return Cost(self.architecture.cost(plan.visible, plan.targets), tokens)
 
     def exports(self, source: Path) -> dict[str, Export]:
-        formats = {"safetensors": Export(self._write_safetensors, USAGE)}
+        formats = super().exports(source)
+        formats["safetensors"] = replace(formats["safetensors"], usage=USAGE)
         if self.architecture.videomae_layouts:
             # Only for such architectures: another model's names would be read as VideoMAE's, and fit nothing.
             formats["official"] = Export(_write_official)
@@ -122,10 +123,6 @@ class VideoMAEMethod(Method):
             decoder_ratio=options.decoder_mask_ratio,
             skip_visible=options.skip_visible_mask_tokens,
         )
-
-    def _write_safetensors(self, objective: Any, dest: str) -> str:
-        export_safetensors(objective.model, self.recipe, dest)
-        return ""
 
     def _write_huggingface(self, objective: Any, dest: str) -> str:
         export_huggingface(objective.model, dest, objective.normalize_targets)

@@ -331,6 +331,8 @@ class Recipe:
     FOLDER: ClassVar[str] = ""
     #: Modules that `objective.name` names.
     METHODS: ClassVar[str] = "pretrain.objectives.{}"
+    #: Sections that only some methods read; those name them in `Method.SECTIONS`.
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
 
     program: Literal["pretrain"] = "pretrain"
     """what runs this recipe: launch/<program>.py"""

@@ -2,7 +2,8 @@
 
 The batch is exactly the run's: samples, clips, crops, masks and the draws of the forward pass are functions of the
 recipe and the step. The weights are those of the newest checkpoint before the step; where that is the step before, and
-the run did not shard its sums, losses are the run's own to the bit.
+the run did not shard its sums, losses are the run's own to the bit. An objective of several turns goes through all of
+them; updates of earlier turns are missing from the weights then.
 """
 
 import json
@@ -22,6 +23,7 @@ from pretrain.data.samples import Batch
 from pretrain.data.stream_plan import open_plan
 from pretrain.engine.assemble import open_stream
 from pretrain.engine.step import to_device
+from pretrain.engine.turns import turns_of
 from pretrain.errors import CheckpointError, TrainingError
 from pretrain.guards.first_nonfinite import (
     ROOT,
@@ -62,10 +64,11 @@ class StepPlace:
 
 @dataclass
 class MicroBatch:
-    """One micro-batch of one rank as replayed; `video` is kept of the most suspicious one alone."""
+    """One micro-batch of one rank as replayed, in one turn; `clips` are kept of the most suspicious one alone."""
 
     rank: int
     micro: int
+    turn: str
     loss: float
     recorded: float | None
     keys: list[str]
@@ -73,7 +76,7 @@ class MicroBatch:
     finding: NonFinite | None
     activations: dict[str, Activation]
     gradients: dict[str, float]
-    video: Tensor | None = field(repr=False)
+    clips: dict[str, Tensor] = field(repr=False)
 
 
 def find_place(run: Path, step: int) -> StepPlace:
@@ -147,14 +150,30 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
     objective = build_objective(place, method, device)
     objective.before_step(place.step - 1, plan.steps_per_epoch)
+    _warn_of_differences(objective, place, method)
+    turns = turns_of(objective)
     for number in range(place.world_size) if rank is None else [rank]:
         served = Ranks(number, place.world_size, 0, device)
         stream = open_stream(method, plan, served, place.step - 1, in_process=True)
         for micro in range(stream.accumulation):
-            yield _run(objective, next(stream), recipe.run.seed, place, number, micro)
+            batch = next(stream)
+            for order, turn in enumerate(turns):
+                turn.choose(objective)
+                recorded = _recorded(place.record, number, order * stream.accumulation + micro)
+                yield _run(objective, batch, recipe.run.seed, place, number, micro, recorded)
 
 
-def _run(objective: Objective, batch: Batch, seed: int, place: StepPlace, rank: int, micro: int) -> MicroBatch:
+def _warn_of_differences(objective: Objective, place: StepPlace, method: Method) -> None:
+    """Say where a micro-batch by itself gives another loss than it did in the run."""
+    if objective.whole_batch and method.recipe.batch.samples > method.recipe.batch.micro:
+        logger.warning("the loss compares the rows of the whole batch; here each micro-batch is compared by itself")
+    if objective.rank_state():
+        logger.warning("what the run keeps beside the weights starts anew: %s", ", ".join(objective.rank_state()))
+
+
+def _run(
+    objective: Objective, batch: Batch, seed: int, place: StepPlace, rank: int, micro: int, recorded: float | None
+) -> MicroBatch:
     device = next(objective.parameters()).device
 
     def loss_of() -> Tensor:
@@ -181,21 +200,33 @@ def _run(objective: Objective, batch: Batch, seed: int, place: StepPlace, rank: 
     return MicroBatch(
         rank,
         micro,
+        objective.turn,
         float(loss.detach()),
-        _recorded(place.record, rank, micro),
+        recorded,
         batch["key"],
         batch["position"].tolist(),
         finding,
         probe.activations,
         _gradient_norms(objective),
-        batch.get("video"),
+        clips_of(batch),
     )
 
 
-def _recorded(record: dict[str, Any], rank: int, micro: int) -> float | None:
+def clips_of(batch: Batch) -> dict[str, Tensor]:
+    """Pick what of a batch can be looked at: clips uint8 [B, T, H, W, 3] by name; none of sounds, rasters, features."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return {
+        name: value
+        for name, value in tensors.items()
+        if value.dtype == torch.uint8 and value.ndim == 5 and value.shape[-1] == 3
+    }
+
+
+def _recorded(record: dict[str, Any], rank: int, number: int) -> float | None:
+    """Look up the loss of a rank's forward pass `number`; None where the step ended before it."""
     for entry in record.get("ranks", []):
-        if entry["rank"] == rank:
-            return float(entry["micro_batches"][micro]["loss"])
+        if entry["rank"] == rank and number < len(entry["micro_batches"]):
+            return float(entry["micro_batches"][number]["loss"])
     return None
 
 
@@ -214,7 +245,7 @@ def most_suspicious(replayed: list[MicroBatch]) -> MicroBatch:
     chosen = found[0] if found else max(replayed, key=lambda one: one.loss)
     for one in replayed:
         if one is not chosen:
-            one.video = None
+            one.clips = {}
     return chosen
 
 
@@ -223,7 +254,7 @@ def write_report(place: StepPlace, replayed: list[MicroBatch]) -> Path:
     rows = []
     for one in replayed:
         # Not asdict, which would copy the clips only to have them dropped.
-        row = {name: value for name, value in vars(one).items() if name != "video"}
+        row = {name: value for name, value in vars(one).items() if name != "clips"}
         row["finding"] = asdict(one.finding) if one.finding else None
         row["activations"] = {name: asdict(value) for name, value in one.activations.items()}
         rows.append(row)

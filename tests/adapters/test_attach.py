@@ -1,5 +1,7 @@
 """Methods of tuning: what they train, how they start, what merging and prompts do."""
 
+import re
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,10 +10,13 @@ from torch.testing import assert_close
 from finetune.adapters.attach import apply_tuning, detach, merge
 from finetune.adapters.config import AdaptFormer, LowRank, Prompts, Tune
 from finetune.adapters.modules import AdaptMLP
+from finetune.recipe import load_tune_recipe
 from pretrain.errors import RecipeError
 from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.image_vit import Config as ImageConfig
 from pretrain.models.image_vit import ImageViT
+from pretrain.objectives.base import problems_of
+from tests.plain_classifier import PlainClassifier, PlainTask
 
 TUNES = {
     "linear": Tune("linear"),
@@ -123,6 +128,28 @@ def test_prompts_of_a_block_leave_with_it(make, example) -> None:
     with torch.no_grad():
         first.data, last.data = last.data.clone(), first.data.clone()
     assert not torch.allclose(model(example(model)), before)
+
+
+@pytest.mark.parametrize("name", TUNES)
+def test_what_has_no_place_in_a_model_is_refused(name: str) -> None:
+    tune, model = TUNES[name], PlainClassifier()
+    found = problems_of(PlainTask(load_tune_recipe("demo_finetune", [f"tune.method={tune.method}"])))
+    if tune.method in ("linear", "bitfit"):
+        assert found == [] and set(apply_tuning(model, tune)) >= {"head.weight", "head.bias"}
+        return
+    message = f"tune.method={tune.method}: needs the blocks of a ViT .*, found PlainClassifier"
+    assert len(found) == 1 and re.match(message, found[0])
+    with pytest.raises(RecipeError, match=message):
+        apply_tuning(model, tune)
+
+
+def test_a_method_that_would_train_nothing_is_refused() -> None:
+    with pytest.raises(
+        RecipeError, match=r"tune.method=linear: Linear has no parameter that it trains .*head\."
+    ) as told:
+        apply_tuning(torch.nn.Linear(3, 2), Tune("linear"))
+    assert "allowed here: full" in str(told.value)
+    assert apply_tuning(torch.nn.Linear(3, 2), Tune("bitfit")) == ["bias"]
 
 
 def test_bottleneck_forms_and_norms() -> None:

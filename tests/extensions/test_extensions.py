@@ -145,14 +145,28 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def command(root: Path, *plan: tuple[str, list[str]]) -> list[tuple[int, str]]:
+    """Run commands one after the other; exit code and output of each."""
+    (root / "commands.json").write_text(json.dumps(plan))
+    printed = execute(root, sys.executable, str(HERE / "commands_driver.py"), "commands.json")
+    line = next(line for line in printed.splitlines() if line.startswith("RESULTS "))
+    return [(code, output) for code, output in json.loads(line.removeprefix("RESULTS "))]
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path) -> Path:
+    """The runs of one rank."""
+    assert drive(root, 1, "one") == [0] * len(RUNS)
+    return root / "one"
+
+
 def losses(root: Path, folder: str, name: str) -> list[float]:
     lines = (root / folder / name / "metrics.jsonl").read_text().splitlines()
     records: list[dict[str, Any]] = [json.loads(line) for line in lines]
     return [record["train/loss"] for record in records if "train/loss" in record]
 
 
-def test_six_additions_train_resume_and_don_t_depend_on_ranks(root: Path) -> None:
-    assert drive(root, 1, "one") == [0] * len(RUNS)
+def test_six_additions_train_resume_and_don_t_depend_on_ranks(root: Path, trained: Path) -> None:
     assert drive(root, 2, "two", "batch.micro=2") == [0] * len(RUNS)
     # Stopped after three steps, and gone on with: queue, frozen tower, both turns' moments come back.
     assert drive(root, 2, "halves", "batch.micro=2", "schedule.max_steps=3") == [0] * len(RUNS)
@@ -166,3 +180,63 @@ def test_six_additions_train_resume_and_don_t_depend_on_ranks(root: Path) -> Non
     records = (root / "two/tiny_detection/metrics.jsonl").read_text()
     assert '"eval/closeness"' in records, "a task's own evaluation"
     assert '"train/loss_critic"' in (root / "two/translation/metrics.jsonl").read_text()
+
+
+DETECTION, NARRATION = (
+    ["--recipe", name, *SHORT, f"run.dir=one/{name}"] for name in ("tiny_detection", "tiny_narration")
+)
+#: Command, words, exit code, and a part of what it prints.
+OF_CLASSIFICATION = [
+    ("predict", ["film.mp4", "--weights", "one/tiny_detection"], 1, "objective tiny_detection predicts no classes"),
+    ("finetune", [*NARRATION, "--test", "last"], 2, "--test: objective.name=tiny_narration has no test"),
+    ("finetune", [*DETECTION, "--test", "last"], 0, ""),
+    ("finetune", ["--compare", "one/tiny_detection"], 1, "tiny_detection; --compare is for classification"),
+    ("evaluate", DETECTION, 2, "objective.name: found tiny_detection, allowed: classification"),
+    ("finetune", [*DETECTION, "ema.decay=0.9", "--check"], 2, "ema: objective.name=tiny_detection does not read"),
+    ("finetune", [*DETECTION, "tune.lora.rank=4", "--check"], 2, "tune: objective.name=tiny_detection does not"),
+    ("export", ["one/translation", "x", "--format", "map"], 1, "can be written as: safetensors"),
+]
+COMMANDS = {
+    "replay": [("replay", [f"one/{name}", "6"]) for name in RUNS],
+    "export": [("export", [f"one/{name}", f"weights/{name}"]) for name in RUNS],
+    "export again": [("export", [f"weights/{name}", f"again/{name}"]) for name in RUNS],
+    "refused": [(name, words) for name, words, _, _ in OF_CLASSIFICATION],
+}
+
+
+@pytest.fixture(scope="module")
+def told(root: Path, trained: Path) -> dict[str, list[tuple[int, str]]]:
+    """Exit codes and outputs of all commands below, from one process."""
+    plan = [(f"finetune.commands.{name}", words) for part in COMMANDS.values() for name, words in part]
+    results = iter(command(root, *plan))
+    return {part: [next(results) for _ in entries] for part, entries in COMMANDS.items()}
+
+
+def test_their_steps_are_replayed(trained: Path, told: dict[str, list[tuple[int, str]]]) -> None:
+    found = dict(zip(RUNS, told["replay"], strict=True))
+    assert [code for code, _ in found.values()] == [0] * len(RUNS), found
+    pictures = {name for name in RUNS if list((trained / name / "incidents").glob("replay_step_00000006_video.*"))}
+    assert pictures == {"queue_contrast", "video_sound", "captioned", "tiny_detection"}
+    assert all(("no picture" in output) != (name in pictures) for name, (_, output) in found.items())
+    turns = json.loads((trained / "translation/incidents/replay_step_00000006.json").read_text())["micro_batches"]
+    assert [(row["micro"], row["turn"]) for row in turns] == [(m, t) for m in (0, 1) for t in ("critic", "translator")]
+    for row in turns:
+        assert row["loss"] > 0 and {name.split(".")[1] for name in row["gradients"]} == {row["turn"]}
+    assert "starts anew: queue" in found["queue_contrast"][1]
+
+
+def test_their_weights_are_exported_and_read_back(root: Path, told: dict[str, list[tuple[int, str]]]) -> None:
+    assert [code for code, _ in told["export"] + told["export again"]] == [0] * 2 * len(RUNS), told
+    for name in RUNS:
+        weights, again = (
+            safetensors.numpy.load_file(root / folder / name / "model.safetensors") for folder in ("weights", "again")
+        )
+        card = (root / "weights" / name / "README.md").read_text()
+        assert f"\ntags: [{name}, " in card and "videomae" not in card
+        assert weights and weights.keys() == again.keys()
+        assert all(np.array_equal(weights[key], again[key]) for key in weights), name
+
+
+def test_commands_of_classification_refuse_other_tasks(told: dict[str, list[tuple[int, str]]]) -> None:
+    for case, found in zip(OF_CLASSIFICATION, told["refused"], strict=True):
+        assert found[0] == case[2] and case[3] in found[1], (case, found)

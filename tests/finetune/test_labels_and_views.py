@@ -1,5 +1,6 @@
 """Labels, frames and views of a sample; evaluation deals every video out once."""
 
+import io
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import webdataset as wds
+from PIL import Image
 
 from finetune.classification.label_sources import source_rules
 from finetune.classification.labels import (
@@ -23,9 +26,11 @@ from finetune.classification.validation import video_sets
 from finetune.classification.videos import Videos
 from finetune.classification.views import SourceRules, TrainingViews, training_frames, validation_frames
 from finetune.recipe import load_tune_recipe
+from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Place, SourceInfo
 from pretrain.errors import DataError, SampleError
+from tests.toy_shards import index
 
 
 def test_labels_are_names_numbers_or_lists() -> None:
@@ -62,10 +67,60 @@ def test_labels_are_counted_once_and_kept_with_the_fingerprint(toy: Any) -> None
     assert known_counts(f"{toy.folder}/train")["left"] == 9, "read, not counted again"  # type: ignore[index]
     kept.write_text(text.replace('"fingerprint": "', '"fingerprint": "x'))
     assert known_counts(f"{toy.folder}/train") is None and count_labels(f"{toy.folder}/train")["left"] == 8
-    with pytest.raises(DataError, match="json is not the first file"):
-        label_in_head(tarfile.TarInfo("0001.mp4").tobuf() + bytes(512), "shard: key")
-    with pytest.raises(DataError, match="no readable json"):
-        label_in_head(bytes(1024), "shard: key")
+
+
+def head(*files: tuple[str, bytes]) -> bytes:
+    """The first bytes of a sample of some members."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(f"./clips/0001.{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return content.getvalue()[: sum(512 + -(-len(data) // 512) * 512 for _, data in files)]
+
+
+@pytest.mark.parametrize(
+    ("files", "label"),
+    [
+        ([("json", b'{"label": "walk"}'), ("mp4", bytes(99))], "walk"),
+        ([("cls", b"7\n"), ("jpg", bytes(5000))], 7),
+        ([("cls", b"walk"), ("jpg", bytes(700)), ("json", b'{"fps": 25}')], "walk"),
+        ([("json", b'{"fps": 25}'), ("CLS", b"3"), ("mp4", bytes(2048))], 3),
+        ([("cls", b"3"), ("json", b'{"label": "walk"}')], "walk"),
+        ([("json", b'{"fps": 25}'), ("mp4", bytes(99))], None),
+    ],
+)
+def test_a_label_in_front_is_that_of_the_sample(files: list[tuple[str, bytes]], label: Any) -> None:
+    assert label_in_head(head(*files), "shard: key") == label
+    assert Members({name.lower(): data for name, data in files}).label == label, "as in training"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (head(("mp4", bytes(99))), "neither json nor cls is the first file"),
+        (head(("json", b'{"label": "walk"}'))[:520], "neither json nor cls is the first file"),
+        (head(("json", b'{"label": ')), "no readable json"),
+        (bytes(1024), "neither json nor cls"),
+    ],
+)
+def test_what_has_no_label_in_front(data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        label_in_head(data, "shard: key")
+
+
+def test_classes_of_foreign_shards_are_counted(toy: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As other people write them: class, picture, and a json that says other things; one sample has no class."""
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(picture, "JPEG")
+    with wds.TarWriter(str(tmp_path / "a-000000.tar")) as tar:
+        for number, name in enumerate(("run", "walk", "run", None)):
+            sample = {"__key__": f"{number:04d}", "jpg": picture.getvalue(), "json": {"width": 40}}
+            tar.write(sample | ({"cls": name} if name else {}))
+    index(tmp_path)
+    labels = open_labels("auto", str(tmp_path), 2, "single")
+    assert labels.names == ("run", "walk") and count_labels(str(tmp_path)) == Counter(run=2, walk=1)
 
 
 def test_imbalance() -> None:

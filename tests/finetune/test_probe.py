@@ -1,6 +1,7 @@
 """Frozen evaluation: on features whose answer is known, and the command on real shards."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,18 @@ import webdataset as wds
 
 from finetune.commands.evaluate import main
 from finetune.probe import feature_shards as shards
-from finetune.probe.features import Features
+from finetune.probe import features
+from finetune.probe.features import Features, extract, held_out_sets
 from finetune.probe.few_shot import draw_shots, few_shot
 from finetune.probe.heads import statistics, train_heads
-from finetune.probe.windows import window_starts
+from finetune.probe.windows import window_rows, window_starts
+from finetune.recipe import load_tune_recipe
 from pretrain.data.index import load_index, load_members
+from pretrain.errors import DataError
 from pretrain.metrics.neighbours import knn_scores, leave_one_out_scores
 from pretrain.metrics.ranking import accuracy
+from pretrain.runtime.process_group import Ranks
+from tests.plain_classifier import PlainTask
 
 
 def clouds(videos: int, seed: int, spread: float, tokens: int = 0) -> Features:
@@ -109,6 +115,27 @@ def test_command_writes_what_it_measures(toy: Any) -> None:
     assert main([*words, "--method", "windows", "--step", "4"]) == 0
     written = sorted((folder / "windows" / "toy").rglob("*.npy"))
     assert len(written) == 11 and np.load(written[0]).shape == (3, 48)
+
+
+def test_any_classifier_gives_features_and_windows(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_tune_recipe(str(toy.recipe), ["input.width=48"])
+    ranks, objective = Ranks(0, 1, 0, torch.device("cpu")), PlainTask(recipe).build().eval()
+    sets = held_out_sets(recipe)
+    tokens = 4 * 4 * 6
+    assert extract(objective, recipe, ranks, sets, "pooled").values.shape == (11, 20)
+    assert extract(objective, recipe, ranks, sets, "tokens").values.shape == (11, tokens, 20)
+    # 14 frames: windows of 4 from 0, 4 and 8.
+    found = list(window_rows(objective.model, recipe, ranks, sets, step=4))
+    assert len(found) == 11 and all(row.features.shape == (3, 20) and row.facts["window"] == 4 for row in found)
+    for kind, needed in (("pooled", 11 * 20 * 4), ("tokens", 11 * tokens * 20 * 2)):
+        for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
+            monkeypatch.setattr(features.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+            try:
+                extract(objective, recipe, ranks, sets, kind)  # type: ignore[arg-type]
+            except DataError as error:
+                assert not fits and f"{kind} features of 11 videos" in str(error)
+            else:
+                assert fits
 
 
 def test_features_as_shards_are_read_by_webdataset(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

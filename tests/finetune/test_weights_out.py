@@ -20,9 +20,11 @@ from finetune.classification.predictions import read_predictions
 from finetune.classification.predictor import predict_video, predictor_of, predictor_of_graph
 from finetune.classification.views import EvaluationViews
 from finetune.commands import export, predict
+from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.models.classifier import VideoClassifier
 from pretrain.models.classifier_weights import load_pretrained
+from pretrain.objectives.base import method_of
 from pretrain.runtime.vision_ops import ensure_torchvision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -274,11 +276,26 @@ def test_predict_with_fewer_tokens(run: Path, clip: Path, tmp_path: Path, capsys
     assert printed[0].out == plain != printed[1].out and "keep_rate=0.0" in printed[2].err
 
 
+def test_an_image_is_opened_as_training_does(toy: Any, tmp_path: Path) -> None:
+    """Transparent pixels are white; video decoders show the colours below them."""
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 4), dtype=np.uint8)
+    pixels[:, 20:40, 3], pixels[:, :20, 3], pixels[:, 40:, 3] = 0, 255, 255
+    opaque = np.where(pixels[..., 3:] > 0, pixels[..., :3], np.uint8(255))
+    Image.fromarray(pixels).save(tmp_path / "transparent.PNG")
+    Image.fromarray(opaque).save(tmp_path / "opaque.png")
+    method = method_of(load_tune_recipe(str(toy.recipe)))
+    judge = predictor_of(FineTuned(method.recipe, method.build().eval(), CLASSES, tmp_path))
+    found, expected = (predict_video(judge, str(tmp_path / name)) for name in ("transparent.PNG", "opaque.png"))
+    assert found.views.shape == (1, 4, 32, 32, 3) and np.array_equal(found.views, expected.views)
+    assert (found.views == found.views[:, :1]).all(), "one frame, repeated"
+
+
 @pytest.mark.parametrize(
     ("video", "words", "text"),
     [
         ("nowhere.mp4", [], "nowhere.mp4"),
         ("text.mp4", [], "can't be read as a video"),
+        ("text.jpg", [], "can't be read as a video or an image"),
         ("clip", ["--labels", "two.txt"], "2 names, but the model has 3 classes"),
         ("clip", ["--weights", "."], "neither a run"),
         ("clip", ["--weights", "text.onnx"], "text.onnx: can't be opened"),
@@ -292,6 +309,7 @@ def test_errors_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.mp4").write_text("no video")
+    Path("text.jpg").write_text("no picture")
     Path("two.txt").write_text("one\ntwo\n")
     Path("text.onnx").write_text("no graph")
     Path("text.pt2").write_text("no graph")
