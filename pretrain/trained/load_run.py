@@ -87,16 +87,21 @@ def find_trained(path: str | Path) -> Path:
     return source
 
 
-def load_checkpoint(objective: Objective, source: Path) -> None:
+def load_checkpoint(objective: Objective, source: Path, finite: bool = True) -> None:
     """Put the weights of a checkpoint on the objective that its recipe builds.
+
+    Args:
+        objective: that takes them.
+        source: the checkpoint.
+        finite: refuse weights that are not; False: to look for where they come from.
 
     Raises:
         CheckpointError: it does not verify.
-        WeightsError: the weights don't fit the recipe.
+        WeightsError: the weights don't fit the recipe, or are not finite.
     """
     state = consolidated_state(source)
     learnt = {name: state[name] for name, _ in objective.named_parameters() if name in state}
-    if broken := not_finite(learnt):
+    if finite and (broken := not_finite(learnt)):
         raise WeightsError(
             f"{source}: {len(broken)} of {len(learnt)} weights are not finite: {', '.join(broken[:5])}; the run went "
             "wrong before this checkpoint: take an earlier one (RUN/checkpoints, guard in RUN/metrics.jsonl)"

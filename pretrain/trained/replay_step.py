@@ -126,7 +126,7 @@ def build_objective(place: StepPlace, method: Method, device: torch.device) -> O
     seed_everything(recipe.run.seed)
     objective = method.build()
     if place.checkpoint is not None:
-        load_checkpoint(objective, place.checkpoint)
+        load_checkpoint(objective, place.checkpoint, finite=False)
     elif recipe.run.init_weights:
         path = recipe.run.init_weights
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
