@@ -55,13 +55,22 @@ class Mixed(Composition):
         data: the recipe's section: lanes, window.
         samples: of a step.
         seed: run.seed.
+        key: of its order among others; see `EpochOrder`.
     """
 
-    def __init__(self, shapes: list[SourceShape], quotas: list[int], data: Data, samples: int, seed: int) -> None:
+    def __init__(
+        self,
+        shapes: list[SourceShape],
+        quotas: list[int],
+        data: Data,
+        samples: int,
+        seed: int,
+        key: tuple[str, ...] = (),
+    ) -> None:
         self._samples = samples
 
         def order(epoch: int) -> EpochOrder:
-            return EpochOrder(shapes, quotas, seed, epoch, data.lanes, data.shuffle_window)
+            return EpochOrder(shapes, quotas, seed, epoch, data.lanes, data.shuffle_window, key)
 
         # Two: a worker's read-ahead may be in the next epoch already.
         self.order = functools.lru_cache(maxsize=2)(order)
@@ -92,8 +101,9 @@ class _Apart(Composition):
         count = len(shapes)
         # The others take part with a quota of 0: a place's source stays the number that it has in the recipe.
         self._each = [
-            Mixed(shapes, [quota if own == source else 0 for own in range(count)], data, samples, seed)
-            for source in range(count)
+            # Keyed by name: else all would draw one permutation, and the same samples would meet in every epoch.
+            Mixed(shapes, [quota if own == source else 0 for own in range(count)], data, samples, seed, (shape.name,))
+            for source, shape in enumerate(shapes)
         ]
         self.positions = count * self._each[0].positions
 

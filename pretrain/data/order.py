@@ -93,13 +93,21 @@ class EpochOrder:
         epoch: Epoch, from 0.
         lanes: Lanes of the order, C.
         window: Neighbouring samples of a lane that are shuffled among each other.
+        key: Words that its permutations are keyed by besides seed and epoch, for orders that run side by side.
 
     Raises:
         DataError: fewer samples than lanes.
     """
 
     def __init__(
-        self, shapes: list[SourceShape], quotas: list[int], seed: int, epoch: int, lanes: int, window: int
+        self,
+        shapes: list[SourceShape],
+        quotas: list[int],
+        seed: int,
+        epoch: int,
+        lanes: int,
+        window: int,
+        key: tuple[str, ...] = (),
     ) -> None:
         total = sum(quotas)
         if total < lanes:
@@ -107,12 +115,13 @@ class EpochOrder:
                 f"an epoch has {total} samples but data.lanes is {lanes}: set data.lanes to at most {total}, or "
                 f"data.epoch_samples to at least {lanes}"
             )
-        self.seed, self.epoch, self.lanes, self.window = seed, epoch, lanes, window
+        self.seed, self.epoch, self.lanes, self.window, self._key = seed, epoch, lanes, window, key
         self.lane_length = total // lanes
         self._shape_ends = [np.cumsum(shape.counts) for shape in shapes]
         units = [_units(s, shape, quotas[s], seed, epoch) for s, shape in enumerate(shapes)]
         # Permuted over all sources before the line is cut into lanes: else a lane would hold one source after another.
-        self._units = np.concatenate(units, axis=1)[:, generator(seed, epoch, "units").permutation(_width(units))]
+        permutation = generator(seed, epoch, "units", *key).permutation(_width(units))
+        self._units = np.concatenate(units, axis=1)[:, permutation]
         self._starts = np.cumsum(self._units[4]) - self._units[4]
         self._windows: dict[int, tuple[int, Ints]] = {}
 
@@ -156,7 +165,7 @@ class EpochOrder:
         if known is not None and known[0] == window:
             return known[1]
         size = min(self.window, self.lane_length - window * self.window)
-        drawn = generator(self.seed, self.epoch, lane, window).permutation(size)
+        drawn = generator(self.seed, self.epoch, lane, window, *self._key).permutation(size)
         self._windows[lane] = (window, drawn)
         return drawn
 

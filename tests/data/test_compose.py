@@ -28,11 +28,11 @@ def recipe_of(compose: str, epoch_samples: int | None = None) -> Recipe:
     return replace(recipe, data=replace(recipe.data, sources=sources, epoch_samples=epoch_samples))
 
 
-def plan_of(recipe: Recipe) -> StreamPlan:
+def plan_of(recipe: Recipe, sizes: dict[str, tuple[int, ...]] = SIZES) -> StreamPlan:
     sources = []
-    for name, counts in SIZES.items():
+    for name, counts in sizes.items():
         table = ShardTable(Shard(f"{name}-{i}.tar", count, 1000, "0" * 64) for i, count in enumerate(counts))
-        sources.append(OpenSource(name, ShardIndex(name, table), recipe.data.sources[name]))
+        sources.append(OpenSource(name, ShardIndex(name, table), Source(shards=name)))
     return StreamPlan(recipe, sources)
 
 
@@ -75,6 +75,27 @@ def test_sources_side_by_side_give_a_sample_each() -> None:
     assert [place.source for place in micro] == [0, 0, 1, 1], "one source after the other"
     assert len({place.position for place in micro}) == 4, "no two sources share their random numbers"
     assert plan.composition.source_of(3) is None
+
+
+@pytest.mark.parametrize(("compose", "turns"), [("alternate", 2), ("together", 1)])
+def test_sources_of_one_shape_do_not_walk_in_lockstep(compose: str, turns: int) -> None:
+    recipe = recipe_of(compose)
+    recipe = replace(recipe, data=replace(recipe.data, shuffle_window=64))
+    plan = plan_of(recipe, {"photos": (24,), "paintings": (24,)})
+    met: list[tuple[int, int]] = []
+    for step in range(0, 2 * plan.steps_per_epoch, turns):
+        places = [place for turn in range(turns) for place in step_of(plan, step + turn, 1)]
+        rows = [[place.row for place in places if place.source == source] for source in (0, 1)]
+        met += zip(*rows, strict=True)
+    assert len(met) == 48 and len(set(met[:24]) & set(met[24:])) < 8, "other partners in the second epoch"
+    assert sum(one == other for one, other in met) < 12
+
+
+def test_the_order_of_mixed_sources_stays() -> None:
+    """Runs that were begun go on with it."""
+    places = [place for step in range(2) for place in step_of(plan_of(recipe_of("mixed")), step, 1)]
+    first = [(0, 1, 2), (0, 0, 8), (0, 1, 0), (1, 0, 0), (0, 1, 1), (0, 1, 3), (1, 0, 2), (1, 0, 1)]
+    assert [(place.source, place.shard, place.row) for place in places] == first
 
 
 @pytest.mark.parametrize("compose", ["mixed", "alternate", "together"])
