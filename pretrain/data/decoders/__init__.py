@@ -130,7 +130,11 @@ class PartReader(VideoReader):
 
     def __init__(self, reader: VideoReader, segment: Segment) -> None:
         self._reader, self.fps = reader, reader.fps
-        self._times = reader.times()
+        try:
+            self._times = reader.times()
+        except SampleError:
+            reader.close()
+            raise
         end = np.inf if segment.end is None else segment.end
         bounds = np.searchsorted(self._times, np.array([segment.start, end]) - ROUNDING_S)
         self._first, self.num_frames = int(bounds[0]), int(bounds[1] - bounds[0])
