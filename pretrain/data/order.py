@@ -83,6 +83,20 @@ def _weights(shapes: list[SourceShape]) -> list[float] | None:
     return weights
 
 
+def check_lanes(samples: int, lanes: int, orders: int = 1) -> None:
+    """Check that the samples of an epoch fill its lanes; `orders` share data.epoch_samples.
+
+    Raises:
+        DataError: they don't.
+    """
+    if samples < lanes:
+        whose = f"an epoch has {samples} samples" + (" of each source" if orders > 1 else "")
+        raise DataError(
+            f"{whose} but data.lanes is {lanes}: set data.lanes to at most {samples}, or "
+            f"data.epoch_samples to at least {orders * lanes}"
+        )
+
+
 class EpochOrder:
     """Order of one epoch over several sources.
 
@@ -110,11 +124,7 @@ class EpochOrder:
         key: tuple[str, ...] = (),
     ) -> None:
         total = sum(quotas)
-        if total < lanes:
-            raise DataError(
-                f"an epoch has {total} samples but data.lanes is {lanes}: set data.lanes to at most {total}, or "
-                f"data.epoch_samples to at least {lanes}"
-            )
+        check_lanes(total, lanes)
         self.seed, self.epoch, self.lanes, self.window, self._key = seed, epoch, lanes, window, key
         self.lane_length = total // lanes
         self._shape_ends = [np.cumsum(shape.counts) for shape in shapes]

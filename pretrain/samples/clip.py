@@ -70,6 +70,13 @@ class Config(Input):
             found.append(f"input.decoder: {self.decoder} is not installed here; {hint}")
         return found
 
+    def source_problems(self, name: str, source: Source) -> list[str]:
+        """Say what in a source's section can't work beside this one."""
+        if self.fps is None or source.stride is None:
+            return []
+        found = f"data.sources.{name}.stride: found {source.stride}, allowed: null where input.fps={self.fps:g}"
+        return [f"{found} says which frames a clip has"]
+
     def describe(self) -> list[tuple[str, str, str]]:
         """Say what a clip is."""
         size = f"{self.frames} x {self.height} x {self.width}"
@@ -159,9 +166,9 @@ def random_frames(
         rng: The sample's.
     """
     if options.fps is not None:
-        latest = sampling.latest_start(reader.duration, options.frames, options.fps)
-        start = float(rng.random()) * latest
-        return reader.indices_at(sampling.clip_times(reader.duration, options.frames, options.fps, start))
+        duration = reader.duration
+        start = float(rng.random()) * sampling.latest_start(duration, options.frames, options.fps)
+        return reader.indices_at(sampling.clip_times(duration, options.frames, options.fps, start))
     step, phase = grid if options.grid == "auto" else (1, 0)
     every = sampling.clip_starts(reader.num_frames, options.frames, stride)
     starts = sampling.grid_starts(every, stride, step, phase)
@@ -171,8 +178,9 @@ def random_frames(
 def middle_frames(reader: VideoReader, options: Config, stride: int) -> sampling.Indices:
     """Give the frames of the clip in the middle of a video; arguments as for `random_frames`."""
     if options.fps is not None:
-        start = sampling.latest_start(reader.duration, options.frames, options.fps) / 2
-        return reader.indices_at(sampling.clip_times(reader.duration, options.frames, options.fps, start))
+        duration = reader.duration
+        start = sampling.latest_start(duration, options.frames, options.fps) / 2
+        return reader.indices_at(sampling.clip_times(duration, options.frames, options.fps, start))
     start = (sampling.clip_starts(reader.num_frames, options.frames, stride) - 1) // 2
     return sampling.clip_frames(reader.num_frames, options.frames, stride, start)
 

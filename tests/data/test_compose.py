@@ -12,6 +12,7 @@ from pretrain.data.compose import epoch_size
 from pretrain.data.index import Shard, ShardIndex, ShardTable
 from pretrain.data.samples import Place
 from pretrain.data.stream_plan import OpenSource, StreamPlan
+from pretrain.errors import DataError
 from pretrain.guards.results import StepResult
 from pretrain.guards.step_guard import StepGuard
 from pretrain.objectives.base import method_of, problems_of
@@ -113,6 +114,16 @@ def test_a_dry_run_counts_what_the_stream_will_serve(compose: str, epoch_samples
     plan = plan_of(recipe)
     served, steps = epoch_size(recipe.data, [sum(counts) for counts in SIZES.values()], recipe.batch.samples)
     assert (served, steps) == (plan.composition.positions, plan.steps_per_epoch)
+
+
+@pytest.mark.parametrize(("compose", "needed"), [("mixed", 30), ("alternate", 60), ("together", 30)])
+def test_what_an_error_advises_works(compose: str, needed: int) -> None:
+    recipe = recipe_of(compose)
+    recipe = replace(recipe, data=replace(recipe.data, lanes=30, epoch_samples=needed - 1))
+    with pytest.raises(DataError, match=f"data.epoch_samples to at least {needed}"):
+        plan_of(recipe)
+    recipe.data.epoch_samples = needed
+    assert plan_of(recipe).steps_per_epoch > 0
 
 
 def test_substitutes_stay_in_their_source() -> None:

@@ -10,6 +10,7 @@ held against the file's header and against every packet that is read; where it f
 
 import bisect
 import contextlib
+import functools
 import io
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -249,17 +250,23 @@ def _of(frames: list[av.VideoFrame], stamps: set[int]) -> dict[int, av.VideoFram
     return {frame.pts: frame for frame in frames if frame.pts in stamps}
 
 
-def frame_times(data: bytes, stamps: range | None, frames: int) -> npt.NDArray[np.float64]:
-    """List the times of a video's frames, seconds from the first one, for decoders that don't tell them.
+class UntimedReader(VideoReader):
+    """Reader by a library that tells no exact times of frames that it has not decoded; PyAV lists them, once."""
 
-    Raises:
-        SampleError: "decode" where that decoder sees another number of frames than there are time stamps.
-    """
-    with PyAVReader(data, stamps) as reader:
-        times = reader.times()
-    if len(times) != frames:
-        raise SampleError("decode", f"{frames} frames, and {len(times)} time stamps")
-    return times
+    def __init__(self, data: bytes, stamps: range | None) -> None:
+        self._data, self._stamps = data, stamps
+
+    def times(self) -> npt.NDArray[np.float64]:
+        """Return times by time stamps; "decode" also where the library sees another number of frames."""
+        return self._times
+
+    @functools.cached_property
+    def _times(self) -> npt.NDArray[np.float64]:
+        with PyAVReader(self._data, self._stamps) as reader:
+            times = reader.times()
+        if len(times) != self.num_frames:
+            raise SampleError("decode", f"{self.num_frames} frames, and {len(times)} time stamps")
+        return times
 
 
 def open_reader(data: bytes, stamps: range | None) -> VideoReader:
