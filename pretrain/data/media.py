@@ -55,9 +55,14 @@ def kind_of_ending(ending: str) -> Kind | None:
     return next((kind for kind, endings in ENDINGS.items() if last in endings), None)
 
 
+def endings_of(kind: Kind) -> frozenset[str]:
+    """Give the endings of all files that can be taken for one of `kind`."""
+    return ENDINGS[kind] | ALSO.get(kind, frozenset())
+
+
 def is_of_kind(name: str, kind: Kind) -> bool:
     """Tell whether a file can be taken for one of `kind`."""
-    return extension_of(name) in ENDINGS[kind] | ALSO.get(kind, frozenset())
+    return extension_of(name) in endings_of(kind)
 
 
 def plural_of(kinds: Iterable[Kind]) -> str:

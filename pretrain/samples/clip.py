@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.data.decoders import VideoReader, open_video
+from pretrain.data.decoders import DECODERS, Decoder, VideoReader, open_video
 from pretrain.data.decoders.crops import Box
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
@@ -22,12 +22,6 @@ from pretrain.samples import sampling, transforms
 
 #: What a method draws for one view beside its pixels, mask indices for example: named arrays.
 ViewTensors = Callable[[Draw], dict[str, np.ndarray]]
-#: What to install for each decoder, and the module that tells whether it is there.
-DECODERS = {
-    "decord": ("decord", "pip install decord (Linux x86-64 only), or input.decoder=pyav"),
-    "pyav": ("av", "pip install av"),
-    "torchcodec": ("torchcodec", "pip install 'tubelet[torchcodec]', or input.decoder=pyav"),
-}
 
 
 @dataclass
@@ -51,7 +45,7 @@ class Config(Input):
     """crops and masks drawn from each decoded clip (repeated augmentation)"""
     crop: Literal["multiscale", "center"] = "multiscale"
     """multiscale: the official MultiScaleCrop; center: short side resized, centre cut"""
-    decoder: Literal["decord", "pyav", "torchcodec"] = "pyav"
+    decoder: Decoder = "pyav"
     """library that decodes video"""
     grid: Literal["auto", "off"] = "auto"
     """auto: clips of a video that pack.py encoded begin on its grid of reference frames (random phase for each video),
