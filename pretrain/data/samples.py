@@ -183,6 +183,7 @@ class SampleMaker:
                 raw = read()
                 note(f"data: decoding {raw.key} of {raw.url}")
                 # Reading stays outside: its deadline is its own, and a slow store must not count as a hung decoder.
+                # Only films in place are read on in here, and for less than the deadline (linked_video.PATIENCE).
                 with self._decoding.of((place.source, shard, row)):
                     arrays = self._samples(place, self._sources[place.source], parse_sample(raw))
                 return Sample(place, raw.key, arrays, bad)
