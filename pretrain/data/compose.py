@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pretrain.data.order import EpochOrder, Ints, SourceShape, epoch_quotas
+from pretrain.data.order import EpochOrder, Ints, SourceShape, check_lanes, epoch_quotas
 from pretrain.data.samples import Place
 from pretrain.recipe.schema import Data
 
@@ -55,13 +55,22 @@ class Mixed(Composition):
         data: the recipe's section: lanes, window.
         samples: of a step.
         seed: run.seed.
+        key: of its order among others; see `EpochOrder`.
     """
 
-    def __init__(self, shapes: list[SourceShape], quotas: list[int], data: Data, samples: int, seed: int) -> None:
+    def __init__(
+        self,
+        shapes: list[SourceShape],
+        quotas: list[int],
+        data: Data,
+        samples: int,
+        seed: int,
+        key: tuple[str, ...] = (),
+    ) -> None:
         self._samples = samples
 
         def order(epoch: int) -> EpochOrder:
-            return EpochOrder(shapes, quotas, seed, epoch, data.lanes, data.shuffle_window)
+            return EpochOrder(shapes, quotas, seed, epoch, data.lanes, data.shuffle_window, key)
 
         # Two: a worker's read-ahead may be in the next epoch already.
         self.order = functools.lru_cache(maxsize=2)(order)
@@ -90,10 +99,12 @@ class _Apart(Composition):
 
     def __init__(self, shapes: list[SourceShape], quota: int, data: Data, samples: int, seed: int) -> None:
         count = len(shapes)
+        check_lanes(quota, data.lanes, _turns(data, count))
         # The others take part with a quota of 0: a place's source stays the number that it has in the recipe.
         self._each = [
-            Mixed(shapes, [quota if own == source else 0 for own in range(count)], data, samples, seed)
-            for source in range(count)
+            # Keyed by name: else all would draw one permutation, and the same samples would meet in every epoch.
+            Mixed(shapes, [quota if own == source else 0 for own in range(count)], data, samples, seed, (shape.name,))
+            for source, shape in enumerate(shapes)
         ]
         self.positions = count * self._each[0].positions
 
@@ -176,16 +187,19 @@ def epoch_size(data: Data, sizes: Sequence[int], samples: int) -> tuple[int, int
         served = (data.epoch_samples or sum(sizes)) // data.lanes * data.lanes
         return served, served // samples
     served = _quota(data, sizes) // data.lanes * data.lanes
-    turns = len(sizes) if data.compose == "alternate" else 1
-    return served * len(sizes), served // samples * turns
+    return served * len(sizes), served // samples * _turns(data, len(sizes))
 
 
 def _quota(data: Data, sizes: Sequence[int]) -> int:
     """Count the samples of each source in an epoch where sources are kept apart: as many as the largest has."""
     if data.epoch_samples is None:
         return max(sizes)
-    shares = len(sizes) if data.compose == "alternate" else 1
-    return data.epoch_samples // shares
+    return data.epoch_samples // _turns(data, len(sizes))
+
+
+def _turns(data: Data, sources: int) -> int:
+    """Count the sources that take turns, and share data.epoch_samples."""
+    return sources if data.compose == "alternate" else 1
 
 
 def slots_of(part: int, micro: int, rank: int, world_size: int) -> Ints:

@@ -5,7 +5,6 @@ A sample's members are adjacent in its shard, so one range read fetches it, what
 
 import functools
 import io
-import posixpath
 import tarfile
 import zlib
 from collections import deque
@@ -17,7 +16,7 @@ from typing import TypeVar
 from pretrain.data.cache import ShardCache
 from pretrain.data.index import MemberTable, Shard, ShardIndex, load_members, members_name, store_error
 from pretrain.data.linked_video import VideoFile, open_link
-from pretrain.data.media import LINK_ENDING, SPAN_ENDING
+from pretrain.data.media import LINK_ENDING, SPAN_ENDING, extension_of
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
 
@@ -99,8 +98,8 @@ class SampleReader:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             plain = ((member.name.rsplit(".", 1)[-1], tar.extractfile(member)) for member in tar if member.isfile())
             files = {ending: file.read() for ending, file in plain if file and ending in (LINK_ENDING, SPAN_ENDING)}
-        ending = posixpath.splitext(files[LINK_ENDING].decode())[1].lstrip(".").lower()
-        return {ending: open_link(files[LINK_ENDING].decode(), files.get(SPAN_ENDING), self._deadline_s)}
+        where = files[LINK_ENDING].decode()
+        return {extension_of(where): open_link(where, files.get(SPAN_ENDING), self._deadline_s)}
 
     def key(self, source: int, shard: int, row: int) -> str:
         """Look up a sample's key in the member table, or its row where the table can't be read; for reports."""

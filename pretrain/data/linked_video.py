@@ -4,6 +4,7 @@ A film of two hours has some hundred megabytes; a clip of it needs the container
 frame and the clip's end. Blocks that were read are kept up to a limit, so that a reader never holds more than that.
 """
 
+import functools
 import io
 import json
 import logging
@@ -37,6 +38,8 @@ LIMIT = 8 << 20
 #: Share of the deadline that may pass in reads while a sample is decoded: after all of it the decoder counts as hung
 #: (crashes.py), which would make an unreachable store a bad sample.
 PATIENCE = 0.75
+#: Files whose sizes a process remembers.
+FILES = 4096
 _TOLD: set[str] = set()
 
 
@@ -173,6 +176,7 @@ class LinkedVideo(io.RawIOBase):
         Raises:
             SampleError, DataError: see `_fetch`.
         """
+        self._check_size()
         wanted = [*self.span.index, *([self.span.frames] if self.span.frames else [])]
         for first, last in _block_runs(wanted):
             # Not to the limit: what is read now must not be pushed out by the first blocks that are read later.
@@ -181,6 +185,15 @@ class LinkedVideo(io.RawIOBase):
             self._keep(first, self._fetch(first * BLOCK, min(last * BLOCK, self.span.size)))
         # A reader's thread waited for these bytes; decoding has its own time.
         self._left_s = PATIENCE * self._deadline_s
+
+    def _check_size(self) -> None:
+        # Else one that has grown, or was replaced by a larger one, would be read at byte ranges of another file.
+        try:
+            found = _size_of(self.url, self._deadline_s)
+        except StorageError as error:
+            raise linked_error(self.url, error) from error
+        if found != self.span.size:
+            raise SampleError("changed", f"{self.url}: {found} bytes now, {self.span.size} when it was indexed")
 
     def check(self) -> None:
         """Raise what the storage said, if it failed."""
@@ -253,6 +266,12 @@ class StillImage:
 
 #: What clips are cut from.
 Footage = VideoFile | StillImage
+
+
+@functools.lru_cache(maxsize=FILES)
+def _size_of(url: str, deadline_s: float) -> int:
+    """Look up the size of a file; once for its many segments, since an object store takes a request for it."""
+    return storage.size(url, deadline_s, denied_for_good=False)
 
 
 def linked_error(url: str, error: StorageError) -> SampleError | DataError:

@@ -61,9 +61,14 @@ def main_member(endings: Iterable[str], stated: object) -> str | None:
     return min(endings, key=lambda ending: (ending != stated, "." in ending), default=None)
 
 
+def endings_of(kind: Kind) -> frozenset[str]:
+    """Give the endings of all files that can be taken for one of `kind`."""
+    return ENDINGS[kind] | ALSO.get(kind, frozenset())
+
+
 def is_of_kind(name: str, kind: Kind) -> bool:
     """Tell whether a file can be taken for one of `kind`."""
-    return extension_of(name) in ENDINGS[kind] | ALSO.get(kind, frozenset())
+    return extension_of(name) in endings_of(kind)
 
 
 def plural_of(kinds: Iterable[Kind]) -> str:

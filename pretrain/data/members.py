@@ -8,13 +8,12 @@ from typing import Any
 from pretrain.data.fetch import RawSample
 from pretrain.data.linked_video import Footage, LinkedVideo, StillImage, VideoFile
 from pretrain.data.media import (
-    ALSO,
     ENDINGS,
     LABEL_ENDING,
     SOUND_ENDINGS,
     TEXT_ENDINGS,
     VIDEO_ENDINGS,
-    Kind,
+    endings_of,
     main_member,
 )
 from pretrain.errors import SampleError
@@ -55,13 +54,13 @@ class Members:
         Raises:
             SampleError: "index" where there is neither.
         """
-        if self._find(_endings("image"), name) and not self._find(VIDEO_ENDINGS, name):
+        if self._find(endings_of("image"), name) and not self._find(VIDEO_ENDINGS, name):
             return StillImage(self.image(name))
         return self.video(name)
 
     def image(self, name: str = "") -> bytes:
         """Return the image among them, for `decoders.image`. Errors as for `video`."""
-        return self._of_kind(_endings("image"), "image (.jpg or another of {})", name)
+        return self._of_kind(endings_of("image"), "image (.jpg or another of {})", name)
 
     def sound(self, name: str = "") -> VideoFile:
         """Return the sound among them, for `decoders.sound`: a sound file, or else the video, whose sound is meant.
@@ -149,11 +148,15 @@ class Members:
         for name in names:
             if f"{name}.json" in self.files:
                 try:
-                    return parse_json(self.files[f"{name}.json"], SAMPLE_JSON_BYTES)
+                    content = parse_json(self.files[f"{name}.json"], SAMPLE_JSON_BYTES)
                 except ValueError as error:
                     raise SampleError(reason, f"{name}.json is damaged: {error}") from error
-        meta = self.facts.get("meta")
-        for section in (self.facts, meta if isinstance(meta, dict) else {}):
+                if content is None:
+                    raise SampleError(reason, f"{name}.json holds null")
+                return content
+        facts = self._object(reason)
+        meta = facts.get("meta")
+        for section in (facts, meta if isinstance(meta, dict) else {}):
             for name in names:
                 if section.get(name) is not None:
                     return section[name]
@@ -175,10 +178,14 @@ class Members:
         Raises:
             SampleError: "label" where the json is damaged, or no object.
         """
+        return self._object("label")
+
+    def _object(self, reason: str) -> dict[str, Any]:
+        """Return the sample's json, for what `reason` names."""
         if isinstance(self._json, ValueError):
-            raise SampleError("label", f"the sample's json is damaged: {self._json}") from self._json
+            raise SampleError(reason, f"the sample's json is damaged: {self._json}") from self._json
         if not isinstance(self._json, dict):
-            raise SampleError("label", f"the sample's json holds {type(self._json).__name__}, an object is allowed")
+            raise SampleError(reason, f"the sample's json holds {type(self._json).__name__}, an object is allowed")
         return self._json
 
     @property
@@ -221,10 +228,6 @@ class Members:
             found = [None]
         # Not isinstance: a json's true would pass for 1.
         return found if all(type(number) is int for number in found) else [-1] * len(names)
-
-
-def _endings(kind: Kind) -> frozenset[str]:
-    return ENDINGS[kind] | ALSO.get(kind, frozenset())
 
 
 def parse_sample(raw: RawSample) -> Members:

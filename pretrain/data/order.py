@@ -83,6 +83,20 @@ def _weights(shapes: list[SourceShape]) -> list[float] | None:
     return weights
 
 
+def check_lanes(samples: int, lanes: int, orders: int = 1) -> None:
+    """Check that the samples of an epoch fill its lanes; `orders` share data.epoch_samples.
+
+    Raises:
+        DataError: they don't.
+    """
+    if samples < lanes:
+        whose = f"an epoch has {samples} samples" + (" of each source" if orders > 1 else "")
+        raise DataError(
+            f"{whose} but data.lanes is {lanes}: set data.lanes to at most {samples}, or "
+            f"data.epoch_samples to at least {orders * lanes}"
+        )
+
+
 class EpochOrder:
     """Order of one epoch over several sources.
 
@@ -93,26 +107,31 @@ class EpochOrder:
         epoch: Epoch, from 0.
         lanes: Lanes of the order, C.
         window: Neighbouring samples of a lane that are shuffled among each other.
+        key: Words that its permutations are keyed by besides seed and epoch, for orders that run side by side.
 
     Raises:
         DataError: fewer samples than lanes.
     """
 
     def __init__(
-        self, shapes: list[SourceShape], quotas: list[int], seed: int, epoch: int, lanes: int, window: int
+        self,
+        shapes: list[SourceShape],
+        quotas: list[int],
+        seed: int,
+        epoch: int,
+        lanes: int,
+        window: int,
+        key: tuple[str, ...] = (),
     ) -> None:
         total = sum(quotas)
-        if total < lanes:
-            raise DataError(
-                f"an epoch has {total} samples but data.lanes is {lanes}: set data.lanes to at most {total}, or "
-                f"data.epoch_samples to at least {lanes}"
-            )
-        self.seed, self.epoch, self.lanes, self.window = seed, epoch, lanes, window
+        check_lanes(total, lanes)
+        self.seed, self.epoch, self.lanes, self.window, self._key = seed, epoch, lanes, window, key
         self.lane_length = total // lanes
         self._shape_ends = [np.cumsum(shape.counts) for shape in shapes]
         units = [_units(s, shape, quotas[s], seed, epoch) for s, shape in enumerate(shapes)]
         # Permuted over all sources before the line is cut into lanes: else a lane would hold one source after another.
-        self._units = np.concatenate(units, axis=1)[:, generator(seed, epoch, "units").permutation(_width(units))]
+        permutation = generator(seed, epoch, "units", *key).permutation(_width(units))
+        self._units = np.concatenate(units, axis=1)[:, permutation]
         self._starts = np.cumsum(self._units[4]) - self._units[4]
         self._windows: dict[int, tuple[int, Ints]] = {}
 
@@ -156,7 +175,7 @@ class EpochOrder:
         if known is not None and known[0] == window:
             return known[1]
         size = min(self.window, self.lane_length - window * self.window)
-        drawn = generator(self.seed, self.epoch, lane, window).permutation(size)
+        drawn = generator(self.seed, self.epoch, lane, window, *self._key).permutation(size)
         self._windows[lane] = (window, drawn)
         return drawn
 

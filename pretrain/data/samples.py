@@ -86,6 +86,8 @@ class Samples(abc.ABC):
     def without_chance(self, source: SourceInfo, members: Members) -> Arrays:
         """Make the one row [1, ...] by which the sample is judged: no random crop, mask or mirror.
 
+        Rows of all samples have one shape: they are joined without `collate`.
+
         Raises:
             SampleError: the sample can't be used.
         """
@@ -98,9 +100,8 @@ class Samples(abc.ABC):
             the tensors [B, ...]; `position`, `view`, `source`, `epoch` int64 [B]; `key` list of B; `bad` the records of
             unusable samples. A kind with ragged parts pads or lists them here.
         """
-        arrays = samples[0].arrays
-        batch: Batch = {name: torch.from_numpy(_joined([sample.arrays[name] for sample in samples])) for name in arrays}
-        return batch | index_columns(samples, views=len(next(iter(arrays.values()))))
+        batch = joined([sample.arrays for sample in samples])
+        return batch | index_columns(samples, views=len(next(iter(samples[0].arrays.values()))))
 
 
 def index_columns(samples: list[Sample], views: int) -> Batch:
@@ -135,9 +136,11 @@ def stacked(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    """Join arrays one after the other; a single one is not copied."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+def joined(rows: list[Arrays]) -> Batch:
+    """Join the arrays of several samples to tensors, one after the other; those of a single one are not copied."""
+    if len(rows) == 1:
+        return {name: torch.from_numpy(array) for name, array in rows[0].items()}
+    return {name: torch.from_numpy(np.concatenate([arrays[name] for arrays in rows])) for name in rows[0]}
 
 
 class SampleMaker:
@@ -180,6 +183,7 @@ class SampleMaker:
                 raw = read()
                 note(f"data: decoding {raw.key} of {raw.url}")
                 # Reading stays outside: its deadline is its own, and a slow store must not count as a hung decoder.
+                # Only films in place are read on in here, and for less than the deadline (linked_video.PATIENCE).
                 with self._decoding.of((place.source, shard, row)):
                     arrays = self._samples(place, self._sources[place.source], parse_sample(raw))
                 return Sample(place, raw.key, arrays, bad)

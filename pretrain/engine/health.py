@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.data.fetch import SampleReader, read_ahead
 from pretrain.data.index import load_index
 from pretrain.data.members import parse_sample
-from pretrain.data.samples import Arrays, Batch, SourceInfo
+from pretrain.data.samples import Arrays, Samples, SourceInfo, joined
 from pretrain.errors import DataError, RecipeError, SampleError
 from pretrain.metrics.neighbours import leave_one_out_scores
 from pretrain.metrics.ranking import accuracy
@@ -37,7 +36,7 @@ def open_health(method: Method, ranks: Ranks, objective: Objective) -> "HealthSi
     """Open the signal that the recipe asks for, if any.
 
     Raises:
-        RecipeError: the method gives no features.
+        RecipeError: the method gives no features, or its samples no rows to judge.
         DataError: health.shards can't be read.
     """
     recipe = method.recipe
@@ -45,6 +44,10 @@ def open_health(method: Method, ranks: Ranks, objective: Objective) -> "HealthSi
         return None
     if type(objective).features is Objective.features:
         raise RecipeError(f"health.shards: objective {recipe.objective.name} has no `features`; set health.shards=null")
+    if type(method.samples()).without_chance is Samples.without_chance:
+        raise RecipeError(
+            f"health.shards: samples of input.name={recipe.input.name} have no `without_chance`; set health.shards=null"
+        )
     return HealthSignal(method, ranks)
 
 
@@ -78,7 +81,9 @@ class HealthSignal:
         labels: list[str] = []
         features: list[Tensor] = []
         for batch in self._batches():
-            features.append(objective.features(self._rows([arrays for _, _, arrays in batch])).cpu())
+            rows = joined([arrays for _, _, arrays in batch])
+            on_device = {name: value.to(self._ranks.device) for name, value in rows.items()}
+            features.append(objective.features(on_device).cpu())
             numbers += [number for number, _, _ in batch]
             labels += [label for _, label, _ in batch]
         self._keep_up(objective, len(features))
@@ -141,10 +146,3 @@ class HealthSignal:
         if isinstance(label, bool) or not isinstance(label, str | int):
             raise SampleError("label", f"{label!r} is no class name or number")
         return number, str(label), self._samples.without_chance(self._source, members)
-
-    def _rows(self, samples: list[Arrays]) -> Batch:
-        """Join samples to a batch on the rank's device."""
-        return {
-            name: torch.from_numpy(np.concatenate([arrays[name] for arrays in samples])).to(self._ranks.device)
-            for name in samples[0]
-        }

@@ -307,6 +307,8 @@ def problems_of(method: Method, ranks: int | None = None) -> list[str]:
         return unusable
     wrong_input = recipe.input.problems()
     problems = check_recipe(recipe, ranks) + _unread_sections(method) + wrong_input
+    for name, source in recipe.data.sources.items():
+        problems += recipe.input.source_problems(name, source)
     if wrong_input:
         # Zero frames can't be cut into cubes: what a model would say of a size that is wrong in itself misleads.
         return problems

@@ -215,6 +215,8 @@ def _check_batch(recipe: Recipe, ranks: int | None) -> list[str]:
     if samples % micro:
         problems.append(f"batch.micro: found {micro}, allowed: a divisor of batch.samples = {samples}")
     epoch = recipe.data.epoch_samples
-    if epoch is not None and 0 < epoch < samples:
-        problems.append(f"data.epoch_samples: {epoch} videos are less than one step of batch.samples = {samples}")
+    turns = len(recipe.data.sources) if recipe.data.compose == "alternate" else 1
+    if epoch is not None and 0 < epoch < samples * turns:
+        step = f"one step of batch.samples = {samples}" + (f" of each of {turns} sources" if turns > 1 else "")
+        problems.append(f"data.epoch_samples: {epoch} videos are less than {step}")
     return problems

@@ -40,6 +40,10 @@ class Input:
         """Say what in this section can't work."""
         return [] if self.views > 0 else [f"input.views: found {self.views}, allowed: more than 0"]
 
+    def source_problems(self, name: str, source: Source) -> list[str]:
+        """Say what in a source's section can't work beside this one."""
+        return []
+
     def describe(self) -> list[tuple[str, str, str]]:
         """Say in rows of name, value and remark what a row of the batch is, for the dry run and the model card."""
         return []

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.data.decoders import VideoReader, open_video
+from pretrain.data.decoders import DECODERS, Decoder, VideoReader, open_video
 from pretrain.data.decoders.crops import Box
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
@@ -22,12 +22,6 @@ from pretrain.samples import sampling, transforms
 
 #: What a method draws for one view beside its pixels, mask indices for example: named arrays.
 ViewTensors = Callable[[Draw], dict[str, np.ndarray]]
-#: What to install for each decoder, and the module that tells whether it is there.
-DECODERS = {
-    "decord": ("decord", "pip install decord (Linux x86-64 only), or input.decoder=pyav"),
-    "pyav": ("av", "pip install av"),
-    "torchcodec": ("torchcodec", "pip install 'tubelet[torchcodec]', or input.decoder=pyav"),
-}
 
 
 @dataclass
@@ -51,7 +45,7 @@ class Config(Input):
     """crops and masks drawn from each decoded clip (repeated augmentation)"""
     crop: Literal["multiscale", "center"] = "multiscale"
     """multiscale: the official MultiScaleCrop; center: short side resized, centre cut"""
-    decoder: Literal["decord", "pyav", "torchcodec"] = "pyav"
+    decoder: Decoder = "pyav"
     """library that decodes video"""
     grid: Literal["auto", "off"] = "auto"
     """auto: clips of a video that pack.py encoded begin on its grid of reference frames (random phase for each video),
@@ -69,6 +63,13 @@ class Config(Input):
         if importlib.util.find_spec(module) is None:
             found.append(f"input.decoder: {self.decoder} is not installed here; {hint}")
         return found
+
+    def source_problems(self, name: str, source: Source) -> list[str]:
+        """Say what in a source's section can't work beside this one."""
+        if self.fps is None or source.stride is None:
+            return []
+        found = f"data.sources.{name}.stride: found {source.stride}, allowed: null where input.fps={self.fps:g}"
+        return [f"{found} says which frames a clip has"]
 
     def describe(self) -> list[tuple[str, str, str]]:
         """Say what a clip is."""
@@ -159,9 +160,9 @@ def random_frames(
         rng: The sample's.
     """
     if options.fps is not None:
-        latest = sampling.latest_start(reader.duration, options.frames, options.fps)
-        start = float(rng.random()) * latest
-        return reader.indices_at(sampling.clip_times(reader.duration, options.frames, options.fps, start))
+        duration = reader.duration
+        start = float(rng.random()) * sampling.latest_start(duration, options.frames, options.fps)
+        return reader.indices_at(sampling.clip_times(duration, options.frames, options.fps, start))
     step, phase = grid if options.grid == "auto" else (1, 0)
     every = sampling.clip_starts(reader.num_frames, options.frames, stride)
     starts = sampling.grid_starts(every, stride, step, phase)
@@ -171,8 +172,9 @@ def random_frames(
 def middle_frames(reader: VideoReader, options: Config, stride: int) -> sampling.Indices:
     """Give the frames of the clip in the middle of a video; arguments as for `random_frames`."""
     if options.fps is not None:
-        start = sampling.latest_start(reader.duration, options.frames, options.fps) / 2
-        return reader.indices_at(sampling.clip_times(reader.duration, options.frames, options.fps, start))
+        duration = reader.duration
+        start = sampling.latest_start(duration, options.frames, options.fps) / 2
+        return reader.indices_at(sampling.clip_times(duration, options.frames, options.fps, start))
     start = (sampling.clip_starts(reader.num_frames, options.frames, stride) - 1) // 2
     return sampling.clip_frames(reader.num_frames, options.frames, stride, start)
 

@@ -68,12 +68,14 @@ class Tokenizer:
         vocabulary: number of ids; a text tower needs as many.
 
     Raises:
-        DataError: no such file, none that the library reads, or a package is missing.
+        DataError: no such file, none that the library reads, a package is missing, or a pad for `clip`.
     """
 
     def __init__(
         self, source: str = CLIP, context: int = 77, *, too_long: Literal["cut", "refuse"], pad: str | None = None
     ) -> None:
+        if source == CLIP and pad is not None:
+            raise DataError(f"tokenizer={CLIP}, pad={pad!r}: it pads with id 0, as open_clip does; leave pad out")
         self.source, self.context, self.too_long = source, context, too_long
         self._content, stated = ("", None) if source == CLIP else _read(source)
         self._pad = pad or stated

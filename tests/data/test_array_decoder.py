@@ -3,8 +3,12 @@
 import io
 import struct
 import sys
+import tracemalloc
+import zipfile
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -96,6 +100,50 @@ def test_sizes_are_checked_before_anything_is_read() -> None:
         decode_arrays(_stating((1 << 20,)))
 
 
+def test_numbers_that_get_larger_count_as_they_become() -> None:
+    with pytest.raises(SampleError, match="too_large: 4000 bytes"):
+        decode_arrays(save({"x": torch.zeros(1000, dtype=torch.bfloat16)}), max_bytes=3000)
+
+
+def test_an_archive_that_understates_its_size_is_not_unpacked() -> None:
+    data = bytearray(_npz({"a": np.zeros(1 << 24)}))
+    data[(entry := data.rfind(b"PK\x01\x02") + 24) : entry + 4] = struct.pack("<I", 1000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(SampleError, match="decode"):
+            decode_arrays(bytes(data), max_bytes=2000)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a.npy", array_bytes(HOLES))
+    with pytest.raises(SampleError, match="a.npy is compressed by a method"):
+        decode_arrays(target.getvalue())
+
+
+def test_hdf5_files_that_name_others_are_refused(tmp_path: Path) -> None:
+    other, numbers = tmp_path / "other.h5", tmp_path / "numbers.bin"
+    other.write_bytes(hdf5_bytes({"x": np.arange(10.0)}))
+    numbers.write_bytes(np.arange(10.0).tobytes())
+    virtual = h5py.VirtualLayout((10,), "f8")
+    virtual[:] = h5py.VirtualSource(str(other), "x", shape=(10,))
+    writers: dict[str, Any] = {
+        "linked": lambda file: file.__setitem__("group/linked", h5py.ExternalLink(str(other), "x")),
+        "virtual": lambda file: file.create_virtual_dataset("virtual", virtual),
+        "external": lambda file: file.create_dataset("external", (10,), "f8", external=[(str(numbers), 0, 80)]),
+        "empty": lambda file: file.__setitem__("empty", h5py.Empty("f8")),
+    }
+    for name, write in writers.items():
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["own"], file["own_too"] = HOLES, h5py.SoftLink("/own")
+            write(file)
+        with pytest.raises(SampleError) as error:
+            decode_arrays((tmp_path / f"{name}.h5").read_bytes())
+        what = "without numbers" if name == "empty" else "in another file"
+        assert error.value.reason == "decode" and f"{name}'" in str(error.value) and what in str(error.value)
+
+
 RASTER = RNG.integers(0, 60000, (4, 35, 61)).astype(np.uint16)
 
 
@@ -111,6 +159,15 @@ def test_geotiff(options: dict[str, Any]) -> None:
 
 def test_float_rasters_keep_their_holes() -> None:
     assert _same(decode_raster(geotiff_bytes(HOLES[None], nodata=float("nan"))), HOLES[None])
+
+
+def test_whole_complex_numbers_of_radar() -> None:
+    real, imaginary = RNG.integers(-30000, 30000, (2, 1, 5, 4))
+    numbers = (real + 1j * imaginary).astype(np.complex64)
+    data = geotiff_bytes(numbers, dtype="complex_int16")
+    assert _same(decode_raster(data), numbers) and probe_raster(data).dtype == "complex64"
+    with pytest.raises(SampleError, match=f"too_large: {8 * numbers.size} bytes"):
+        decode_raster(data, max_bytes=4 * numbers.size)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pretrain.data.compose import epoch_size
 from pretrain.data.index import Shard, ShardIndex, ShardTable
 from pretrain.data.samples import Place
 from pretrain.data.stream_plan import OpenSource, StreamPlan
+from pretrain.errors import DataError
 from pretrain.guards.results import StepResult
 from pretrain.guards.step_guard import StepGuard
 from pretrain.objectives.base import method_of, problems_of
@@ -29,11 +30,11 @@ def recipe_of(compose: str, epoch_samples: int | None = None) -> Recipe:
     return replace(recipe, data=replace(recipe.data, sources=sources, epoch_samples=epoch_samples))
 
 
-def plan_of(recipe: Recipe) -> StreamPlan:
+def plan_of(recipe: Recipe, sizes: dict[str, tuple[int, ...]] = SIZES) -> StreamPlan:
     sources = []
-    for name, counts in SIZES.items():
+    for name, counts in sizes.items():
         table = ShardTable(Shard(f"{name}-{i}.tar", count, 1000, "0" * 64) for i, count in enumerate(counts))
-        sources.append(OpenSource(name, ShardIndex(name, table), recipe.data.sources[name]))
+        sources.append(OpenSource(name, ShardIndex(name, table), Source(shards=name)))
     return StreamPlan(recipe.data, recipe.batch, recipe.run.seed, sources)
 
 
@@ -86,6 +87,27 @@ def test_sources_side_by_side_give_a_sample_each() -> None:
     assert plan.composition.source_of(3) is None
 
 
+@pytest.mark.parametrize(("compose", "turns"), [("alternate", 2), ("together", 1)])
+def test_sources_of_one_shape_do_not_walk_in_lockstep(compose: str, turns: int) -> None:
+    recipe = recipe_of(compose)
+    recipe = replace(recipe, data=replace(recipe.data, shuffle_window=64))
+    plan = plan_of(recipe, {"photos": (24,), "paintings": (24,)})
+    met: list[tuple[int, int]] = []
+    for step in range(0, 2 * plan.steps_per_epoch, turns):
+        places = [place for turn in range(turns) for place in step_of(plan, step + turn, 1)]
+        rows = [[place.row for place in places if place.source == source] for source in (0, 1)]
+        met += zip(*rows, strict=True)
+    assert len(met) == 48 and len(set(met[:24]) & set(met[24:])) < 8, "other partners in the second epoch"
+    assert sum(one == other for one, other in met) < 12
+
+
+def test_the_order_of_mixed_sources_stays() -> None:
+    """Runs that were begun go on with it."""
+    places = [place for step in range(2) for place in step_of(plan_of(recipe_of("mixed")), step, 1)]
+    first = [(0, 1, 2), (0, 0, 8), (0, 1, 0), (1, 0, 0), (0, 1, 1), (0, 1, 3), (1, 0, 2), (1, 0, 1)]
+    assert [(place.source, place.shard, place.row) for place in places] == first
+
+
 @pytest.mark.parametrize("compose", ["mixed", "alternate", "together"])
 def test_a_position_knows_its_step(compose: str) -> None:
     plan = plan_of(recipe_of(compose))
@@ -101,6 +123,16 @@ def test_a_dry_run_counts_what_the_stream_will_serve(compose: str, epoch_samples
     plan = plan_of(recipe)
     served, steps = epoch_size(recipe.data, [sum(counts) for counts in SIZES.values()], recipe.batch.samples)
     assert (served, steps) == (plan.composition.positions, plan.steps_per_epoch)
+
+
+@pytest.mark.parametrize(("compose", "needed"), [("mixed", 30), ("alternate", 60), ("together", 30)])
+def test_what_an_error_advises_works(compose: str, needed: int) -> None:
+    recipe = recipe_of(compose)
+    recipe = replace(recipe, data=replace(recipe.data, lanes=30, epoch_samples=needed - 1))
+    with pytest.raises(DataError, match=f"data.epoch_samples to at least {needed}"):
+        plan_of(recipe)
+    recipe.data.epoch_samples = needed
+    assert plan_of(recipe).steps_per_epoch > 0
 
 
 def test_substitutes_stay_in_their_source() -> None:

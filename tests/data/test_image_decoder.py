@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 from pretrain.data.decoders.crops import Box
 from pretrain.data.decoders.image import ImageReader, decode_image
 from pretrain.errors import SampleError
-from tests.pack.media_files import image_bytes, picture, turned_jpeg
+from tests.pack.media_files import geotiff_bytes, image_bytes, picture, turned_jpeg
 
 PIXELS = picture()
 LOSSLESS: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}}
@@ -66,6 +66,21 @@ def test_grey_one_bit_and_sixteen_bits() -> None:
     deep = np.array([[0, 128, 257, 32767, 32768, 65535]], dtype=np.uint16).repeat(3, 0)
     assert decode_image(image_bytes(deep))[0, 0, :, 0].tolist() == [0, 0, 1, 127, 128, 255]
     assert decode_image(image_bytes(deep, "TIFF"))[0, 0, :, 0].tolist() == [0, 0, 1, 127, 128, 255]
+
+
+@pytest.mark.parametrize("compress", [None, "deflate"])
+def test_sixteen_bits_of_colour(compress: str | None) -> None:
+    deep = np.random.default_rng(3).integers(0, 65536, (3, 5, 7)).astype(np.uint16)
+    options = {"photometric": "RGB"} | ({"compress": compress} if compress else {})
+    found = decode_image(geotiff_bytes(deep, interleave="pixel", **options))
+    assert np.array_equal(found[0], (deep >> 8).transpose(1, 2, 0))
+    with pytest.raises(SampleError, match="decode: a TIFF of 16 bits with a plane for each channel"):
+        decode_image(geotiff_bytes(deep, interleave="band", **options))
+    with pytest.raises(SampleError, match="open: .*packed with --kind raster"):
+        decode_image(geotiff_bytes(np.concatenate([deep, deep[:2]]), interleave="pixel", **options))
+    planes = (deep >> 8).astype(np.uint8)
+    found = decode_image(geotiff_bytes(planes, interleave="band", **options))
+    assert np.array_equal(found[0], planes.transpose(1, 2, 0)), "with 8 bits it reads planes well"
 
 
 def test_cmyk_and_colour_profiles() -> None:

@@ -12,15 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import fsspec
 import numpy as np
 import pytest
 
 from pretrain.commands.pack import main
 from pretrain.data.decoders import open_video
+from pretrain.data.decoders.decord_reader import DecordReader
 from pretrain.data.fetch import SampleReader
 from pretrain.data.index import load_index
-from pretrain.data.linked_video import BLOCK, LIMIT, LinkedVideo, Span
+from pretrain.data.linked_video import BLOCK, LIMIT, LinkedVideo, Span, open_link
 from pretrain.data.members import parse_sample
 from pretrain.data.pack import linked_shards
 from pretrain.data.pack.film_index import read_index
@@ -30,6 +32,7 @@ from pretrain.runtime import storage
 from tests.conftest import S3Server
 from tests.faults.proxy import FaultProxy
 from tests.films import HARD, UNEVEN, film_maker, numbers_of, write_film
+from tests.pack.media_files import sound_bytes, wave
 
 KINDS: dict[str, dict[str, Any]] = {
     "front.mp4": {"front": True, "audio": True},
@@ -102,6 +105,23 @@ def test_promised_and_listed_segments_are_the_same(films: Callable[[str], Path])
             with open_video(LinkedVideo(path, Span(os.path.getsize(path), segment)), "pyav") as two:
                 assert isinstance(one.stamps, range) and list(one.stamps) == two.stamps  # type: ignore[attr-defined]
                 assert (one.frames(range(12)) == two.frames(range(12))).all()
+
+
+def test_segments_of_a_film_whose_time_stamps_repeat(films: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its frames can only be counted, and a segment is read from a key frame on."""
+    path = tmp_path / "twice.mkv"
+    with av.open(str(films("old.avi"))) as one, av.open(str(path), "w") as two:
+        stream = two.add_stream_from_template(one.streams.video[0])
+        for number, packet in enumerate(one.demux(one.streams.video[0])):
+            packet.stream = stream
+            packet.pts = packet.dts = number - (number % 20 == 11)
+            two.mux([packet] if packet.size else [])
+    for segment in SEGMENTS:
+        expected = shown_in("old.avi", segment)
+        for decoder in ("pyav", "decord"):
+            with open_video(LinkedVideo(str(path), linked(str(path), segment)), decoder) as reader:
+                assert reader.num_frames == len(expected), (segment, decoder)
+                assert numbers_of(reader.frames([0, len(expected) - 1])) == [expected[0], expected[-1]]
 
 
 def test_a_wrong_promise_costs_bytes_only(films: Callable[[str], Path]) -> None:
@@ -234,8 +254,44 @@ def test_what_is_wrong_with_a_linked_file(films: Callable[[str], Path], tmp_path
     assert reason(None) == "missing"
     assert reason(content[:-1000]) == "changed"
     assert reason(bytes(len(content))) == "open"
+    film.write_bytes(content + bytes(1000))
+    with pytest.raises(SampleError, match=f"changed.*{len(content) + 1000} bytes now, {len(content)} when"):
+        open_link(str(film), span.to_json(), 0.5)
+    with pytest.raises(SampleError, match="missing"):
+        open_link(str(tmp_path / "no.mp4"), span.to_json(), 0.5)
     with pytest.raises(SampleError, match="span"):
         Span.from_json(b'{"bytes": 3}')
+
+
+def test_files_are_opened_once_and_none_stays_open(
+    films: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, hidden = str(films("stream.ts")), str(films("edited.mp4"))
+    (tmp_path / "cut.mp4").write_bytes(films("front.mp4").read_bytes()[:-20_000])
+    (tmp_path / "sound.wav").write_bytes(sound_bytes(wave()))
+    opened, closed = [], []
+    whole, close = av.open, DecordReader.close
+
+    def open_noted(*arguments: Any, **more: Any) -> Any:
+        opened.append(whole(*arguments, **more))
+        return opened[-1]
+
+    monkeypatch.setattr(av, "open", open_noted)
+    monkeypatch.setattr(DecordReader, "close", lambda reader: closed.append(reader) or close(reader))
+    with open_video(LinkedVideo(path, Span(os.path.getsize(path), Segment(1, 2))), "pyav") as reader:
+        assert len(opened) == 1 and reader.num_frames == 25
+    for name, reason in (("cut.mp4", "decode"), ("sound.wav", "open")):
+        content = (tmp_path / name).read_bytes()
+        for video in (content, LinkedVideo(str(tmp_path / name), Span(len(content)))):
+            with pytest.raises(SampleError, match=reason):
+                open_video(video, "pyav")
+    # decord counts the hidden frames as well.
+    with pytest.raises(SampleError, match="decode"):
+        open_video(LinkedVideo(hidden, Span(os.path.getsize(hidden), Segment(1, 2))), "decord")
+    assert len(opened) == 6 and len(closed) == 1
+    for container in opened:
+        with pytest.raises(AssertionError, match="not open"):
+            container.seek(0)
 
 
 def test_a_store_that_fails_in_the_middle_is_no_bad_sample(

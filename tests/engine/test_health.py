@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.data.samples import Batch
+from pretrain.data.members import Members
+from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo
 from pretrain.engine.health import HealthSignal, open_health
 from pretrain.errors import DataError, RecipeError
 from pretrain.objectives.base import Objective, method_of, problems_of, warnings_of
@@ -80,6 +81,23 @@ def test_method_without_features_is_refused(toy: Any) -> None:
         open_health(method_of(recipe), ALONE, Objective())
     recipe.health.shards = None
     assert open_health(method_of(recipe), ALONE, Objective()) is None
+
+
+class Bare(Samples):
+    """Only what a kind of sample must have."""
+
+    def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
+        return {"video": np.zeros((1, 8, 32, 32, 3), np.uint8)}
+
+    def example(self, count: int) -> Batch:
+        raise NotImplementedError
+
+
+def test_samples_that_can_not_be_judged_are_refused_at_the_start(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = method_of(load_recipe(str(toy.recipe), ["health.shards=anywhere"]))
+    monkeypatch.setattr(method, "samples", Bare)
+    with pytest.raises(RecipeError, match="health.shards: samples of input.name=clip have no `without_chance`"):
+        open_health(method, ALONE, Brightness())
 
 
 def test_keys_are_checked(toy: Any) -> None:

@@ -85,8 +85,8 @@ def geotiff_bytes(pixels: np.ndarray[Any, Any], **options: Any) -> bytes:
     bands, height, width = pixels.shape
     with MemoryFile() as memory:
         with memory.open(
-            driver="GTiff", count=bands, height=height, width=width, dtype=pixels.dtype.name, crs="EPSG:32633",
-            transform=from_origin(500000, 4600000, 30, 30), **options,
+            **{"driver": "GTiff", "count": bands, "height": height, "width": width, "dtype": pixels.dtype.name,
+               "crs": "EPSG:32633", "transform": from_origin(500000, 4600000, 30, 30)} | options
         ) as file:  # fmt: skip
             file.write(pixels)
         return bytes(memory.read())

@@ -27,6 +27,8 @@ from pretrain.samples import clip
         (["input.stride=0"], "input.stride: found 0, allowed: more than 0"),
         (["input.frames=0"], "input.frames: found 0"),
         (["data.epoch_samples=3"], "data.epoch_samples: 3 videos are less than one step"),
+        (["data.epoch_samples=9", "data.compose=alternate"], "than one step of batch.samples = 8 of each of 2 sources"),
+        (["input.fps=8", "data.sources.actions.stride=2"], "data.sources.actions.stride: found 2, allowed: null where"),
         (["schedule.warmup_epochs=500"], "schedule.warmup_epochs: 500"),
         (["optim.base_min_lr=1"], "optim.base_min_lr: 1 is more than optim.base_lr"),
         (["optim.betas=[0.9, 1]"], "optim.betas: found [0.9, 1.0]"),

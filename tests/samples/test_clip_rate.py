@@ -48,6 +48,15 @@ def test_sources_of_any_rate_show_the_same_seconds(decoder: str) -> None:
     assert abs(shown(25, 0)[0] - shown(25, 1)[0]) > 0.1, "the start is drawn"
 
 
+def test_times_are_listed_once_for_a_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("decord")
+    content, opened, whole = film(12), [], av.open
+    monkeypatch.setattr(av, "open", lambda *one, **more: opened.append(one) or whole(*one, **more))
+    samples = ClipSamples(Config(frames=6, fps=4.0, height=32, width=32, decoder="decord"), seed=3)
+    samples(Place(0, 0, 0, 0, 0), SourceInfo("films", (), Source(shards="")), Members({"mp4": content}))
+    assert len(opened) == 1
+
+
 def test_the_middle_is_the_middle_at_any_rate() -> None:
     options = Config(frames=6, fps=4.0, height=32, width=32)
     source = SourceInfo("films", (), Source(shards=""))

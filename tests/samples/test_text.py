@@ -191,6 +191,8 @@ def test_padding_must_be_known(tmp_path: Path) -> None:
     assert Tokenizer(str(path), 9, too_long="cut", pad="</s>").pad_id == 1
     with pytest.raises(DataError, match="no token '<blank>'"):
         Tokenizer(str(path), 9, too_long="cut", pad="<blank>")
+    with pytest.raises(DataError, match="pads with id 0"):
+        Tokenizer("clip", 77, too_long="cut", pad="<end_of_text>")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "<s>"}}))
     assert Tokenizer(str(tmp_path), 9, too_long="cut").pad_id == 0
 

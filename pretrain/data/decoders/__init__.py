@@ -20,11 +20,15 @@ from pretrain.errors import DataError, SampleError
 
 Decoder = Literal["decord", "pyav", "torchcodec"]
 
-#: What to install for each decoder.
-INSTALL = {
-    "decord": "pip install decord (x86_64 only), or set input.decoder=pyav",
-    "pyav": "pip install av",
-    "torchcodec": "pip install 'tubelet[torchcodec]' and FFmpeg's shared libraries (apt-get install ffmpeg)",
+#: Module that tells whether each decoder is installed, and how to get it.
+DECODERS: dict[str, tuple[str, str]] = {
+    "decord": ("decord", "pip install decord (Linux x86-64 only), or set input.decoder=pyav"),
+    "pyav": ("av", "pip install av"),
+    "torchcodec": (
+        "torchcodec",
+        "pip install 'tubelet[torchcodec]' and FFmpeg's shared libraries (apt-get install ffmpeg), or set "
+        "input.decoder=pyav",
+    ),
 }
 
 
@@ -130,7 +134,11 @@ class PartReader(VideoReader):
 
     def __init__(self, reader: VideoReader, segment: Segment) -> None:
         self._reader, self.fps = reader, reader.fps
-        self._times = reader.times()
+        try:
+            self._times = reader.times()
+        except SampleError:
+            reader.close()
+            raise
         end = np.inf if segment.end is None else segment.end
         bounds = np.searchsorted(self._times, np.array([segment.start, end]) - ROUNDING_S)
         self._first, self.num_frames = int(bounds[0]), int(bounds[1] - bounds[0])
@@ -168,14 +176,14 @@ def open_video(data: Footage, decoder: str = "decord", stamps: range | None = No
         from pretrain.data.decoders.image import ImageReader
 
         return ImageReader(data.content)
-    if decoder not in INSTALL:
-        raise DataError(f"input.decoder={decoder!r}: allowed are {', '.join(INSTALL)}")
+    if decoder not in DECODERS:
+        raise DataError(f"input.decoder={decoder!r}: allowed are {', '.join(DECODERS)}")
     try:
         module = importlib.import_module(f"{__name__}.{decoder}_reader")
     except (ImportError, OSError, RuntimeError) as error:
         # torchcodec raises RuntimeError where FFmpeg's libraries can't be loaded.
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"input.decoder={decoder}: can't be imported ({reason}); {INSTALL[decoder]}") from error
+        raise DataError(f"input.decoder={decoder}: can't be imported ({reason}); {DECODERS[decoder][1]}") from error
     if isinstance(data, bytes) and not data:
         raise SampleError("empty", "no bytes")
     reader = _open_linked(module, decoder, data) if isinstance(data, LinkedVideo) else module.open_reader(data, stamps)

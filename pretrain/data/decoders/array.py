@@ -1,7 +1,8 @@
 """Arrays from npy, npz, safetensors and HDF5 files, told apart by their first bytes; no pickle is ever loaded.
 
 Numbers keep their type (bfloat16 of safetensors becomes float32, which holds all of its values). Sizes are read from
-headers first: a file of a few bytes can state an array that fills the memory.
+headers first: a file of a few bytes can state an array that fills the memory. Nothing outside of the file is read, as
+HDF5 would for links, virtual and external datasets: shards of others could name any file of this machine.
 """
 
 import io
@@ -98,7 +99,11 @@ def _npz(data: bytes, max_bytes: int) -> dict[str, AnyArray]:
         entries = [entry for entry in archive.infolist() if not entry.is_dir()]
         _check_size(sum(entry.file_size for entry in entries), max_bytes)
         for entry in entries:
-            content = archive.read(entry)
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise SampleError("decode", f"{entry.filename} is compressed by a method that numpy does not write")
+            # Not archive.read: that unpacks up to 2 GiB before it looks whether the entry is as large as it states.
+            with archive.open(entry) as file:
+                content = file.read(entry.file_size)
             arrays[entry.filename.removesuffix(".npy")] = _one_npy(io.BytesIO(content), len(content), max_bytes)
     return arrays
 
@@ -110,6 +115,7 @@ def _safetensors(data: bytes, max_bytes: int) -> dict[str, AnyArray]:
     _check_size(len(data), max_bytes)
     tensors = load(data)
     floats = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}  # numpy has no such types
+    _check_size(sum(one.numel() * (4 if one.dtype in floats else one.itemsize) for one in tensors.values()), max_bytes)
     return {name: (one.float() if one.dtype in floats else one).numpy() for name, one in sorted(tensors.items())}
 
 
@@ -124,12 +130,26 @@ def _hdf5(data: bytes, max_bytes: int) -> dict[str, AnyArray]:
     with h5py.File(io.BytesIO(data), "r") as file:
         found: list[str] = []
         file.visititems(lambda name, node: found.append(name) if isinstance(node, h5py.Dataset) else None)
+        links: list[str] = []
+        file.visititems_links(lambda name, link: links.append(name) if isinstance(link, h5py.ExternalLink) else None)
+        for name in links:
+            _check_inside(name, outside=True)
         for name in found:
+            _check_inside(name, file[name].is_virtual or file[name].external is not None)
             _check_type(name, file[name].dtype)
+            if file[name].shape is None:
+                raise SampleError("decode", f"array {name!r} is a dataset without numbers (h5py.Empty); leave it out")
         _check_size(sum(file[name].nbytes for name in found), max_bytes)
         for name in found:
             arrays[name] = np.asarray(file[name][()])
     return arrays
+
+
+def _check_inside(name: str, outside: bool) -> None:
+    if outside:
+        raise SampleError(
+            "decode", f"array {name!r} lies in another file, which is not read; store its numbers in this one"
+        )
 
 
 def _check_type(name: str, kind: np.dtype[Any]) -> None:

@@ -14,17 +14,17 @@ import numpy.typing as npt
 
 from pretrain.data.decoders import VideoReader, cut_all
 from pretrain.data.decoders.crops import Boxes
-from pretrain.data.decoders.pyav_reader import frame_times
+from pretrain.data.decoders.pyav_reader import UntimedReader
 from pretrain.errors import SampleError
 
 decord.logging.set_level(decord.logging.FATAL)
 
 
-class DecordReader(VideoReader):
-    """Reader by decord.VideoReader."""
+class DecordReader(UntimedReader):
+    """Reader by decord.VideoReader, whose own times are rounded to float32: a frame's length after some hours."""
 
     def __init__(self, data: bytes, stamps: range | None = None) -> None:
-        self._data, self._stamps = data, stamps
+        super().__init__(data, stamps)
         if _without_index(data):
             raise SampleError("open", "an AVI file without its index, which kills decord where the file is cut")
         try:
@@ -34,10 +34,6 @@ class DecordReader(VideoReader):
             raise SampleError("open", _first_words(error)) from error
         self.num_frames = len(self._reader)
         self.fps = float(self._reader.get_avg_fps())
-
-    def times(self) -> npt.NDArray[np.float64]:
-        """Return times by time stamps; decord's own are rounded to float32, a frame's length after some hours."""
-        return frame_times(self._data, self._stamps, self.num_frames)
 
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         try:

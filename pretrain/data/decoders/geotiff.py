@@ -49,22 +49,21 @@ def decode_raster(
         max_bytes: Larger results are refused before they are read.
 
     Returns:
-        [bands, height, width] of the stored type; missing values are what the file has for them (`nodata`).
+        [bands, height, width] of the stored type (whole complex numbers as complex64); missing values are what the file
+        has for them (`nodata`).
 
     Raises:
         SampleError: "empty", "open" for something else, "too_large", "too_short" for a window that is not inside,
             "decode" for damage.
         DataError: rasterio is missing.
     """
-    from numpy import dtype
-
     with _opened(data) as file:
         row, column, height, width = window or (0, 0, file.height, file.width)
         inside = 0 <= row < row + height <= file.height and 0 <= column < column + width <= file.width
         if not inside:
             raise SampleError("too_short", f"window {window} asked of a raster of {file.height} x {file.width} pixels")
         # Before anything is read: a few bytes of header can state a raster that fills the memory.
-        size = sum(dtype(kind).itemsize for kind in file.dtypes) * height * width
+        size = sum(_dtype(kind).itemsize for kind in file.dtypes) * height * width
         if size > max_bytes:
             raise SampleError("too_large", f"{size} bytes of pixels, at most {max_bytes} are decoded")
         pixels: npt.NDArray[Any] = file.read(window=((row, row + height), (column, column + width)))
@@ -74,12 +73,17 @@ def decode_raster(
 def probe_raster(data: bytes) -> RasterFacts:
     """Read a raster's facts from its file, without pixels; errors as for `decode_raster`."""
     with _opened(data) as file:
-        kinds = np.result_type(*file.dtypes)
+        kinds = np.result_type(*map(_dtype, file.dtypes))
         names = tuple(name or "" for name in file.descriptions)
         crs = None if file.crs is None else file.crs.to_string()
         return RasterFacts(
             file.count, file.height, file.width, str(kinds), crs, tuple(file.transform)[:6], file.nodata, names
         )
+
+
+def _dtype(kind: str) -> np.dtype[Any]:
+    """Give the type that rasterio reads numbers of a stored type as; numpy has no whole complex ones (radar images)."""
+    return np.dtype("complex64" if kind == "complex_int16" else kind)
 
 
 @contextmanager

@@ -5,7 +5,9 @@
 | EXIF orientation | applied: the picture as a viewer shows it |
 | alpha, palette with a transparent colour | laid over `background`; None: the colours stored below, as torchvision |
 | greyscale, 1 bit, palette | the same grey three times; the palette's colours |
-| 16 bits a channel | scaled from 65,535 to 255 and rounded, not cut off at 255 as `convert` does |
+| 16 bits, grey | scaled from 65,535 to 255 and rounded, not cut off at 255 as `convert` does |
+| 16 bits, colour | the upper 8 bits of each channel, as Pillow reads them: one level from rounding at most |
+| 16 bits, colour, TIFF with a plane for each channel | refused: Pillow takes the bytes of one channel for others |
 | CMYK, YCCK | Pillow's plain conversion, without the colour profile, as torchvision's folder of images gives it |
 | animated GIF, WebP, PNG; several pictures in one file | the first picture |
 | 32-bit numbers, floats (modes I, F of TIFF) | refused: these are measurements, to be packed with --kind raster |
@@ -27,6 +29,9 @@ MAX_PIXELS = 89_478_485
 WHITE = (255, 255, 255)
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _MEASUREMENTS = ("I", "F")
+_TIFF = (b"II*\0", b"MM\0*")
+#: TIFF's tags of the bits of each channel, and of how channels are stored.
+_BITS, _PLANES = 258, 284
 
 
 def decode_image(
@@ -53,8 +58,8 @@ def decode_image(
 class ImageReader(VideoReader):
     """An image behind the interface of a video of one frame, so that crops and views are those of clips."""
 
-    def __init__(self, data: bytes, background: tuple[int, int, int] | None = WHITE) -> None:
-        self._picture = decode_image(data, background)
+    def __init__(self, data: bytes) -> None:
+        self._picture = decode_image(data)
         self.num_frames, self.fps = 1, 0.0
 
     def times(self) -> npt.NDArray[np.float64]:
@@ -79,7 +84,8 @@ def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Any:
     except Image.DecompressionBombError as error:
         raise SampleError("too_large", str(error)) from error
     except UnidentifiedImageError as error:  # its own text holds an address in memory, another one each time
-        raise SampleError("open", "no image of a kind that Pillow knows") from error
+        raster = "; a TIFF of many bands is packed with --kind raster" if data[:4] in _TIFF else ""
+        raise SampleError("open", f"no image of a kind that Pillow knows{raster}") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise SampleError("open", str(error)) from error
     if image.width * image.height > max_pixels:
@@ -92,6 +98,11 @@ def upright_rgb(image: Any, background: tuple[int, int, int] | None = WHITE) -> 
     """Convert an opened Pillow image to mode RGB, upright, by the rules above; errors as for `decode_image`."""
     from PIL import Image, ImageOps
 
+    if image.format == "TIFF" and image.tag_v2.get(_PLANES) == 2 and max(image.tag_v2.get(_BITS, [8])) > 8:
+        raise SampleError(
+            "decode", "a TIFF of 16 bits with a plane for each channel, which Pillow misreads; store channels "
+            "interleaved, or pack it with --kind raster"
+        )  # fmt: skip
     try:
         image.load()
         image = ImageOps.exif_transpose(image)

@@ -55,6 +55,7 @@ class LinkedReader(PyAVReader):
 
     def _open(self, options: dict[str, str]) -> None:
         super()._open(options)
+        self._unread = True
         for stream in self._container.streams:
             if stream is not self._stream:
                 # The demuxer then leaves out the bytes of sound and subtitles, which would be fetched too.
@@ -82,13 +83,24 @@ class LinkedReader(PyAVReader):
             tell_whole(self._video.url, f"its container ({self._container.format.name}) has no index")
         elif segment is None:
             tell_whole(self._video.url, "its index lists no frames that are evenly spaced, and no segment is meant")
-        stamps, packets = [], 0
+        stamps = self._listed(latest, end)
+        if self._container.format.name in UNSTAMPED:
+            self._count(len(stamps))
+        elif None in stamps or len(set(stamps)) < len(stamps):
+            # Such frames can only be counted, from the file's beginning on: a key frame's number is not known.
+            self._count(len(stamps if segment is None else self._listed(None, None)))
+        else:
+            shown = [s for s in stamps if s is not None and (begin is None or s >= begin) and (end is None or s < end)]
+            self.stamps, self.num_frames = sorted(shown), len(shown)
+
+    def _listed(self, latest: int | None, end: int | None) -> list[int | None]:
+        """List frames' time stamps in file order, from the key frame at or before `latest` (None: all) until `end`."""
+        stamps: list[int | None] = []
         try:
             for packet in self._from(latest):
                 # Decoding times never go back, and no frame is shown before it is decoded.
                 if end is not None and packet.dts is not None and packet.dts >= end:
                     break
-                packets += 1
                 if packet.is_corrupt:
                     raise SampleError("decode", "the file is cut or damaged (a packet is marked as corrupt)")
                 if not packet.is_discard:
@@ -97,15 +109,7 @@ class LinkedReader(PyAVReader):
             self._video.check()
             raise SampleError("decode", str(error)) from error
         self._video.check()
-        self._list(stamps, begin, end)
-
-    def _list(self, stamps: list[int | None], begin: int | None, end: int | None) -> None:
-        known = {stamp for stamp in stamps if stamp is not None}
-        if self._container.format.name in UNSTAMPED or len(known) < len(stamps):
-            self._count(len(stamps))
-            return
-        shown = sorted(s for s in known if (begin is None or s >= begin) and (end is None or s < end))
-        self.stamps, self.num_frames = shown, len(shown)
+        return stamps
 
     def _count(self, frames: int) -> None:
         """Choose the segment's frames by number, at the mean rate, where there are no time stamps."""
@@ -124,9 +128,12 @@ class LinkedReader(PyAVReader):
 
         From the file's beginning, if that is None; from a key frame before, if the container can't be sought in.
         """
+        unread, self._unread = self._unread, False
         if not self._seekable or latest is None:
-            self.close()
-            self._open({})
+            if not unread:
+                self.close()
+                self._open({})
+                self._unread = False
             yield from (packet for packet in self._container.demux(self._stream) if packet.size)
             return
         start = self._stream.start_time or 0

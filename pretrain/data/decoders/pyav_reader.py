@@ -9,6 +9,8 @@ held against the file's header and against every packet that is read; where it f
 """
 
 import bisect
+import contextlib
+import functools
 import io
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,8 +53,13 @@ class PyAVReader(VideoReader):
         self.decoded = 0
         self._data = data
         self._packets: list[av.Packet] = []
-        if stamps is None or not self._trusts(stamps):
-            self._scan()
+        self._opened = contextlib.ExitStack()
+        try:
+            if stamps is None or not self._trusts(stamps):
+                self._scan()
+        except BaseException:
+            self.close()
+            raise
         self.fps = float(self._stream.average_rate or 0)
 
     def times(self) -> npt.NDArray[np.float64]:
@@ -72,24 +79,25 @@ class PyAVReader(VideoReader):
             self._container = av.open(self._file(), mode="r", metadata_errors="ignore", options=options)
         except (FFmpegError, ValueError) as error:
             raise SampleError("open", str(error)) from error
+        self._opened.callback(self._container.close)
         if not self._container.streams.video:
-            self._container.close()
             raise SampleError("open", "no video stream")
         self._stream = self._container.streams.video[0]
         context = self._stream.codec_context
         if context is None:
-            self._container.close()
             raise SampleError("decode", "FFmpeg has no decoder for its codec")
         # Workers are the parallelism: threads here would only compete with theirs.
         self._stream.thread_type = "NONE"
         self._length_bytes = length_bytes(context.extradata or b"") if context.name == "h264" else None
         self._rgb = RGBConverter(self._stream)
+        self._opened.callback(self._rgb.close)
 
     def _trusts(self, stamps: range) -> bool:
         """Open without listing the packets, if the header agrees with what is promised."""
         try:
             self._open(UNTRIED)
         except SampleError:
+            self.close()
             return False
         # A cut or replaced file has another header. What it bears out is believed until a packet says otherwise.
         found = self._stream.start_time, self._stream.frames, self._stream.duration
@@ -106,7 +114,6 @@ class PyAVReader(VideoReader):
         try:
             packets = [packet for packet in self._container.demux(self._stream) if packet.size]
         except FFmpegError as error:
-            self._container.close()
             raise SampleError("decode", str(error)) from error
         if any(packet.is_corrupt for packet in packets):
             raise SampleError("decode", "the file is cut or damaged (a packet is marked as corrupt)")
@@ -235,26 +242,31 @@ class PyAVReader(VideoReader):
 
     def close(self) -> None:
         """Close the container."""
-        self._rgb.close()
         self._packets = []
-        self._container.close()
+        self._opened.close()
 
 
 def _of(frames: list[av.VideoFrame], stamps: set[int]) -> dict[int, av.VideoFrame]:
     return {frame.pts: frame for frame in frames if frame.pts in stamps}
 
 
-def frame_times(data: bytes, stamps: range | None, frames: int) -> npt.NDArray[np.float64]:
-    """List the times of a video's frames, seconds from the first one, for decoders that don't tell them.
+class UntimedReader(VideoReader):
+    """Reader by a library that tells no exact times of frames that it has not decoded; PyAV lists them, once."""
 
-    Raises:
-        SampleError: "decode" where that decoder sees another number of frames than there are time stamps.
-    """
-    with PyAVReader(data, stamps) as reader:
-        times = reader.times()
-    if len(times) != frames:
-        raise SampleError("decode", f"{frames} frames, and {len(times)} time stamps")
-    return times
+    def __init__(self, data: bytes, stamps: range | None) -> None:
+        self._data, self._stamps = data, stamps
+
+    def times(self) -> npt.NDArray[np.float64]:
+        """Return times by time stamps; "decode" also where the library sees another number of frames."""
+        return self._times
+
+    @functools.cached_property
+    def _times(self) -> npt.NDArray[np.float64]:
+        with PyAVReader(self._data, self._stamps) as reader:
+            times = reader.times()
+        if len(times) != self.num_frames:
+            raise SampleError("decode", f"{self.num_frames} frames, and {len(times)} time stamps")
+        return times
 
 
 def open_reader(data: bytes, stamps: range | None) -> VideoReader:

@@ -8,15 +8,15 @@ import torchcodec.decoders
 
 from pretrain.data.decoders import VideoReader, cut_all
 from pretrain.data.decoders.crops import Boxes
-from pretrain.data.decoders.pyav_reader import frame_times
+from pretrain.data.decoders.pyav_reader import UntimedReader
 from pretrain.errors import SampleError
 
 
-class TorchCodecReader(VideoReader):
+class TorchCodecReader(UntimedReader):
     """Reader by torchcodec.decoders.VideoDecoder."""
 
     def __init__(self, data: bytes, stamps: range | None = None) -> None:
-        self._data, self._stamps = data, stamps
+        super().__init__(data, stamps)
         try:
             # Approximate seeking gave 240 of 240 wrong frames at a variable frame rate (measured, 0.13.0).
             self._decoder: torchcodec.decoders.VideoDecoder | None = torchcodec.decoders.VideoDecoder(
@@ -26,10 +26,6 @@ class TorchCodecReader(VideoReader):
             raise SampleError("open", _first_line(error)) from error
         self.num_frames = len(self._decoder)
         self.fps = float(self._decoder.metadata.average_fps or 0)
-
-    def times(self) -> npt.NDArray[np.float64]:
-        """Return times by time stamps, which torchcodec tells of decoded frames only."""
-        return frame_times(self._data, self._stamps, self.num_frames)
 
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         assert self._decoder is not None, "the reader is closed"
