@@ -1,9 +1,6 @@
 """A real DeepSpeed engine around a small model, alone in this process, and programs on several ranks."""
 
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,30 +9,12 @@ import pytest
 import torch
 
 from pretrain.runtime.process_group import Ranks, join, leave
+from tests.ranks import run_ranks
 
 
 def run_on_ranks(program: Path, count: int, *words: object, marker: str) -> list[str]:
     """Run a program on some ranks; returns its lines that start with `marker`, which all ranks print alike."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), *map(str, words)],
-            env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)[-8000:]
+    outputs = run_ranks([program, *words], count)
     lines = [[line for line in output.splitlines() if line.startswith(marker)] for output in outputs]
     assert all(sorted(one) == sorted(lines[0]) for one in lines), "ranks differ"
     return lines[0]

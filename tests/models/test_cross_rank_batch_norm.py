@@ -1,14 +1,10 @@
 """Batch norm over ranks against torch's on the whole batch; ranks are started once for all tests."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from tests.ranks import run_ranks
-
-PROGRAM = Path(__file__).with_name("batch_norm_program.py")
 CASES = [
     *("1d", "1d with length", "2d", "3d", "cumulative"),
     *("without weights", "without statistics", "inside", "timm"),
@@ -17,11 +13,8 @@ Found = dict[tuple[int, int], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank of each world found."""
-    folder = tmp_path_factory.mktemp("batch_norm")
-    run_ranks(PROGRAM, folder, 4)
-    return {(world, rank): torch.load(folder / f"{world}-{rank}.pt") for world in (1, 2, 4) for rank in range(world)}
+def found(in_worlds: Callable[[str], Found]) -> Found:
+    return in_worlds("tests.models.batch_norm_program")
 
 
 @pytest.mark.parametrize("split", ["", " uneven"])
