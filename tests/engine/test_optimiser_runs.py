@@ -1,4 +1,4 @@
-"""Optimisers and schedules in real runs on two ranks: stages agree, rates are the recipe's, a resume changes nothing."""
+"""Optimisers and schedules in runs on two ranks: stages agree, rates are the recipe's, a resume changes nothing."""
 
 from typing import Any
 
