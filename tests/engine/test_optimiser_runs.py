@@ -1,5 +1,6 @@
-"""Optimisers and schedules in runs on two ranks: stages agree, rates are the recipe's, a resume changes nothing."""
+"""Optimisers, schedules and sources in runs on two ranks: what the recipe says, and a resume that changes nothing."""
 
+import json
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ RUNS = {
     "decay": [*SHORT, "optim.weight_decay=0.1", "optim.weight_decay_end=9", "zero.stage=2"],
     "constant": [*SHORT, "optim.weight_decay=0.1", "zero.stage=2"],
     "drops": [*SHORT, "schedule.shape=steps", "schedule.milestones=[0.8]", "schedule.stepping=epoch"],
+    "alternate": [*SHORT, "data.compose=alternate", "data.sources.other.shards=SHARDS", "zero.stage=1"],
     # Stage 3 comes last, see test_ranks.py.
     "sgd stage 3": [*SGD, "zero.stage=3"],
 }
-RESUMED = ("sgd bf16 stage 1", "sgd stage 2", "adam", "lars", "decay", "drops", "sgd stage 3")
+RESUMED = ("sgd bf16 stage 1", "sgd stage 2", "adam", "lars", "decay", "drops", "alternate", "sgd stage 3")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,7 @@ def runs(toy: Any) -> Any:
     common = ["schedule.warmup_epochs=0", "checkpoint.every_steps=3"]
     plan, rest = {}, {}
     for name, words in RUNS.items():
+        words = [word.replace("SHARDS", str(toy.folder / "shards")) for word in words]
         plan[name] = {"overrides": [*common, *words]}
         if name in RESUMED:
             plan[f"{name}, parts"] = {"overrides": [*common, *words, "schedule.max_steps=3"]}
@@ -66,3 +69,11 @@ def test_logged_rates_are_those_of_the_shape(runs: Any) -> None:
     rates = [record["optim/lr"] for record in runs.records("drops")]
     peak = 0.5 * 8 / 256
     assert rates == pytest.approx([peak] * 5 + [peak / 10] * 2, rel=1e-12)
+
+
+def test_sources_that_alternate_are_judged_by_their_own_losses(runs: Any) -> None:
+    losses = runs.losses("alternate")
+    for name in ("alternate", "alternate, parts"):
+        path = runs.folder / name / "checkpoints" / "step_00000007" / "state.json"
+        windows = json.loads(path.read_text())["guard"]["windows"]
+        assert {source: windows[source] for source in ("toy", "other")} == {"toy": losses[::2], "other": losses[1::2]}
