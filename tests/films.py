@@ -8,6 +8,10 @@ from typing import Any
 
 import av
 import numpy as np
+import pytest
+
+from pretrain.data.decoders import open_video
+from pretrain.errors import DataError, SampleError
 
 BITS = 16
 WIDTH, HEIGHT = 128, 48
@@ -89,6 +93,17 @@ def _add_sound(out: Any, stream: Any, begin: int, end: int) -> None:
     frame = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
     frame.sample_rate, frame.pts, frame.time_base = 44100, begin, Fraction(1, 44100)
     out.mux(stream.encode(frame))
+
+
+def skip_without(decoder: str) -> None:
+    """Skip a test whose decoder, or the libraries it needs, is not here; PyAV always is."""
+    try:
+        open_video(b"", decoder)
+    except SampleError:  # it is there: no bytes are no video
+        return
+    except DataError as error:
+        assert decoder != "pyav", error
+        pytest.skip(str(error))
 
 
 def film_maker(root: Path, kinds: Mapping[str, Mapping[str, Any]]) -> Callable[[str], Path]:
