@@ -1,7 +1,7 @@
-"""A real DeepSpeed engine around a small model, alone in this process, and programs on several ranks."""
+"""A real DeepSpeed engine around a small model, alone in this process, and checkpoints of several ranks."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,34 @@ import torch
 from pretrain.runtime.process_group import Ranks, join, leave
 from tests.ranks import run_ranks
 
+#: What lines begin with that all ranks print alike.
+MARKERS = ("LOADED", "CHECKED")
 
-def run_on_ranks(program: Path, count: int, *words: object, marker: str) -> list[str]:
-    """Run a program on some ranks; returns its lines that start with `marker`, which all ranks print alike."""
-    outputs = run_ranks([program, *words], count)
-    lines = [[line for line in output.splitlines() if line.startswith(marker)] for output in outputs]
-    assert all(sorted(one) == sorted(lines[0]) for one in lines), "ranks differ"
-    return lines[0]
+
+class Layouts:
+    """Checkpoints that two ranks have written, and what is found when others read them; see layouts_program.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written = self._run(2)
+        self._read: dict[tuple[int, int], list[str]] = {}
+
+    def read(self, ranks: int, every: int) -> list[str]:
+        """Lines of some ranks that load every n-th of the checkpoints of reshape_program.py, and those of the other."""
+        if (ranks, every) not in self._read:
+            self._read[ranks, every] = self._run(ranks, 2, every)
+        return self._read[ranks, every]
+
+    def _run(self, count: int, *words: int) -> list[str]:
+        outputs = run_ranks([Path(__file__).with_name("layouts_program.py"), self.folder, *words], count, timeout_s=400)
+        lines = [[line for line in output.splitlines() if line.startswith(MARKERS)] for output in outputs]
+        assert all(sorted(one) == sorted(lines[0]) for one in lines), "ranks differ"
+        return lines[0]
 
 
 @pytest.fixture(scope="session")
-def on_ranks() -> Callable[..., list[str]]:
-    """Runs a program on some ranks."""
-    return run_on_ranks
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
+    return Layouts(tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.fixture(scope="module")
