@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import fsspec
 import pytest
 
 from tests.faults import servers
+from tests.ranks import ROOT, free_port, run_ranks
 from tests.toy_run import Toy, make_toy
 
 RCLONE = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
@@ -44,14 +45,44 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_toy(tmp_path_factory.mktemp("toy"))
 
 
+#: What one rank of a world found, by (world size, rank).
+Found = dict[tuple[int, int], Any]
+
+
+def findings(folder: Path, kind: str, worlds: tuple[int, ...], modules: tuple[str, ...]) -> Callable[[str], Found]:
+    """Start tests/findings_program.py once for some modules; each asks for its own findings by its name."""
+    import torch
+
+    run_ranks([ROOT / "tests" / "findings_program.py", kind, folder, *modules], max(worlds), timeout_s=400)
+    places = [(world, rank) for world in worlds for rank in range(world)]
+    return lambda module: {(w, r): torch.load(folder / f"{module} {w}-{r}.pt") for w, r in places}
+
+
+@pytest.fixture(scope="session")
+def in_worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
+    """Findings on four, two and one gloo ranks."""
+    modules = ("tests.runtime.collectives_program", "tests.models.batch_norm_program")
+    return findings(tmp_path_factory.mktemp("worlds"), "worlds", (4, 2, 1), modules)
+
+
+@pytest.fixture(scope="session")
+def in_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
+    """Findings in DeepSpeed's engines on two ranks."""
+    modules = (
+        "tests.engine.optimiser_program",
+        "tests.engine.turns_program",
+        "tests.runtime.deepspeed_program",
+        "tests.models.frozen_program",
+    )
+    return findings(tmp_path_factory.mktemp("engines"), "engines", (2,), modules)
+
+
 class S3Server:
     """A real S3 server on loopback; its objects are the files below `folder`/bucket."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            self.port = int(one.getsockname()[1])
+        self.port = free_port()
         (folder / "bucket").mkdir(parents=True)
         self.start()
 

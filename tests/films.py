@@ -1,6 +1,7 @@
-"""Films whose frames carry their number, 16 bits of it, in bars that survive coding."""
+"""Films whose frames carry their number, 16 bits of it, in bars that survive coding; small videos with 8 bits."""
 
 import functools
+import io
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -8,8 +9,14 @@ from typing import Any
 
 import av
 import numpy as np
+import pytest
+
+from pretrain.data.decoders import open_video
+from pretrain.errors import DataError, SampleError
 
 BITS = 16
+#: Of small videos, see `encoded_video`.
+SMALL_BITS = 8
 WIDTH, HEIGHT = 128, 48
 
 
@@ -30,11 +37,11 @@ def _background(kind: int, seed: int) -> np.ndarray:
     return planes
 
 
-def number_of(frame: np.ndarray) -> int:
+def number_of(frame: np.ndarray, bits: int = BITS) -> int:
     """The number that a frame, uint8 [H, W, 3], carries."""
     height, width = frame.shape[:2]
     row = frame[height // 4]
-    return sum(1 << bit for bit in range(BITS) if row[int((bit + 0.5) * width / BITS)].mean() > 130)
+    return sum(1 << bit for bit in range(bits) if row[int((bit + 0.5) * width / bits)].mean() > 130)
 
 
 def numbers_of(frames: np.ndarray) -> list[int]:
@@ -89,6 +96,72 @@ def _add_sound(out: Any, stream: Any, begin: int, end: int) -> None:
     frame = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
     frame.sample_rate, frame.pts, frame.time_base = 44100, begin, Fraction(1, 44100)
     out.mux(stream.encode(frame))
+
+
+def _small_picture(number: int, width: int, height: int, colour: int) -> np.ndarray:
+    """Upper half: the number in binary, bright = 1; lower half: a gradient, tinted."""
+    pixels = np.full((height, width, 3), 40, dtype=np.uint8)
+    for bit in range(SMALL_BITS):
+        if number >> bit & 1:
+            pixels[: height // 2, bit * width // SMALL_BITS : (bit + 1) * width // SMALL_BITS] = 220
+    pixels[height // 2 :] = np.linspace(0, 255, width).astype(np.uint8)[None, :, None]
+    pixels[height // 2 :, :, 1] = colour % 256
+    return pixels
+
+
+@functools.lru_cache(maxsize=256)
+def encoded_video(
+    frames: int = 24,
+    width: int = 64,
+    height: int = 48,
+    gop: int = 8,
+    b_frames: int = 2,
+    variable: bool = False,
+    container: str = "mp4",
+    pixel_format: str = "yuv420p",
+    colour: int = 0,
+) -> bytes:
+    """A video of some frames in colour, small enough to be decoded a hundred times."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream("libx264", rate=24, options={"crf": "18", "sc_threshold": "0", "preset": "fast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        stream.gop_size, stream.max_b_frames = gop, b_frames
+        stamp = 0
+        if variable:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(_small_picture(number, width, height, colour), format="rgb24")
+            frame.pts = stamp
+            if variable:
+                frame.time_base = Fraction(1, 1000)
+            stamp += (20, 40, 130)[number % 3] if variable else 1
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable[..., bytes]:
+    """Makes an h264 video whose frames carry their number."""
+    return encoded_video
+
+
+@pytest.fixture(scope="session")
+def frame_number() -> Callable[[np.ndarray], int]:
+    """Reads the number that a frame of such a video carries."""
+    return functools.partial(number_of, bits=SMALL_BITS)
+
+
+def skip_without(decoder: str) -> None:
+    """Skip a test whose decoder, or the libraries it needs, is not here; PyAV always is."""
+    try:
+        open_video(b"", decoder)
+    except SampleError:  # it is there: no bytes are no video
+        return
+    except DataError as error:
+        assert decoder != "pyav", error
+        pytest.skip(str(error))
 
 
 def film_maker(root: Path, kinds: Mapping[str, Mapping[str, Any]]) -> Callable[[str], Path]:

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.ranks import environment, free_port, kill_session, outputs_of
 from tests.toy_shards import ROOT, encoded, index, write_shard
 
 #: Trains run after run in one set of processes.
@@ -112,11 +111,9 @@ def launch(words: list[str], ranks: int, folder: Path) -> subprocess.Popen[str]:
     """Start a script on some ranks, with the deepspeed launcher where there are several."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
     launcher += ["--master_port", str(free_port())]
-    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    path = str(Path(sys.executable).parent) + os.pathsep + environ["PATH"]  # ninja, for DeepSpeed's first start
     return subprocess.Popen(
         [sys.executable, *(launcher if ranks > 1 else []), *words],
-        env=environ | {"PATH": path},
+        env=environment(),
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -127,26 +124,9 @@ def launch(words: list[str], ranks: int, folder: Path) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str], expect: int = 0, timeout_s: float = 240) -> str:
     """Wait for the end and the expected exit code; returns what was printed."""
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        kill_session(process)
-        raise
+    (output,) = outputs_of([process], timeout_s)
     assert process.returncode == expect, f"exit code {process.returncode} instead of {expect}\n{output}"
     return output
-
-
-def kill_session(process: subprocess.Popen[str]) -> None:
-    """kill -9 of a launcher and all that it started, which share its session."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _sample(number: int) -> tuple[str, dict[str, Any], bytes]:

@@ -7,6 +7,7 @@ of its own shards, and nothing is gathered for an update.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.sharded_buffers import ShardedBuffers, share_of
+from pretrain.errors import TrainingError
 from pretrain.models.base import MODEL
 
 #: Attribute under which an objective holds the averages of its model, and so their first name in a checkpoint.
@@ -122,10 +124,14 @@ class MomentumTeacher(nn.Module):
     Args:
         model: The first one.
         twin: The second one, built like the first; it takes over the first one's parameters and buffers.
+
+    Raises:
+        TrainingError: the second one has other parameters or buffers.
     """
 
     def __init__(self, model: nn.Module, twin: nn.Module) -> None:
         super().__init__()
+        _check_twin(model, twin)
         self.average = WeightAverage(model)
         self.twin = twin.requires_grad_(False)
         self.reset(model)
@@ -168,6 +174,24 @@ def overwrite(model: nn.Module, held: list[Tensor], values: list[Tensor]) -> Non
         # has_been_updated: the gathered copy is thrown away, else it would overwrite the shard that was just written.
         gathered[0].partition(gathered, has_been_updated=False)
         gathered[0].all_gather(gathered)
+
+
+def _check_twin(model: nn.Module, twin: nn.Module) -> None:
+    """Refuse a second model that is built otherwise: what is copied would be broadcast, or be left as drawn."""
+    ours, theirs = _shapes(model), _shapes(twin)
+    if ours != theirs:
+        names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        lines = [f"{name} {ours.get(name, 'missing')} -> {theirs.get(name, 'missing')}" for name in names[:5]]
+        raise TrainingError(
+            f"momentum teacher: the second model differs from the first in {len(names)} parameters and buffers: "
+            f"{', '.join(lines)}{', ...' if len(names) > 5 else ''}; allowed: the same names and shapes, so build both "
+            "from one configuration"
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: list(getattr(value, "ds_shape", value.shape)) for name, value in named}
 
 
 def split_averages(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

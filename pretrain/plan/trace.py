@@ -120,7 +120,8 @@ def trace_step(method: Method, micro: int, on_cpu: bool = False) -> Trace:
         }
         for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
             # Accumulated gradients are ZeRO's to place: counted with the model's states, not here.
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         counter = _Counter(module, batch)
         with counter, _parts_noted(module, counter), _attention_of(on_cpu):
             loss = module(batch).loss

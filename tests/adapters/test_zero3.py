@@ -1,9 +1,6 @@
 """Frozen backbones under ZeRO stage 3: built partitioned, loaded, tuned; the same losses as on one plain model."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 
 from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.keep_rates import Reorganisation
+from tests.ranks import run_ranks
 
 PROGRAM = """
 import json, sys
@@ -111,17 +109,12 @@ def test_losses_equal_those_of_the_plain_model(tmp_path: Path) -> None:
         torch.nn.init.normal_(value, std=0.2)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "weights.pth"), json.dumps(SIZES)],
-        env=environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    states = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("STATES"))[7:])
+    words = [tmp_path / "program.py", tmp_path / "weights.pth", json.dumps(SIZES)]
+    (output,) = run_ranks(words, 1, timeout_s=500)
+    states = json.loads(next(line for line in output.splitlines() if line.startswith("STATES"))[7:])
     assert states["dtypes"] == ["torch.bfloat16"] and states["frozen"] > 10 * states["trained"]
     assert states["masters"] == states["trained"] and states["gradients"] == 0
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+    line = next(line for line in output.splitlines() if line.startswith("FOUND"))
     for method, (plain, partitioned) in json.loads(line.removeprefix("FOUND")).items():
         assert partitioned == pytest.approx(plain, rel=1e-6), method
         assert plain[-1] != plain[0]

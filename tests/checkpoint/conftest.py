@@ -1,10 +1,7 @@
-"""A real DeepSpeed engine around a small model, alone in this process, and programs on several ranks."""
+"""A real DeepSpeed engine around a small model, alone in this process, and checkpoints of several ranks."""
 
 import os
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +9,36 @@ import pytest
 import torch
 
 from pretrain.runtime.process_group import Ranks, join, leave
+from tests.ranks import run_ranks
+
+#: What lines begin with that all ranks print alike.
+MARKERS = ("LOADED", "CHECKED")
 
 
-def run_on_ranks(program: Path, count: int, *words: object, marker: str) -> list[str]:
-    """Run a program on some ranks; returns its lines that start with `marker`, which all ranks print alike."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), *map(str, words)],
-            env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)[-8000:]
-    lines = [[line for line in output.splitlines() if line.startswith(marker)] for output in outputs]
-    assert all(sorted(one) == sorted(lines[0]) for one in lines), "ranks differ"
-    return lines[0]
+class Layouts:
+    """Checkpoints that two ranks have written, and what is found when others read them; see layouts_program.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written = self._run(2)
+        self._read: dict[tuple[int, int], list[str]] = {}
+
+    def read(self, ranks: int, every: int) -> list[str]:
+        """Lines of some ranks that load every n-th of the checkpoints of reshape_program.py, and those of the other."""
+        if (ranks, every) not in self._read:
+            self._read[ranks, every] = self._run(ranks, 2, every)
+        return self._read[ranks, every]
+
+    def _run(self, count: int, *words: int) -> list[str]:
+        outputs = run_ranks([Path(__file__).with_name("layouts_program.py"), self.folder, *words], count, timeout_s=400)
+        lines = [[line for line in output.splitlines() if line.startswith(MARKERS)] for output in outputs]
+        assert all(sorted(one) == sorted(lines[0]) for one in lines), "ranks differ"
+        return lines[0]
 
 
 @pytest.fixture(scope="session")
-def on_ranks() -> Callable[..., list[str]]:
-    """Runs a program on some ranks."""
-    return run_on_ranks
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
+    return Layouts(tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.fixture(scope="module")

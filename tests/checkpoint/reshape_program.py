@@ -1,21 +1,15 @@
 """Writes checkpoints of a tiny model on some ranks, or loads them into engines of other layouts.
 
-    RANK=… WORLD_SIZE=… python reshape_program.py FOLDER [RANKS THAT WROTE, EVERY]
-
 Engines are trained for two steps and saved with what is in them, put together by DeepSpeed's own functions. What is
 loaded into other engines must be the same bit for bit, by the same functions.
 """
 
 import itertools
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 #: By default DeepSpeed takes gigabytes for the buckets of each engine.
 SMALL = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"), 1000)
@@ -139,20 +133,3 @@ def read(folder: Path, ranks: Any, source: int, every: int) -> None:
         found = content(engine, names, new, variant[1])
         wrong = [name for name in expected if not torch.equal(found[name], expected[name])]
         print("LOADED", variant, f"stage {old} -> {new}:", wrong or "same", flush=True)
-
-
-def main(folder: Path, source: int = 0, every: int = 1) -> None:
-    """Write without a `source`, read with one."""
-    from pretrain.runtime.process_group import join, leave
-
-    ranks = join()
-    if source:
-        read(folder, ranks, source, every)
-    else:
-        write(folder, ranks)
-    leave(ranks)
-
-
-if __name__ == "__main__":
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    main(Path(sys.argv[1]), *[int(word) for word in sys.argv[2:]])

@@ -1,22 +1,16 @@
 """Averages, a momentum teacher, a queue and a bank beside the weights, on some ranks and in every ZeRO stage.
 
-    RANK=… WORLD_SIZE=… python state_program.py FOLDER [RANKS THAT WROTE]
-
 Engines are trained and saved as runs do it, and loaded into engines of other layouts. Lines that start with CHECKED
 name what was compared and what was wrong with it.
 """
 
 import itertools
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 DECAY, MOMENTUM, STEPS = 0.9, (0.6, 0.8, 0.95), 3
 #: By default DeepSpeed takes gigabytes for the buckets of each engine.
@@ -297,21 +291,3 @@ def read(folder: Path, ranks: Any, source: int) -> None:
                 right = torch.equal(engine.module.bank, bank) and engine.module.noise.tolist() == [-2 - ranks.rank] * 2
                 right = right and engine.module.queue[:, 0].tolist() == [0.25, 1.25, 2.25, 1.0, 1.0]
                 print("CHECKED rank state of", line, "same" if right else "differs", flush=True)
-
-
-def main(folder: Path, source: int = 0) -> None:
-    """Write without a `source`, read with one."""
-    from pretrain.runtime.process_group import join, leave
-
-    ranks = join()
-    torch.use_deterministic_algorithms(True)
-    if source:
-        read(folder, ranks, source)
-    else:
-        write(folder, ranks)
-    leave(ranks)
-
-
-if __name__ == "__main__":
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    main(Path(sys.argv[1]), *[int(word) for word in sys.argv[2:]])

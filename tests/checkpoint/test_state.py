@@ -1,7 +1,7 @@
 """Averages, momentum teachers, queues and banks: real processes, every ZeRO stage, other numbers of ranks."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.checkpoint.folders import folder_of
 from pretrain.models.averages import split_averages
 
-PROGRAM = Path(__file__).with_name("state_program.py")
 VARIANTS = ("fp32 0", "fp32 1", "fp32 2", "fp32 3", "bf16 1", "bf16 3", "bf16 3 in shards")
 
 #: Checked of each variant: numbers, evaluation, a checkpoint on the same ranks.
@@ -18,11 +17,8 @@ CHECKS = 12
 
 
 @pytest.fixture(scope="module")
-def written_by_two(
-    on_ranks: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[str]]:
-    folder = tmp_path_factory.mktemp("state")
-    return folder, on_ranks(PROGRAM, 2, folder, marker="CHECKED")
+def written_by_two(layouts: Any) -> tuple[Path, list[str]]:
+    return layouts.folder / "state", layouts.written
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -34,12 +30,10 @@ def test_averages_teacher_and_resume_on_two_ranks(variant: str, written_by_two: 
     assert [line for line in lines if not line.endswith(": same")] == []
 
 
-@pytest.mark.parametrize(("ranks", "checks"), [(1, 12), (3, 13)])
-def test_all_of_it_on_other_ranks_and_stages(
-    ranks: int, checks: int, on_ranks: Callable[..., list[str]], written_by_two: tuple[Path, list[str]]
-) -> None:
+@pytest.mark.parametrize(("ranks", "every", "checks"), [(1, 3, 12), (3, 5, 13)])
+def test_all_of_it_on_other_ranks_and_stages(ranks: int, every: int, checks: int, layouts: Any) -> None:
     """Averages as the weights; a bank by positions, a queue that all have, noise that starts anew."""
-    lines = on_ranks(PROGRAM, ranks, written_by_two[0], 2, marker="CHECKED")
+    lines = [line for line in layouts.read(ranks, every) if line.startswith("CHECKED")]
     assert len(lines) == checks
     assert [line for line in lines if not line.endswith(": same")] == []
 

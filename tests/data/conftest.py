@@ -18,7 +18,7 @@ from pretrain.models.videomae import Config as Model
 from pretrain.objectives.videomae import Config as Objective
 from pretrain.recipe.schema import Batch, Data, Recipe, Run, Source
 from pretrain.samples.clip import Config
-from tests.numbered_videos import encode, encoded_video, frame_number  # noqa: F401  (fixtures)
+from tests.films import encode, encoded_video, frame_number  # noqa: F401  (fixtures)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

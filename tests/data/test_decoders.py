@@ -11,28 +11,16 @@ import pytest
 
 from pretrain.data.decoders import open_video
 from pretrain.errors import DataError, SampleError
+from tests.films import skip_without
 
 Encode = Callable[..., bytes]
 Number = Callable[[np.ndarray], int]
 
 
-def missing(decoder: str) -> str:
-    """Why a decoder can't be used here, or nothing."""
-    try:
-        open_video(b"", decoder)
-    except SampleError:
-        return ""
-    except DataError as error:
-        return str(error)
-    raise AssertionError("no bytes were opened")
-
-
 @pytest.fixture(params=["decord", "pyav", "torchcodec"])
 def decoder(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if reason := missing(name):
-        assert name != "pyav", reason
-        pytest.skip(reason)
+    skip_without(name)
     return name
 
 

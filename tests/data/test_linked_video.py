@@ -31,7 +31,7 @@ from pretrain.errors import DataError, SampleError
 from pretrain.runtime import storage
 from tests.conftest import S3Server
 from tests.faults.proxy import FaultProxy
-from tests.films import HARD, UNEVEN, film_maker, numbers_of, write_film
+from tests.films import HARD, UNEVEN, film_maker, numbers_of, skip_without, write_film
 from tests.pack.media_files import sound_bytes, wave
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -81,8 +81,7 @@ EXACT = [("pyav", kind) for kind in KINDS] + [
 
 @pytest.mark.parametrize(("decoder", "kind"), EXACT)
 def test_frames_of_segments_and_films(kind: str, decoder: str, films: Callable[[str], Path]) -> None:
-    if decoder == "torchcodec":
-        pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, OSError, RuntimeError))
+    skip_without(decoder)
     path = str(films(kind))
     rng = np.random.default_rng(0)
     for segment in SEGMENTS:

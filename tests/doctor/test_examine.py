@@ -1,9 +1,7 @@
 """launch/doctor.py and the checks of every start: what is wrong is found, and the host that differs is named."""
 
 import json
-import os
 import resource
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ from pretrain.doctor.links import judge_link
 from pretrain.engine.start_checks import judge_clock
 from pretrain.runtime.findings import Finding, merge, odd_ones
 from pretrain.runtime.host_checks import check_descriptors, check_disk_space, check_shared_memory
+from tests.ranks import environment, free_port, outputs_of, start_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,35 +30,25 @@ platform.node = lambda: "node-b"
 def examine(*words: str) -> tuple[int, dict[str, Any]]:
     """Exit code and findings of the doctor on this machine alone."""
     command = [sys.executable, str(ROOT / "launch" / "doctor.py"), *words, "--json"]
-    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     return done.returncode, json.loads(done.stdout) if done.stdout else {"stderr": done.stderr}
 
 
 def pair(script: str, words: list[str], folder: Path) -> list[tuple[int, str]]:
     """Exit code and output of two ranks, the second of which is on a host with all that can be wrong."""
     (folder / "sitecustomize.py").write_text(SABOTAGE)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "launch" / script), *words, *(["optim.base_lr=0.2"] if rank else [])],
-            env=os.environ
-            | common
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            | ({"PYTHONPATH": str(folder)} if rank else {}),
-            preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))) if rank else None,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+    port, script = free_port(), str(ROOT / "launch" / script)
+    sound = start_rank([script, *words], rank=0, ranks=2, port=port)
+    spoilt = start_rank(
+        [script, *words, "optim.base_lr=0.2"],
+        rank=1,
+        ranks=2,
+        port=port,
+        environ={"PYTHONPATH": str(folder)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300)),
+    )
+    outputs = outputs_of([sound, spoilt])
+    return list(zip((sound.returncode, spoilt.returncode), outputs, strict=True))
 
 
 def test_one_sound_machine(toy: Any, tmp_path: Path) -> None:

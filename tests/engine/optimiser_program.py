@@ -1,20 +1,16 @@
-"""Three steps of every optimiser, by DeepSpeed in every ZeRO stage, from a recipe: python optimiser_program.py OUTPUT
+"""Three steps of every optimiser, by DeepSpeed in every ZeRO stage, from a recipe; see tests/findings_program.py.
 
-Weights after each run are written by "optimiser stage format". test_optimisers.py takes the same steps without
-DeepSpeed.
+Findings are the weights after each run, by "optimiser stage format". test_optimisers.py takes the same steps without
+DeepSpeed and in one process.
 """
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from pretrain.objectives.base import Objective  # noqa: E402
+from pretrain.objectives.base import Objective
+from pretrain.runtime.process_group import Ranks
 
 #: Learning rate of each step: none of them is the optimiser's own.
 RATES = (0.05, 0.1, 0.02)
@@ -60,7 +56,7 @@ def batch(step: int) -> Tensor:
     return torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
 
 
-def take_steps(name: str, stage: int, dtype: str) -> dict[str, Tensor]:
+def take_steps(name: str, stage: int, dtype: str, ranks: Ranks) -> dict[str, Tensor]:
     """The weights after three steps, in float32."""
     import deepspeed
 
@@ -69,14 +65,15 @@ def take_steps(name: str, stage: int, dtype: str) -> dict[str, Tensor]:
     from pretrain.recipe.load import load_recipe
 
     words = [*OPTIMISERS[name].split(), f"zero.stage={stage}", f"compute.dtype={dtype}", "optim.clip_grad=null"]
-    recipe = load_recipe("demo", [*words, "batch.samples=4", "batch.micro=4"])
+    recipe = load_recipe("demo", [*words, "batch.samples=4", f"batch.micro={4 // ranks.world_size}"])
     model = Model()
     config = deepspeed_config(recipe, 1, sum(parameter.numel() for parameter in model.parameters()), on_cpu=True)
     optimizer = build_optimizer(recipe, model, torch.device("cpu"))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
     forget_steps(engine.basic_optimizer)
     for step, lr in enumerate(RATES):
-        engine.backward(engine(batch(step).to(next(engine.parameters()).dtype)))
+        rows = batch(step)[ranks.rank :: ranks.world_size]
+        engine.backward(engine(rows.to(next(engine.parameters()).dtype)))
         set_lr(engine.optimizer, lr)
         engine.step()
     found = {}
@@ -86,15 +83,5 @@ def take_steps(name: str, stage: int, dtype: str) -> dict[str, Tensor]:
     return found
 
 
-def main(output: str) -> None:
-    from pretrain.runtime.process_group import join, leave
-
-    ranks = join()
-    found: dict[str, Any] = {" ".join(map(str, run)): take_steps(*run) for run in runs()}
-    torch.save(found, output)
-    leave(ranks)
-
-
-if __name__ == "__main__":
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    main(sys.argv[1])
+def findings(ranks: Ranks) -> dict[str, Any]:
+    return {" ".join(map(str, run)): take_steps(*run, ranks) for run in runs()}

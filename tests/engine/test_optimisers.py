@@ -1,9 +1,6 @@
 """Each optimiser takes the steps of a plain loop, alone and under every ZeRO stage; LARS those of its formula."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +13,6 @@ from pretrain.recipe.load import load_recipe
 from pretrain.runtime.vision_ops import ensure_torchvision
 from tests.engine.optimiser_program import OPTIMISERS, RATES, Model, batch, runs
 
-PROGRAM = Path(__file__).with_name("optimiser_program.py")
 WEIGHTS = ("first.weight", "second.weight", "late.weight")
 
 
@@ -71,24 +67,21 @@ def lars_gradient(value: Tensor, weight_decay: float, trust: float) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    output = tmp_path_factory.mktemp("optimisers") / "weights.pt"
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, for DeepSpeed's first start
-    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
-    done = subprocess.run([sys.executable, PROGRAM, output], env=environ, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, dict[str, Tensor]] = torch.load(output)
-    return found
+def by_deepspeed(in_engines: Callable[[str], dict[tuple[int, int], Any]]) -> list[dict[str, dict[str, Tensor]]]:
+    """Weights on each of two ranks."""
+    return list(in_engines("tests.engine.optimiser_program").values())
 
 
 @pytest.mark.parametrize(("name", "stage", "dtype"), runs())
 def test_deepspeed_takes_the_steps_of_a_plain_loop(by_deepspeed: Any, name: str, stage: int, dtype: str) -> None:
-    expected, found = plain_steps(name), by_deepspeed[f"{name} {stage} {dtype}"]
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        # bf16 weights carry 8 bits, and a gradient of theirs as many.
-        tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == "fp32" else {"rtol": 0.02, "atol": 0.02}
-        torch.testing.assert_close(found[key], value, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+    expected = plain_steps(name)
+    # bf16 weights carry 8 bits, and a gradient of theirs as many.
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == "fp32" else {"rtol": 0.02, "atol": 0.02}
+    for one in by_deepspeed:
+        found = one[f"{name} {stage} {dtype}"]
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

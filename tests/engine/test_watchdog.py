@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.ranks import kill_session, start_ranks
 from tests.toy_run import DRIVER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,22 +35,7 @@ class Pair:
         command = [str(DRIVER), str(toy.recipe), str(plan)]
         if accidents is None:
             command = [str(ROOT / "launch" / "pretrain.py"), "--recipe", str(toy.recipe), *words]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        common |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        self.ranks = [
-            subprocess.Popen(
-                [sys.executable, *command],
-                env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            for rank in ("0", "1")
-        ]
+        self.ranks = start_ranks(command, 2)
 
     def alive(self, rank: int) -> list[int]:
         """Processes of a rank, data workers among them, that have not ended."""
@@ -59,10 +43,7 @@ class Pair:
 
     def close(self) -> None:
         for rank in self.ranks:
-            try:
-                os.killpg(rank.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            kill_session(rank)
 
 
 def session(leader: int) -> dict[int, str]:

@@ -1,34 +1,60 @@
-"""Adversarial steps of a tiny objective in every ZeRO stage: python turns_program.py OUTPUT
+"""Adversarial steps of a tiny objective in every ZeRO stage; see tests/findings_program.py.
 
-Weights after each run, and the losses of each turn, by "stage format accumulation". test_turns.py takes the same steps
-with two plain optimisers.
+Findings are weights after each run, and the losses of each turn, by its `Layout`. test_turns.py takes the same steps
+with two plain optimisers in one process.
 """
 
-import os
-import sys
+import math
 from collections.abc import Iterable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from pretrain.objectives.base import Objective, Output, Rule, decays  # noqa: E402
+from pretrain.objectives.base import Objective, Output, Rule, decays
+from pretrain.runtime.process_group import Ranks
 
 RATES = (0.05, 0.1, 0.02)
+SAMPLES = 4
+
+
+class Layout(NamedTuple):
+    """One run: how it is spread, and what befalls it."""
+
+    stage: int
+    dtype: str
+    accumulation: int = 1
+    clip: str = "null"
+    """largest gradient norm of a turn, with SGD, whose steps follow the gradient's size"""
+    bad: str = ""
+    """turn whose loss is NaN in the second step, in the last micro-batch of the last rank"""
+
+    def __str__(self) -> str:
+        return " ".join(str(value) for value in self if value not in ("", "null"))
+
+
 LAYOUTS = [
-    (0, "fp32", 1), (1, "fp32", 1), (2, "fp32", 1), (0, "fp32", 2), (1, "fp32", 2), (1, "bf16", 1), (3, "fp32", 1),
-]  # fmt: skip
-WORDS = "optim.name=adam optim.betas=[0.5,0.999] optim.weight_decay=0 optim.clip_grad=null".split()
+    *(Layout(stage, "fp32") for stage in range(4)),
+    *(Layout(stage, "fp32", accumulation=2) for stage in (0, 1)),
+    Layout(1, "bf16"),
+    *(Layout(stage, "fp32", clip="0.8") for stage in range(4)),
+    *(Layout(stage, "fp32", bad=turn) for stage in range(4) for turn in ("discriminator", "generator")),
+    Layout(2, "fp32", accumulation=2, clip="0.8", bad="generator"),
+    Layout(1, "bf16", bad="generator"),
+]
+WORDS = {
+    "null": "optim.name=adam optim.betas=[0.5,0.999] optim.weight_decay=0",
+    "0.8": "optim.name=sgd optim.momentum=0.9 optim.weight_decay=0",
+}
 
 
 class Adversarial(Objective):
     """A generator and a discriminator of vectors, biases that are not zero."""
 
     turns = ("discriminator", "generator")
+    #: Forward passes, counted from 0, and whose loss is NaN.
+    passes, bad_pass = 0, -1
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,35 +74,46 @@ class Adversarial(Objective):
             loss = loss + (self.model["discriminator"](real) - 1).square().mean()
         else:
             loss = (self.model["discriminator"](made) - 1).square().mean()
+        self.passes += 1
+        if self.passes - 1 == self.bad_pass:
+            loss = loss * math.nan
         return Output(loss, {"made": made.detach().float().mean()})
 
 
-def batch(step: int, micro: int) -> dict[str, Any]:
+def batch(step: int, micro: int, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """A rank's rows of a micro-batch of SAMPLES."""
     draws = torch.Generator().manual_seed(100 * step + micro)
-    return {"noise": torch.randn(4, 3, generator=draws), "real": torch.randn(4, 5, generator=draws) + 1}
+    whole = {"noise": torch.randn(SAMPLES, 3, generator=draws), "real": torch.randn(SAMPLES, 5, generator=draws) + 1}
+    return {name: rows[rank::ranks] for name, rows in whole.items()}
 
 
 class Batches:
-    """Micro-batches in their order, as the engine asks for them."""
+    """A rank's micro-batches in their order, as the engine asks for them."""
 
     error = None
 
-    def __init__(self, accumulation: int) -> None:
+    def __init__(self, accumulation: int, ranks: Ranks) -> None:
         self._places = [(step, micro) for step in range(len(RATES)) for micro in range(accumulation)]
-        self.fetched = 0
+        self._ranks, self.fetched = ranks, 0
 
     def __next__(self) -> dict[str, Any]:
         self.fetched += 1
-        return batch(*self._places[self.fetched - 1])
+        return batch(*self._places[self.fetched - 1], self._ranks.rank, self._ranks.world_size)
 
     def source_of(self, step: int) -> str:
         return ""
 
 
-def take_steps(stage: int, dtype: str, accumulation: int, ranks: Any) -> dict[str, Any]:
-    """Weights and losses after three steps."""
-    import math
+def bad_pass(layout: Layout, ranks: Ranks) -> int:
+    """Number of the forward pass that gives NaN on this rank; -1: none does."""
+    if not layout.bad or ranks.rank < ranks.world_size - 1:
+        return -1
+    passes = layout.accumulation * (2 + 1 + Adversarial.turns.index(layout.bad))  # a step has two turns
+    return passes - 1
 
+
+def take_steps(layout: Layout, ranks: Ranks) -> dict[str, Any]:
+    """Weights and losses after three steps."""
     import deepspeed
 
     from pretrain.engine.deepspeed_config import deepspeed_config, unwrapped
@@ -86,43 +123,42 @@ def take_steps(stage: int, dtype: str, accumulation: int, ranks: Any) -> dict[st
     from pretrain.guards.step_guard import StepGuard
     from pretrain.recipe.load import load_recipe
 
-    words = [*WORDS, f"zero.stage={stage}", f"compute.dtype={dtype}", f"batch.samples={4 * accumulation}"]
-    recipe = load_recipe("demo", [*words, "batch.micro=4"])
+    words = [*WORDS[layout.clip].split(), f"zero.stage={layout.stage}", f"compute.dtype={layout.dtype}"]
+    words += [f"optim.clip_grad={layout.clip}", f"batch.samples={SAMPLES * layout.accumulation}"]
+    recipe = load_recipe("demo", [*words, f"batch.micro={SAMPLES // ranks.world_size}"])
     objective = Adversarial()
+    objective.bad_pass = bad_pass(layout, ranks)
     turns = turns_of(objective)
     optimizer = build_optimizer(recipe, objective, torch.device("cpu"))
-    config = deepspeed_config(recipe, accumulation, 26, on_cpu=True)
+    config = deepspeed_config(recipe, layout.accumulation, 26, on_cpu=True)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
     forget_steps(engine.basic_optimizer)
     ledger = SimpleNamespace(
         state=dict, record=lambda batch: None, numbers=lambda: [1.0, 0.0, 0.0], judge=lambda numbers: None
     )
-    incidents = SimpleNamespace(begin=lambda step: None, note=lambda batch, loss: None)
-    batches: Any = Batches(accumulation)
+    incidents = SimpleNamespace(
+        begin=lambda step: None, note=lambda batch, loss: None, look_at_gradients=lambda module: None
+    )
+    batches: Any = Batches(layout.accumulation, ranks)
     inputs = StepInputs(
-        engine=engine, turns=turns, cache=None, batches=batches, accumulation=accumulation,
-        own_clip=math.inf if unwrapped(recipe) else None, ledger=ledger, ranks=ranks, seed=0,
-        asked_to_stop=lambda: False, guard=StepGuard(recipe.guard), incidents=incidents,
+        engine=engine, turns=turns, cache=None, batches=batches, accumulation=layout.accumulation,
+        own_clip=(recipe.optim.clip_grad or math.inf) if unwrapped(recipe) else None, ledger=ledger, ranks=ranks,
+        seed=0, asked_to_stop=lambda: False, guard=StepGuard(recipe.guard), incidents=incidents,
     )  # fmt: skip
     results = [train_step(inputs, step, lr) for step, lr in enumerate(RATES)]
     found: dict[str, Tensor] = {}
     for key, parameter in objective.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=layout.stage == 3):
             found[key] = parameter.detach().clone().float()
-    losses = [(result.metrics["loss_discriminator"], result.metrics["loss_generator"]) for result in results]
-    applied = [result.applied for result in results]
-    return {"weights": found, "losses": losses, "applied": applied, "fetched": batches.fetched}
+    return {
+        "weights": found,
+        "losses": [[result.metrics.get(f"loss_{turn}", math.nan) for turn in objective.turns] for result in results],
+        "applied": [result.applied for result in results],
+        "norms": [result.grad_norm for result in results],
+        "fetched": batches.fetched,
+    }
 
 
-def main(output: str) -> None:
-    from pretrain.runtime.process_group import join, leave
-
-    ranks = join()
-    found = {" ".join(map(str, layout)): take_steps(*layout, ranks) for layout in LAYOUTS}
-    torch.save(found, output)
-    leave(ranks)
-
-
-if __name__ == "__main__":
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    main(sys.argv[1])
+def findings(ranks: Ranks) -> dict[str, Any]:
+    # Stage 3 comes last, see test_ranks.py.
+    return {str(layout): take_steps(layout, ranks) for layout in sorted(LAYOUTS, key=lambda one: one.stage == 3)}

@@ -1,20 +1,21 @@
 """Several runs in one set of processes: [deepspeed] driver.py PLAN.json, in the root of a copy of the checkout.
 
-The plan is a list of {"program", "recipe", "overrides"}. Exit codes of the runs are printed as a JSON line.
+The plan is a list of {"program", "recipe", "overrides"}. What each run ended with, [exit code, scores of its test] or
+an error, is printed as a JSON line.
 """
 
 import json
 import os
 import sys
-from pathlib import Path
 
 sys.path.insert(0, os.getcwd())
 
 
-def run(entry: dict) -> int:
-    """Train one recipe, and test it where its task tests."""
+def run(entry: dict) -> list | str:
+    """Plan and train one recipe, and test it where its method tests."""
     from finetune.recipe import PROGRAMS
     from pretrain.engine.loop import train
+    from pretrain.errors import TubeletError
     from pretrain.objectives.base import method_of, problems_of
     from pretrain.plan.dry_run import dry_run
     from pretrain.plan.trace import trace_step
@@ -25,9 +26,10 @@ def run(entry: dict) -> int:
     problems = problems_of(method)
     assert problems == [], problems
     assert dry_run(method) and trace_step(method, method.recipe.batch.micro).forward_flops > 0
-    code = train(method)
-    method.test(join())
-    return code
+    try:
+        return [train(method), method.test(join())]
+    except TubeletError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":
@@ -35,6 +37,7 @@ if __name__ == "__main__":
 
     join()
     plan = next(word for word in sys.argv[1:] if not word.startswith("--local_rank"))
-    codes = [run(entry) for entry in json.loads(Path(plan).read_text())]
+    with open(plan) as file:
+        ends = [run(entry) for entry in json.load(file)]
     if os.environ.get("RANK", "0") == "0":
-        print("CODES " + json.dumps(codes), flush=True)
+        print("ENDS " + json.dumps(ends), flush=True)

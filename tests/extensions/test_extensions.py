@@ -5,10 +5,10 @@ tower, an adversarial one on rasters of two sources, a detection task with boxes
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from tests.toy_run import free_port
+from tests.ranks import environment, free_port
 from tests.toy_shards import ROOT
 
 HERE = Path(__file__).parent
@@ -37,26 +37,30 @@ SHORT = (
     "compute.dtype=fp32 zero.stage=1 checkpoint.every_steps=3 optim.base_lr=0.1"
 ).split()
 
+#: Six steps must lead to some right bytes.
+OWN = {"tiny_narration": ("optim.base_lr=3",)}
 
-def draw(number: int, size: int = 40) -> np.ndarray:
-    """A picture of noise with a bright square, never flat."""
+
+def draw(number: int) -> np.ndarray:
+    """A picture of noise with a bright square, 40 x 56, never flat."""
     rng = np.random.default_rng(number)
-    pixels = rng.integers(0, 120, (size, size, 3), dtype=np.uint8)
+    pixels = rng.integers(0, 120, (40, 56, 3), dtype=np.uint8)
     pixels[number : number + 16, 8:24] = rng.integers(130, 255, 3)
     return pixels
 
 
 def write_film(path: Path, number: int) -> None:
-    """One second of 12 frames with a tone whose height goes with the picture."""
+    """Two seconds of 12 frames each, with a tone whose height goes with the picture and rises with time."""
     rate = 8000
     with av.open(str(path), "w") as file:
         video, audio = file.add_stream("libx264", rate=12), file.add_stream("aac", rate=rate)
-        video.width = video.height = 40
+        video.height, video.width, _ = draw(number).shape
         video.pix_fmt = "yuv420p"
         audio.layout = "mono"
-        for _ in range(15):
+        for _ in range(24):
             file.mux(video.encode(av.VideoFrame.from_ndarray(draw(number), format="rgb24")))
-        tone = np.sin(2 * np.pi * (200 + 90 * number) * np.arange(rate * 5 // 4) / rate).astype(np.float32)
+        seconds = np.arange(rate * 2) / rate
+        tone = np.sin(2 * np.pi * (200 + 90 * number + 150 * seconds) * seconds).astype(np.float32)
         sound = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
         sound.sample_rate = rate
         file.mux(audio.encode(sound))
@@ -73,7 +77,7 @@ def make_sources(folder: Path) -> None:
         picture = folder / "pictures" / f"{number}.png"
         Image.fromarray(draw(number)).save(picture)
         picture.with_suffix(".txt").write_text(f"a square {number}")
-        row = {"path": str(picture), "boxes": [[0.2, number / 40, 0.6, (number + 16) / 40]] * (1 + number % 3)}
+        row = {"path": str(picture), "boxes": [[8 / 56, number / 40, 24 / 56, (number + 16) / 40]] * (1 + number % 3)}
         boxes.append(json.dumps(row))
         write_film(folder / "films" / f"{number}.mp4", number)
         rng = np.random.default_rng(number)
@@ -84,7 +88,7 @@ def make_sources(folder: Path) -> None:
     (folder / "boxed.jsonl").write_text("\n".join(boxes) + "\n")
 
 
-def make_tower(folder: Path) -> None:
+def make_tower(folder: Path, seed: int = 0) -> None:
     """A text tower's weights and a tokeniser, as files."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -94,31 +98,55 @@ def make_tower(folder: Path) -> None:
     tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    table = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    table = np.random.default_rng(seed).normal(size=(64, 16)).astype(np.float32)
     safetensors.numpy.save_file({"table.weight": table}, folder / "tower.safetensors")
 
 
 def execute(root: Path, *command: str) -> str:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TUBELET_DATA": str(root / "shards")}
-    environment["PATH"] = str(Path(sys.executable).parent) + os.pathsep + environment["PATH"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    environ = environment() | {"TUBELET_DATA": str(root / "shards")}
+    environ.pop("PYTHONPATH", None)  # the checkout of these tests would hide the copy
+    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     return done.stdout
 
 
-def drive(root: Path, ranks: int, folder: str, *overrides: str, only: tuple[str, ...] = tuple(RUNS)) -> list[int]:
-    """Train some of the six on some ranks."""
-    plan = [
-        {"program": RUNS[name], "recipe": name, "overrides": [*SHORT, f"run.dir={folder}/{name}", *overrides]}
+def entries(folder: str, *overrides: str, only: Iterable[str] = RUNS) -> list[dict[str, Any]]:
+    """Runs for driver.py, in a folder of their own."""
+    return [
+        {
+            "program": RUNS[name],
+            "recipe": name,
+            "overrides": [*SHORT, *OWN.get(name, ()), f"run.dir={folder}/{name}", *overrides],
+        }
         for name in only
     ]
-    (root / f"{folder}.json").write_text(json.dumps(plan))
+
+
+def drive(root: Path, ranks: int, plan: list[dict[str, Any]]) -> list[Any]:
+    """Train run after run on some ranks; what each of them ended with."""
+    (root / "plan.json").write_text(json.dumps(plan))
     deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
     launcher = [*deepspeed, "--num_accelerators", str(ranks)] if ranks > 1 else []
-    printed = execute(root, sys.executable, *launcher, str(HERE / "driver.py"), f"{folder}.json")
-    line = next(line for line in printed.splitlines() if "CODES " in line)
-    codes: list[int] = json.loads(line.partition("CODES ")[2])
-    return codes
+    printed = execute(root, sys.executable, *launcher, str(HERE / "driver.py"), "plan.json")
+    line = next(line for line in printed.splitlines() if "ENDS " in line)
+    ends: list[Any] = json.loads(line.partition("ENDS ")[2])
+    return ends
+
+
+PACK = """
+import json, sys
+from pretrain.commands.pack import main
+sys.exit(max(main(["--workers", "0", *words]) for words in json.loads(sys.argv[1])))
+"""
+
+
+PLAN_AND_EXPORT = """
+import json, sys
+from finetune.commands import export
+from pretrain.commands import plan
+planned, exported = json.loads(sys.argv[1])
+sys.exit(plan.main(planned) or export.main(exported))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +162,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.parent.mkdir(exist_ok=True)
             shutil.copy(path, target)
     make_sources(root / "raw")
-    pack = [sys.executable, "launch/pack.py", "--workers", "0"]
-    execute(root, *pack, "raw/pictures", "shards/pictures", "--kind", "image", "--with", "txt")
-    execute(root, *pack, "raw/films", "shards/films", "--audio", "keep")
-    execute(root, *pack, "raw/boxed.jsonl", "shards/boxed", "--kind", "image")
-    for name in ("old", "new"):
-        execute(root, *pack, f"raw/{name}", f"shards/{name}", "--kind", "array")
-    execute(root, *pack, "raw/told", "shards/told", "--kind", "array", "--with", "txt")
+    commands = [
+        ["raw/pictures", "shards/pictures", "--kind", "image", "--with", "txt"],
+        ["raw/films", "shards/films", "--audio", "keep"],
+        ["raw/boxed.jsonl", "shards/boxed", "--kind", "image"],
+        *([f"raw/{name}", f"shards/{name}", "--kind", "array"] for name in ("old", "new")),
+        ["raw/told", "shards/told", "--kind", "array", "--with", "txt"],
+    ]
+    execute(root, sys.executable, "-c", PACK, json.dumps(commands))
     make_tower(root / "shards")
+    shutil.copy(root / "shards/tower.safetensors", root / "other.safetensors")
     return root
 
 
@@ -154,9 +184,26 @@ def command(root: Path, *plan: tuple[str, list[str]]) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def trained(root: Path) -> Path:
+def ends(root: Path) -> dict[str, list[Any]]:
+    """The six on one rank and on two, and on two stopped after three steps and gone on with; by folder."""
+    micro, half = "batch.micro=2", "schedule.max_steps=3"
+    # The loss across the whole batch: two micro-batches on one rank, one on two.
+    one = drive(root, 1, entries("one"))
+    changed = entries("changed", micro, f"objective.tower={root / 'other.safetensors'}", only=["captioned"])
+    begun = [entry | {"overrides": [*entry["overrides"], half]} for entry in entries("halves", micro) + changed]
+    two = drive(root, 2, entries("two", micro, "log.pictures_every_steps=3") + begun)
+    make_tower(root, seed=1)
+    (root / "tower.safetensors").replace(root / "other.safetensors")
+    # Queue, teacher, frozen tower, both turns' moments come back.
+    rest = drive(root, 2, entries("halves", micro) + changed)
+    count = len(RUNS)
+    return {"one": one, "two": two[:count], "begun": two[count:], "halves": rest[:count], "changed": rest[count:]}
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, ends: dict[str, list[Any]]) -> Path:
     """The runs of one rank."""
-    assert drive(root, 1, "one") == [0] * len(RUNS)
+    assert [end[0] for end in ends["one"]] == [0] * len(RUNS)
     return root / "one"
 
 
@@ -166,11 +213,9 @@ def losses(root: Path, folder: str, name: str) -> list[float]:
     return [record["train/loss"] for record in records if "train/loss" in record]
 
 
-def test_six_additions_train_resume_and_don_t_depend_on_ranks(root: Path, trained: Path) -> None:
-    assert drive(root, 2, "two", "batch.micro=2") == [0] * len(RUNS)
-    # Stopped after three steps, and gone on with: queue, frozen tower, both turns' moments come back.
-    assert drive(root, 2, "halves", "batch.micro=2", "schedule.max_steps=3") == [0] * len(RUNS)
-    assert drive(root, 2, "halves", "batch.micro=2") == [0] * len(RUNS)
+def test_six_additions_train_resume_and_don_t_depend_on_ranks(root: Path, ends: dict[str, list[Any]]) -> None:
+    for folder in ("one", "two", "begun", "halves"):
+        assert [end[0] for end in ends[folder]] == [0] * len(ends[folder]), ends[folder]
     for name in RUNS:
         whole = losses(root, "two", name)
         assert len(whole) == STEPS and np.isfinite(whole).all() and len(set(whole)) == STEPS, (name, whole)
@@ -240,3 +285,34 @@ def test_their_weights_are_exported_and_read_back(root: Path, told: dict[str, li
 def test_commands_of_classification_refuse_other_tasks(told: dict[str, list[tuple[int, str]]]) -> None:
     for case, found in zip(OF_CLASSIFICATION, told["refused"], strict=True):
         assert found[0] == case[2] and case[3] in found[1], (case, found)
+
+
+def test_additions_bring_their_own_tests_and_pictures(root: Path, ends: dict[str, list[Any]]) -> None:
+    tests = {name: end[1] for name, end in zip(RUNS, ends["two"], strict=True)}
+    assert {name for name, found in tests.items() if found is not None} == {"tiny_detection", "tiny_narration"}
+    assert tests["tiny_detection"] == {"tested": 1.0}
+    assert 0 < tests["tiny_narration"]["right_bytes"] < 1
+    assert ends["halves"][list(RUNS).index("tiny_narration")][1] == tests["tiny_narration"], "the same weights"
+    assert len((root / "two/tiny_narration/narration.bin").read_bytes()) == 8 * 12, "bytes of eight films"
+    pictures = {path.parent.parent.name for path in (root / "two").glob("*/pictures/step_00000003.png")}
+    assert pictures == {"queue_contrast"}
+
+
+def test_an_addition_is_planned_and_exported_by_the_commands(root: Path, ends: dict[str, list[Any]]) -> None:
+    words = ["--recipe", "queue_contrast", "--gpus", "2", "--json", "plan.json", *SHORT, "batch.micro=2"]
+    execute(root, sys.executable, "-c", PLAN_AND_EXPORT, json.dumps([words, ["two/queue_contrast", "exported"]]))
+    assert json.loads((root / "plan.json").read_text())["largest_micro"] > 2
+    weights = safetensors.numpy.load_file(root / "exported/model.safetensors")
+    assert weights and not any("twin" in name for name in weights), "the network alone"
+
+
+def test_frozen_tower_is_noted_and_a_changed_one_refused(root: Path, ends: dict[str, list[Any]]) -> None:
+    notes = [
+        json.loads((root / folder / "captioned/checkpoints" / step / "state.json").read_text())["frozen"]["tower"]
+        for folder, step in (("two", "step_00000006"), ("halves", "step_00000006"), ("changed", "step_00000003"))
+    ]
+    assert len({note["digest"] for note in notes}) == 1, "of the values, wherever they lie"
+    assert notes[2]["weights"] == str(root / "other.safetensors")
+    (refused,) = ends["changed"]
+    assert refused.startswith("CheckpointError") and notes[2]["digest"] in refused and "objective.tower" in refused
+    assert len(losses(root, "changed", "captioned")) == 3

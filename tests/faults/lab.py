@@ -17,7 +17,8 @@ from typing import Any
 from tests.faults import servers
 from tests.faults.forge import Forge, Forged
 from tests.faults.proxy import FaultProxy
-from tests.toy_run import Toy, free_port
+from tests.ranks import environment, free_port
+from tests.toy_run import Toy
 
 #: Steps of the run, and those between two checkpoints: 4, 8, 12, and 15 at the end.
 STEPS, SAVE_EVERY = 15, 4
@@ -141,12 +142,10 @@ class Lab:
     def _launch(self, words: list[str], environ: dict[str, str], output: Path) -> Attempt:
         front = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(self.ranks)]
         front += ["--master_port", str(free_port())]
-        common = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        common["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
         with open(output, "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, *front, RANK, *words],
-                env=os.environ | environ | common,
+                env=environment() | environ,
                 cwd=self.folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.ranks import environment
 from tests.toy_shards import ROOT, encoded, index, write_shard
 
 CLASSES = ("down", "left", "right")
@@ -53,13 +53,12 @@ class Toy:
     def run(self, name: str, *words: str, expect: int = 0, ranks: int = 1) -> str:
         """launch/finetune.py into the run folder `name`, as a user starts it; returns what was printed."""
         command = [sys.executable, str(ROOT / "launch" / "finetune.py"), "--recipe", str(self.recipe)]
-        environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         if ranks > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             command = launcher + command[1:]
         done = subprocess.run(
             [*command, f"run.dir={self.folder / name}", *words],
-            env=environ, cwd=self.folder, capture_output=True, text=True, timeout=240,
+            env=environment(), cwd=self.folder, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == expect, done.stdout + done.stderr
         return done.stdout + done.stderr

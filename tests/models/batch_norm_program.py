@@ -1,20 +1,11 @@
-"""Batch norm over one, two and four gloo ranks beside torch's on the whole batch.
-
-    python batch_norm_program.py FOLDER RANK
-
-Started four times. FOLDER/<world size>-<rank>.pt gets the largest differences by case.
-"""
+"""Batch norm over one, two and four gloo ranks beside torch's on the whole batch; see tests/findings_program.py."""
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pretrain.errors import TrainingError
 from pretrain.models.cross_rank_batch_norm import convert_batch_norm
@@ -143,27 +134,13 @@ def refusals(ranks: Ranks) -> list[str]:
     return found
 
 
-def main(folder: Path, rank: int) -> None:
-    for world_size in (4, 2, 1):
-        if rank >= world_size:
-            return
-        if world_size > 1:
-            store = dist.FileStore(str(folder / f"store {world_size}"), world_size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
-        found: dict[str, object] = {
-            f"{name}{' uneven' * uneven} {kind} {offset:g}": differences(make, shape, ranks, uneven, kind, offset)
-            for name, (make, shape) in CASES.items()
-            for uneven in (False, True)
-            for kind, offset in ((torch.float32, 1.0), (torch.float32, 3000.0), (torch.float64, 1.0))
-        }
-        found["bf16"] = in_bfloat16(ranks)
-        if world_size > 1:
-            found["refusals"] = refusals(ranks)
-            dist.barrier()
-            dist.destroy_process_group()
-        torch.save(found, folder / f"{world_size}-{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+def findings(ranks: Ranks) -> dict[str, object]:
+    """The largest differences by case, in one world."""
+    found: dict[str, object] = {
+        f"{name}{' uneven' * uneven} {kind} {offset:g}": differences(make, shape, ranks, uneven, kind, offset)
+        for name, (make, shape) in CASES.items()
+        for uneven in (False, True)
+        for kind, offset in ((torch.float32, 1.0), (torch.float32, 3000.0), (torch.float64, 1.0))
+    }
+    found["bf16"] = in_bfloat16(ranks)
+    return found | ({"refusals": refusals(ranks)} if ranks.world_size > 1 else {})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pretrain.errors import TrainingError
 from pretrain.models import averages
 from pretrain.models.averages import MomentumTeacher, WeightAverage, split_averages
 
@@ -132,9 +133,23 @@ def test_a_teacher_moves_by_steps_that_its_format_has_not() -> None:
     assert moved == pytest.approx(1 - 0.999**200, abs=0.01)
 
 
-def test_a_twin_of_another_shape_is_refused() -> None:
-    with pytest.raises((KeyError, RuntimeError)):
-        MomentumTeacher(network(), nn.Sequential(nn.Linear(37, 3)))
+@pytest.mark.parametrize(
+    ("place", "other", "said"),
+    [
+        (4, nn.Linear(3, 1), r"in 2 .*: 4.bias \[3\] -> \[1\], 4.weight \[3, 3\] -> \[1, 3\]; allowed"),
+        (4, nn.Identity(), r"4.bias \[3\] -> missing"),
+        (2, nn.PReLU(), r"in 1 .*: 2.weight missing -> \[1\]"),
+        (1, nn.BatchNorm1d(29, track_running_stats=False), r"1.running_mean \[29\] -> missing"),
+    ],
+)
+def test_a_twin_of_another_shape_is_refused(place: int, other: nn.Module, said: str) -> None:
+    """Also in either direction: weights of one row, say, would be broadcast to all."""
+    model, twin = network(), network()
+    twin[place] = other
+    with pytest.raises(TrainingError, match=said):
+        MomentumTeacher(model, twin)
+    with pytest.raises(TrainingError, match="momentum teacher"):
+        MomentumTeacher(twin, model)
 
 
 def test_averages_of_a_checkpoint_by_the_names_of_the_model() -> None:

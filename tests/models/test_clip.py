@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pretrain.errors import RecipeError, WeightsError
 from pretrain.models.clip import CLIP, Config, TextTower, VisualTower, check, cost, quick_gelu, resolve
 from pretrain.models.clip_weights import load_clip, open_clip_names, our_names
+from pretrain.models.cubes import Grid
 from pretrain.models.vit import Block
 from pretrain.runtime.vision_ops import ensure_torchvision
 
@@ -381,6 +382,12 @@ def test_images_of_other_sizes() -> None:
     images = torch.randn(2, 3, 32, 16)
     assert tower.forward_features(images).tokens.shape == (2, 1 + 4 * 2, 48)
     assert tower(images).shape == (2, 20)
+    # Each position knows its row alone; stretched to 4 rows of 2, it must still be a row's.
+    side = tower.embed.grid.height
+    tower.embed.positions.data[1:] = torch.arange(float(side)).repeat_interleave(tower.embed.grid.width)[:, None]
+    rows = tower.embed._positions(Grid(1, 4, 2))[1:].unflatten(0, (4, 2))
+    torch.testing.assert_close(rows, rows[:, :1].expand_as(rows))
+    assert (rows[1:, 0] > rows[:-1, 0]).all()
     with pytest.raises(RecipeError, match="images of 32x20"):
         tower(torch.randn(2, 3, 32, 20))
     with pytest.raises(RecipeError, match="blocks 0 to 2"):

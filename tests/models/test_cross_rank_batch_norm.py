@@ -1,14 +1,19 @@
 """Batch norm over ranks against torch's on the whole batch; ranks are started once for all tests."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from tests.ranks import run_ranks
+from pretrain.models.cross_rank_batch_norm import convert_batch_norm
+from pretrain.runtime.process_group import Ranks
+from pretrain.runtime.vision_ops import ensure_torchvision
 
-PROGRAM = Path(__file__).with_name("batch_norm_program.py")
+ensure_torchvision()
+from timm.layers.norm_act import BatchNormAct2d  # noqa: E402
+
 CASES = [
     *("1d", "1d with length", "2d", "3d", "cumulative"),
     *("without weights", "without statistics", "inside", "timm"),
@@ -17,11 +22,8 @@ Found = dict[tuple[int, int], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank of each world found."""
-    folder = tmp_path_factory.mktemp("batch_norm")
-    run_ranks(PROGRAM, folder, 4)
-    return {(world, rank): torch.load(folder / f"{world}-{rank}.pt") for world in (1, 2, 4) for rank in range(world)}
+def found(in_worlds: Callable[[str], Found]) -> Found:
+    return in_worlds("tests.models.batch_norm_program")
 
 
 @pytest.mark.parametrize("split", ["", " uneven"])
@@ -44,6 +46,22 @@ def test_statistics_of_a_bf16_model_are_float32(found: Found) -> None:
         if world > 1:
             assert differences["mean"] < 1e-5 and differences["variance"] < 1e-5, differences
             assert differences["eval"] < 0.04, differences
+
+
+@pytest.mark.parametrize(("norm", "expected"), [
+    (nn.BatchNorm2d(3, eps=1e-3, momentum=0.3), "SyncBatchNorm"),
+    (BatchNormAct2d(3, act_layer=nn.LeakyReLU, inplace=False), "SyncBatchNormAct"),
+])  # fmt: skip
+def test_accelerators_get_torchs_own_with_the_same_parameters(norm: nn.Module, expected: str) -> None:
+    module = nn.Sequential(norm, nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)).train()
+    module(torch.randn(2, 3, 5, 4))  # statistics that are not the first ones
+    before, weights = dict(module.state_dict(keep_vars=True)), torch.randn(2, 3, 5, 4)
+    said = module.eval()(weights)
+    converted = convert_batch_norm(module, Ranks(0, 2, 0, torch.device("cuda")))
+    assert [type(part).__name__ for part in converted.children()][::2] == [expected, "SyncBatchNorm"]
+    after = converted.state_dict(keep_vars=True)
+    assert after.keys() == before.keys() and all(after[name] is value for name, value in before.items())
+    torch.testing.assert_close(converted.eval()(weights), said)
 
 
 def test_refusals_say_what_is_allowed(found: Found) -> None:

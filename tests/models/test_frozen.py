@@ -8,31 +8,22 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pretrain.errors import CheckpointError, WeightsError
-from pretrain.models.clip import CLIP, Config, TextTower, VisualTower
+from pretrain.models.clip import Config, TextTower, VisualTower
 from pretrain.models.clip_weights import frozen_clip
 from pretrain.models.frozen import Frozen, check_frozen, frozen_notes, locate, weights_digest
+from tests.models.frozen_program import CONFIG, SIZES, STAGES, given, state_of
 
 ROOT = Path(__file__).parents[2]
-SIZES: dict[str, Any] = {
-    "size": "custom", "image_size": 16, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "embedding": 12,
-    "text_dim": 16, "text_depth": 1, "text_heads": 2, "context": 6, "vocabulary": 20, "activation": "gelu",
-}  # fmt: skip
-CONFIG = Config(**SIZES)
-
-
-def state_of(seed: int) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    return {name: torch.randn_like(value) / 5 for name, value in CLIP(CONFIG).state_dict().items()}
 
 
 @pytest.fixture
@@ -239,35 +230,31 @@ def test_hub_is_not_asked_elsewhere(weights: str) -> None:
     assert locate("objective.tower.weights", weights) == weights
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_under_deepspeed(stage: int, weights: str, tmp_path: Path) -> None:
-    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    variables = os.environ | group | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = str(Path(__file__).with_name("frozen_program.py"))
-    done = subprocess.run(
-        [sys.executable, program, weights, str(tmp_path / "run"), str(stage)],
-        env=variables, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
-    found = json.loads(line.removeprefix("FOUND"))
-    assert found["parameters"] == found["state"] == ["model.weight", "model.bias"]
-    assert found["optimised"] == 3 * 16 * 16 * 12 + 12
-    assert not found["sharded"] and not found["gradients"] and not found["training"]
-    assert found["held"] == "Parameter" and found["dtypes"] == ["torch.float32"], "not rounded with the student"
-    assert found["losses"][1] < found["losses"][0]
-    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    ids = torch.tensor([[1, 4, 19, 0, 0, 0], [1, 7, 9, 2, 19, 0]])
+@pytest.mark.parametrize("stage", STAGES)
+def test_under_deepspeed(stage: int, in_engines: Callable[[str], dict[tuple[int, int], Any]]) -> None:
+    for both in in_engines("tests.models.frozen_program").values():
+        found = both[stage]
+        assert found["parameters"] == found["state"] == ["model.weight", "model.bias"]
+        student = 3 * 16 * 16 * 12 + 12
+        assert found["optimised"] == student
+        assert not found["sharded"] and not found["gradients"] and not found["training"]
+        assert found["held"] == "Parameter" and found["dtypes"] == ["torch.float32"], "not rounded with the student"
+        assert found["losses"][1] < found["losses"][0]
+        assert found["files"] and max(found["files"].values()) <= student + 4
+
+
+def test_outputs_under_deepspeed_are_those_of_the_towers_alone(
+    weights: str, in_engines: Callable[[str], dict[tuple[int, int], Any]]
+) -> None:
+    towers = (VisualTower, TextTower)
     plain = [
-        frozen_clip("a.b", weights, CONFIG, tower, "fp32")(given)
-        for tower, given in ((VisualTower, images), (TextTower, ids))
+        frozen_clip("a.b", weights, CONFIG, tower, "fp32")(one) for tower, one in zip(towers, given(), strict=True)
     ]
-    for outputs in found["outputs"]:
-        for said, expected in zip(outputs, plain, strict=True):
-            torch.testing.assert_close(torch.tensor(said), expected, rtol=1e-6, atol=1e-6)
-    state = {tower: value for tower, value in (("teacher", "visual."), ("text", "text."))}
-    for name, prefix in state.items():
-        part = {key.removeprefix(prefix): value for key, value in state_of(0).items() if key.startswith(prefix)}
-        assert found["notes"][name] == {"weights": weights, "digest": weights_digest(part)}
-    student = 3 * 16 * 16 * 12 + 12
-    assert found["files"] and max(found["files"].values()) <= student + 4
+    for both in in_engines("tests.models.frozen_program").values():
+        for outputs in both[1]["outputs"] + both[3]["outputs"]:
+            for said, expected in zip(outputs, plain, strict=True):
+                torch.testing.assert_close(said, expected, rtol=1e-6, atol=1e-6)
+        for name, prefix in (("teacher", "visual."), ("text", "text.")):
+            part = {key.removeprefix(prefix): value for key, value in state_of(0).items() if key.startswith(prefix)}
+            expected = {"weights": both["weights"], "digest": weights_digest(part)}
+            assert both[1]["notes"][name] == both[3]["notes"][name] == expected

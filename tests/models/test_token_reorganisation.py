@@ -23,16 +23,16 @@ TINY = {"size": "custom", "patch_size": 4, "dim": 24, "depth": 4, "heads": 3, "m
 
 
 def video_model(**tokens) -> VideoClassifier:
-    """4x4x4 tokens, with weights large enough for attention to differ between tokens."""
+    """4x4x6 tokens, with weights large enough for attention to differ between tokens."""
     torch.manual_seed(0)
-    model = VideoClassifier(Config(**TINY, classes=3, positions="rebuild", tokens=Reorganisation(**tokens)), 8, 16, 16)
+    model = VideoClassifier(Config(**TINY, classes=3, positions="rebuild", tokens=Reorganisation(**tokens)), 8, 16, 24)
     for value in model.parameters():
         torch.nn.init.normal_(value, std=0.2)
     return model.eval()
 
 
 def clips(count: int = 2) -> torch.Tensor:
-    return torch.randn(count, 8, 16, 16, 3, generator=torch.Generator().manual_seed(1))
+    return torch.randn(count, 8, 16, 24, 3, generator=torch.Generator().manual_seed(1))
 
 
 def attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_fused_token_is_the_weighted_sum() -> None:
         tokens = []
         for sample in range(2):
             order = score[sample].argsort(descending=True)
-            kept, dropped = order[:32], order[32:]
+            kept, dropped = order[:48], order[48:]
             weights = score[sample][dropped] / (score[sample][dropped].sum() if fuse_norm else 1)
             tokens.append(torch.cat((y[sample][kept], (weights[:, None] * y[sample][dropped]).sum(0)[None])))
         expected = torch.stack(tokens)
@@ -98,20 +98,20 @@ def test_a_checkpoint_runs_at_any_rate() -> None:
 def test_origins_and_sizes_account_for_every_token(fuse: bool) -> None:
     model = video_model(keep_rate=0.6, fuse=fuse)
     tokens = model.encode(clips())
-    assert tokens.x.shape[1] == token_counts(64, keep_rates(Reorganisation(0.6), 4), fuse)[-1]
+    assert tokens.x.shape[1] == token_counts(96, keep_rates(Reorganisation(0.6), 4), fuse)[-1]
     assert tokens.origin.shape == tokens.sizes.shape == tokens.x.shape[:2]
     for origin, sizes in zip(tokens.origin, tokens.sizes, strict=True):
         kept = origin[origin >= 0]
         assert len(kept.unique()) == len(kept)
         if fuse:
-            assert sizes.sum() == 64 and (sizes[origin >= 0] == 1).all()
+            assert sizes.sum() == 96 and (sizes[origin >= 0] == 1).all()
     assert [step.block for step in tokens.steps] == [1, 2, 3]
 
 
 def test_size_weighted_mean_counts_fused_tokens() -> None:
     model = video_model(keep_rate=0.5, size_weighted=True)
     tokens = model.encode(clips())
-    expected = (tokens.x * tokens.sizes[:, :, None]).sum(1) / 64
+    expected = (tokens.x * tokens.sizes[:, :, None]).sum(1) / 96
     assert_close(model.mean_tokens(tokens), expected)
     assert not torch.allclose(model.mean_tokens(tokens), tokens.x.mean(1))
 
@@ -120,18 +120,18 @@ def test_size_weighted_mean_counts_fused_tokens() -> None:
 def test_stratified_keeps_every_moment_alike(fuse: bool) -> None:
     model = video_model(keep_rate=0.55, per_frame=True, fuse=fuse)
     tokens = model.encode(clips())
-    counts = token_counts(64, keep_rates(Reorganisation(0.55), 4), fuse, slices=4)
-    assert tokens.x.shape[1] == counts[-1] == 4 * 3 + fuse
+    counts = token_counts(96, keep_rates(Reorganisation(0.55), 4), fuse, slices=4)
+    assert tokens.x.shape[1] == counts[-1] == 4 * 5 + fuse
     for origin in tokens.origin:
-        moments = (origin[origin >= 0] // 16).bincount(minlength=4)
-        assert (moments == 3).all()
+        moments = (origin[origin >= 0] // 24).bincount(minlength=4)
+        assert (moments == 5).all()
     if fuse:
-        assert (tokens.sizes.sum(1) == 64).all()
+        assert (tokens.sizes.sum(1) == 96).all()
 
 
 def test_permuted_tokens_keep_the_same_set() -> None:
     model = video_model(keep_rate=0.5)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     x = model.embed(clips())
     plain, permuted = model.run(x), model.run(x[:, order])
     kept = [set(row.tolist()) for row in plain.origin]
@@ -160,12 +160,12 @@ def test_class_score_needs_a_class_token() -> None:
 
 def test_run_time_switches() -> None:
     model = video_model(keep_rate=0.5)
-    assert model.encode(clips(), keep_rate=0.9).x.shape[1] == token_counts(64, [1, 0.9, 0.9, 0.9], True)[-1]
+    assert model.encode(clips(), keep_rate=0.9).x.shape[1] == token_counts(96, [1, 0.9, 0.9, 0.9], True)[-1]
     model.reorganisation.rate = 0.9
-    assert model.encode(clips()).x.shape[1] == token_counts(64, [1, 0.9, 0.9, 0.9], True)[-1]
+    assert model.encode(clips()).x.shape[1] == token_counts(96, [1, 0.9, 0.9, 0.9], True)[-1]
     assert model.encode(clips(), counts=[None, None, 7, None]).steps[1].kept.shape[1] == 7
-    with pytest.raises(RecipeError, match="can't keep 65"):
-        model.encode(clips(), counts=[65, None, None, None])
+    with pytest.raises(RecipeError, match="can't keep 97"):
+        model.encode(clips(), counts=[97, None, None, None])
     with pytest.raises(RecipeError, match="reorganise"):
         video_model()(clips(), keep_rate=0.5)
 
@@ -248,42 +248,47 @@ def test_images_of_other_sizes_stretch_their_positions() -> None:
     model = ImageViT(ImageConfig("image_vit", 16, 4, 24, 1, 3, 2.0, 0)).eval()
     assert model(torch.randn(1, 3, 24, 12)).shape == (1, 24)
     table = model.pos_embed[0]
+    assert stretch_class_table(table, model.grid, Grid(1, 4, 4)) is table
+    # Each position knows its row alone; stretched to 6 rows of 3, it must still be a row's.
+    model.pos_embed.data[0, 1:] = torch.arange(4.0).repeat_interleave(4)[:, None]
     stretched = stretch_class_table(table, model.grid, Grid(1, 6, 3))
     assert stretched.shape == (19, 24) and torch.equal(stretched[0], table[0])
-    assert stretch_class_table(table, model.grid, Grid(1, 4, 4)) is table
+    rows = stretched[1:].unflatten(0, (6, 3))
+    assert_close(rows, rows[:, :1].expand_as(rows))
+    assert (rows[1:, 0] > rows[:-1, 0]).all()
 
 
 @pytest.mark.parametrize(("weight", "fuse"), [(1.0, False), (4.0, True)])
 def test_keyframe_stays_and_its_queries_count_more(weight: float, fuse: bool) -> None:
-    """By hand, as systems/evad.md 2.2 says: 4 slices of 16 tokens, the middle one is number 2."""
+    """By hand, as systems/evad.md 2.2 says: 4 slices of 4 x 6 tokens, the middle one is number 2."""
     model = video_model(keep_rate=0.6, blocks=[0], score="keyframe", keyframe_weight=weight, fuse=fuse)
     tokens = model.encode(clips())
-    kept = tokens_kept(64, 0.6)
-    assert tokens.x.shape[1] == kept + fuse == token_counts(64, [0.6], fuse)[-1]
-    middle = torch.arange(32, 48)
-    assert (tokens.origin[:, :16] == middle).all()
+    kept = tokens_kept(96, 0.6)
+    assert tokens.x.shape[1] == kept + fuse == token_counts(96, [0.6], fuse)[-1]
+    middle = torch.arange(48, 72)
+    assert (tokens.origin[:, :24] == middle).all()
     first, embedded = model.blocks[0], model.embed(clips())
     query, key, _ = first.attn.project(first.norm1(embedded))
-    counts = torch.ones(64)
+    counts = torch.ones(96)
     counts[middle] = weight
     score = (attention(query, key) * counts[:, None]).mean((1, 2))
     score[:, middle] = -1
-    expected = score.topk(kept - 16, dim=1).indices
-    assert (tokens.origin[:, 16:kept] == expected).all()
+    expected = score.topk(kept - 24, dim=1).indices
+    assert (tokens.origin[:, 24:kept] == expected).all()
 
 
 def test_keyframe_stays_through_all_blocks() -> None:
     tokens = video_model(keep_rate=0.7, score="keyframe").encode(clips())
-    assert all(set(range(32, 48)) <= set(row.tolist()) for row in tokens.origin)
-    assert tokens.x.shape[1] == token_counts(64, [1, 0.7, 0.7, 0.7], True)[-1]
-    with pytest.raises(RecipeError, match="leave none beside the keyframe's 16"):
+    assert all(set(range(48, 72)) <= set(row.tolist()) for row in tokens.origin)
+    assert tokens.x.shape[1] == token_counts(96, [1, 0.7, 0.7, 0.7], True)[-1]
+    with pytest.raises(RecipeError, match="leave none beside the keyframe's 24"):
         video_model(keep_rate=0.4, score="keyframe").encode(clips())
 
 
 def added_class(**options) -> VideoClassifier:
     torch.manual_seed(0)
     tokens = Reorganisation(0.5, score="added_class")
-    return VideoClassifier(Config(**TINY, classes=3, positions="rebuild", tokens=tokens, **options), 8, 16, 16)
+    return VideoClassifier(Config(**TINY, classes=3, positions="rebuild", tokens=tokens, **options), 8, 16, 24)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "class"])
@@ -291,9 +296,9 @@ def test_added_class_token_ranks_and_classifies(pooling: str) -> None:
     model = added_class(pooling=pooling)
     for value in model.parameters():
         torch.nn.init.normal_(value, std=0.2)
-    assert model.reorganisation.score == "class" and model.embed(clips()).shape[1] == 65
+    assert model.reorganisation.score == "class" and model.embed(clips()).shape[1] == 97
     tokens = model.encode(clips())
-    assert tokens.x.shape[1] == 1 + token_counts(64, keep_rates(Reorganisation(0.5), 4), True)[-1]
+    assert tokens.x.shape[1] == 1 + token_counts(96, keep_rates(Reorganisation(0.5), 4), True)[-1]
     model(clips()).sum().backward()
     token = model.added_class.cls_token
     assert token.grad.abs().sum() > 0
@@ -311,7 +316,7 @@ def test_added_class_token_starts_beside_pre_trained_weights(tmp_path) -> None:
     assert apply_tuning(model, Tune("linear"))[0] == "added_class.cls_token"
     assert layer_id("added_class.cls_token", 4) == 0 and not decays("model.added_class.cls_token", (1, 1, 24))
     with pytest.raises(RecipeError, match="score=added_class"):
-        VideoClassifier(Config(**TINY, classes=3, positions="rebuild", pooling="class"), 8, 16, 16)
+        VideoClassifier(Config(**TINY, classes=3, positions="rebuild", pooling="class"), 8, 16, 24)
     with pytest.raises(RecipeError, match="built without a class token"):
         plain.reorganise(Reorganisation(0.5, score="added_class"))
 
@@ -322,10 +327,10 @@ def test_explicit_counts_act_in_any_block_also_where_all_rates_are_one() -> None
     found = resting.encode(clips(), counts=counts)
     assert found.x.shape[1] == 10, "nine, and the fused one"
     # The same counts mean the same tokens, whatever the model's own rates are.
-    assert torch.equal(found.x, dropping.encode(clips(), counts=[64, *counts[1:]], keep_rate=1.0).x)
+    assert torch.equal(found.x, dropping.encode(clips(), counts=counts, keep_rate=1.0).x)
     assert torch.equal(resting(clips()), dropping(clips(), keep_rate=1.0)), "and nothing is kept of them"
-    with pytest.raises(RecipeError, match="block 2: can't keep 65"):
-        resting.encode(clips(), counts=[None, None, 65, None])
+    with pytest.raises(RecipeError, match="block 2: can't keep 1000"):
+        resting.encode(clips(), counts=[None, None, 1000, None])
 
 
 def test_scales_and_biases_never_decay() -> None:

@@ -1,12 +1,10 @@
 """The model built under `deepspeed.zero.Init` (ZeRO stage 3): initialised, exact positions, trainable, loadable."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from pretrain.models.formats import export_official
 from pretrain.models.videomae import Config, VideoMAE
+from tests.ranks import run_ranks
 
 SIZES = {
     "size": "custom",
@@ -83,13 +81,6 @@ def test_under_zero_stage_3(tmp_path: Path) -> None:
     export_official(VideoMAE(Config(**SIZES), 4, 16, 16), str(tmp_path / "weights.pth"))
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "tests_sizes.py").write_text(f"SIZES = {SIZES!r}\n")
-    root = str(Path(__file__).parents[2])
-    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    variables = os.environ | group | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "weights.pth")]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    losses = [
-        float(word) for line in done.stdout.splitlines() if line.startswith("losses") for word in line.split()[1:]
-    ]
+    (output,) = run_ranks([tmp_path / "program.py", tmp_path / "weights.pth"], 1)
+    losses = [float(word) for line in output.splitlines() if line.startswith("losses") for word in line.split()[1:]]
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.05

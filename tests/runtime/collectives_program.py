@@ -1,19 +1,10 @@
-"""Losses, gradients and means on one, two and four real gloo ranks, one world after the other.
+"""Losses, gradients and means on one, two and four real gloo ranks; see tests/findings_program.py."""
 
-    python collectives_program.py FOLDER RANK
-
-Started four times. What each rank found is written to FOLDER/<world size>-<rank>.pt.
-"""
-
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pretrain.data.compose import slots_of
 from pretrain.errors import TrainingError
@@ -186,29 +177,14 @@ def wrong_order(ranks: Ranks) -> dict[str, Any]:
         collectives._all_rows = right
 
 
-def main(folder: Path, rank: int) -> None:
-    for world_size in (4, 2, 1):
-        if rank >= world_size:
-            return
-        if world_size > 1:
-            store = dist.FileStore(str(folder / f"store {world_size}"), world_size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        # A world of one has no process group here: any collective would raise.
-        ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
-        found = {
-            "order": order(ranks),
-            "steps": {accumulation: contrast(ranks, accumulation) for accumulation in (1, 2, 4)},
-            "official": {accumulation: contrast(ranks, accumulation, "official") for accumulation in (1, 2)},
-            "local": local_loss(ranks),
-            "means": means(ranks),
-            "refusals": refusals(ranks),
-        }
-        if world_size > 1:
-            found["wrong order"] = wrong_order(ranks)
-            dist.barrier()
-            dist.destroy_process_group()
-        torch.save(found, folder / f"{world_size}-{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+def findings(ranks: Ranks) -> dict[str, Any]:
+    """All of it, in one world."""
+    found = {
+        "order": order(ranks),
+        "steps": {accumulation: contrast(ranks, accumulation) for accumulation in (1, 2, 4)},
+        "official": {accumulation: contrast(ranks, accumulation, "official") for accumulation in (1, 2)},
+        "local": local_loss(ranks),
+        "means": means(ranks),
+        "refusals": refusals(ranks),
+    }
+    return found | ({"wrong order": wrong_order(ranks)} if ranks.world_size > 1 else {})

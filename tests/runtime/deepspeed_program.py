@@ -1,19 +1,12 @@
-"""Three steps of a contrastive model in DeepSpeed engines of several ZeRO stages, on the launched ranks.
-
-    RANK=… WORLD_SIZE=… python deepspeed_program.py FOLDER STAGE [STAGE ...]
+"""Three steps of a contrastive model in DeepSpeed engines of every ZeRO stage; see tests/findings_program.py.
 
 Batch norm over ranks, dropout off, two micro-batches a step with a gradient cache, and one without.
 """
 
-import os
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pretrain.models.cross_rank_batch_norm import convert_batch_norm
 from pretrain.runtime.collectives import gather_with_gradient, mean
@@ -21,6 +14,7 @@ from pretrain.runtime.gradient_cache import GradientCache
 from pretrain.runtime.process_group import Ranks
 
 SAMPLES, STEPS, LR = 16, 3, 0.1
+STAGES = (0, 1, 2, 3)
 
 
 class Output(NamedTuple):
@@ -118,16 +112,7 @@ def train(stage: int, accumulation: int, dtype: str, ranks: Ranks) -> dict[str, 
     return {"losses": losses, "weights": weights, "buffers": dict(objective.named_buffers())}
 
 
-def main(folder: Path, *stages: str) -> None:
-    from pretrain.runtime.process_group import join, leave
-
-    ranks = join()
-    cases = [(int(stage), count, "fp32") for stage in stages for count in (1, 2)] + [(1, 2, "bf16"), (2, 2, "bf16")]
-    found = {case: train(*case, ranks) for case in cases}
-    torch.save(found, folder / f"{ranks.world_size}-{ranks.rank}.pt")
-    leave(ranks)
-
-
-if __name__ == "__main__":
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    main(Path(sys.argv[1]), *sys.argv[2:])
+def findings(ranks: Ranks) -> dict[tuple[int, int, str], Any]:
+    """Losses, weights and buffers by ZeRO stage, number of micro-batches and type."""
+    cases = [(stage, count, "fp32") for stage in STAGES for count in (1, 2)] + [(1, 2, "bf16"), (2, 2, "bf16")]
+    return {case: train(*case, ranks) for case in cases}

@@ -1,25 +1,19 @@
 """The same numbers and gradients on one, two and four ranks, started once for all tests."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.ranks import run_ranks
-
-PROGRAM = Path(__file__).with_name("collectives_program.py")
 WORLDS = [1, 2, 4]
 Found = dict[tuple[int, int], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank of each world found."""
-    folder = tmp_path_factory.mktemp("collectives")
-    run_ranks(PROGRAM, folder, 4)
-    return {(world, rank): torch.load(folder / f"{world}-{rank}.pt") for world in WORLDS for rank in range(world)}
+def found(in_worlds: Callable[[str], Found]) -> Found:
+    return in_worlds("tests.runtime.collectives_program")
 
 
 def every_rank(found: Found, world: int) -> list[dict[str, Any]]:

@@ -1,56 +1,24 @@
 """A loss over the global batch in real DeepSpeed engines on two ranks, against plain torch in one process."""
 
-import importlib.util
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from pretrain.runtime.process_group import Ranks
+from tests.runtime import deepspeed_program as program
 
-PROGRAM = Path(__file__).with_name("deepspeed_program.py")
-STAGES = (0, 1, 2, 3)
-
-
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(PROGRAM.stem, PROGRAM)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+Found = list[dict[tuple[int, int, str], Any]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, int, str], Any]]:
+def found(in_engines: Callable[[str], dict[tuple[int, int], Any]]) -> Found:
     """What two ranks found, by ZeRO stage, number of micro-batches and type."""
-    folder = tmp_path_factory.mktemp("deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(folder), *map(str, STAGES)],
-            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [torch.load(folder / f"2-{rank}.pt") for rank in range(2)]
+    return list(in_engines("tests.runtime.deepspeed_program").values())
 
 
-def plain(program: ModuleType, accumulation: int) -> dict[str, Any]:
+def plain(accumulation: int) -> dict[str, Any]:
     """One process, no DeepSpeed, no cache: one graph over the step, batch norm over each micro-batch's global rows."""
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     objective = program.Objective(ranks)
@@ -68,11 +36,9 @@ def plain(program: ModuleType, accumulation: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
-def test_three_steps_on_two_ranks_are_those_of_one(
-    program: ModuleType, found: list[dict[tuple[int, int, str], Any]], stage: int, accumulation: int
-) -> None:
-    expected = plain(program, accumulation)
+@pytest.mark.parametrize("stage", program.STAGES)
+def test_three_steps_on_two_ranks_are_those_of_one(found: Found, stage: int, accumulation: int) -> None:
+    expected = plain(accumulation)
     assert len(set(expected["losses"])) == 3
     for one in found:
         trained = one[stage, accumulation, "fp32"]
@@ -84,11 +50,9 @@ def test_three_steps_on_two_ranks_are_those_of_one(
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_bf16_follows_within_its_rounding(
-    program: ModuleType, found: list[dict[tuple[int, int, str], Any]], stage: int
-) -> None:
+def test_bf16_follows_within_its_rounding(found: Found, stage: int) -> None:
     """Stage 1 has another optimiser there; the comparison's own layer gets rows of the weights' type."""
-    expected = plain(program, 2)
+    expected = plain(2)
     for one in found:
         trained = one[stage, 2, "bf16"]
         assert trained["losses"] == pytest.approx(expected["losses"], rel=0.03)

@@ -1,7 +1,4 @@
-import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -9,6 +6,7 @@ import pytest
 
 from pretrain.errors import TrainingError
 from pretrain.runtime.process_group import launch_environment
+from tests.ranks import free_port, outputs_of, start_rank, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,22 +77,7 @@ def test_ranks_that_met_have_more_patience_with_each_other() -> None:
 
 def both(code: str) -> list[str]:
     """What two ranks print that run `code`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    return [process.communicate(timeout=120)[0] for process in processes]
+    return outputs_of(start_ranks(["-c", code], 2), timeout_s=120)
 
 
 def test_a_rank_that_never_comes_ends_the_others_soon_and_clearly() -> None:
@@ -103,20 +86,9 @@ def test_a_rank_that_never_comes_ends_the_others_soon_and_clearly() -> None:
         "from pretrain.errors import TrainingError\n"
         "try:\n    join(timeout_s=3)\nexcept TrainingError as error:\n    print('CLEAR', error)\n"
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | rank | {"DS_ACCELERATOR": "cpu"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "CLEAR rank 0 of 2" in done.stdout, done.stdout + done.stderr
-    assert f"127.0.0.1:{port}" in done.stdout
-    assert "1 of 2 ranks have not come: 1; others are on " in done.stdout
+    port, started = free_port(), time.monotonic()
+    (output,) = outputs_of([start_rank(["-c", code], rank=0, ranks=2, port=port)], timeout_s=120)
+    assert "CLEAR rank 0 of 2" in output, output
+    assert f"127.0.0.1:{port}" in output
+    assert "1 of 2 ranks have not come: 1; others are on " in output
     assert time.monotonic() - started < 100

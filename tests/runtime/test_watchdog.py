@@ -80,6 +80,14 @@ def test_hangs_without_a_checkpoint_between_them_end_the_job(
     assert watchdog.exit_code == expected
 
 
+@pytest.mark.parametrize(("hangs", "most", "expected"), [(0, 0, 1), (1, 1, 1), (1, 2, 75), (3, 4, 75), (5, 4, 1)])
+def test_as_many_restarts_as_the_recipe_says(tmp_path: Path, hangs: int, most: int, expected: int) -> None:
+    (tmp_path / HANGS).write_text((json.dumps({"from_step": 4}) + "\n") * hangs)
+    watchdog = unwatched(tmp_path, max_restarts=most)
+    watchdog.begin(4)
+    assert watchdog.exit_code == expected
+
+
 def test_who_is_behind() -> None:
     waiting = {rank: seen(rank, 7, "all-reduce", 100.0) for rank in range(4)}
     assert behind(waiting) == [], "all wait for each other"

@@ -11,6 +11,7 @@ from pretrain.data.samples import Place, SourceInfo
 from pretrain.recipe.schema import Source
 from pretrain.samples import augmented_clip
 from pretrain.samples.clip import ClipSamples, Config
+from tests.films import skip_without
 
 SECONDS = 4
 
@@ -39,7 +40,7 @@ def shown(rate: int, position: int, decoder: str = "pyav") -> np.ndarray:
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord", "torchcodec"])
 def test_sources_of_any_rate_show_the_same_seconds(decoder: str) -> None:
-    pytest.importorskip({"pyav": "av"}.get(decoder, decoder))
+    skip_without(decoder)
     for position in range(3):
         times = {rate: shown(rate, position, decoder) for rate in (12, 25, 60)}
         for rate, found in times.items():

@@ -22,7 +22,7 @@ class TwoTowers(nn.Module):
 
     def __init__(self, config: Config, pixels: int, sound: int) -> None:
         super().__init__()
-        self.picture = nn.Sequential(nn.Linear(pixels, 32), nn.GELU(), nn.Linear(32, config.dim))
+        self.picture = nn.Sequential(nn.Linear(pixels, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Linear(32, config.dim))
         self.sound = nn.Sequential(nn.Linear(sound, 32), nn.GELU(), nn.Linear(32, config.dim))
 
     def forward(self, pixels: Tensor, sound: Tensor) -> tuple[Tensor, Tensor]:

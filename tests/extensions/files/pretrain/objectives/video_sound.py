@@ -45,6 +45,7 @@ class VideoSoundObjective(Objective):
     """InfoNCE in both directions."""
 
     whole_batch = True
+    cross_rank_batch_norm = True
 
     def forward(self, batch: Batch) -> Output:
         seen, heard = self.model(unit_pixels(batch["video"]), batch["sound"])

@@ -1,15 +1,17 @@
-"""A clip of a video with the sound of its first second."""
+"""A clip of a video with the sound of the second that begins with it."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from pretrain.data.decoders import open_video
 from pretrain.data.decoders.sound import decode_sound
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
-from pretrain.data.samples import Arrays, Batch, Place, SourceInfo, made_up_samples
+from pretrain.data.samples import Arrays, Batch, Place, SourceInfo, made_up_samples, stacked
 from pretrain.samples import clip
-from pretrain.samples.clip import ClipSamples, made_up_videos
+from pretrain.samples.clip import ClipSamples, made_up_videos, random_frames
+from pretrain.samples.transforms import centre_crop
 
 
 @dataclass
@@ -28,8 +30,12 @@ class VideoSound(ClipSamples):
     _options: Config
 
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
-        sound = decode_sound(members.sound(), self._options.rate, duration=1.0)[0]
-        return super().__call__(place, source, members) | {"sound": np.stack([sound] * self._options.views)}
+        options, rng = self._options, generator(self._seed, place.epoch, place.position, 0, "clip")
+        with open_video(members.footage(), options.decoder, members.stamps) as reader:
+            frames = random_frames(reader, options, options.stride, members.grid, rng)
+            clip, start = centre_crop(reader.frames(frames), options.width, options.height), reader.times()[frames[0]]
+        sound = decode_sound(members.sound(), options.rate, start=float(start), duration=1.0)
+        return {"video": stacked([clip] * options.views), "sound": np.repeat(sound, options.views, axis=0)}
 
     def example(self, count: int) -> Batch:
         views = self._options.views
