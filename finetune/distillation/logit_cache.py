@@ -24,9 +24,6 @@ from torch import Tensor
 
 from pretrain.checkpoint.same_run import differences
 from pretrain.errors import DataError, TrainingError
-from pretrain.models.frozen import weights_digest
-
-__all__ = ["HEADER", "LogitCache", "views_digest", "weights_digest"]
 
 #: Optimiser steps in one file.
 SHARD_STEPS = 1000

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from finetune.commands.finetune import main
-from finetune.distillation.logit_cache import HEADER, LogitCache, views_digest, weights_digest
+from finetune.distillation.logit_cache import HEADER, LogitCache, views_digest
 from finetune.distillation.task import DistillationObjective, distillation_loss
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.errors import DataError, TrainingError, WeightsError
 from pretrain.models import classifier
 from pretrain.objectives.base import method_of
+from pretrain.runtime.tensors import weights_digest
 
 SHAPE = {"patch_size": 16, "dim": 48, "depth": 2, "heads": 2, "mlp_ratio": 2, "classes": 3, "positions": "rebuild"}
 
