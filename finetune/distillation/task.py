@@ -120,8 +120,8 @@ class DistillationObjective(ClassificationObjective):
         # With a cache of its logits the teacher need not be there; the cache compares the hash itself.
         return {} if self.recipe.objective.cache else {"teacher": self.teacher}
 
-    def before_step(self, step: int, steps_per_epoch: int) -> None:
-        super().before_step(step, steps_per_epoch)
+    def before_step(self, step: int, steps_per_epoch: int, total: int) -> None:
+        super().before_step(step, steps_per_epoch, total)
         self.teacher.before_step(step)
 
 

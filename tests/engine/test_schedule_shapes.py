@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.engine.schedules import Schedule, build_schedule, half_cosine
+from pretrain.engine.schedules import Schedule, build_schedule
 from pretrain.errors import RecipeError
 from pretrain.recipe.check_optim import optim_problems, schedule_problems
 from pretrain.recipe.load import load_recipe
+from pretrain.recipe.rates import half_cosine
 from pretrain.runtime.vision_ops import ensure_torchvision
 
 Formula = Callable[[int], float]
