@@ -58,10 +58,13 @@ def _replay(arguments: argparse.Namespace) -> int:
     print("\n".join(_verdict(place, shown)))
     print("\n".join(_table(shown)))
     report = write_report(place, replayed)
-    stem = report.with_suffix("")
-    assert shown.video is not None
-    for path in [report, *save_pictures({"clip": shown.video}, stem, arguments.clips)]:
-        print(f"written: {path}")
+    print(f"written: {report}")
+    for name, clips in shown.clips.items():
+        # One picture each: clips of different lengths don't fit into one.
+        for path in save_pictures({name: clips}, report.with_name(f"{report.stem}_{name}"), arguments.clips):
+            print(f"written: {path}")
+    if not shown.clips:
+        print("no picture: its batch holds no clips")
     return 0
 
 
@@ -76,9 +79,12 @@ def _head(place: "StepPlace") -> Iterator[str]:
 
 
 def _line(one: "MicroBatch") -> str:
+    from pretrain.objectives.base import ALL
+
     recorded = "" if one.recorded is None else f" (recorded: {one.recorded:.9g})"
     found = f"  {one.finding.phase}: {one.finding.text}" if one.finding else ""
-    return f"rank {one.rank}, micro-batch {one.micro}: loss {one.loss:.9g}{recorded}{found}"
+    turn = "" if one.turn == ALL else f", turn {one.turn}"
+    return f"rank {one.rank}, micro-batch {one.micro}{turn}: loss {one.loss:.9g}{recorded}{found}"
 
 
 def _verdict(place: "StepPlace", one: "MicroBatch") -> Iterator[str]:
@@ -86,7 +92,7 @@ def _verdict(place: "StepPlace", one: "MicroBatch") -> Iterator[str]:
         yield "everything is finite; the highest loss has"
     else:
         yield f"first non-finite: {one.finding.module} ({one.finding.phase})"
-    yield f"  rank {one.rank}, micro-batch {one.micro}, its clips (key at position; * where it shows):"
+    yield f"  rank {one.rank}, micro-batch {one.micro}, its samples (key at position; * where it shows):"
     marked = set(one.finding.clips) if one.finding else set()
     for number, (key, position) in enumerate(zip(one.keys, one.positions, strict=True)):
         yield f"  {'*' if number in marked else ' '} {key} at {position}"

@@ -1,8 +1,9 @@
 """One step of a run again, alone and without an update: which module turned non-finite, on which samples.
 
 The batch is exactly the run's: samples, clips, crops, masks and the draws of the forward pass are functions of the
-recipe and the step. The weights are those of the newest checkpoint before the step; where that is the step before, and
-the run did not shard its sums, losses are the run's own to the bit.
+recipe and the step. The weights, queues and banks are those of the newest checkpoint before the step; where that is the
+step before, and the run did not shard its sums, losses are the run's own to the bit. Of several updates of one batch
+each is replayed with these weights, while in the run the later ones saw the result of the earlier ones.
 """
 
 import json
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import problems, write_durably
+from pretrain.checkpoint.rank_state import load_rank_state
 from pretrain.checkpoint.save import STATE
 from pretrain.data.samples import Batch
 from pretrain.data.stream_plan import StreamPlan, open_sources
 from pretrain.engine.assemble import open_stream
+from pretrain.engine.schedules import build_schedule
 from pretrain.engine.step import to_device
+from pretrain.engine.turns import turns_of
 from pretrain.errors import CheckpointError, TrainingError
 from pretrain.guards.first_nonfinite import (
     ROOT,
@@ -32,8 +36,10 @@ from pretrain.guards.first_nonfinite import (
     function_without_gradient,
 )
 from pretrain.guards.incidents import plain
+from pretrain.models.frozen import check_frozen
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective
+from pretrain.recipe.schema import Recipe
 from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.run_folder import RunFolder
@@ -45,14 +51,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepPlace:
-    """Step to replay: run folder, step (counted from 1), checkpoint with its step, number of ranks, the record."""
+    """Step to replay: run folder, step (counted from 1), checkpoint with its state.json, ranks, the record."""
 
     run: RunFolder
     step: int
     checkpoint: Path | None
-    weights_step: int
+    state: dict[str, Any]
     world_size: int
     record: dict[str, Any]
+
+    @property
+    def weights_step(self) -> int:
+        """Updates that the weights have seen."""
+        return int(self.state.get("step", 0))
 
     @property
     def recipe_file(self) -> Path:
@@ -62,10 +73,11 @@ class StepPlace:
 
 @dataclass
 class MicroBatch:
-    """One micro-batch of one rank as replayed; `video` is kept of the most suspicious one alone."""
+    """One micro-batch of one rank as replayed, in one turn; `clips` are kept of the most suspicious one alone."""
 
     rank: int
     micro: int
+    turn: str
     loss: float
     recorded: float | None
     keys: list[str]
@@ -73,7 +85,7 @@ class MicroBatch:
     finding: NonFinite | None
     activations: dict[str, Activation]
     gradients: dict[str, float]
-    video: Tensor | None = field(repr=False)
+    clips: dict[str, Tensor] = field(repr=False)
 
 
 def find_place(run: Path, step: int) -> StepPlace:
@@ -97,7 +109,7 @@ def find_place(run: Path, step: int) -> StepPlace:
         world_size = len(record["ranks"])
     else:
         world_size = state.get("world_size") or _launched(run)
-    return StepPlace(folder, step, checkpoint, state.get("step", 0), world_size, record)
+    return StepPlace(folder, step, checkpoint, state, world_size, record)
 
 
 def _newest_before(root: Path, step: int) -> Path | None:
@@ -117,13 +129,18 @@ def _launched(run: Path) -> int:
 
 
 def build_objective(place: StepPlace, method: Method, device: torch.device) -> Objective:
-    """Build the objective as it was before the step, in the recipe's number format."""
+    """Build the objective as it was before the step, in the recipe's number format.
+
+    Raises:
+        CheckpointError: the weights do not verify, or were trained beside other frozen parts.
+    """
     recipe = method.recipe
     # Without a checkpoint before the step, the weights are those that the run drew first.
     seed_everything(recipe.run.seed)
     objective = method.build()
     if place.checkpoint is not None:
         load_checkpoint(objective, place.checkpoint)
+        check_frozen(objective.frozen_parts(), place.state["frozen"], str(place.checkpoint))
     elif recipe.run.init_weights:
         path = recipe.run.init_weights
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
@@ -146,15 +163,48 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     recipe = method.recipe
     sources = open_sources(recipe.data)
     objective = build_objective(place, method, device)
-    objective.before_step(place.step - 1, StreamPlan(recipe, sources).steps_per_epoch)
+    schedule = build_schedule(recipe, StreamPlan(recipe, sources).steps_per_epoch)
+    first = {name: state.tensor.clone() for name, state in objective.rank_state().items()}
+    turns = turns_of(objective)
+    _warn_of_losses(objective, recipe, place.world_size)
     for number in range(place.world_size) if rank is None else [rank]:
         served = Ranks(number, place.world_size, 0, device)
         stream = open_stream(method, sources, served, place.step - 1, in_process=True)
+        _restore_rank_state(objective, place, number, first)
+        objective.before_step(place.step - 1, schedule.steps_per_epoch, schedule.total)
         for micro in range(stream.accumulation):
-            yield _run(objective, next(stream), recipe.run.seed, place, number, micro)
+            batch = next(stream)
+            for turn in turns:
+                with turn.taken(objective):
+                    recorded = _recorded(place.record, number, turn.name if len(turns) > 1 else "", micro)
+                    found = _run(objective, batch, recipe.run.seed, place, number, micro, recorded)
+                yield found
 
 
-def _run(objective: Objective, batch: Batch, seed: int, place: StepPlace, rank: int, micro: int) -> MicroBatch:
+def _restore_rank_state(objective: Objective, place: StepPlace, rank: int, first: dict[str, Tensor]) -> None:
+    """Give the objective the queues and banks that a rank had, or those that every rank began with."""
+    states = objective.rank_state()
+    if place.checkpoint is not None:
+        load_rank_state(place.checkpoint, states, place.state["world_size"], rank, place.world_size)
+        return
+    for name, state in states.items():
+        state.tensor.copy_(first[name])
+
+
+def _warn_of_losses(objective: Objective, recipe: Recipe, world_size: int) -> None:
+    """Say why losses differ from the run's where they depend on rows that another micro-batch has."""
+    if objective.whole_batch and recipe.batch.samples > recipe.batch.micro:
+        looks = "the loss looks across the whole batch"
+    elif objective.cross_rank_batch_norm and world_size > 1:
+        looks = "batch norms look across all ranks"
+    else:
+        return
+    logger.warning("%s, and each micro-batch is replayed alone: losses and gradients differ from the run's", looks)
+
+
+def _run(
+    objective: Objective, batch: Batch, seed: int, place: StepPlace, rank: int, micro: int, recorded: float | None
+) -> MicroBatch:
     device = next(objective.parameters()).device
 
     def loss_of() -> Tensor:
@@ -181,21 +231,34 @@ def _run(objective: Objective, batch: Batch, seed: int, place: StepPlace, rank: 
     return MicroBatch(
         rank,
         micro,
+        objective.turn,
         float(loss.detach()),
-        _recorded(place.record, rank, micro),
+        recorded,
         batch["key"],
         batch["position"].tolist(),
         finding,
         probe.activations,
         _gradient_norms(objective),
-        batch.get("video"),
+        clips_of(batch),
     )
 
 
-def _recorded(record: dict[str, Any], rank: int, micro: int) -> float | None:
+def clips_of(batch: Batch) -> dict[str, Tensor]:
+    """Pick what of a batch can be looked at: clips uint8 [B, T, H, W, 3] by name; none of sounds, rasters, features."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return {
+        name: value
+        for name, value in tensors.items()
+        if value.dtype == torch.uint8 and value.ndim == 5 and value.shape[-1] == 3
+    }
+
+
+def _recorded(record: dict[str, Any], rank: int, turn: str, micro: int) -> float | None:
+    """Look a loss up; None where nothing was recorded, as of the turns behind one that was left out."""
     for entry in record.get("ranks", []):
-        if entry["rank"] == rank:
-            return float(entry["micro_batches"][micro]["loss"])
+        for one in entry["micro_batches"]:
+            if (entry["rank"], one["turn"], one["micro_batch"]) == (rank, turn, micro):
+                return float(one["loss"])
     return None
 
 
@@ -214,7 +277,7 @@ def most_suspicious(replayed: list[MicroBatch]) -> MicroBatch:
     chosen = found[0] if found else max(replayed, key=lambda one: one.loss)
     for one in replayed:
         if one is not chosen:
-            one.video = None
+            one.clips = {}
     return chosen
 
 
@@ -223,7 +286,7 @@ def write_report(place: StepPlace, replayed: list[MicroBatch]) -> Path:
     rows = []
     for one in replayed:
         # Not asdict, which would copy the clips only to have them dropped.
-        row = {name: value for name, value in vars(one).items() if name != "video"}
+        row = {name: value for name, value in vars(one).items() if name != "clips"}
         row["finding"] = asdict(one.finding) if one.finding else None
         row["activations"] = {name: asdict(value) for name, value in one.activations.items()}
         rows.append(row)

@@ -97,7 +97,7 @@ def take_steps(stage: int, dtype: str, accumulation: int, ranks: Any) -> dict[st
     ledger = SimpleNamespace(
         state=dict, record=lambda batch: None, numbers=lambda: [1.0, 0.0, 0.0], judge=lambda numbers: None
     )
-    incidents = SimpleNamespace(begin=lambda step: None, note=lambda batch, loss: None)
+    incidents = SimpleNamespace(begin=lambda step: None, begin_turn=lambda turn: None, note=lambda batch, loss: None)
     batches: Any = Batches(accumulation)
     inputs = StepInputs(
         engine=engine, turns=turns, cache=None, batches=batches, accumulation=accumulation,

@@ -151,8 +151,33 @@ def losses(root: Path, folder: str, name: str) -> list[float]:
     return [record["train/loss"] for record in records if "train/loss" in record]
 
 
-def test_six_additions_train_resume_and_don_t_depend_on_ranks(root: Path) -> None:
+@pytest.fixture(scope="module")
+def one(root: Path) -> Path:
+    """The six runs on one rank."""
     assert drive(root, 1, "one") == [0] * len(RUNS)
+    return root / "one"
+
+
+def test_their_steps_are_replayed(root: Path, one: Path) -> None:
+    """With the queue, the frozen tower and the turns that they had: the losses are the run's own to the bit."""
+    names = ("queue_contrast", "captioned", "translation")
+    lines = [f"assert main(['one/{name}', '4', '--all']) == 0" for name in names]
+    execute(root, sys.executable, "-c", "\n".join(["from finetune.commands.replay import main", *lines]))
+    found = {}
+    for name in names:
+        report = json.loads((one / name / "incidents" / "replay_step_00000004.json").read_text())
+        assert report["weights_of_step"] == 3
+        found[name] = [(batch["turn"], batch["loss"]) for batch in report["micro_batches"]]
+    for name in names[:2]:
+        assert np.mean([loss for _, loss in found[name]]) == losses(root, "one", name)[3], name
+    line = json.loads((one / "translation/metrics.jsonl").read_text().splitlines()[3])
+    # The later turn saw the critic's update, and so has another loss.
+    critic, translator = found["translation"][::2], found["translation"][1::2]
+    assert np.mean([loss for _, loss in critic]) == line["train/loss_critic"] and line["step"] == 4
+    assert [turn for turn, _ in critic + translator] == ["critic"] * 2 + ["translator"] * 2
+
+
+def test_six_additions_train_resume_and_don_t_depend_on_ranks(root: Path, one: Path) -> None:
     assert drive(root, 2, "two", "batch.micro=2") == [0] * len(RUNS)
     # Stopped after three steps, and gone on with: queue, frozen tower, both turns' moments come back.
     assert drive(root, 2, "halves", "batch.micro=2", "schedule.max_steps=3") == [0] * len(RUNS)

@@ -64,7 +64,7 @@ def test_losses_are_the_run_s_own_to_the_bit_on_one_process(runs: dict[str, Path
     sound = [0, 1, 3]  # the third got its NaN from the test
     assert [replayed[n]["loss"] for n in sound] == [told[n]["loss"] for n in sound]
     assert np.isfinite(replayed[2]["loss"]) and told[2]["loss"] == "nan"
-    assert (run / "incidents" / "replay_step_00000006.png").is_file()
+    assert (run / "incidents" / "replay_step_00000006_video.png").is_file()
 
 
 def test_older_weights_are_said_to_be_older(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
