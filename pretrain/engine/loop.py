@@ -125,9 +125,7 @@ def _loop(run: Run, steps_done: int) -> int:
     """Train from `steps_done` to the end; returns the exit code."""
     saved = steps_done
     save_every = every_steps(run.recipe, run.schedule)
-    # A method that draws none must not pay for clips, and for an interruption of the step, of every rank.
-    draws = type(run.built.engine.module).pictures is not Objective.pictures
-    pictures_every = pictures_every_steps(run.recipe, run.schedule) if draws else 0
+    pictures_every = pictures_every_steps(run.recipe, run.schedule, run.built.engine.module)
     shown = _shown_clips(run) if pictures_every else {}
     evaluate_every = evaluate_every_steps(run.evaluation, run.schedule) if run.evaluation else 0
     health_every = evaluate_every_steps(run.health, run.schedule) if run.health else 0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pretrain.errors import RecipeError
+from pretrain.objectives.base import Objective
 from pretrain.recipe.rates import actual_rates, half_cosine, rate_scales
 from pretrain.recipe.schema import Recipe
 
@@ -209,8 +210,11 @@ def every_steps(recipe: Recipe, schedule: Schedule) -> int:
     return schedule.steps_in(recipe.checkpoint.every_epochs)
 
 
-def pictures_every_steps(recipe: Recipe, schedule: Schedule) -> int:
+def pictures_every_steps(recipe: Recipe, schedule: Schedule, objective: Objective) -> int:
     """Compute the steps between two pictures; 0: none."""
+    # A method that draws none must not pay for clips, and for an interruption, on every rank.
+    if type(objective).pictures is Objective.pictures:
+        return 0
     if recipe.log.pictures_every_steps is not None:
         return recipe.log.pictures_every_steps
     return schedule.steps_per_epoch
