@@ -435,8 +435,7 @@ def test_pictures_come_where_somebody_draws_them() -> None:
         def pictures(self, batch: Batch) -> dict[str, torch.Tensor]:
             return {"video": batch["video"]}
 
-    recipe, schedule = load_recipe("demo"), Schedule(7, 70, 70, 0, 1.0, 0.0)
-    assert recipe.log.pictures_every_steps is None
+    recipe, schedule = load_recipe("demo", ["log.pictures_every_steps=null"]), Schedule(7, 70, 70, 0, 1.0, 0.0)
     assert pictures_every_steps(recipe, schedule, Drawn()) == 7
     assert pictures_every_steps(recipe, schedule, Objective()) == 0
 
