@@ -166,7 +166,7 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     schedule = build_schedule(recipe, StreamPlan(recipe, sources).steps_per_epoch)
     first = {name: state.tensor.clone() for name, state in objective.rank_state().items()}
     turns = turns_of(objective)
-    _warn_of_losses(objective, recipe, place.world_size)
+    warn_of_losses(objective, recipe, place.world_size)
     for number in range(place.world_size) if rank is None else [rank]:
         served = Ranks(number, place.world_size, 0, device)
         stream = open_stream(method, sources, served, place.step - 1, in_process=True)
@@ -191,7 +191,7 @@ def _restore_rank_state(objective: Objective, place: StepPlace, rank: int, first
         state.tensor.copy_(first[name])
 
 
-def _warn_of_losses(objective: Objective, recipe: Recipe, world_size: int) -> None:
+def warn_of_losses(objective: Objective, recipe: Recipe, world_size: int) -> None:
     """Say why losses differ from the run's where they depend on rows that another micro-batch has."""
     if objective.whole_batch and recipe.batch.samples > recipe.batch.micro:
         looks = "the loss looks across the whole batch"

@@ -10,7 +10,9 @@ from pretrain.data.samples import Batch
 from pretrain.engine.build import open_cache
 from pretrain.errors import RecipeError
 from pretrain.objectives.base import Objective, WholeBatchObjective
+from pretrain.recipe.load import load_recipe
 from pretrain.runtime.gradient_cache import Embeddings
+from pretrain.trained.replay_step import warn_of_losses
 
 
 class Spread(WholeBatchObjective):
@@ -51,6 +53,29 @@ def test_an_evaluation_between_two_steps_asks_no_cache() -> None:
         for part in rows.split(2):
             objective({"row": part})
     assert float(objective({"row": rows[:2]}).loss) == pytest.approx(float(expected)), "of both micro-batches"
+
+
+class Normalised(Objective):
+    """Batch norms over all ranks."""
+
+    cross_rank_batch_norm = True
+
+
+@pytest.mark.parametrize(
+    ("make", "micro", "ranks", "word"),
+    [
+        (Spread, 4, 1, "the whole batch"),
+        (Spread, 8, 1, ""),
+        (Normalised, 4, 2, "all ranks"),
+        (Normalised, 4, 1, ""),
+        (Objective, 2, 2, ""),
+    ],
+)
+def test_a_replay_says_whose_losses_need_other_rows(
+    make: Callable[[], Objective], micro: int, ranks: int, word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_losses(make(), load_recipe("demo", ["batch.samples=8", f"batch.micro={micro}"]), ranks)
+    assert (word in caplog.text) if word else not caplog.text
 
 
 @pytest.mark.parametrize(
