@@ -2,9 +2,10 @@
 
     deepspeed toy_driver.py RECIPE PLAN.json
 
-The plan is a list of {"overrides": [...], "accidents": [[micro-batch, rank, what], ...]}; micro-batches are counted
-from 1 in each run. `"on_rank": {"1": [...]}` gives a rank more overrides, as a host with files of its own has. Exit
-codes, or errors, of the runs are printed as a JSON line.
+The plan is a list of {"overrides": [...], "accidents": [[forward pass, rank, what], ...], "turns": [...]}; forward
+passes are counted from 1 in each run. Each part of the model that `turns` names has an update of its own. `"on_rank":
+{"1": [...]}` gives a rank more overrides, as a host with files of its own has. Exit codes, or errors, of the runs are
+printed as a JSON line.
 """
 
 import json
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -58,9 +60,15 @@ def drive(recipe_path: str, plan: list[dict]) -> list:
     from pretrain.runtime.process_group import join
 
     rank = join().rank
-    plain_forward = VideoMAEObjective.forward
+    plain_forward, plain_rule, plain_turns = VideoMAEObjective.forward, VideoMAEObjective.rule, VideoMAEObjective.turns
+
+    def rule(self, name, shape):
+        by_part = name.split(".")[1] if name.split(".")[1] in self.turns else self.turns[0]
+        return replace(plain_rule(self, name, shape), turn=by_part)
+
     results = []
     for entry in plan:
+        VideoMAEObjective.turns, VideoMAEObjective.rule = tuple(entry.get("turns", plain_turns)), rule
         recipe = load_recipe(recipe_path, entry["overrides"] + entry.get("on_rank", {}).get(str(rank), []))
         calls = 0
 

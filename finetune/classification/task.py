@@ -201,7 +201,7 @@ class ClassificationObjective(Objective):
         apply_tuning(self.model, self.recipe.tune)
         self.average = self._new_average()  # of what is trained now, from what was loaded
 
-    def before_step(self, step: int, steps_per_epoch: int) -> None:
+    def before_step(self, step: int, steps_per_epoch: int, total: int) -> None:
         if isinstance(self.model, Backbone) and self.model.reorganisation is not None:
             self.model.reorganisation.set_step(step, steps_per_epoch)
 

@@ -110,8 +110,8 @@ class DistillationObjective(ClassificationObjective):
     def frozen_parts(self) -> Mapping[str, Frozen[Any]]:
         return {"teacher": self.teacher}
 
-    def before_step(self, step: int, steps_per_epoch: int) -> None:
-        super().before_step(step, steps_per_epoch)
+    def before_step(self, step: int, steps_per_epoch: int, total: int) -> None:
+        super().before_step(step, steps_per_epoch, total)
         self.teacher.before_step(step)
 
 

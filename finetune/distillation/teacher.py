@@ -17,8 +17,9 @@ from pretrain.data.index import load_index
 from pretrain.errors import WeightsError
 from pretrain.models import classifier
 from pretrain.models.classifier_weights import load_pretrained
-from pretrain.models.frozen import Frozen, weights_digest
+from pretrain.models.frozen import Frozen
 from pretrain.models.initial_weights import read_weights
+from pretrain.runtime.tensors import weights_digest
 
 
 @dataclass

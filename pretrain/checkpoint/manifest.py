@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.errors import CheckpointError
+from pretrain.runtime.process_group import Ranks, gather_objects
 from pretrain.runtime.untrusted import inner_name, parse_json
 
 MANIFEST = "manifest.json"
@@ -110,6 +111,12 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
             if describe_file(folder, entry.path) != entry
         ]
     return found
+
+
+def problems_on_all(ranks: Ranks, folder: Path) -> list[str]:
+    """List the problems of a checkpoint that any rank finds; all ranks call it together and share the reading."""
+    gathered = gather_objects(ranks, problems(folder, ranks.rank, ranks.world_size))
+    return sorted({line for lines in gathered for line in lines})
 
 
 def write_durably(path: Path, text: str) -> None:

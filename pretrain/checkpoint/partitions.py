@@ -21,6 +21,8 @@ from torch import Tensor
 from pretrain.checkpoint.deepspeed_files import Groups, load_file, model_files, optimizer_files, sharded_shapes
 from pretrain.errors import CheckpointError
 
+#: Entries of a parameter group that are the program's own, and say nothing about the kind of optimiser.
+OWN_KEYS = frozenset({"lr_scale", "decay_scale", "turn"})
 #: Name of the float32 weights among what is kept for a parameter; the others are the optimiser's own names.
 WEIGHT = "weight"
 
@@ -143,7 +145,7 @@ def open_shards(folder: Path, world_size: int, stage: int, groups: Groups, shape
             if name not in sharded and (value.numel() or stage < 3)
         },
         sharded=sharded,
-        options=frozenset(key for group in base["param_groups"] for key in group) - {"params", "lr_scale"},
+        options=frozenset(key for group in base["param_groups"] for key in group) - {"params", *OWN_KEYS},
         counters={name: models[0][name] for name in ("global_steps", "global_samples", "skipped_steps")},
         loss_scale=_loss_scale(optimizers[0]),
     )

@@ -6,7 +6,6 @@
 On the number of ranks that wrote them they are restored bit for bit; on another one by the rule that each states.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.deepspeed_files import load_file
 from pretrain.errors import CheckpointError
+from pretrain.runtime.tensors import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +60,7 @@ def write_rank_state(folder: Path, states: Mapping[str, RankState], rank: int) -
 
 def digests(states: Mapping[str, RankState]) -> dict[str, str]:
     """Hash the bytes of each tensor that must be the same on all ranks."""
-    return {name: _digest(state.tensor) for name, state in states.items() if state.reshape == SAME}
-
-
-def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous()
-    # With format and shape: the same bytes in another shape are other values.
-    kind = hashlib.sha256(f"{values.dtype} {list(values.shape)}".encode())
-    # As bytes: NaN is unequal to itself, and NumPy knows no bfloat16.
-    kind.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    return kind.hexdigest()
+    return {name: weights_digest({name: state.tensor}) for name, state in states.items() if state.reshape == SAME}
 
 
 def unequal(found: Sequence[Mapping[str, str]]) -> list[str]:

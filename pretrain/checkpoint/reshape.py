@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.deepspeed_files import Groups
-from pretrain.checkpoint.partitions import WEIGHT, Shards, open_shards
+from pretrain.checkpoint.partitions import OWN_KEYS, WEIGHT, Shards, open_shards
 from pretrain.checkpoint.sharded_buffers import share_of, split_buffers, stored_buffers
 from pretrain.errors import CheckpointError
 
@@ -105,7 +105,7 @@ def check_optimizer(shards: Shards, optimizer: torch.optim.Optimizer) -> None:
 
     Releases of torch add options, so a difference on one side only is none of kind.
     """
-    ours, theirs = frozenset(optimizer.defaults), shards.options
+    ours, theirs = frozenset(optimizer.defaults) - OWN_KEYS, shards.options
     if ours - theirs and theirs - ours:
         raise CheckpointError(
             f"{shards.folder}: its optimiser has the options {', '.join(sorted(theirs))}, this run's "

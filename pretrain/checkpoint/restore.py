@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pretrain.checkpoint import folders
-from pretrain.checkpoint.manifest import problems, write_manifest
+from pretrain.checkpoint.manifest import problems_on_all, write_manifest
 from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.errors import CheckpointError, StorageError, TubeletError
 from pretrain.recipe.schema import Checkpoint
@@ -129,7 +129,7 @@ def restore_newest(root: Path, remote: RemoteCheckpoints, ranks: Ranks) -> None:
     there = _steps(root, remote, ranks)
     here = from_first(ranks, [folders.step_of(folder) for folder in folders.published(root)])
     for step in sorted({*here, *there}, reverse=True):
-        if step in here and not _problems_on_all(ranks, folders.folder_of(root, step)):
+        if step in here and not problems_on_all(ranks, folders.folder_of(root, step)):
             return
         if step in there and restore(root, remote, step, ranks):
             return
@@ -196,11 +196,6 @@ def _restore_records(run_dir: Path, remote: RemoteCheckpoints) -> None:
                 storage.download(storage.join(remote.url, name), str(run_dir / name))
         except (StorageError, OSError) as error:
             logger.warning("%s could not be restored: %s", storage.join(remote.url, name), error)
-
-
-def _problems_on_all(ranks: Ranks, folder: Path) -> list[str]:
-    gathered = gather_objects(ranks, problems(folder, ranks.rank, ranks.world_size))
-    return sorted({line for lines in gathered for line in lines})
 
 
 def local_copy(path: str | Path, cache: Path | None = None) -> Path:

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.collect import NO_RANK_STATE
 from pretrain.checkpoint.deepspeed_files import Groups, read_safely
-from pretrain.checkpoint.manifest import problems
+from pretrain.checkpoint.manifest import problems_on_all
 from pretrain.checkpoint.rank_state import RankState, load_rank_state
 from pretrain.checkpoint.reshape import Layout, load_reshaped
 from pretrain.checkpoint.save import STATE, TAG
 from pretrain.checkpoint.sharded_buffers import split_buffers
 from pretrain.errors import CheckpointError
-from pretrain.runtime.process_group import Ranks, from_first, gather_objects
+from pretrain.runtime.process_group import Ranks, from_first
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def find_checkpoint(root: Path, ranks: Ranks, resume: str = "auto") -> Resumable
     if resume != "auto":
         return _asked_for(root, ranks, Path(resume))
     for candidate in candidates:
-        found = _problems_on_all(ranks, Path(candidate))
+        found = problems_on_all(ranks, Path(candidate))
         if not found:
             return _open(Path(candidate))
         logger.error("%s is damaged and skipped: %s", candidate, "; ".join(found))
@@ -91,15 +91,10 @@ def open_verified(folder: Path, ranks: Ranks, asked: str = "") -> Resumable:
     Raises:
         CheckpointError: it does not verify.
     """
-    found = _problems_on_all(ranks, folder)
+    found = problems_on_all(ranks, folder)
     if found:
         raise CheckpointError(f"{asked or folder}: does not verify: {'; '.join(found)}")
     return _open(folder)
-
-
-def _problems_on_all(ranks: Ranks, folder: Path) -> list[str]:
-    gathered = gather_objects(ranks, problems(folder, ranks.rank, ranks.world_size))
-    return sorted({line for lines in gathered for line in lines})
 
 
 def _open(folder: Path) -> Resumable:

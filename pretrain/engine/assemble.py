@@ -92,7 +92,7 @@ def fingerprints(sources: list[OpenSource]) -> dict[str, str]:
 def keep_every(recipe: Recipe, schedule: Schedule) -> int | None:
     """Compute the steps between two checkpoints that are kept for good; None: only the last ones are kept."""
     epochs = recipe.checkpoint.keep_every_epochs
-    return max(1, round(epochs * schedule.steps_per_epoch)) if epochs else None
+    return schedule.steps_in(epochs) if epochs else None
 
 
 def forget_after(folder: RunFolder, step: int, plan: StreamPlan) -> None:

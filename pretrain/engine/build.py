@@ -114,11 +114,13 @@ def open_cache(objective: Objective, accumulation: int) -> GradientCache | None:
     """
     if not objective.whole_batch or accumulation == 1:
         return None
-    if not isinstance(objective, WholeBatchObjective) or len(objective.turns) > 1:
+    several = len(objective.turns) > 1
+    if several or not isinstance(objective, WholeBatchObjective):
+        other = "make its updates one turn" if several else "write the objective as a WholeBatchObjective"
         raise RecipeError(
             f"batch.micro: the loss of {type(objective).__name__} looks across the whole batch, and a step has "
             f"{accumulation} micro-batches on each rank: it would be another loss. Raise batch.micro or the number of "
-            f"ranks until batch.samples = batch.micro x ranks, or write the objective as a WholeBatchObjective"
+            f"ranks until batch.samples = batch.micro x ranks, or {other}"
         )
     objective.cache = GradientCache(accumulation)
     return objective.cache

@@ -1,5 +1,6 @@
 """DeepSpeed's configuration, derived from the recipe."""
 
+from pretrain.recipe.optimisers import describe_optimiser
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.dtypes import DTYPES
 
@@ -90,14 +91,7 @@ def describe(recipe: Recipe, config: Config, world_size: int) -> list[str]:
     accumulated = " in bf16" if recipe.compute.dtype == "bf16" and zero.stage == 0 else " in float32"
     if recipe.compute.dtype == "fp16":
         accumulated = " in fp16"
-    optim = recipe.optim
-    kind = "Nesterov momentum" if optim.nesterov else "momentum"
-    optimiser = {
-        "adamw": "AdamW",
-        "adam": "Adam",
-        "sgd": f"SGD ({kind} {optim.momentum:g})",
-        "lars": f"LARS (momentum {optim.momentum:g}, trust {optim.trust:g})",
-    }[optim.name]
+    optimiser = describe_optimiser(recipe.optim)
     return [
         f"batch: {batch.samples} videos a step = {batch.micro} x {world_size} ranks x "
         f"{config['gradient_accumulation_steps']} accumulated; {batch.samples * recipe.input.views} clips",

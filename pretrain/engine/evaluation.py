@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,9 +21,8 @@ class Best:
     value: float | None = None
 
     def consider(self, step: int, metric: str, value: float) -> bool:
-        """Take note of an evaluation and tell whether it is the best so far. The first of equals stays."""
-        # Not `<=`: NaN compares as false, and would pass for the best.
-        if self.value is not None and not value > self.value:
+        """Take note of an evaluation and tell whether it is the best so far: never NaN, and the first of equals."""
+        if math.isnan(value) or (self.value is not None and value <= self.value):
             return False
         self.step, self.metric, self.value = step, metric, value
         return True
@@ -45,4 +45,4 @@ class Periodic(Protocol):
 
 def every_steps(evaluation: Periodic, schedule: Schedule) -> int:
     """Compute the steps between two evaluations, or measures of health."""
-    return max(1, round(evaluation.every_epochs * schedule.steps_per_epoch))
+    return schedule.steps_in(evaluation.every_epochs)

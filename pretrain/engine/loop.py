@@ -125,7 +125,7 @@ def _loop(run: Run, steps_done: int) -> int:
     """Train from `steps_done` to the end; returns the exit code."""
     saved = steps_done
     save_every = every_steps(run.recipe, run.schedule)
-    pictures_every = pictures_every_steps(run.recipe, run.schedule)
+    pictures_every = pictures_every_steps(run.recipe, run.schedule, run.built.engine.module)
     shown = _shown_clips(run) if pictures_every else {}
     evaluate_every = evaluate_every_steps(run.evaluation, run.schedule) if run.evaluation else 0
     health_every = evaluate_every_steps(run.health, run.schedule) if run.health else 0
@@ -134,7 +134,7 @@ def _loop(run: Run, steps_done: int) -> int:
         if run.guard.leaves_out(steps_done):
             result, steps_done = StepResult(applied=False), pass_over(run, steps_done, lr)
         else:
-            run.built.engine.module.before_step(steps_done, run.schedule.steps_per_epoch)
+            run.built.engine.module.before_step(steps_done, run.schedule.steps_per_epoch, run.schedule.total)
             if (weight_decay := run.schedule.weight_decay(steps_done)) is not None:
                 set_weight_decay(run.built.engine.optimizer, weight_decay)
             result = train_step(run.inputs, steps_done, lr)

@@ -8,6 +8,7 @@ from pretrain.checkpoint.sharded_buffers import ShardedBuffers
 from pretrain.engine.deepspeed_config import unwrapped
 from pretrain.models.frozen import Footprint
 from pretrain.objectives.base import Objective
+from pretrain.recipe.optimisers import moments_of
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.dtypes import DTYPES
 
@@ -112,8 +113,7 @@ def _summed_in(width: int, dtype: str) -> str:
 
 def _optimiser_states(recipe: Recipe) -> tuple[int, str]:
     """Return the bytes a parameter, and what they are."""
-    with_momentum = int(recipe.optim.momentum > 0)
-    moments = {"adamw": 2, "adam": 2, "sgd": with_momentum, "lars": with_momentum}[recipe.optim.name]
+    moments = moments_of(recipe.optim)
     words = {0: "no moments", 1: "one moment", 2: "two moments"}[moments]
     # DeepSpeed's sharded and low-precision optimisers keep a float32 copy of the weights beside the moments, also where
     # the weights are float32 themselves (stage3.py means to do without and compares a device with its name).

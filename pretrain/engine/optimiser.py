@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,9 +11,18 @@ from torch import nn
 from pretrain.engine.lars import Lars
 from pretrain.engine.turns import in_turns
 from pretrain.objectives.base import ALL, Objective, plain_name
-from pretrain.recipe.schema import Optim, Recipe
+from pretrain.recipe.optimisers import OPTIMISERS
+from pretrain.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
+
+#: By `optim.name`, as in recipe/optimisers.py.
+CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "lars": Lars,
+}
 
 
 def parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str, object]]:
@@ -48,43 +58,13 @@ def build_optimizer(recipe: Recipe, objective: Objective, device: torch.device) 
     The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit optimiser without ZeRO takes a step with
     zero gradients when it is built, which would otherwise decay the weights once.
     """
-    groups: Any = parameter_groups(objective, recipe.optim.weight_decay)
-    optimizer = OPTIMISERS[recipe.optim.name](groups, recipe.optim, device.type != "cpu")
+    optim, kind = recipe.optim, OPTIMISERS[recipe.optim.name]
+    options: dict[str, Any] = {key: value for key, value in asdict(optim).items() if key in kind.keys}
+    if kind.fuses:
+        options["fused"] = device.type != "cpu"
+    groups = parameter_groups(objective, optim.weight_decay)
+    optimizer = CLASSES[optim.name](groups, lr=0.0, weight_decay=optim.weight_decay, **options)
     return optimizer if objective.turns == (ALL,) else in_turns(optimizer)
-
-
-def _adamw(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
-    betas = (optim.betas[0], optim.betas[1])
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused)
-
-
-def _adam(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
-    betas = (optim.betas[0], optim.betas[1])
-    return torch.optim.Adam(groups, lr=0.0, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused)
-
-
-def _sgd(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        groups,
-        lr=0.0,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov,
-        weight_decay=optim.weight_decay,
-        fused=fused,
-    )
-
-
-def _lars(groups: Any, optim: Optim, fused: bool) -> torch.optim.Optimizer:
-    return Lars(groups, lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay, trust=optim.trust)
-
-
-#: `optim.name`: from groups of parameters, the recipe's section, and whether to fuse, to the optimiser.
-OPTIMISERS: dict[str, Callable[[Any, Optim, bool], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adam": _adam,
-    "sgd": _sgd,
-    "lars": _lars,
-}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -66,17 +66,18 @@ def _record(
     run: Run, steps_done: int, decision: Decision, found: Resumable | None, lr: float, result: StepResult
 ) -> None:
     numbers: dict[str, Any] = {
-        "loss": result.metrics["loss"],
+        "loss": result.loss,
         "metrics": result.metrics,
         "grad_norm": result.grad_norm,
         "lr": lr,
         "loss_scale": result.loss_scale,
         "update": "applied" if result.applied else "left out",
+        "turns_updated": result.updated,
         "rewound_to": found.step if found else None,
-        "guard": {name: value for name, value in run.guard.saved().items() if name not in ("window", "windows")},
-        "window": run.guard.state.window[-20:],
+        "guard": {name: value for name, value in run.guard.saved().items() if name != "windows"},
+        "windows": {history: losses[-20:] for history, losses in run.guard.state.windows.items()},
     }
-    path = run.inputs.incidents.write(decision, numbers, run.built.engine.module)
+    path = run.inputs.incidents.write(decision, result.turn, numbers, run.built.engine.module)
     if path is not None:
         logger.warning("step %d: recorded in %s", steps_done, path)
 

@@ -5,12 +5,12 @@ state that a resumed run would have to restore. Official ones differ by that rul
 and by whether they change with the step or the epoch; here these are values of the recipe.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pretrain.errors import RecipeError
-from pretrain.recipe.rates import actual_rates, rate_scales
+from pretrain.objectives.base import Objective
+from pretrain.recipe.rates import actual_rates, half_cosine, rate_scales
 from pretrain.recipe.schema import Recipe
 
 
@@ -64,6 +64,10 @@ class Schedule:
             return None
         return half_cosine(*self.weight_decay_ends, self._position(step) / self.total)
 
+    def steps_in(self, epochs: float) -> int:
+        """Count the steps of some passes over the data, at least one."""
+        return max(1, round(epochs * self.steps_per_epoch))
+
     def epoch(self, steps_done: int) -> float:
         """Count passes over the data after `steps_done` steps."""
         return steps_done / self.steps_per_epoch
@@ -76,11 +80,6 @@ class Schedule:
     def _position(self, step: int) -> int:
         """Find the step whose rate step `step` has: that of its epoch's beginning, or of one before."""
         return max(0, step // self.hold * self.hold - self.lag)
-
-
-def half_cosine(start: float, end: float, progress: float) -> float:
-    """Follow half a cosine from `start` at progress 0 to `end` at 1; also SNCLR's and MoCo v3's teacher momentum."""
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
 
 
 def _cosine(schedule: Schedule, position: int) -> float:
@@ -208,11 +207,14 @@ def every_steps(recipe: Recipe, schedule: Schedule) -> int:
     """Compute the steps between two checkpoints."""
     if recipe.checkpoint.every_steps is not None:
         return recipe.checkpoint.every_steps
-    return max(1, round(recipe.checkpoint.every_epochs * schedule.steps_per_epoch))
+    return schedule.steps_in(recipe.checkpoint.every_epochs)
 
 
-def pictures_every_steps(recipe: Recipe, schedule: Schedule) -> int:
+def pictures_every_steps(recipe: Recipe, schedule: Schedule, objective: Objective) -> int:
     """Compute the steps between two pictures; 0: none."""
+    # A method that draws none must not pay for clips, and for an interruption, on every rank.
+    if type(objective).pictures is Objective.pictures:
+        return 0
     if recipe.log.pictures_every_steps is not None:
         return recipe.log.pictures_every_steps
     return schedule.steps_per_epoch

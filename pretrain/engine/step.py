@@ -16,7 +16,7 @@ from pretrain.engine.optimiser import set_lr
 from pretrain.engine.turns import Turn
 from pretrain.errors import TrainingError
 from pretrain.guards.incidents import Incidents
-from pretrain.guards.results import StepResult
+from pretrain.guards.results import Spike, StepResult, history_of
 from pretrain.guards.step_guard import StepGuard
 from pretrain.objectives.base import Output
 from pretrain.runtime.activity import note
@@ -60,69 +60,103 @@ class StepInputs:
 
 
 def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
-    """Fetch, forward, backward, check, clip, update; once for each of the objective's turns, on the same batch.
-
-    The update is left out on all ranks where any rank's loss or the gradient is not finite. Two things make sure: a
-    loss that is not finite poisons its own gradient, and the norm of the whole gradient, which all ranks have in
-    common, is checked before the update, by DeepSpeed's optimisers, and here where there is none (float32 without
-    ZeRO). A spike of the loss goes the same way: ranks agree on the loss before the last backward pass, so that it can
-    still be poisoned, and no ZeRO stage needs another way to drop gradients.
+    """Take a step: one update for each of the objective's turns, all on the same batch.
 
     Args:
         inputs: The run.
         step: Steps done before, over all epochs.
         lr: Learning rate of this step.
     """
-    engine, started, metrics = inputs.engine, time.perf_counter(), dict[str, float]()
-    counted, kept = inputs.ledger.state(), list[Batch]()
-    source = inputs.batches.source_of(step)
+    engine, started = inputs.engine, time.perf_counter()
+    counted, kept, updates = inputs.ledger.state(), list[Batch](), list[_Update]()
     inputs.incidents.begin(step)
     for turn in inputs.turns:
-        turn.begin(engine)
-        sums = _Sums()
-        if inputs.cache is not None:
-            _embed_all(inputs, inputs.cache, step, sums, kept)
-        for micro in range(inputs.accumulation - 1):
-            loss = _forward(inputs, step, micro, sums, kept)
-            note("backward")
-            engine.backward(poisoned(loss))
-            engine.step()  # only counts the micro-batch; DeepSpeed updates at the last one
-        loss = _forward(inputs, step, inputs.accumulation - 1, sums, kept)
-        note("all-reduce")
-        agreed = agree(sums.metrics, sums.waited, inputs)
-        if agreed.out_of_data:
+        with turn.taken(engine.module, engine.basic_optimizer):
+            update = _update(inputs, turn.name if len(inputs.turns) > 1 else "", step, lr, kept)
+        if update is None:
             inputs.ledger.reset(counted)  # the samples of this step are served again when the run goes on
             return StepResult(applied=False, out_of_data=True)
-        metrics |= agreed.metrics | ({f"loss_{turn.name}": agreed.metrics["loss"]} if len(inputs.turns) > 1 else {})
-        spike = inputs.guard.spike(agreed.metrics["loss"], source) if turn is inputs.turns[-1] else None
-        note("backward")
-        engine.backward(poisoned(loss, always=spike is not None and inputs.guard.drops_spikes))
-        if spike is not None or agreed.nonfinite:
-            # Before engine.step(), which clears them; on all ranks, since sharded gradients are put together by all.
-            inputs.incidents.look_at_gradients(engine.module)
-        own_norm = None if inputs.own_clip is None else clip_or_drop(engine.module, inputs.own_clip, inputs.incidents)
-        note("optimiser")
-        set_lr(engine.optimizer, lr)
-        engine.step()  # DeepSpeed clips, checks the norm, updates, and clears the gradients
-        norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
-        # Where clip_or_drop took the gradients away, was_step_applied is true of an update of nothing.
-        applied = engine.was_step_applied() and norm < float("inf")
-        if not applied:
+        updates.append(update)
+        if not update.applied:
             break  # what follows would train on the result of an update that was left out
+    return _result(inputs, updates, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An update as all ranks agree on it; attributes as in StepResult."""
+
+    turn: str
+    history: str
+    agreed: "_Agreed"
+    spike: Spike | None
+    norm: float
+    applied: bool
+
+
+def _update(inputs: StepInputs, turn: str, step: int, lr: float, kept: list[Batch]) -> _Update | None:
+    """Fetch, forward, backward, check, clip, update; None where some rank has no data.
+
+    The update is left out on all ranks where any rank's loss or the gradient is not finite. Two things make sure: a
+    loss that is not finite poisons its own gradient, and the norm of the whole gradient, which all ranks have in
+    common, is checked before the update, by DeepSpeed's optimisers, and here where there is none (float32 without
+    ZeRO). A spike of the loss goes the same way: ranks agree on the loss before the last backward pass, so that it can
+    still be poisoned, and no ZeRO stage needs another way to drop gradients.
+    """
+    engine, sums = inputs.engine, _Sums()
+    inputs.incidents.begin_turn(turn)
+    if inputs.cache is not None:
+        _embed_all(inputs, inputs.cache, step, sums, kept)
+    for micro in range(inputs.accumulation - 1):
+        loss = _forward(inputs, step, micro, sums, kept)
+        note("backward")
+        engine.backward(poisoned(loss))
+        engine.step()  # only counts the micro-batch; DeepSpeed updates at the last one
+    loss = _forward(inputs, step, inputs.accumulation - 1, sums, kept)
+    note("all-reduce")
+    agreed = agree(sums.metrics, sums.waited, inputs)
+    if agreed.out_of_data:
+        return None
+    history = history_of(inputs.batches.source_of(step), turn)
+    spike = inputs.guard.spike(agreed.metrics["loss"], history)
+    note("backward")
+    engine.backward(poisoned(loss, always=spike is not None and inputs.guard.drops_spikes))
+    if spike is not None or agreed.nonfinite:
+        # Before engine.step(), which clears them; on all ranks, since sharded gradients are put together by all.
+        inputs.incidents.look_at_gradients(engine.module)
+    own_norm = None if inputs.own_clip is None else clip_or_drop(engine.module, inputs.own_clip, inputs.incidents)
+    note("optimiser")
+    set_lr(engine.optimizer, lr)
+    engine.step()  # DeepSpeed clips, checks the norm, updates, and clears the gradients
+    norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
+    # Where clip_or_drop took the gradients away, was_step_applied is true of an update of nothing.
+    return _Update(turn, history, agreed, spike, norm, engine.was_step_applied() and norm < float("inf"))
+
+
+def _result(inputs: StepInputs, updates: list[_Update], step_s: float) -> StepResult:
+    """Sum a step's updates up; the last one may have been left out."""
+    last, metrics = updates[-1], dict[str, float]()
+    for update in updates:
+        metrics |= update.agreed.metrics
+        metrics |= {f"loss_{update.turn}": update.agreed.metrics["loss"]} if update.turn else {}
+    # An update that was left out ends the step; else the first spike is what there is to tell of.
+    judged = last if not last.applied else next((update for update in updates if update.spike is not None), last)
     return StepResult(
         metrics=metrics,
-        finite_loss=agreed.nonfinite == 0,
-        applied=applied,
+        losses={update.history: update.agreed.metrics["loss"] for update in updates if update.applied},
+        finite_loss=last.agreed.nonfinite == 0,
+        applied=last.applied,
+        turn=judged.turn,
+        updated=() if last.applied else tuple(update.turn for update in updates[:-1]),
         # NaN compares as false, so that a norm of NaN is told as inf like the others.
-        grad_norm=norm if norm < float("inf") else float("inf"),
-        loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
-        spike=spike,
-        stop=agreed.stop > 0,
-        bad_samples=round(sum(agreed.samples[1::3])),
-        too_many_bad=inputs.ledger.judge(agreed.samples),
-        data_s=agreed.data_s,
-        step_s=time.perf_counter() - started,
-        source=source,
+        grad_norm=last.norm if last.norm < float("inf") else float("inf"),
+        loss_scale=float(inputs.engine.optimizer.loss_scale) if inputs.engine.fp16_enabled() else None,
+        spike=judged.spike,
+        stop=last.agreed.stop > 0,
+        bad_samples=round(sum(last.agreed.samples[1::3])),
+        too_many_bad=inputs.ledger.judge(last.agreed.samples),
+        data_s=sum(update.agreed.data_s for update in updates),
+        step_s=step_s,
     )
 
 

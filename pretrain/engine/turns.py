@@ -5,7 +5,8 @@ the other parameters need no gradient, and the optimiser passes over their group
 moments would fade, also where the gradient is zero.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,31 +26,40 @@ class Turn:
 
     Attributes:
         name: as in the objective's `turns`.
-        own: parameters that it updates; None: there is one turn, of all.
-        others: parameters that other turns update.
+        others: parameters that other turns update; empty where there is one turn, of all.
     """
 
     name: str
-    own: tuple[nn.Parameter, ...] | None = None
     others: tuple[nn.Parameter, ...] = ()
 
-    def begin(self, engine: Any) -> None:
-        """Make the coming passes and updates those of this turn."""
-        if self.own is None:
-            return
-        self.choose(engine.module)
-        # DeepSpeed keeps the optimiser as `basic_optimizer` whatever it wraps it in.
-        engine.basic_optimizer.turn = self.name
+    @contextlib.contextmanager
+    def taken(self, objective: nn.Module, optimizer: Any = None) -> Iterator[None]:
+        """Make passes of `objective`, and updates, those of this turn while this is open.
 
-    def choose(self, objective: Objective) -> None:
-        """Make the coming passes of the objective those of this turn."""
-        if self.own is None:
+        Args:
+            objective: whose turn it is.
+            optimizer: of `in_turns`; None: nothing is updated.
+        """
+        if self.name == ALL and not self.others:
+            yield
             return
-        objective.turn = self.name
-        for parameter in self.own:
-            parameter.requires_grad_(True)
+        _set_turn(objective, optimizer, self.name, self.name)
         for parameter in self.others:
             parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            _set_turn(objective, optimizer, ALL, EVERY)
+            # DeepSpeed stores what needs no gradient as frozen, and looks for just that when it loads: a checkpoint of
+            # one turn could not be loaded in another.
+            for parameter in self.others:
+                parameter.requires_grad_(True)
+
+
+def _set_turn(objective: Any, optimizer: Any, of_passes: str, of_updates: str) -> None:
+    objective.turn = of_passes
+    if optimizer is not None:
+        optimizer.turn = of_updates
 
 
 def turns_of(objective: Objective) -> list[Turn]:
@@ -58,20 +68,21 @@ def turns_of(objective: Objective) -> list[Turn]:
     Raises:
         RecipeError: a parameter's rule names a turn that the objective does not have, or a turn has no parameters.
     """
-    if objective.turns == (ALL,):
-        return [Turn(ALL)]
     members: dict[str, list[nn.Parameter]] = {name: [] for name in objective.turns}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
         turn = objective.rule(plain_name(name), getattr(parameter, "ds_shape", parameter.shape)).turn
         if turn not in members:
-            raise RecipeError(f"parameter {name}: found turn {turn!r}, allowed: {', '.join(members)}")
+            raise RecipeError(
+                f"parameter {name}: its rule has turn={turn!r}, allowed: {', '.join(members)}, the turns of "
+                f"{type(objective).__name__}"
+            )
         members[turn].append(parameter)
     empty = [name for name, found in members.items() if not found]
-    if empty:
+    if empty and len(members) > 1:
         raise RecipeError(f"turns without a parameter to update: {', '.join(empty)}")
-    return [Turn(name, tuple(own), tuple(_others(members, name))) for name, own in members.items()]
+    return [Turn(name, tuple(_others(members, name))) for name in members]
 
 
 def _others(members: dict[str, list[nn.Parameter]], name: str) -> Iterable[nn.Parameter]:

@@ -57,31 +57,37 @@ class Incidents:
     seed: int
     sources: list[str]
     _step: int = 0
-    _batches: list[Batch] = field(default_factory=list)
-    _losses: list[Tensor] = field(default_factory=list)
-    _gradients: dict[str, Norms] | None = None
+    _turn: str = ""
+    _batches: dict[str, list[Batch]] = field(default_factory=dict)
+    _losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    _gradients: dict[str, dict[str, Norms]] = field(default_factory=dict)
 
     def begin(self, step: int) -> None:
         """Begin step `step`, counted from 0."""
-        self._step, self._batches, self._losses, self._gradients = step, [], [], None
+        self._step, self._batches, self._losses, self._gradients = step, {}, {}, {}
+
+    def begin_turn(self, turn: str) -> None:
+        """Begin one of the step's updates; empty where there is only one."""
+        self._turn, self._batches[turn], self._losses[turn] = turn, [], []
 
     def note(self, batch: Batch, loss: Tensor) -> None:
         """Remember a micro-batch; what it is called, not its pixels."""
         names = ("key", "position", "epoch", "view", "source", "bad")
-        self._batches.append({name: batch[name] for name in names})
+        self._batches[self._turn].append({name: batch[name] for name in names})
         # Left on the device: to read it here would wait for every micro-batch of every good step.
-        self._losses.append(loss.detach())
+        self._losses[self._turn].append(loss.detach())
 
     def look_at_gradients(self, module: nn.Module) -> None:
         """Take norms of the gradients, as they are before the optimiser clears them; all ranks must call it."""
-        if self._gradients is None:
-            self._gradients = _by_module(module, _gradient)
+        if self._turn not in self._gradients:
+            self._gradients[self._turn] = _by_module(module, _gradient)
 
-    def write(self, decision: Decision, numbers: dict[str, Any], module: nn.Module) -> Path | None:
+    def write(self, decision: Decision, turn: str, numbers: dict[str, Any], module: nn.Module) -> Path | None:
         """Write the record of the present step, from rank 0; all ranks must call it.
 
         Args:
             decision: What was bad, and what is done.
+            turn: Of several updates, the bad one.
             numbers: Further facts of the step.
             module: The objective.
 
@@ -93,9 +99,11 @@ class Incidents:
         ranks = gather_objects(self.ranks, self._describe())
         if not self.ranks.first:
             return None
-        gradients = self._gradients or {}
+        looked_at = self._gradients.get(turn)
+        gradients = looked_at or {}
         content = {
             "step": self._step + 1,
+            "turn": turn,
             **asdict(decision),
             **numbers,
             "randomness": {
@@ -105,7 +113,7 @@ class Incidents:
             },
             "ranks": ranks,
             "modules": {name: _row(weights[name], gradients.get(name)) for name in weights},
-            "gradients": _about(decision, self._gradients),
+            "gradients": _about(decision, looked_at),
         }
         try:
             return _write(self.folder, self._step + 1, content)
@@ -115,8 +123,15 @@ class Incidents:
 
     def _describe(self) -> dict[str, Any]:
         batches = [
-            {"micro_batch": number, "loss": float(loss), "samples": list(self._samples(batch)), "replaced": _bad(batch)}
-            for number, (batch, loss) in enumerate(zip(self._batches, self._losses, strict=True))
+            {
+                "turn": turn,
+                "micro_batch": number,
+                "loss": float(loss),
+                "samples": list(self._samples(batch)),
+                "replaced": _bad(batch),
+            }
+            for turn, noted in self._batches.items()
+            for number, (batch, loss) in enumerate(zip(noted, self._losses[turn], strict=True))
         ]
         return {"rank": self.ranks.rank, "micro_batches": batches}
 

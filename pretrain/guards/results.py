@@ -24,8 +24,11 @@ class StepResult:
 
     Attributes:
         metrics: `loss` and the objective's own, mean over micro-batches and ranks.
+        losses: Loss of each update that was made, by the history that its spikes are told from (`history_of`).
         finite_loss: Whether every rank's loss was finite.
-        applied: Whether the weights were updated.
+        applied: Whether the weights were updated; of several updates, by all of them.
+        turn: Of several updates, the one that was left out, or whose loss is a spike.
+        updated: Of several updates, those that were made before one was left out.
         grad_norm: Norm of the whole gradient before clipping; inf where it is not finite.
         loss_scale: fp16's, after the step; None in other formats.
         spike: Where the loss is a spike, how large.
@@ -35,12 +38,14 @@ class StepResult:
         out_of_data: Whether some rank got no data: the step does not count, and the weights are as before it.
         data_s: Seconds spent waiting for data, mean over ranks.
         step_s: Seconds of the whole step.
-        source: The one source that the step was made of; empty where it had all.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
     finite_loss: bool = True
     applied: bool = True
+    turn: str = ""
+    updated: tuple[str, ...] = ()
     grad_norm: float = 0.0
     loss_scale: float | None = None
     spike: Spike | None = None
@@ -50,7 +55,20 @@ class StepResult:
     out_of_data: bool = False
     data_s: float = 0.0
     step_s: float = 0.0
-    source: str = ""
+
+    @property
+    def loss(self) -> float:
+        """The loss that is judged: of several updates, that of `turn`."""
+        return self.metrics[f"loss_{self.turn}" if self.turn else "loss"]
+
+
+def history_of(source: str, turn: str) -> str:
+    """Name the losses that compare with one another: those of a source where each step has one, of a turn if several.
+
+    Sources that take turns, and updates of one batch, have losses of their own: judged by a common history, every one
+    of the larger ones would be a spike.
+    """
+    return " / ".join(name for name in (source, turn) if name)
 
 
 @dataclass
@@ -58,8 +76,7 @@ class GuardState:
     """Memory of the guard from step to step.
 
     Attributes:
-        window: Losses of the latest updates, oldest first.
-        windows: The same by source, where each step is made of one source.
+        windows: Losses of the latest updates, oldest first, by their history (`history_of`).
         in_a_row: Steps without an update up to now.
         skipped: Steps without an update in the whole run.
         lowered: How often the learning rate was lowered.
@@ -68,7 +85,6 @@ class GuardState:
         skipped_steps: Steps, counted from 0, that pass without being trained on.
     """
 
-    window: list[float] = field(default_factory=list)
     windows: dict[str, list[float]] = field(default_factory=dict)
     in_a_row: int = 0
     skipped: int = 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.manifest import write_durably
+from pretrain.checkpoint.save import STATE
 from pretrain.errors import CheckpointError
 from pretrain.guards.results import GuardState
 from pretrain.runtime.disk import advice
@@ -19,13 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 def guard_state(saved: dict[str, Any]) -> GuardState:
-    """Read the guard's state from a checkpoint's state.json; checkpoints from before it was kept have none."""
-    return GuardState(**_with_present_names(saved.get("guard", {})))
+    """Read the guard's state from a checkpoint's state.json.
 
-
-def _with_present_names(noted: dict[str, Any]) -> dict[str, Any]:
-    # Runs begun before the field was renamed go on: their skipped steps must not be trained on after all.
-    return {"skipped_steps" if name == "left_out" else name: value for name, value in noted.items()}
+    Raises:
+        CheckpointError: another version wrote it.
+    """
+    try:
+        return GuardState(**saved["guard"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{STATE}: guard: not as this version writes it ({error}); finish the run with the version that began it"
+        ) from error
 
 
 def remember(path: Path, state: GuardState) -> None:
@@ -56,7 +61,7 @@ def state_at_start(path: Path, ranks: Ranks, saved: dict[str, Any] | None) -> Gu
     try:
         # Rank 0's text for all: ranks that read different versions from a file server would leave out different steps.
         text = from_first(ranks, path.read_text(encoding="utf-8") if ranks.first and path.exists() else "{}")
-        noted = _with_present_names(json.loads(text))
+        noted = json.loads(text)
         # Either may know more: the file after a rewind, the checkpoint where the file could not be written.
         state.rewinds = max(state.rewinds, noted.get("rewinds", 0))
         state.skipped_steps = sorted({*state.skipped_steps, *noted.get("skipped_steps", [])})

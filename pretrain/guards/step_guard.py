@@ -44,13 +44,12 @@ class StepGuard:
         """Tell whether step `step`, counted from 0, passes without being trained on."""
         return step in self.state.skipped_steps
 
-    def spike(self, loss: float, source: str = "") -> Spike | None:
-        """Tell how far a step's loss lies above the recent ones of its source, where that is a spike.
+    def spike(self, loss: float, history: str = "") -> Spike | None:
+        """Tell how far a loss lies above the recent ones of its history (`history_of`), where that is a spike.
 
-        Nothing is one before half of the window is filled, or below the window's median. Sources that take turns have
-        losses of their own: judged by a common history, every step of the harder one would be a spike.
+        Nothing is one before half of the window is filled, or below the window's median.
         """
-        window, options = self.state.windows.get(source, []) if source else self.state.window, self._options
+        window, options = self.state.windows.get(history, []), self._options
         if options.spike == "ignore" or not math.isfinite(loss) or 2 * len(window) < options.window:
             return None
         # Medians: a spike that is in the window already would lift a mean and its deviation, and hide the next one.
@@ -69,10 +68,11 @@ class StepGuard:
         """Take note of step `step` (counted from 1), and say what to do where it was bad."""
         state = self.state
         state.lowered_left = max(0, state.lowered_left - 1)
-        # Only losses of updates enter the window: one NaN would make its median worthless.
+        # Only losses of updates enter the windows: one NaN would make a median worthless.
+        for history, loss in result.losses.items():
+            state.windows[history] = [*state.windows.get(history, []), loss][-self._options.window :]
         if result.applied:
             state.in_a_row = 0
-            self._remember(result.metrics["loss"], result.source)
         if result.applied and result.spike is None:
             return None
         if result.spike is None and result.finite_loss and result.loss_scale is not None and result.loss_scale > 1:
@@ -108,13 +108,6 @@ class StepGuard:
             return f"the run went back {state.rewinds} times already (guard.max_rewinds = {options.max_rewinds})"
         return ""
 
-    def _remember(self, loss: float, source: str) -> None:
-        state, most = self.state, self._options.window
-        if source:
-            state.windows[source] = [*state.windows.get(source, []), loss][-most:]
-        else:
-            state.window = [*state.window, loss][-most:]
-
     def lower(self) -> None:
         """Give the coming steps the lowered rate."""
         self.state.lowered += 1
@@ -146,12 +139,15 @@ _WORDS = {
 
 def describe(result: StepResult) -> tuple[Kind, str]:
     """Describe what is bad about a step."""
+    after = f" (after the update of {' and '.join(result.updated)})" if result.updated else ""
+    turn = f" of turn {result.turn}{after}" if result.turn else ""
     if not result.finite_loss:
-        return "loss", "the loss is not finite"
+        return "loss", f"the loss{turn} is not finite"
     if result.spike is None:
-        return "gradient", "the gradient is not finite"
+        return "gradient", f"the gradient{turn} is not finite"
     spike = result.spike
     return "spike", (
-        f"the loss {result.metrics['loss']:.6g} is a spike: {spike.z:.1f} deviations of {spike.deviation:.3g} above "
+        f"the loss{turn}, {result.loss:.6g}, is a spike: {spike.z:.1f} deviations of {spike.deviation:.3g} above "
         f"the median {spike.median:.6g} of recent steps"
     )
+

@@ -6,7 +6,6 @@ resume with others is refused (`check_frozen`).
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import sys
@@ -22,6 +21,7 @@ from pretrain.errors import CheckpointError, StorageError, WeightsError
 from pretrain.models.weights import FOLDER_FILES
 from pretrain.runtime import storage
 from pretrain.runtime.dtypes import DTYPES
+from pretrain.runtime.tensors import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -206,17 +206,6 @@ def _snapshot(fetch: Callable[[str], str | None]) -> str | None:
         if any(fetch(part) is None for part in sorted(parts)):
             return None
     return None if found is None else storage.parent(found)
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Hash names and values of some weights, whatever file they were read from."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(state):
-        # Shape and dtype too: the same bytes in another shape are other weights.
-        digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode())
-        # As bytes: NumPy has no bfloat16.
-        digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def frozen_notes(parts: Mapping[str, Frozen[Any]]) -> dict[str, dict[str, str]]:

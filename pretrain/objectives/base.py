@@ -91,10 +91,16 @@ class Objective(nn.Module):
         """Start from the weights `raw`, read from `path` (the recipe's run.init_weights), names as they are there."""
         load_weights(self.model, path, raw=raw)
 
-    def before_step(self, step: int, steps_per_epoch: int) -> None:
+    def before_step(self, step: int, steps_per_epoch: int, total: int) -> None:
         """Prepare optimiser step `step`, counted from 0 over the whole run, for what follows a schedule.
 
-        It must depend on these numbers alone: a resumed run is told no others.
+        It must depend on these numbers alone: a resumed run is told no others. A momentum that rises to 1, for example,
+        is `half_cosine(0.99, 1, step / total)` (`recipe/rates.py`).
+
+        Args:
+            step: that comes.
+            steps_per_epoch: of one pass over the data.
+            total: steps of the whole schedule, also where this run ends before (schedule.max_steps).
         """
 
     def after_step(self) -> None:
@@ -146,7 +152,8 @@ class WholeBatchObjective(Objective):
 
     def forward(self, batch: Batch) -> Output:
         embeddings = self.embed(batch)
-        if self.cache is None:
+        # An evaluation looks at a batch as it is: the cache knows steps of so many micro-batches, and nothing else.
+        if self.cache is None or not self.training:
             return Output(*self.compare(embeddings))
         return Output(*self.cache(embeddings, self.compare))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.model_states import Kind, ModelSize, gradient_width, model_states, offloads
+from pretrain.recipe.optimisers import OPTIMISERS, temporary_bytes
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.dtypes import DTYPES
 
@@ -113,8 +114,8 @@ class _Flow:
         self.kept = gradients if recipe.batch.samples > recipe.batch.micro * ranks else 0.0
         shards = ranks if recipe.zero.stage > 0 else 1
         self.share = self.trained / shards
-        fused = not on_cpu and recipe.optim.name != "lars"
-        self.update = 0.0 if offloads(recipe) or fused else self.share * _update_width(recipe)
+        fused = not on_cpu and OPTIMISERS[recipe.optim.name].fuses
+        self.update = 0.0 if offloads(recipe) or fused else self.share * temporary_bytes(recipe.optim)
 
     def moments(self) -> Iterator[MemoryMoment]:
         """List those of the recipe's ZeRO stage."""
@@ -192,13 +193,3 @@ class _Flow:
         if offloads(self.recipe):
             return 0.0
         return self.share * (self.summed if self.summed == 4 else self.summed + 4)
-
-
-def _update_width(recipe: Recipe) -> int:
-    """Count bytes a parameter of temporaries, where torch updates a flat tensor operation by operation (a CPU).
-
-    Adam's are the root of the second moment and what bias correction makes of it (adam.py, _single_tensor_adam). SGD's
-    is the gradient with the decay (sgd.py, _single_tensor_sgd), which Adam holds as well; LARS has it on all devices.
-    """
-    decayed = 4 * (recipe.optim.weight_decay > 0)
-    return {"adamw": 8, "adam": 8 + decayed, "sgd": decayed, "lars": 4}[recipe.optim.name]

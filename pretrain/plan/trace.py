@@ -1,4 +1,4 @@
-"""The work of one forward and backward pass, counted on tensors without content.
+"""The work of a step's forward and backward pass, or passes, counted on tensors without content.
 
 The recipe's own objective runs on torch's fake tensors, which have shapes and no memory, so what is counted is what
 training does: fused attention, visible cubes only, recomputed activations. A billion parameters take a few seconds.
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from pretrain.data.samples import Batch
 from pretrain.engine.build import build_on_meta
+from pretrain.engine.turns import turns_of
 from pretrain.models.vit import Attention
 from pretrain.objectives.base import Method
 from pretrain.runtime.dtypes import DTYPES
@@ -58,7 +59,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward and backward pass of one micro-batch.
+    """A forward and backward pass of one micro-batch, one of each for every turn of the objective.
 
     Attributes:
         clips: clips in the micro-batch.
@@ -99,7 +100,7 @@ class Trace:
 
 
 def trace_step(method: Method, micro: int, on_cpu: bool = False) -> Trace:
-    """Run one forward and backward pass of `micro` videos on fake tensors.
+    """Run one forward and backward pass of `micro` videos on fake tensors, for each turn of the objective.
 
     Args:
         method: the run.
@@ -120,13 +121,16 @@ def trace_step(method: Method, micro: int, on_cpu: bool = False) -> Trace:
         }
         for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
             # Accumulated gradients are ZeRO's to place: counted with the model's states, not here.
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
         counter = _Counter(module, batch)
         with counter, _parts_noted(module, counter), _attention_of(on_cpu):
-            loss = module(batch).loss
-            counter.part = BACKWARD
-            loss.backward()
+            for turn in turns_of(module):
+                with turn.taken(module):
+                    counter.part = TARGETS
+                    loss = module(batch).loss
+                    counter.part = BACKWARD
+                    loss.backward()
+                    del loss  # a turn's graph is gone when the next one begins
     return Trace(micro * method.recipe.input.views, counter.operations, counter.peak, counter.largest)
 
 

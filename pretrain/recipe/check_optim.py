@@ -3,16 +3,9 @@
 from itertools import pairwise
 from typing import Any
 
+from pretrain.recipe.optimisers import OPTIMISERS
 from pretrain.recipe.rates import actual_rates, rate_scales
 from pretrain.recipe.schema import Recipe
-
-#: Keys of `optim` that only some optimisers read.
-OPTIMISER_KEYS = {
-    "adamw": ("betas", "eps"),
-    "adam": ("betas", "eps"),
-    "sgd": ("momentum", "nesterov"),
-    "lars": ("momentum", "trust"),
-}
 
 #: Keys, with their section, that only some shapes of the learning rate read.
 SHAPE_KEYS = {
@@ -38,10 +31,11 @@ def optim_problems(recipe: Recipe) -> list[str]:
         problems.append(f"optim.betas: found {list(optim.betas)}, allowed: two numbers from 0 to below 1")
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
         problems.append("optim.nesterov: true, and optim.momentum is 0, which there is nothing to correct of")
-    if optim.name == "lars" and recipe.zero.stage != 0:
+    kind = OPTIMISERS[optim.name]
+    if not kind.sharded and recipe.zero.stage != 0:
         problems.append(
-            f"zero.stage: found {recipe.zero.stage}, allowed with optim.name=lars: 0 (LARS needs the norm of whole "
-            "tensors, and ZeRO's optimisers see pieces of them)"
+            f"zero.stage: found {recipe.zero.stage}, allowed with optim.name={optim.name}: 0 ({kind.title} needs the "
+            "norm of whole tensors, and ZeRO's optimisers see pieces of them)"
         )
     if optim.weight_decay_end is not None and optim.weight_decay == 0:
         problems.append(
@@ -61,9 +55,9 @@ def optim_warnings(recipe: Recipe) -> list[str]:
     name, shape = recipe.optim.name, recipe.schedule.shape
     reasons = {
         f"optim.{key}": f"optim.name is {name}"
-        for keys in OPTIMISER_KEYS.values()
-        for key in keys
-        if key not in OPTIMISER_KEYS[name]
+        for kind in OPTIMISERS.values()
+        for key in kind.keys
+        if key not in OPTIMISERS[name].keys
     }
     reasons |= {
         key: f"schedule.shape is {shape}"

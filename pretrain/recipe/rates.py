@@ -1,5 +1,6 @@
-"""Learning rates as a run of the recipe's batch size has them."""
+"""Learning rates as a run of the recipe's batch size has them, and the curve that they follow."""
 
+import math
 from dataclasses import dataclass
 
 from pretrain.recipe.schema import Optim, Recipe
@@ -27,3 +28,8 @@ def actual_rates(recipe: Recipe) -> Rates:
 def rate_scales(optim: Optim, key: str) -> bool:
     """Tell whether the rate that `key` names grows with the batch."""
     return optim.scaled == "all" or (optim.scaled == "peak" and key == "base_lr")
+
+
+def half_cosine(start: float, end: float, progress: float) -> float:
+    """Follow half a cosine from `start` at progress 0 to `end` at 1; also SNCLR's and MoCo v3's teacher momentum."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))

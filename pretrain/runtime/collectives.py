@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from pretrain.errors import TrainingError
 from pretrain.runtime.process_group import Ranks
+from pretrain.runtime.tensors import sum_type
 
 #: What reaches a rank's own rows in the backward pass: the sum over all ranks, or this rank's share alone.
 Gradient = Literal["sum", "official"]
@@ -97,12 +98,15 @@ def mean_with_gradient(value: Tensor, ranks: Ranks, count: Tensor | float | None
         count: How many things `value` is the mean of (masked tokens, say), or their weight. The result is then the mean
             over all of them: a rank that counts 0 has no part in it, whatever its value, NaN included. Where all count
             0, the values count alike. Gets no gradient.
+
+    Such a rank's `value` gets the gradient 0, and what the value was made by passes it on: `losses[mask].mean()` as 0,
+    but `(losses * mask).sum() / mask.sum()` as 0 / 0, NaN; divide by `mask.sum().clamp(min=1)`.
     """
     if ranks.world_size == 1:
         return value
     if count is None:
         return sum_with_gradient(value, ranks) / ranks.world_size
-    weight = torch.as_tensor(count, dtype=_sum_type(value), device=value.device).detach().expand_as(value)
+    weight = torch.as_tensor(count, dtype=sum_type(value), device=value.device).detach().expand_as(value)
     # Not value * weight alone: the mean of nothing is NaN, and NaN * 0 is NaN on all ranks.
     weighted = torch.where(weight > 0, value * weight, 0.0)
     weighted, weights, plain = sum_with_gradient(torch.stack([weighted, weight, value.to(weight.dtype)]), ranks)
@@ -122,7 +126,7 @@ class _GatherWithGradient(torch.autograd.Function):
         by_rank = gradients[0].unflatten(0, (-1, ctx.ranks.world_size, ctx.views)).transpose(0, 1).flatten(1, 2)
         if ctx.gradient == "official":
             return by_rank[ctx.ranks.rank], None, None, None
-        sent = by_rank.to(_sum_type(by_rank)).contiguous()
+        sent = by_rank.to(sum_type(by_rank)).contiguous()
         own = torch.empty_like(sent[0])
         dist.reduce_scatter_tensor(own, sent.flatten(0, 1))
         return own.to(by_rank.dtype), None, None, None
@@ -149,14 +153,9 @@ def _all_rows(tensor: Tensor, ranks: Ranks, views: int) -> Tensor:
 
 
 def _total(tensor: Tensor) -> Tensor:
-    total = tensor.to(_sum_type(tensor), copy=True).contiguous()
+    total = tensor.to(sum_type(tensor), copy=True).contiguous()
     dist.all_reduce(total)
     return total.to(tensor.dtype)
-
-
-def _sum_type(tensor: Tensor) -> torch.dtype:
-    """Return the type to add up in: bfloat16 would lose a rank's small share beside the others'."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _check_views(tensor: Tensor, views: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pretrain.errors import TrainingError
+from pretrain.runtime.tensors import sum_type
 
 #: Named tensors of one row (or several views) a sample, [B, ...].
 Embeddings = dict[str, Tensor]
@@ -33,19 +34,14 @@ SCALE = 2.0**12
 class GradientCache:
     """Embeddings and gradients of one optimiser step after another.
 
-    An objective over the whole batch embeds, and hands embeddings and comparison to the cache, where it is given one:
-
-        def forward(self, batch, cache=None):
-            embeddings = self.embed(batch)
-            return Output(*(cache(embeddings, self.compare) if cache else self.compare(embeddings)))
-
-    and a step calls it twice for each micro-batch, seeded alike before both calls:
+    A `WholeBatchObjective` hands embeddings and comparison to the cache that it is given, and a step calls it twice for
+    each micro-batch, seeded alike before both calls:
 
         with cache.collecting(engine.module):
             for batch in batches:
-                engine.module(batch, cache)
+                engine.module(batch)
         for batch in batches:
-            engine.backward(engine(batch, cache).loss)
+            engine.backward(engine(batch).loss)
             engine.step()
 
     Each call of the second pass returns the whole step's loss and metrics, so their mean over micro-batches is
@@ -122,7 +118,7 @@ class GradientCache:
         sizes = [len(next(iter(part.values()))) for part in self._parts]
         pairs = zip(leaves, found, strict=True)
         # Wide before the division: 2^-12 of a float16 gradient would round to 0 again.
-        by_name = {name: (_wide(value) / SCALE).split(sizes) for name, value in pairs if value is not None}
+        by_name = {name: (value.to(sum_type(value)) / SCALE).split(sizes) for name, value in pairs if value is not None}
         self._gradients = [{name: value[part] for name, value in by_name.items()} for part in range(len(sizes))]
         self._result = loss.detach(), {name: value.detach() for name, value in metrics.items()}
         return self._result
@@ -134,10 +130,8 @@ class GradientCache:
         if not self._compared_passes:
             self._compare_passes(embeddings, part)
         if part > 0:
-            cached = self._gradients[part].items()
-            shares = [
-                (_wide(embeddings[name]) * value).sum() for name, value in cached if embeddings[name].requires_grad
-            ]
+            cached = [(embeddings[name], value) for name, value in self._gradients[part].items()]
+            shares = [(made.to(sum_type(made)) * value).sum() for made, value in cached if made.requires_grad]
             # An encoder that is frozen altogether still needs a loss that can be differentiated.
             surrogate = torch.stack(shares).sum() if shares else self._result[0].clone().requires_grad_()
         else:
@@ -168,10 +162,6 @@ class GradientCache:
 def _joined(parts: list[Embeddings]) -> Iterator[tuple[str, Tensor]]:
     for name in parts[0]:
         yield name, torch.cat([part[name] for part in parts])
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _random_state(embeddings: Embeddings) -> dict[torch.device, Tensor]:

@@ -1,9 +1,9 @@
 """One step of a run again, alone and without an update: which module turned non-finite, on which samples.
 
 The batch is exactly the run's: samples, clips, crops, masks and the draws of the forward pass are functions of the
-recipe and the step. The weights are those of the newest checkpoint before the step; where that is the step before, and
-the run did not shard its sums, losses are the run's own to the bit. An objective of several turns goes through all of
-them; updates of earlier turns are missing from the weights then.
+recipe and the step. The weights, queues and banks are those of the newest checkpoint before the step; where that is the
+step before, and the run did not shard its sums, losses are the run's own to the bit. Of several updates of one batch
+each is replayed with these weights, while in the run the later ones saw the result of the earlier ones.
 """
 
 import json
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import problems, write_durably
+from pretrain.checkpoint.rank_state import load_rank_state
 from pretrain.checkpoint.save import STATE
 from pretrain.data.samples import Batch
 from pretrain.data.stream_plan import open_plan
 from pretrain.engine.assemble import open_stream
+from pretrain.engine.schedules import build_schedule
 from pretrain.engine.step import to_device
 from pretrain.engine.turns import turns_of
 from pretrain.errors import CheckpointError, TrainingError
@@ -34,8 +36,10 @@ from pretrain.guards.first_nonfinite import (
     function_without_gradient,
 )
 from pretrain.guards.incidents import plain
+from pretrain.models.frozen import check_frozen
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective
+from pretrain.recipe.schema import Recipe
 from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.run_folder import RunFolder
@@ -47,14 +51,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepPlace:
-    """Step to replay: run folder, step (counted from 1), checkpoint with its step, number of ranks, the record."""
+    """Step to replay: run folder, step (counted from 1), checkpoint with its state.json, ranks, the record."""
 
     run: RunFolder
     step: int
     checkpoint: Path | None
-    weights_step: int
+    state: dict[str, Any]
     world_size: int
     record: dict[str, Any]
+
+    @property
+    def weights_step(self) -> int:
+        """Updates that the weights have seen."""
+        return int(self.state.get("step", 0))
 
     @property
     def recipe_file(self) -> Path:
@@ -100,7 +109,7 @@ def find_place(run: Path, step: int) -> StepPlace:
         world_size = len(record["ranks"])
     else:
         world_size = state.get("world_size") or _launched(run)
-    return StepPlace(folder, step, checkpoint, state.get("step", 0), world_size, record)
+    return StepPlace(folder, step, checkpoint, state, world_size, record)
 
 
 def _newest_before(root: Path, step: int) -> Path | None:
@@ -120,13 +129,18 @@ def _launched(run: Path) -> int:
 
 
 def build_objective(place: StepPlace, method: Method, device: torch.device) -> Objective:
-    """Build the objective as it was before the step, in the recipe's number format."""
+    """Build the objective as it was before the step, in the recipe's number format.
+
+    Raises:
+        CheckpointError: the weights do not verify, or were trained beside other frozen parts.
+    """
     recipe = method.recipe
     # Without a checkpoint before the step, the weights are those that the run drew first.
     seed_everything(recipe.run.seed)
     objective = method.build()
     if place.checkpoint is not None:
         load_checkpoint(objective, place.checkpoint, finite=False)
+        check_frozen(objective.frozen_parts(), place.state["frozen"], str(place.checkpoint))
     elif recipe.run.init_weights:
         path = recipe.run.init_weights
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
@@ -149,26 +163,43 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     recipe = method.recipe
     plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
     objective = build_objective(place, method, device)
-    objective.before_step(place.step - 1, plan.steps_per_epoch)
-    _warn_of_differences(objective, place, method)
+    schedule = build_schedule(recipe, plan.steps_per_epoch)
+    first = {name: state.tensor.clone() for name, state in objective.rank_state().items()}
     turns = turns_of(objective)
+    warn_of_losses(objective, recipe, place.world_size)
     for number in range(place.world_size) if rank is None else [rank]:
         served = Ranks(number, place.world_size, 0, device)
         stream = open_stream(method, plan, served, place.step - 1, in_process=True)
+        _restore_rank_state(objective, place, number, first)
+        objective.before_step(place.step - 1, schedule.steps_per_epoch, schedule.total)
         for micro in range(stream.accumulation):
             batch = next(stream)
-            for order, turn in enumerate(turns):
-                turn.choose(objective)
-                recorded = _recorded(place.record, number, order * stream.accumulation + micro)
-                yield _run(objective, batch, recipe.run.seed, place, number, micro, recorded)
+            for turn in turns:
+                with turn.taken(objective):
+                    recorded = _recorded(place.record, number, turn.name if len(turns) > 1 else "", micro)
+                    found = _run(objective, batch, recipe.run.seed, place, number, micro, recorded)
+                yield found
 
 
-def _warn_of_differences(objective: Objective, place: StepPlace, method: Method) -> None:
-    """Say where a micro-batch by itself gives another loss than it did in the run."""
-    if objective.whole_batch and method.recipe.batch.samples > method.recipe.batch.micro:
-        logger.warning("the loss compares the rows of the whole batch; here each micro-batch is compared by itself")
-    if objective.rank_state():
-        logger.warning("what the run keeps beside the weights starts anew: %s", ", ".join(objective.rank_state()))
+def _restore_rank_state(objective: Objective, place: StepPlace, rank: int, first: dict[str, Tensor]) -> None:
+    """Give the objective the queues and banks that a rank had, or those that every rank began with."""
+    states = objective.rank_state()
+    if place.checkpoint is not None:
+        load_rank_state(place.checkpoint, states, place.state["world_size"], rank, place.world_size)
+        return
+    for name, state in states.items():
+        state.tensor.copy_(first[name])
+
+
+def warn_of_losses(objective: Objective, recipe: Recipe, world_size: int) -> None:
+    """Say why losses differ from the run's where they depend on rows that another micro-batch has."""
+    if objective.whole_batch and recipe.batch.samples > recipe.batch.micro:
+        looks = "the loss looks across the whole batch"
+    elif objective.cross_rank_batch_norm and world_size > 1:
+        looks = "batch norms look across all ranks"
+    else:
+        return
+    logger.warning("%s, and each micro-batch is replayed alone: losses and gradients differ from the run's", looks)
 
 
 def _run(
@@ -222,11 +253,12 @@ def clips_of(batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def _recorded(record: dict[str, Any], rank: int, number: int) -> float | None:
-    """Look up the loss of a rank's forward pass `number`; None where the step ended before it."""
+def _recorded(record: dict[str, Any], rank: int, turn: str, micro: int) -> float | None:
+    """Look a loss up; None where nothing was recorded, as of the turns behind one that was left out."""
     for entry in record.get("ranks", []):
-        if entry["rank"] == rank and number < len(entry["micro_batches"]):
-            return float(entry["micro_batches"][number]["loss"])
+        for one in entry["micro_batches"]:
+            if (entry["rank"], one["turn"], one["micro_batch"]) == (rank, turn, micro):
+                return float(one["loss"])
     return None
 
 

@@ -55,11 +55,11 @@ def test_keep_rate_follows_its_schedule() -> None:
     found = objective("model.tokens.keep_rate=0.5", "model.tokens.start_epoch=1", "model.tokens.shrink_epochs=2")
     rates = []
     for step in (0, 9, 10, 20, 30):
-        found.before_step(step, steps_per_epoch=10)
+        found.before_step(step, steps_per_epoch=10, total=40)
         assert torch.isfinite(found(batch()).loss)
         rates.append(found.model.reorganisation.rate)
     assert rates[:3] == [1, 1, 1] and abs(rates[3] - 0.75) < 1e-9 and rates[4] == 0.5
-    objective().before_step(0, 10)
+    objective().before_step(0, 10, 40)
 
 
 def test_dry_run_counts_a_frozen_giant_as_weights_only() -> None:

@@ -159,7 +159,7 @@ def test_each_source_is_judged_by_its_own_losses() -> None:
         source, level = ("easy", 1.0) if step % 2 else ("hard", 50.0)
         loss = level + 0.01 * float(rng.standard_normal())
         assert guard.spike(loss, source) is None, "the harder source is no spike of the easier one"
-        assert guard.decide(step, StepResult(metrics={"loss": loss}, source=source)) is None
+        assert guard.decide(step, StepResult({"loss": loss}, {source: loss})) is None
     assert guard.spike(50.0, "easy") is not None and guard.spike(50.0, "hard") is None
     restored = StepGuard(Guard(window=8, z=5.0))
     restored.state = type(guard.state)(**json.loads(json.dumps(guard.saved())))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pretrain.checkpoint.partitions import OWN_KEYS
 from pretrain.engine.lars import Lars
 from pretrain.engine.optimiser import build_optimizer, forget_steps, parameter_groups, set_lr, set_weight_decay
 from pretrain.recipe.load import load_recipe
@@ -96,6 +97,11 @@ def test_built_optimiser_takes_the_steps_of_a_plain_loop(name: str) -> None:
         optimizer.step()
     for key, value in plain_steps(name).items():
         torch.testing.assert_close(dict(model.named_parameters())[key].detach(), value, rtol=1e-6, atol=1e-7)
+
+
+def test_entries_of_groups_that_are_no_options_are_known_to_checkpoints() -> None:
+    (group, *_) = parameter_groups(Model(), 0.05)
+    assert group.keys() == {"params", "weight_decay"} | OWN_KEYS
 
 
 def test_lars_without_decay_still_adapts() -> None:

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.engine.schedules import Schedule, build_schedule, half_cosine
+from pretrain.data.samples import Batch
+from pretrain.engine.schedules import Schedule, build_schedule, pictures_every_steps
 from pretrain.errors import RecipeError
+from pretrain.objectives.base import Objective
 from pretrain.recipe.check_optim import optim_problems, schedule_problems
 from pretrain.recipe.load import load_recipe
+from pretrain.recipe.rates import half_cosine
 from pretrain.runtime.vision_ops import ensure_torchvision
 
 Formula = Callable[[int], float]
@@ -425,6 +428,16 @@ def test_weight_decay_follows_half_a_cosine() -> None:
     expected = [0.4 + 0.5 * (0.04 - 0.4) * (1 + math.cos(math.pi * i / 50)) for i in range(50)]
     np.testing.assert_allclose([schedule.weight_decay(step) for step in range(50)], expected, rtol=1e-12)
     assert schedule_of("optim.weight_decay=0.04", 5).weight_decay(7) is None
+
+
+def test_pictures_come_where_somebody_draws_them() -> None:
+    class Drawn(Objective):
+        def pictures(self, batch: Batch) -> dict[str, torch.Tensor]:
+            return {"video": batch["video"]}
+
+    recipe, schedule = load_recipe("demo", ["log.pictures_every_steps=null"]), Schedule(7, 70, 70, 0, 1.0, 0.0)
+    assert pictures_every_steps(recipe, schedule, Drawn()) == 7
+    assert pictures_every_steps(recipe, schedule, Objective()) == 0
 
 
 def test_half_cosine_is_the_momentum_of_snclrs_teacher() -> None:

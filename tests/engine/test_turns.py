@@ -98,8 +98,13 @@ def test_wrong_turns_are_named() -> None:
         def rule(self, name: str, shape: Any) -> Rule:
             return Rule(turn="generator")
 
-    with pytest.raises(RecipeError, match="'critic', allowed: discriminator, generator"):
+    class Single(Unknown):
+        turns = ("all",)
+
+    with pytest.raises(RecipeError, match="turn='critic', allowed: discriminator, generator, the turns of Unknown"):
         turns_of(Unknown())
+    with pytest.raises(RecipeError, match="turn='critic', allowed: all, the turns of Single"):
+        turns_of(Single())
     with pytest.raises(RecipeError, match="without a parameter to update: discriminator"):
         turns_of(Idle())
 
@@ -111,4 +116,15 @@ def test_one_turn_is_left_alone() -> None:
             self.model = nn.Linear(2, 2)
 
     (turn,) = turns_of(Plain())
-    assert turn.own is None and turn.name == "all"
+    assert turn.others == () and turn.name == "all"
+
+
+def test_a_turn_that_is_over_leaves_no_trace() -> None:
+    """Also where it ends early: DeepSpeed takes what needs no gradient for frozen, in checkpoints above all."""
+    objective = Adversarial()
+    for turn in turns_of(objective):
+        with pytest.raises(KeyError), turn.taken(objective):
+            trained = {name.split(".")[1] for name, value in objective.named_parameters() if value.requires_grad}
+            assert trained == {turn.name} == {objective.turn}
+            raise KeyError
+        assert all(value.requires_grad for value in objective.parameters()) and objective.turn == "all"

@@ -137,7 +137,10 @@ def take_steps(layout: Layout, ranks: Ranks) -> dict[str, Any]:
         state=dict, record=lambda batch: None, numbers=lambda: [1.0, 0.0, 0.0], judge=lambda numbers: None
     )
     incidents = SimpleNamespace(
-        begin=lambda step: None, note=lambda batch, loss: None, look_at_gradients=lambda module: None
+        begin=lambda step: None,
+        begin_turn=lambda turn: None,
+        note=lambda batch, loss: None,
+        look_at_gradients=lambda module: None,
     )
     batches: Any = Batches(layout.accumulation, ranks)
     inputs = StepInputs(

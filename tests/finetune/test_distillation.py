@@ -14,8 +14,8 @@ from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.errors import DataError, TrainingError, WeightsError
 from pretrain.models import classifier
-from pretrain.models.frozen import weights_digest
 from pretrain.objectives.base import method_of
+from pretrain.runtime.tensors import weights_digest
 
 SHAPE = {"patch_size": 16, "dim": 48, "depth": 2, "heads": 2, "mlp_ratio": 2, "classes": 3, "positions": "rebuild"}
 

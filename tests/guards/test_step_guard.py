@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pretrain.errors import CheckpointError
-from pretrain.guards.results import StepResult
+from pretrain.guards.results import StepResult, history_of
 from pretrain.guards.skipped_steps import guard_state, remember, state_at_start
 from pretrain.guards.step_guard import GuardState, Spike, StepGuard
 from pretrain.objectives.base import method_of, warnings_of
@@ -24,7 +24,7 @@ ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 def filled(losses: list[float], **options: Any) -> StepGuard:
     """A guard whose window holds some losses."""
-    return StepGuard(Guard(window=len(losses), **options), GuardState(window=losses))
+    return StepGuard(Guard(window=len(losses), **options), GuardState({"": losses}))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -52,15 +52,37 @@ def test_what_is_no_spike() -> None:
     assert filled(losses, z=5.0, spike="ignore").spike(9.0) is None
     assert filled([0.0] * 4, z=5.0).spike(1.0) is None, "no deviation at all"
     options = Guard(window=10, z=5.0)
-    assert StepGuard(options, GuardState(window=[1.0] * 4)).spike(9.0) is None
-    assert StepGuard(options, GuardState(window=[1.0] * 5)).spike(9.0) is not None
+    assert StepGuard(options, GuardState({"": [1.0] * 4})).spike(9.0) is None
+    assert StepGuard(options, GuardState({"": [1.0] * 5})).spike(9.0) is not None
 
 
 def test_only_updates_enter_the_window() -> None:
     guard = StepGuard(Guard(window=3))
     for step, loss in enumerate([1.0, 2.0, 3.0, 4.0, 5.0], start=1):
-        guard.decide(step, StepResult({"loss": loss}, applied=loss != 4.0))
-    assert guard.state.window == [2.0, 3.0, 5.0]
+        applied = loss != 4.0
+        guard.decide(step, StepResult({"loss": loss}, {"": loss} if applied else {}, applied=applied))
+    assert guard.state.windows == {"": [2.0, 3.0, 5.0]}
+
+
+def test_turns_are_judged_by_their_own_losses_and_named() -> None:
+    """A critic's loss of 1 and a translator's of 50, as each of them usually is."""
+    guard = StepGuard(Guard(window=4, spike="skip", nonfinite="skip"))
+    sound = {"critic": 1.0, "translator": 50.0}
+    for step in range(1, 5):
+        assert all(guard.spike(loss, turn) is None for turn, loss in sound.items())
+        assert guard.decide(step, StepResult({"loss": 50.0}, sound)) is None
+    metrics = {"loss_critic": 60.0, "loss": 60.0}
+    spike = guard.spike(60.0, "critic")
+    decision = guard.decide(5, StepResult(metrics, applied=False, turn="critic", spike=spike))
+    assert decision is not None and decision.what.startswith("the loss of turn critic, 60, is a spike: ")
+    metrics = {"loss_critic": 1.1, "loss_translator": math.nan, "loss": math.nan}
+    bad = StepResult(metrics, {"critic": 1.1}, False, applied=False, turn="translator", updated=("critic",))
+    decision = guard.decide(6, bad)
+    assert decision is not None
+    assert decision.what == "the loss of turn translator (after the update of critic) is not finite"
+    assert guard.state.windows == {"critic": [1.0, 1.0, 1.0, 1.1], "translator": [50.0] * 4}
+    assert guard.state.in_a_row == 2, "a step whose last update is left out counts as one without"
+    assert history_of("", "") == "" and history_of("k710", "critic") == "k710 / critic"
 
 
 def test_fp16_overflow_is_the_loss_scale_s_work_until_it_is_spent() -> None:
@@ -90,10 +112,10 @@ def test_a_policy_may_be_used_so_often_in_a_run(policy: Any, used: str) -> None:
 
 
 def test_a_rewind_takes_the_checkpoint_s_state_but_keeps_budgets_and_left_out_steps() -> None:
-    guard = StepGuard(Guard(leave_out=3), GuardState([9.0], in_a_row=1, rewinds=1, skipped_steps=[2]))
-    guard.rewound(GuardState([1.0], skipped=4, lowered=2, lowered_left=5), step=9, target=7)
+    guard = StepGuard(Guard(leave_out=3), GuardState({"": [9.0]}, in_a_row=1, rewinds=1, skipped_steps=[2]))
+    guard.rewound(GuardState({"": [1.0]}, skipped=4, lowered=2, lowered_left=5), step=9, target=7)
     assert guard.state == GuardState(
-        [1.0], in_a_row=0, skipped=4, lowered=2, lowered_left=5, rewinds=2, skipped_steps=[2, 7, 8]
+        {"": [1.0]}, in_a_row=0, skipped=4, lowered=2, lowered_left=5, rewinds=2, skipped_steps=[2, 7, 8]
     )
     assert [step for step in range(12) if guard.leaves_out(step)] == [2, 7, 8]
 
@@ -108,7 +130,8 @@ def test_a_guard_from_a_checkpoint_decides_as_the_one_that_went_on(seed: int) ->
         for step in steps:
             loss = losses[step]
             spike = guard.spike(loss)
-            result = StepResult({"loss": loss}, math.isfinite(loss), applied=math.isfinite(loss) and not spike)
+            applied = math.isfinite(loss) and not spike
+            result = StepResult({"loss": loss}, {"": loss} if applied else {}, math.isfinite(loss), applied)
             decision = guard.decide(step + 1, replace(result, spike=spike))
             if decision is not None and decision.action == "lower_lr":
                 guard.lower()
@@ -130,14 +153,13 @@ def test_a_guard_from_a_checkpoint_decides_as_the_one_that_went_on(seed: int) ->
 
 def test_left_out_steps_survive_a_kill_before_the_next_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "guard.json"
-    saved = {"guard": GuardState(window=[1.0], rewinds=1, skipped_steps=[3]).__dict__}
+    saved = {"guard": GuardState({"": [1.0]}, rewinds=1, skipped_steps=[3]).__dict__}
     remember(path, GuardState(rewinds=2, skipped_steps=[3, 8]))
     state = state_at_start(path, ALONE, saved)
-    assert (state.rewinds, state.skipped_steps, state.window) == (2, [3, 8], [1.0])
-    assert state_at_start(path, ALONE, {"skips": {"total": 3}}).skipped_steps == [3, 8], "a checkpoint without a guard"
-    path.write_text('{"rewinds": 2, "left_out": [8, 9]}')
-    older = {"guard": {"rewinds": 1, "left_out": [3]}}
-    assert state_at_start(path, ALONE, older).skipped_steps == [3, 8, 9], "of a run begun under the field's old name"
+    assert (state.rewinds, state.skipped_steps, state.windows) == (2, [3, 8], {"": [1.0]})
+    for other in ({"step": 3}, {"guard": {"rewinds": 1, "left_out": [3]}}):
+        with pytest.raises(CheckpointError, match="with the version that began it"):
+            state_at_start(path, ALONE, other)
     path.write_text('{"rewinds": ')
     with pytest.raises(CheckpointError, match="remove it"):
         state_at_start(path, ALONE, saved)

@@ -20,7 +20,8 @@ from torch import nn
 from pretrain.errors import CheckpointError, WeightsError
 from pretrain.models.clip import Config, TextTower, VisualTower
 from pretrain.models.clip_weights import frozen_clip
-from pretrain.models.frozen import Frozen, check_frozen, frozen_notes, locate, weights_digest
+from pretrain.models.frozen import Frozen, check_frozen, frozen_notes, locate
+from pretrain.runtime.tensors import weights_digest
 from tests.models.frozen_program import CONFIG, SIZES, STAGES, given, state_of
 
 ROOT = Path(__file__).parents[2]

@@ -5,18 +5,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain.commands.plan import main
 from pretrain.engine.model_states import ModelSize, checkpoint_bytes, model_states
 from pretrain.errors import RecipeError
-from pretrain.objectives.base import method_of
+from pretrain.objectives.base import Rule, method_of
+from pretrain.objectives.videomae import VideoMAEObjective
 from pretrain.plan.estimate import Planner
 from pretrain.plan.feeding import Resources
 from pretrain.plan.hardware import SHEETS, find_gpu
 from pretrain.plan.peak_memory import Memory, memory_of
-from pretrain.plan.trace import trace_step
+from pretrain.plan.trace import BACKWARD, trace_step
 from pretrain.plan.traffic import traffic_of
 from pretrain.recipe.load import load_recipe
 
@@ -39,6 +41,22 @@ def test_counted_work_is_the_published_less_what_is_skipped(name: str, overrides
     skipped = sum(macs for part, macs in parts.items() if part.startswith("skipped"))
     trace = trace_step(method_of(recipe), 1)
     assert trace.forward_flops / 2 == pytest.approx(sum(parts.values()) - skipped, rel=2e-3)
+
+
+def test_every_turn_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass each, and backward passes that stop where the turn's parameters end."""
+    once = trace_step(method_of(load_recipe("vit_b_dual")), 1)
+
+    def rule(self: Any, name: str, shape: Any) -> Rule:
+        return Rule(turn="encoder" if name.startswith("model.encoder.") else "decoder")
+
+    monkeypatch.setattr(VideoMAEObjective, "turns", ("decoder", "encoder"))
+    monkeypatch.setattr(VideoMAEObjective, "rule", rule)
+    turns = trace_step(method_of(load_recipe("vit_b_dual")), 1)
+    assert turns.forward_flops == 2 * once.forward_flops
+    backward = [trace.flops(BACKWARD) for trace in (once, turns)]
+    assert backward[0] < backward[1] < 1.5 * backward[0], "weights have gradients in one of the turns"
+    assert turns.peak_bytes < 1.1 * once.peak_bytes, "a turn's activations are gone before the next one's come"
 
 
 def test_recomputing_costs_a_forward_pass_and_saves_memory() -> None:

@@ -1,10 +1,14 @@
 """Checks of optimiser and schedule: one clear message a mistake, and a line for every key that does nothing."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 
 from pretrain.recipe.check import check_recipe, recipe_warnings
-from pretrain.recipe.check_optim import OPTIMISER_KEYS, SHAPE_KEYS
+from pretrain.recipe.check_optim import SHAPE_KEYS
 from pretrain.recipe.load import load_recipe
+from pretrain.recipe.optimisers import OPTIMISERS, describe_optimiser
+from pretrain.recipe.schema import Optim
 
 STEPS = "schedule.shape=steps schedule.epochs=10"
 
@@ -79,11 +83,21 @@ def test_key_without_effect_is_a_warning(words: str, expected: list[str]) -> Non
 
 def test_tables_name_keys_and_values_that_there_are() -> None:
     recipe = load_recipe("demo")
-    from pretrain.engine.optimiser import OPTIMISERS
+    from pretrain.engine.optimiser import CLASSES
     from pretrain.engine.schedules import SHAPES
 
-    assert set(OPTIMISER_KEYS) == set(OPTIMISERS) and set(SHAPE_KEYS) == set(SHAPES)
+    assert set(OPTIMISERS) == set(CLASSES) == set(get_args(get_type_hints(Optim)["name"]))
+    assert set(SHAPE_KEYS) == set(SHAPES)
     for key in {key for keys in SHAPE_KEYS.values() for key in keys}:
         section, _, name = key.partition(".")
         assert hasattr(getattr(recipe, section), name), key
-    assert all(hasattr(recipe.optim, key) for keys in OPTIMISER_KEYS.values() for key in keys)
+    assert all(hasattr(recipe.optim, key) for kind in OPTIMISERS.values() for key in kind.keys)
+
+
+def test_an_optimiser_is_told_with_what_it_reads() -> None:
+    def told(words: str) -> str:
+        return describe_optimiser(load_recipe("demo", words.split()).optim)
+
+    assert told("optim.name=adamw optim.momentum=0.5") == "AdamW"
+    assert told("optim.name=sgd optim.momentum=0.5 optim.nesterov=true") == "SGD (momentum 0.5, Nesterov's)"
+    assert told("optim.name=lars optim.nesterov=true") == "LARS (momentum 0.9, trust 0.001)"
