@@ -68,7 +68,7 @@ def model_card(
         "started from": recipe.run.init_weights or "random weights",
     }
     # Method and model are often of one name.
-    tags = ", ".join(dict.fromkeys(("video", recipe.objective.name, recipe.model.name)))
+    tags = ", ".join(dict.fromkeys((recipe.objective.name, recipe.model.name, recipe.input.name)))
     return "\n".join(
         [
             *("---", f"library_name: {library}", f"pipeline_tag: {task}", f"tags: [{tags}]", "---", ""),

@@ -1,14 +1,23 @@
 """Several labels a video, and values to regress: from shards through training, validation and test to a prediction."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from finetune.classification.predictions import average_precision
 from finetune.commands import predict
+from finetune.commands.finetune import PROGRAM
+from finetune.recipe import load_tune_recipe
+from pretrain.errors import RecipeError
+from pretrain.objectives.base import Method
+from pretrain.runtime import process_group
+from pretrain.runtime.process_group import Ranks
+from tests.plain_classifier import PlainTask
 
 QUICK = ["schedule.epochs=1", "evaluate.every_epochs=1", "checkpoint.every_steps=3"]
 
@@ -68,3 +77,19 @@ def test_predictions_of_values_and_of_several_labels(
     assert len(values) == 2 and not any("%" in line for line in values)
     assert predict.main([clip, "--weights", str(multi), "--out", str(tmp_path / "b.png")]) == 0
     assert capsys.readouterr().out.count(" % ") == 3
+
+
+class Untested(PlainTask):
+    """A task that measures nothing."""
+
+    test = Method.test
+
+
+def test_a_task_without_a_test_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The process group is this test process's own: nothing is trained.
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    monkeypatch.setattr(process_group, "join", lambda: alone)
+    monkeypatch.setattr(process_group, "leave", lambda ranks: None)
+    task = Untested(load_tune_recipe("demo_finetune", [f"run.dir={tmp_path}"]))
+    with pytest.raises(RecipeError, match="--test: objective.name=classification has no test"):
+        PROGRAM.run(task, Namespace(test="best"))

@@ -95,7 +95,7 @@ def test_safetensors_and_card(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     scores = json.loads((run / "predictions" / "step_00000003" / "scores.json").read_text())
     assert f"| test/top1 | {scores['top1']:.4g} | 3 |" in card and "| eval/top1 |" in card and "smoothing: 0.1" in card
     assert card.startswith("---\nlibrary_name: tubelet\npipeline_tag: video-classification\n")
-    assert "\ntags: [video, classification, classifier]\n---\n" in card
+    assert "\ntags: [classification, classifier, augmented_clip]\n---\n" in card
 
 
 def test_card_of_an_older_checkpoint_has_its_metrics(run: Path, toy: Any, tmp_path: Path) -> None:
