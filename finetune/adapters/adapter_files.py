@@ -21,6 +21,7 @@ from pretrain.errors import RecipeError, WeightsError
 from pretrain.models.backbone import Backbone, build_head
 from pretrain.models.weights import LoadReport, load_state
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +77,14 @@ def read_adapter(path: str) -> AdapterFile:
         tensors = safetensors.torch.load(content)
         # safetensors' own reader drops what a header says beside the tensors.
         size = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+        header = parse_json(content[8 : 8 + size]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError) as error:
         raise WeightsError(f"{path}: not a safetensors file ({error})") from error
     if header.get("format") != FORMAT:
         raise WeightsError(f"{path}: no adapter file (its header says format {header.get('format')!r}, not {FORMAT})")
     # Through the schema: an option that this release does not know is an error, not passed over.
     try:
-        tune = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Tune), json.loads(header["tune"])))
+        tune = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Tune), parse_json(header["tune"])))
         assert isinstance(tune, Tune)
         return AdapterFile(tune, header["backbone"], tensors)
     except (KeyError, ValueError, OmegaConfBaseException) as error:

@@ -1,6 +1,5 @@
 """Fine-tuned classifier with the names of its classes: of a run, one of its checkpoints, or an export."""
 
-import json
 import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pretrain.errors import RecipeError, TubeletError, WeightsError
 from pretrain.models.backbone import Backbone
 from pretrain.recipe.files import program_of
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.untrusted import parse_json
 from pretrain.trained.load_run import Trained, find_trained, load_trained
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def names_of(recipe: TuneRecipe, source: Path) -> list[str]:
     root = run_of(source)
     # Any test will do: class names are the run's, whatever checkpoint was tested.
     for note in sorted(root.glob(f"predictions/*/{INFO}")) if root else []:
-        names: list[str] = json.loads(note.read_text(encoding="utf-8"))["classes"]
+        names: list[str] = parse_json(note.read_text(encoding="utf-8"))["classes"]
         return names
     try:
         return list(class_names(source_rules(recipe)[0].labels))

@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from pretrain.errors import WeightsError
 from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import parse_json
 from pretrain.runtime.vision_ops import ensure_torchvision
 
 #: Newest operator set that torch's exporter writes (torch.onnx._constants.ONNX_MAX_OPSET), the first with a fused
@@ -144,7 +145,7 @@ def _read_onnx(path: Path) -> Graph:
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     stored = session.get_modelmeta().custom_metadata_map
-    facts = {name: json.loads(stored[name]) for name in FACT_NAMES if name in stored}
+    facts = {name: parse_json(stored[name]) for name in FACT_NAMES if name in stored}
     return Graph(lambda clips: torch.from_numpy(session.run(None, {"video": clips.numpy()})[0]), facts)
 
 
@@ -160,7 +161,7 @@ def _read_torch_export(path: Path) -> Graph:
             found: Tensor = module(clips)
         return found
 
-    return Graph(logits, json.loads(stored[FACTS] or "{}"))
+    return Graph(logits, parse_json(stored[FACTS] or "{}"))
 
 
 def onnx_difference(program: ExportedProgram, path: Path) -> float:

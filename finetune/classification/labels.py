@@ -22,6 +22,7 @@ from pretrain.data.media import LABEL_ENDING
 from pretrain.data.members import Members
 from pretrain.errors import DataError, SampleError, StorageError, TubeletError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def read_names(path: str) -> tuple[str, ...]:
     if PurePosixPath(path).suffix != ".json":
         return tuple(line.strip() for line in text.splitlines() if line.strip())
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise DataError(
             f"labels: {path} is not JSON ({error}); allowed: a list of names, or {{name: number}}"
@@ -172,7 +173,7 @@ def known_counts(shards: str) -> Counter[str] | None:
     """Read the counts of labels.json, if it is there and belongs to these shards."""
     try:
         # Soon given up: without the file labels are only counted anew.
-        known = json.loads(storage.read_bytes(storage.join(shards, LABELS_NAME), deadline_s=10))
+        known = parse_json(storage.read_bytes(storage.join(shards, LABELS_NAME), deadline_s=10))
         # Names of other shards would number the classes otherwise, with the same number of outputs.
         return Counter(known["counts"]) if known.get("fingerprint") == load_index(shards).fingerprint else None
     except (StorageError, ValueError, KeyError, TypeError, AttributeError):

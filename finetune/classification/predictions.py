@@ -22,6 +22,7 @@ import torch
 from finetune.classification.labels import Task
 from pretrain.errors import DataError
 from pretrain.metrics import ranking
+from pretrain.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def read_predictions(folder: Path) -> Predictions:
     """
     if not (folder / INFO).is_file():
         raise DataError(f"{folder}: no {INFO}; predictions are written by a test, launch/finetune.py --test")
-    info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+    info = parse_json((folder / INFO).read_text(encoding="utf-8"))
     parts = [dict(np.load(path)) for path in sorted(folder.glob("part_*.npz"))]
     # A rank without videos has targets [0], which can't be joined to [n, K].
     filled = [part for part in parts if len(part["keys"])]

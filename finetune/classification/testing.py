@@ -24,6 +24,7 @@ from pretrain.objectives.base import Method
 from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 from pretrain.runtime.run_folder import RunFolder
+from pretrain.runtime.untrusted import parse_json
 from pretrain.trained.load_run import load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def find(root: Path, which: str) -> Path:
     note = root / "best.json"
     if not note.is_file():
         raise CheckpointError(f"{note}: not there, so no step was evaluated; test --test last, or give val shards")
-    return folder_of(RunFolder(root).checkpoints, json.loads(note.read_text(encoding="utf-8"))["step"])
+    return folder_of(RunFolder(root).checkpoints, parse_json(note.read_text(encoding="utf-8"))["step"])
 
 
 def load_objective(method: Method, ranks: Ranks, checkpoint: Path) -> Any:

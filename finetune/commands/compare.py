@@ -1,6 +1,5 @@
 """Comparison of tested runs: launch/finetune.py --compare RUN RUN ..."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,9 @@ from finetune.classification.task import ClassificationTask
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.errors import DataError
 from pretrain.objectives.base import Method, method_of
+from pretrain.runtime.metrics import read_records
 from pretrain.runtime.run_folder import RunFolder
+from pretrain.runtime.untrusted import parse_json
 
 SCORES = "scores.json"
 
@@ -58,11 +59,11 @@ def read_tested(run: Path) -> Tested:
     if not found:
         raise DataError(f"{run}: no predictions/*/{SCORES}, so it was not tested; launch/finetune.py --test last does")
     # The last by name is of the latest step: its number has leading zeros.
-    info = json.loads((found[-1].parent / INFO).read_text(encoding="utf-8"))
+    info = parse_json((found[-1].parent / INFO).read_text(encoding="utf-8"))
     return Tested(
         name=str(run),
         recipe=recipe,
-        scores=json.loads(found[-1].read_text(encoding="utf-8")),
+        scores=parse_json(found[-1].read_text(encoding="utf-8")),
         classes=len(info["classes"]),
         trained=trained_parameters(method),
         memory_gib=_peak_memory(RunFolder(run).metrics),
@@ -96,8 +97,5 @@ def compare(runs: list[Path]) -> list[str]:
 
 
 def _peak_memory(metrics: Path) -> float | None:
-    if not metrics.is_file():
-        return None
-    records = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
-    peaks = [record["memory/peak_gib"] for record in records if "memory/peak_gib" in record]
+    peaks = [record["memory/peak_gib"] for record in read_records(metrics) if "memory/peak_gib" in record]
     return max(peaks, default=None)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.same_run import differences
 from pretrain.errors import DataError, TrainingError
+from pretrain.runtime.untrusted import parse_json
 
 #: Optimiser steps in one file.
 SHARD_STEPS = 1000
@@ -53,7 +54,7 @@ class LogitCache:
         self._payload = 2 * shape[0] * shape[1]
         self._folder.mkdir(parents=True, exist_ok=True)
         # As it will be read back: a tuple comes back as a list, and would differ at every start.
-        _claim(folder, json.loads(json.dumps(identity)), rank)
+        _claim(folder, parse_json(json.dumps(identity)), rank)
 
     def read(self, step: int, micro: int, views: bytes) -> Tensor | None:
         """Read logits float32 of micro-batch `micro` of optimiser step `step`; None where there are none.
@@ -130,7 +131,7 @@ def _claim(folder: Path, identity: dict[str, Any], rank: int) -> None:
         fresh = folder / f".{IDENTITY}.{rank}.{os.getpid()}"
         fresh.write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         fresh.replace(path)  # every rank would write the same
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = parse_json(path.read_text(encoding="utf-8"))
     changed = [f"{key}: {old!r} there, {new!r} here" for key, (old, new) in differences(found, identity).items()]
     if changed:
         raise DataError(

@@ -1,6 +1,5 @@
 """Whole weights out of a checkpoint that many ranks wrote."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from pretrain.checkpoint.manifest import MANIFEST, problems
 from pretrain.checkpoint.partitions import WEIGHT, gather, open_shards
 from pretrain.checkpoint.save import STATE, TAG
 from pretrain.errors import CheckpointError
+from pretrain.runtime.untrusted import parse_json
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -43,7 +43,7 @@ def consolidated_state(folder: Path) -> dict[str, Tensor]:
     wrong = problems(folder)
     if wrong:
         raise CheckpointError("; ".join(wrong))
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = parse_json((folder / STATE).read_text(encoding="utf-8"))
     return merged(folder / TAG, state["world_size"], state["zero_stage"])
 
 

@@ -1,6 +1,5 @@
 """Finding the checkpoint to continue from, and loading it."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pretrain.checkpoint.save import STATE, TAG
 from pretrain.checkpoint.sharded_buffers import split_buffers
 from pretrain.errors import CheckpointError
 from pretrain.runtime.process_group import Ranks, from_first
+from pretrain.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def open_verified(folder: Path, ranks: Ranks, asked: str = "") -> Resumable:
 
 def _open(folder: Path) -> Resumable:
     try:
-        return Resumable(folder, json.loads((folder / STATE).read_text(encoding="utf-8")))
+        return Resumable(folder, parse_json((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / STATE}: unreadable ({error})") from error
 

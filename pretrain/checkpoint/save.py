@@ -37,6 +37,7 @@ from pretrain.errors import CheckpointError
 from pretrain.recipe.schema import Checkpoint
 from pretrain.runtime.disk import advice
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
+from pretrain.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ class Saver:
     def _judge(self, key: str, folder: Path, content: Content) -> str:
         """Publish on rank 0 what all have written, or clear it away; return what is wrong, else an empty string."""
         parts = [
-            json.loads(self._messages.take(f"{key}/{rank}", PARTS_TIMEOUT_S)) for rank in range(self.ranks.world_size)
+            parse_json(self._messages.take(f"{key}/{rank}", PARTS_TIMEOUT_S)) for rank in range(self.ranks.world_size)
         ]
         problems = [part["problem"] for part in parts if "problem" in part] or unequal([part["same"] for part in parts])
         if not problems:

@@ -15,6 +15,7 @@ from pretrain.errors import CheckpointError
 from pretrain.guards.results import GuardState
 from pretrain.runtime.disk import advice
 from pretrain.runtime.process_group import Ranks, from_first
+from pretrain.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def state_at_start(path: Path, ranks: Ranks, saved: dict[str, Any] | None) -> Gu
     try:
         # Rank 0's text for all: ranks that read different versions from a file server would leave out different steps.
         text = from_first(ranks, path.read_text(encoding="utf-8") if ranks.first and path.exists() else "{}")
-        noted = json.loads(text)
+        noted = parse_json(text)
         # Either may know more: the file after a rewind, the checkpoint where the file could not be written.
         state.rewinds = max(state.rewinds, noted.get("rewinds", 0))
         state.skipped_steps = sorted({*state.skipped_steps, *noted.get("skipped_steps", [])})

@@ -4,7 +4,6 @@ Key names are first brought to the official fine-tuned layout (systems/videomae.
 pretrain/models/weights.py does the rest. What is dropped on purpose stands in the report as unexpected.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pretrain.models import huggingface, weights
 from pretrain.models.classifier import VideoClassifier
 from pretrain.models.weights import LoadReport
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def read_label_map(path: str) -> list[int]:
     """
     text = storage.read_bytes(path).decode()
     try:
-        values = json.loads(text) if text.lstrip().startswith("[") else [int(line) for line in text.split()]
+        values = parse_json(text) if text.lstrip().startswith("[") else [int(line) for line in text.split()]
     except ValueError as error:
         raise WeightsError(f"{path}: not a list of class numbers ({error})") from error
     if not values or not all(isinstance(value, int) and value >= 0 for value in values):

@@ -6,7 +6,6 @@ resume with others is refused (`check_frozen`).
 """
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import CheckpointError, StorageError, WeightsError
-from pretrain.models.weights import FOLDER_FILES
+from pretrain.models.weights import FOLDER_FILES, part_names
 from pretrain.runtime import storage
 from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.tensors import weights_digest
@@ -202,8 +201,7 @@ def _snapshot(fetch: Callable[[str], str | None]) -> str | None:
     found = next((path for path in map(fetch, FOLDER_FILES) if path), None)
     if found is not None and found.endswith(".index.json"):
         # Without one of its parts it is an interrupted download, which would fail only when it is read.
-        parts = set(json.loads(storage.read_bytes(found))["weight_map"].values())
-        if any(fetch(part) is None for part in sorted(parts)):
+        if any(fetch(part) is None for part in part_names(found)):
             return None
     return None if found is None else storage.parent(found)
 

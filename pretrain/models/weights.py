@@ -7,7 +7,6 @@ VideoMAE; our own.
 
 import argparse
 import fnmatch
-import json
 import logging
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from pretrain.models import huggingface
 from pretrain.models.torchscript import is_torchscript, read_torchscript
 from pretrain.models.videomae import VideoMAE
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import inner_name, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -188,8 +188,20 @@ def read_raw(path: str) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: a folder without any of {', '.join(FOLDER_FILES)}")
     if not name.endswith(".index.json"):
         return _read_file(storage.join(str(path), name))
-    parts = json.loads(storage.read_bytes(storage.join(str(path), name)))["weight_map"].values()
-    return {key: value for part in sorted(set(parts)) for key, value in _read_file(storage.join(path, part)).items()}
+    parts = part_names(storage.join(str(path), name))
+    return {key: value for part in parts for key, value in _read_file(storage.join(path, part)).items()}
+
+
+def part_names(index: str) -> list[str]:
+    """List the files that an index of weights in parts (`…index.json`) names.
+
+    Raises:
+        WeightsError: it is damaged, or names files outside of its folder.
+    """
+    try:
+        return sorted({inner_name(part) for part in parse_json(storage.read_bytes(index))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index}: no index of weights in parts ({type(error).__name__}: {error})") from error
 
 
 def beside(path: str, name: str) -> dict[str, Any]:
@@ -206,7 +218,7 @@ def beside(path: str, name: str) -> dict[str, Any]:
     if not fs.exists(inner):
         return {}
     try:
-        content = json.loads(storage.read_bytes(where))
+        content = parse_json(storage.read_bytes(where))
     except ValueError as error:
         raise WeightsError(f"{where}: not valid JSON ({error}); mend it, or move it away from the weights") from error
     if not isinstance(content, dict):

@@ -1,11 +1,11 @@
 """Accelerators and the rates that a plan counts with."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import RecipeError
+from pretrain.runtime.untrusted import parse_json
 
 #: Share of the data sheet's rates that large matrix products and copies reach; assumed where nothing was measured.
 MATMUL_SHARE, MEMORY_SHARE, LINK_SHARE = 0.68, 0.85, 0.75
@@ -86,7 +86,7 @@ def find_gpu(name: str, rates: Path | None = None) -> Gpu:
 def _read_rates(path: Path) -> dict[str, Any]:
     allowed = ("matmul_tflops", "memory_gbs", "link_gbs", "network_gbs")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         found = {key: float(content[key]) for key in allowed if key in content}
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(f"--rates {path}: unreadable ({error}); expected JSON such as bench/gpu.py writes") from error

@@ -4,7 +4,6 @@ Data workers hold a `Tokenizer` and call `encode`; nothing is cut from a text wi
 """
 
 import importlib.util
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from pretrain.errors import DataError, SampleError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import parse_json
 
 #: The tokenizer that ships with open_clip: 49,408 ids, lower case, what every published CLIP of OpenAI and LAION reads.
 CLIP = "clip"
@@ -241,14 +241,14 @@ def _read(source: str) -> tuple[str, str | None]:
     content = _json(source, where)
     beside = storage.join(source, "tokenizer_config.json")
     # A tokenizer.json often leaves out which token pads; the file beside it has it.
-    pad = json.loads(_json(source, beside)).get("pad_token") if where != source and storage.exists(beside) else None
+    pad = parse_json(_json(source, beside)).get("pad_token") if where != source and storage.exists(beside) else None
     return content, pad["content"] if isinstance(pad, dict) else pad
 
 
 def _json(source: str, where: str) -> str:
     try:
         content = storage.read_bytes(where).decode()
-        json.loads(content)
+        parse_json(content)
     except ValueError as error:
         raise DataError(f"tokenizer={source}: {where} is no JSON ({error})") from error
     return content

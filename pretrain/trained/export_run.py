@@ -1,11 +1,11 @@
 """Export of a run's weights for use elsewhere, in a format that its method has."""
 
-import json
 from pathlib import Path
 
 from pretrain.checkpoint.folders import run_of, step_of
 from pretrain.errors import WeightsError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import parse_json
 from pretrain.trained.load_run import Trained
 from pretrain.trained.model_card import write_card
 
@@ -52,5 +52,5 @@ def _test_scores(source: Path) -> dict[str, float]:
     path = root / "predictions" / f"step_{step_of(source):08d}" / "scores.json" if root else None
     if path is None or not path.is_file():
         return {}
-    scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    scores: dict[str, float] = parse_json(path.read_text(encoding="utf-8"))
     return scores

@@ -44,6 +44,7 @@ from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.run_folder import RunFolder
 from pretrain.runtime.seeds import seed_everything, seed_forward
+from pretrain.runtime.untrusted import parse_json
 from pretrain.trained.load_run import load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -102,9 +103,9 @@ def find_place(run: Path, step: int) -> StepPlace:
         raise TrainingError(f"step {step}: steps are counted from 1, as in metrics.jsonl")
     records = sorted(folder.incidents.glob(f"step_{step:08d}*.json"))
     # The last of several: a step that is run again after a rewind is recorded once more.
-    record = json.loads(records[-1].read_text(encoding="utf-8")) if records else {}
+    record = parse_json(records[-1].read_text(encoding="utf-8")) if records else {}
     checkpoint = _newest_before(folder.checkpoints, step)
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8")) if checkpoint else {}
+    state = parse_json((checkpoint / STATE).read_text(encoding="utf-8")) if checkpoint else {}
     if record:
         world_size = len(record["ranks"])
     else:
@@ -124,7 +125,7 @@ def _newest_before(root: Path, step: int) -> Path | None:
 
 def _launched(run: Path) -> int:
     """Read the number of ranks of the run's latest start."""
-    report = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    report = parse_json((run / "environment.json").read_text(encoding="utf-8"))
     return int(report.get("variables", {}).get("WORLD_SIZE", 1))
 
 

@@ -10,13 +10,13 @@ They become rows of a manifest (discover.py). An id becomes the path of the file
 with any ending; or, where the pieces were cut out already, as Kinetics' downloaders do, of that piece, taken whole.
 """
 
-import json
 import posixpath
 from typing import Any
 
 from pretrain.data.media import VIDEO_ENDINGS
 from pretrain.errors import RecipeError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import parse_json
 
 ID_COLUMN = "youtube_id"
 Row = tuple[int, dict[str, Any] | str]
@@ -29,7 +29,7 @@ def database_rows(source: str, text: str) -> list[Row]:
         RecipeError: another kind of json.
     """
     try:
-        database = json.loads(text)["database"]
+        database = parse_json(text)["database"]
         rows: list[Row] = []
         for name, video in database.items():
             facts = {key: value for key, value in video.items() if isinstance(value, (str, int, float))}

@@ -1,7 +1,6 @@
 """Verify a data set: hashes, member tables, sample json, and that every member decodes to what its json states."""
 
 import functools
-import json
 import logging
 import tarfile
 import tempfile
@@ -20,6 +19,7 @@ from pretrain.data.pack.scan import scan_shard
 from pretrain.data.pack.verify import Signatures, check_random_reads, sequential_signatures, signature
 from pretrain.errors import SampleError, TubeletError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def _read_sample(data: bytes) -> tuple[dict[str, VideoFile], dict[str, object]]:
             if extension in (LINK_ENDING, SPAN_ENDING):
                 links[extension] = file.read()
             elif extension == "json":
-                content = json.loads(file.read())
+                content = parse_json(file.read(), SAMPLE_JSON_BYTES)
                 facts = content if isinstance(content, dict) else {}
             else:
                 files[extension] = file.read()

@@ -15,6 +15,7 @@ from pretrain.data.media import extension_of, kind_of
 from pretrain.data.pack.contents import describe
 from pretrain.data.pack.originals import fetch_whole
 from pretrain.errors import SampleError
+from pretrain.runtime.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ def _from_column(column: str, value: Any, rooted: Callable[[str], str]) -> Compa
     if isinstance(value, str):
         if not _is_json(value):
             return Companion(f"{name}.txt", value=value)
-        value = json.loads(value)
+        value = parse_json(value)
     return Companion(f"{name}.json", value=value)
 
 
 def _is_json(text: str) -> bool:
     """Tell whether a csv's text is a list or an object, boxes for example."""
     try:
-        return text.lstrip().startswith(("[", "{")) and json.loads(text) is not None
+        return text.lstrip().startswith(("[", "{")) and parse_json(text) is not None
     except ValueError:
         return False
 

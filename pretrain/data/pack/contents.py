@@ -1,6 +1,5 @@
 """Contents of members, found by decoding all of each: before it is packed, and when shards are checked."""
 
-import json
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from pretrain.data.media import Kind, kind_of_ending
 from pretrain.errors import SampleError
+from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, parse_json
 
 #: A sound may be this much shorter than its header says, as a share, before it counts as damaged.
 SHORTER = 0.05
@@ -33,7 +33,7 @@ def describe(ending: str, data: bytes) -> dict[str, Any]:
         return DESCRIBE[kind](data)
     if ending.rpartition(".")[2] == "json":
         try:
-            json.loads(data)
+            parse_json(data, SAMPLE_JSON_BYTES)
         except ValueError as error:
             raise SampleError("damaged", f"not JSON: {error}") from error
     return {}

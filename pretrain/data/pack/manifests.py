@@ -2,10 +2,10 @@
 
 import csv
 import io
-import json
 
 from pretrain.data.media import extension_of
 from pretrain.data.pack.annotations import ID_COLUMN, Row, database_rows
+from pretrain.runtime.untrusted import parse_json
 
 
 def read_rows(source: str, text: str) -> list[Row] | None:
@@ -56,7 +56,7 @@ def _jsonl_rows(text: str) -> list[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 row = f"not JSON: {error}"
             rows.append((number, row if isinstance(row, (dict, str)) else "not a JSON object in one line"))

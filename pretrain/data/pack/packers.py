@@ -1,6 +1,5 @@
 """From an item of any kind to its sample: the packer of its kind, then what goes along. Runs in worker processes."""
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from pretrain.data.pack.pack_image import pack_image
 from pretrain.data.pack.pack_video import pack_item
 from pretrain.data.pack.packed import Packed, Rejected
 from pretrain.errors import SampleError
+from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, parse_json
 
 #: (item, options, local folder for the sample's files) -> the sample; SampleError where there is none.
 Packer = Callable[[Item, Options, str], Packed]
@@ -62,7 +62,7 @@ def _join(packed: Packed, companions: list[tuple[Companion, bytes]], folder: str
     for companion, data in companions:
         read += len(data)
         if companion.ending == "json":
-            facts["meta"] = _merge_meta(json.loads(data), facts.get("meta", {}))
+            facts["meta"] = _merge_meta(parse_json(data, SAMPLE_JSON_BYTES), facts.get("meta", {}))
         else:
             files[companion.ending] = keep(data, companion.ending, folder)
     return Packed(files, facts, read)

@@ -22,6 +22,7 @@ from pretrain.data.pack.packed import Packed, Rejected
 from pretrain.data.pack.scan import describe_left_out, scan_shard
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Entry:
     @staticmethod
     def from_json(data: bytes) -> "Entry":
         """Read a stored entry."""
-        content = json.loads(data)
+        content = parse_json(data)
         return Entry(
             content["plan"],
             content["next"],
@@ -169,7 +170,7 @@ def read_part(url: str, part: Part) -> PartResult | None:
     if not storage.exists(where):
         return None
     try:
-        content: dict[str, Any] = json.loads(storage.read_bytes(where))
+        content: dict[str, Any] = parse_json(storage.read_bytes(where))
         shards = [Shard(**one) for one in content["shards"]]
         return PartResult(content["plan"], shards, [Rejected(**one) for one in content["rejected"]])
     except (ValueError, KeyError, TypeError) as error:
