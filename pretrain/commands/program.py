@@ -15,6 +15,7 @@ from pretrain.recipe.load import read_recipe
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.disk import advice, of_a_disk
 from pretrain.runtime.orphans import die_with_launcher
+from pretrain.runtime.terminal import guard_streams
 
 if TYPE_CHECKING:
     from pretrain.objectives.base import Method
@@ -46,6 +47,7 @@ def run_program(program: Program, argv: Sequence[str] | None = None) -> int:
     """Run a command line, sys.argv by default; returns the exit code."""
     # First of all: once the launcher is gone, it can hardly be told from init.
     die_with_launcher()
+    guard_streams()
     first_rank = os.environ.get("RANK", "0") == "0"
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv, program)

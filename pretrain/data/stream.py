@@ -255,7 +255,7 @@ def prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # What is imported by now stays; looking through it for garbage again and again takes 5 % of a worker's time.
     gc.freeze()
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # Blocked, since `_watch` takes them by sigtimedwait; unblocked, either would end the worker by default.
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM, stacks.SIGNAL})

@@ -141,6 +141,8 @@ def override_layer(overrides: list[str]) -> tuple[Layer, list[str]]:
             OmegaConf.from_dotlist([word])
             good.append(word)
             spelling[key] = yaml.load(value, Loader=yaml.BaseLoader)
+        except UnicodeEncodeError:
+            problems.append(f"command line: {word!r} is not in UTF-8")
         except yaml.YAMLError:
             problems.append(f"command line: {key}: {value!r} is not a YAML value; quote text with ' or \"")
     # `data.sources={...}` replaces all sources as a file does; `data.sources.mine.shards=...` is another key, and adds.

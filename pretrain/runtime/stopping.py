@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 EXIT_REQUEUE = 75
 
 STOP_FILE = "stop"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: Ctrl-C and a closed terminal are requests as well; a second Ctrl-C leaves at once.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 #: Least time before the wall-clock limit at which a run stops, seconds; a save that took longer counts double.
 LEAST_MARGIN_S = 30.0
@@ -65,7 +66,9 @@ class StopWatch:
         self._save_s = _longest_save(self._timings) if first else 0.0
         self._warned = False
         self._check_lead()
-        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        # What is ignored stays ignored: `nohup` means that the run outlives its terminal.
+        taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._on_signal) for number in taken}
         if first:
             self._file.unlink(missing_ok=True)
 
@@ -108,6 +111,10 @@ class StopWatch:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Only noted: a handler runs between any two instructions, and a save from here would meet half a step.
+        if number == signal.SIGINT and self.reason == "SIGINT":
+            # By default, so that the shell sees an interrupt; a KeyboardInterrupt would unwind through half a step.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         self.reason = signal.Signals(number).name
 
 

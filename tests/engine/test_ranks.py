@@ -52,6 +52,8 @@ def unsharded_only() -> dict[str, dict[str, Any]]:
     plan["signal, again"] = plain(*SIGNAL, "run.dir=signal")
     # In place of a host with an older copy: the same recipe, but other files at its path.
     plan["other data"] = plain("batch.micro=4") | {"on_rank": {"1": ["data.sources.toy.shards=other"]}}
+    plan["Ctrl-C"] = plain(*SIGNAL, accidents=[[3, 1, "SIGINT"]])
+    plan["terminal closed"] = plain(*SIGNAL, accidents=[[3, 1, "SIGHUP"]])
     plan["stop file"] = plain("batch.micro=4", accidents=[[3, 1, "stop file"]])
     return plan
 
@@ -130,6 +132,12 @@ def test_too_many_skips_in_a_row_end_the_run(toy: Any, outcome: Any) -> None:
         "TrainingError: step 5: the loss is not finite, 3 steps in a row without an update (guard.max_skips = 2)"
     )
     assert len(toy.records("nan, too often")) == 5
+
+
+@pytest.mark.parametrize("name", ["Ctrl-C", "terminal closed"])
+def test_a_terminal_that_wants_an_end_gets_a_save(toy: Any, outcome: Any, name: str) -> None:
+    assert outcome[name] == 75
+    assert toy.checkpoints(name) == [f"step_{len(toy.records(name)):08d}"] and len(toy.records(name)) < STEPS
 
 
 def test_stopping_saves_at_the_step_that_all_ranks_agree_on(toy: Any, outcome: Any) -> None:

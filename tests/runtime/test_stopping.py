@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +21,37 @@ def watches() -> Iterator[list[StopWatch]]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_and_the_process_goes_on(tmp_path: Path, watches: list[StopWatch], number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)  # in the background of a shell Ctrl-C is ignored, and would stay so
     watches.append(StopWatch(tmp_path, first=False, time_limit_minutes=None, environ={}))
     assert not watches[0].asked()
     os.kill(os.getpid(), number)
     assert watches[0].asked()
     assert watches[0].reason == signal.Signals(number).name
+
+
+def test_nohup_means_what_it_says(tmp_path: Path, watches: list[StopWatch]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        watches.append(StopWatch(tmp_path, first=False, time_limit_minutes=None, environ={}))
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not watches[0].asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, time; from pathlib import Path; from pretrain.runtime.stopping import StopWatch\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "watch = StopWatch(Path(sys.argv[1]), False, None, environ={})\n"
+        "os.kill(os.getpid(), signal.SIGINT); print(watch.reason, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGINT); print('still here'); time.sleep(9)"
+    )
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=environ, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGINT\n")
 
 
 def test_stop_file_is_seen_by_rank_0_only_and_consumed(tmp_path: Path, watches: list[StopWatch]) -> None:
