@@ -33,6 +33,10 @@ def accident(what: str, output, module, run_dir: Path):
         return output._replace(loss=output.loss * 50)
     if what == "stop file":
         (run_dir / "stop").touch()
+    elif what == "rename the folder":
+        run_dir.rename(f"{run_dir} moved")
+    elif what == "delete the metrics":
+        (run_dir / "metrics.jsonl").unlink()
     elif what == "kill a data worker":
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     elif what == "kill while hashing":

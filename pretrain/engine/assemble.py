@@ -29,7 +29,7 @@ from pretrain.objectives.base import Evaluation, Method, Objective
 from pretrain.recipe.schema import Data, Recipe
 from pretrain.runtime.metrics import keep_records
 from pretrain.runtime.process_group import Ranks
-from pretrain.runtime.run_folder import RunFolder
+from pretrain.runtime.run_folder import Hold, RunFolder
 from pretrain.runtime.stopping import StopWatch
 from pretrain.runtime.watchdog import Watchdog
 
@@ -43,6 +43,7 @@ class Run:
     method: Method
     ranks: Ranks
     folder: RunFolder
+    hold: Hold
     plan: StreamPlan
     schedule: Schedule
     built: Built
@@ -110,6 +111,7 @@ def build_run(
     method: Method,
     ranks: Ranks,
     folder: RunFolder,
+    hold: Hold,
     plan: StreamPlan,
     schedule: Schedule,
     found: Resumable | None,
@@ -134,6 +136,7 @@ def build_run(
         method=method,
         ranks=ranks,
         folder=folder,
+        hold=hold,
         plan=plan,
         schedule=schedule,
         built=built,

@@ -32,16 +32,17 @@ from pretrain.engine.recovery import pass_over, recover
 from pretrain.engine.schedules import build_schedule, every_steps, pictures_every_steps
 from pretrain.engine.start_checks import check_data, check_hosts
 from pretrain.engine.step import to_device, train_step
-from pretrain.errors import CheckpointError, DataError
+from pretrain.errors import CheckpointError, DataError, TrainingError
 from pretrain.guards.results import StepResult
 from pretrain.models.frozen import frozen_notes
 from pretrain.objectives.base import Method, Objective
 from pretrain.recipe.show import show_recipe
+from pretrain.runtime.disk import advice
 from pretrain.runtime.environment import versions
 from pretrain.runtime.logging import set_up_logging
 from pretrain.runtime.orphans import die_with_launcher
-from pretrain.runtime.process_group import Ranks, gather_objects, join, leave
-from pretrain.runtime.run_folder import RunFolder, describe_start, open_folder
+from pretrain.runtime.process_group import Ranks, from_first, gather_objects, join, leave
+from pretrain.runtime.run_folder import Hold, RunFolder, describe_start, open_folder
 from pretrain.runtime.stopping import EXIT_REQUEUE, StopWatch
 from pretrain.runtime.watchdog import Watchdog
 
@@ -66,24 +67,26 @@ def train(method: Method, resume: str = "auto") -> int:
     die_with_launcher()
     recipe = method.recipe
     ranks = join(timeout_s=recipe.watchdog.join_s)
-    folder, lock = open_folder(recipe.run.dir, ranks)
+    folder, hold = open_folder(recipe.run.dir, ranks)
     set_up_logging(ranks.rank, folder.logs)
     stop = StopWatch(folder.root, ranks.first, recipe.run.time_limit_minutes)
     watchdog = Watchdog(recipe.watchdog, recipe.data.deadline_s, folder.root, ranks)
     try:
-        return _train(method, resume, ranks, folder, stop, watchdog)
+        return _train(method, resume, ranks, folder, hold, stop, watchdog)
     except Exception:
         watchdog.leave_soon()
         raise
     finally:
         stop.close()
-        lock.release()
+        hold.release()
         leave(ranks)
         # Last: to leave the process group may hang on a rank that is gone, which only the watchdog ends.
         watchdog.close()
 
 
-def _train(method: Method, resume: str, ranks: Ranks, folder: RunFolder, stop: StopWatch, watchdog: Watchdog) -> int:
+def _train(
+    method: Method, resume: str, ranks: Ranks, folder: RunFolder, hold: Hold, stop: StopWatch, watchdog: Watchdog
+) -> int:
     recipe = method.recipe
     check_hosts(method, ranks)
     plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
@@ -106,7 +109,7 @@ def _train(method: Method, resume: str, ranks: Ranks, folder: RunFolder, stop: S
         forget_after(folder, found.step if found else 0, plan)
     first_step = found.step if found else 0
     watchdog.begin(first_step)
-    run = build_run(method, ranks, folder, plan, schedule, found, stop, watchdog)
+    run = build_run(method, ranks, folder, hold, plan, schedule, found, stop, watchdog)
     exit_code = 1
     try:
         exit_code = _loop(run, first_step)
@@ -224,7 +227,22 @@ def _end_with(run: Run, steps_done: int, error: DataError, saved: int) -> NoRetu
     raise error
 
 
+def _keep_folder(run: Run) -> str:
+    """Make folder and metrics.jsonl again where somebody took them away; return what ends the run, for all ranks."""
+    try:
+        if run.hold.renew():
+            describe_start(run.folder, show_recipe(run.recipe))
+        run.reporter.keep_lines()
+    except TrainingError as error:
+        return str(error)
+    except OSError as error:
+        logger.error("%s can't be made again: %s", run.folder.root, advice(error))  # the save says what comes of it
+    return ""
+
+
 def _save(run: Run, steps_done: int) -> None:
+    if problem := from_first(run.ranks, _keep_folder(run) if run.ranks.first else ""):
+        raise TrainingError(problem)
     objective: Objective = run.built.engine.module
     state = {
         "step": steps_done,

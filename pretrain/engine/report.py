@@ -111,6 +111,11 @@ class Reporter:
             self._lines = JsonLines(self._folder.metrics)
             logger.info("metrics.jsonl goes on after step %d; wandb keeps the steps that it has seen", steps_done)
 
+    def keep_lines(self) -> None:
+        """Write metrics.jsonl again where somebody took it away."""
+        if self._writes:
+            self._lines.restore()
+
     def evaluation(self, steps_done: int, metrics: dict[str, float], seconds: float) -> None:
         """Report an evaluation after `steps_done` steps."""
         self._measured("evaluation", "eval", steps_done, metrics, seconds)

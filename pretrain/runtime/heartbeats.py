@@ -86,7 +86,11 @@ class Heartbeats:
         path = self._path(self._rank)
         # Renamed into place: a reader on another host would else see half of the JSON, and miss the rank.
         temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
+        try:
+            temporary.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
+        except FileNotFoundError:  # somebody took the run folder away; the next save makes it again and says so
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return
         temporary.replace(path)
 
     def read(self) -> dict[int, Seen]:

@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import logging.handlers
 import sys
 import warnings
+from io import TextIOWrapper
 from pathlib import Path
 
 from pretrain.runtime.disk import advice
@@ -11,12 +13,23 @@ from pretrain.runtime.disk import advice
 FORMAT = "%(asctime)s %(levelname)s [rank {rank}] %(name)s: %(message)s"
 
 
-class RunFileHandler(logging.FileHandler):
-    """Log file that a full disk does not turn into a traceback for every line."""
+class RunFileHandler(logging.handlers.WatchedFileHandler):
+    """Log file that a full disk does not turn into a traceback for every line; where it is gone, it is made again."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._failing = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; the file is opened again first where another, or none, has its name by now."""
+        try:
+            super().emit(record)
+        except OSError:  # of opening it again, which logging does not expect to fail
+            self.handleError(record)
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Tell the first failed write on the console; the lines themselves are there as well."""

@@ -1,10 +1,12 @@
 """metrics.jsonl: one dictionary a step, each step once, also after kills and resumes."""
 
+import contextlib
 import itertools
 import json
 import logging
 import math
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -102,7 +104,8 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
+        # Also for reading, which brings the lines back where the file is taken away.
+        self._file = path.open("a+b", buffering=0)
         self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
         # A kill has cut the last line: appended to it, the next record would be lost with it.
         if _cut(path):
@@ -114,6 +117,28 @@ class JsonLines:
         self._waiting.append(_line(record).encode())
         with self._tolerate(str(self._file.name)):
             self._drain()
+
+    def restore(self) -> None:
+        """Write the file again, with all its lines, where somebody has deleted, renamed or replaced it.
+
+        Raises:
+            OSError: it can't be written; nothing has changed then.
+        """
+        path, own = Path(self._file.name), os.fstat(self._file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            if (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino):
+                return
+            path.rename(unused_name(path.with_name(path.name + ".other")))
+        logger.error("%s was deleted, renamed or replaced; it is written again with all its lines", path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file.seek(0)
+        temporary = path.with_suffix(".partial")
+        with temporary.open("wb") as copy:
+            shutil.copyfileobj(self._file, copy)
+        temporary.replace(path)
+        self._file.close()
+        self._file = path.open("a+b", buffering=0)
 
     def close(self) -> None:
         """Close the file; records that still wait are lost, which is told."""

@@ -16,6 +16,9 @@ from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 
 logger = logging.getLogger(__name__)
 
+#: File of the run folder that one run at a time has locked.
+LOCK = ".lock"
+
 #: How long a start waits for the ranks of a killed one to end, seconds.
 LOCK_WAIT_S = 30.0
 
@@ -60,8 +63,8 @@ class RunFolder:
         return self.root / "summary.json"
 
 
-def open_folder(place: str, ranks: Ranks) -> tuple[RunFolder, BaseFileLock]:
-    """Create or reuse the run folder; the lock is held (by rank 0) until it is released or the process ends.
+def open_folder(place: str, ranks: Ranks) -> tuple[RunFolder, "Hold"]:
+    """Create or reuse the run folder; it is held (by rank 0) until it is released or the process ends.
 
     Args:
         place: The recipe's run.dir.
@@ -73,12 +76,12 @@ def open_folder(place: str, ranks: Ranks) -> tuple[RunFolder, BaseFileLock]:
     if "://" in place:
         raise TrainingError(f"run.dir: {place}: found a URL, allowed: a folder on a file system all ranks share")
     folder = RunFolder(Path(place).absolute())
-    lock = FileLock(folder.root / ".lock")
+    lock = FileLock(folder.root / LOCK)
     problem = from_first(ranks, _acquire(lock, folder.root) if ranks.first else "")
     if problem:
         raise TrainingError(problem)
     _check_shared(folder.root, ranks)
-    return folder, lock
+    return folder, Hold(folder.root, lock, ranks.first)
 
 
 def _acquire(lock: BaseFileLock, root: Path) -> str:
@@ -114,6 +117,76 @@ def _check_shared(root: Path, ranks: Ranks) -> None:
             f"run.dir: ranks {blind} don't see what rank 0 writes to {root}; it must lie on a file system that all "
             "hosts share, because every rank writes its part of a checkpoint there"
         )
+
+
+class Hold:
+    """Hold of a run on its folder, which somebody may delete, rename or replace while it trains.
+
+    Args:
+        root: The folder.
+        lock: Of it, taken.
+        first: Whether this is rank 0, which has the lock; on others nothing is done.
+    """
+
+    def __init__(self, root: Path, lock: BaseFileLock, first: bool) -> None:
+        self._root, self._lock, self._first = root, lock, first
+        if first:
+            self._take_note()
+
+    def release(self) -> None:
+        """Give the folder back."""
+        self._lock.release()
+
+    def renew(self) -> bool:
+        """Take the folder again where it, or its lock, is not what it was; tell whether that was needed.
+
+        Without this a run would go on writing into files that nobody finds, and another could start in its folder.
+
+        Raises:
+            TrainingError: another process has it by now.
+            OSError: it can't be made again.
+        """
+        if not self._first or (self._known() and identity(self._root / LOCK) == self._lock_identity):
+            return False
+        what = "its lock was deleted or replaced" if self._known() else f"the folder was {self._whereabouts()}"
+        logger.error("%s: %s while the run goes on; it is taken again, and all that follows is there", self._root, what)
+        self._root.mkdir(parents=True, exist_ok=True)
+        try:
+            # The lock that is held is on a file that has no name any more, or another one.
+            self._lock.release()
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise TrainingError(
+                f"{self._root}: {what}, and another process has taken it since. This run ends; where the folder was "
+                "renamed, its checkpoints are there"
+            ) from error
+        os.close(self._descriptor)
+        self._take_note()
+        return True
+
+    def _take_note(self) -> None:
+        self._identity, self._lock_identity = identity(self._root), identity(self._root / LOCK)
+        # Open as long as it is held: by this the system tells where a renamed folder is.
+        self._descriptor = os.open(self._root, os.O_RDONLY)
+
+    def _known(self) -> bool:
+        return identity(self._root) == self._identity
+
+    def _whereabouts(self) -> str:
+        try:
+            now = os.readlink(f"/proc/self/fd/{self._descriptor}")
+        except OSError:
+            return "deleted or renamed"
+        return "deleted" if now.endswith(" (deleted)") else f"renamed to {now}"
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file or folder from another of the same name; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def describe_start(folder: RunFolder, recipe_text: str) -> None:

@@ -52,6 +52,8 @@ def unsharded_only() -> dict[str, dict[str, Any]]:
     plan["signal, again"] = plain(*SIGNAL, "run.dir=signal")
     # In place of a host with an older copy: the same recipe, but other files at its path.
     plan["other data"] = plain("batch.micro=4") | {"on_rank": {"1": ["data.sources.toy.shards=other"]}}
+    plan["renamed"] = plain("batch.micro=4", accidents=[[3, 1, "rename the folder"]])
+    plan["metrics gone"] = plain("batch.micro=4", accidents=[[3, 1, "delete the metrics"]])
     plan["Ctrl-C"] = plain(*SIGNAL, accidents=[[3, 1, "SIGINT"]])
     plan["terminal closed"] = plain(*SIGNAL, accidents=[[3, 1, "SIGHUP"]])
     plan["stop file"] = plain("batch.micro=4", accidents=[[3, 1, "stop file"]])
@@ -132,6 +134,18 @@ def test_too_many_skips_in_a_row_end_the_run(toy: Any, outcome: Any) -> None:
         "TrainingError: step 5: the loss is not finite, 3 steps in a row without an update (guard.max_skips = 2)"
     )
     assert len(toy.records("nan, too often")) == 5
+
+
+@pytest.mark.parametrize("name", ["renamed", "metrics gone"])
+def test_a_folder_that_is_taken_away_is_made_again(toy: Any, outcome: Any, name: str) -> None:
+    assert outcome[name] == 0
+    assert [record["step"] for record in toy.records(name)] == list(range(1, STEPS + 1)), "nothing is lost or doubled"
+    assert toy.losses(name) == toy.losses("4 at once")
+    assert toy.checkpoints(name) == ["step_00000008", "step_00000010"]
+    assert {"recipe.yaml", "environment.json", "summary.json"} <= {path.name for path in (toy.folder / name).iterdir()}
+    log = (toy.folder / name / "logs" / "rank_00000.log").read_text()
+    assert "metrics.jsonl was deleted, renamed or replaced" in log
+    assert (f"the folder was renamed to {toy.folder / name} moved" in log) == (name == "renamed")
 
 
 @pytest.mark.parametrize("name", ["Ctrl-C", "terminal closed"])
