@@ -69,9 +69,17 @@ def remove(folder: Path) -> None:
     """Remove a checkpoint; a kill in between never leaves half of it under its public name."""
     doomed = folder.with_name(f".removing_{folder.name}")
     # A removal that was cut short may have left that name, and a folder can't be renamed onto one that is not empty.
-    shutil.rmtree(doomed, ignore_errors=True)
+    _discard(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _discard(doomed)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder with all in it, or the link or file that somebody put in its place; a link's target stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def clean_leftovers(root: Path) -> list[str]:
@@ -81,7 +89,7 @@ def clean_leftovers(root: Path) -> list[str]:
     left = [path for path in root.iterdir() if path.name.startswith((".saving_", ".removing_"))]
     for path in left:
         logger.warning("removing %s, left by a killed run", path)
-        shutil.rmtree(path)
+        _discard(path)
     return [path.name for path in left]
 
 
@@ -91,8 +99,7 @@ def supersede_after(root: Path, step: int) -> None:
         if step_of(folder) > step:
             target = root / "superseded" / folder.name
             target.parent.mkdir(exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
+            _discard(target)
             folder.rename(target)
             logger.warning("%s moved to %s: the run goes on from step %d", folder.name, target, step)
 

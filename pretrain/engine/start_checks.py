@@ -93,6 +93,8 @@ def check_limits(method: Method, hosts: list[str], ranks: Ranks) -> Iterator[Fin
     """Check this host's limits against what the run will ask of it."""
     recipe, data = method.recipe, method.recipe.data
     yield host_checks.check_descriptors(data.workers, data.prefetch)
+    yield host_checks.check_temporary_folder(data.workers)
+    yield host_checks.check_address_space()
     local_ranks = hosts.count(hosts[ranks.rank])
     row = sum(value.nbytes for value in method.example(1).values() if isinstance(value, torch.Tensor))
     yield host_checks.check_shared_memory(local_ranks * data.workers * data.prefetch * recipe.batch.micro * row)

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +22,12 @@ WORKER_DESCRIPTORS, BATCH_DESCRIPTORS = 8, 12
 DISK_BYTES = 64 << 20
 MEMORY_BYTES = 256 << 20
 
+#: Longest path of a socket, and what multiprocessing appends to the temporary folder for one, bytes (Linux).
+SOCKET_PATH, SOCKET_NAME = 107, len("/pymp-abcdefgh/listener-abcdefgh")
+
+#: Address space below which a rank hardly starts, bytes.
+ADDRESS_SPACE = 32 << 30
+
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -33,6 +40,26 @@ def check_descriptors(workers: int, prefetch: int) -> Finding:
         return Finding("open files", "ok", value)
     fix = f"ulimit -n {max(needed, 65536)}" if hard >= needed else f"the hard limit is {hard}: ask the administrator"
     return Finding("open files", "fail", value, f"{fix}, or lower data.workers or data.prefetch")
+
+
+def check_temporary_folder(workers: int) -> Finding:
+    """Check that the sockets by which data workers hand over tensors can have names below the temporary folder."""
+    folder = tempfile.gettempdir()
+    value = f"{folder}, {len(os.fsencode(folder))} bytes long"
+    if not workers or len(os.fsencode(folder)) + SOCKET_NAME <= SOCKET_PATH:
+        return Finding("temporary folder", "ok", value)
+    # Found here: a worker that can't make its socket dies without a word, and the rank waits for it.
+    advice = f"sockets have names of {SOCKET_PATH} bytes at most: export TMPDIR=/tmp, or data.workers=0"
+    return Finding("temporary folder", "fail", value, advice)
+
+
+def check_address_space() -> Finding:
+    """Check `ulimit -v`, which counts what is mapped and not what is used."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return Finding("address space", "ok", "unlimited")
+    advice = "torch maps many times what it uses: ulimit -v unlimited"
+    return Finding("address space", "fail" if limit < ADDRESS_SPACE else "warn", f"limited to {_gb(limit)}", advice)
 
 
 def check_shared_memory(needed: int, folder: Path = SHARED_MEMORY) -> Finding:

@@ -16,6 +16,9 @@ from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 
 logger = logging.getLogger(__name__)
 
+#: Folders in the run folder.
+FOLDERS = ("checkpoints", "bad_samples", "pictures", "logs", "incidents", "heartbeats", "stacks")
+
 #: File of the run folder that one run at a time has locked.
 LOCK = ".lock"
 
@@ -88,6 +91,8 @@ def _acquire(lock: BaseFileLock, root: Path) -> str:
     """Take the lock; return what is wrong otherwise, for all ranks to raise."""
     try:
         root.mkdir(parents=True, exist_ok=True)
+        if wrong := [path for path in map(root.joinpath, FOLDERS) if os.path.lexists(path) and not path.is_dir()]:
+            return f"run.dir: {', '.join(map(str, wrong))}: no folder, and a run needs one there; move it away"
         lock.acquire(timeout=LOCK_WAIT_S)
         (root / ".visible").write_text("", encoding="utf-8")
     except Timeout:

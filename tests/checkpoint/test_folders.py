@@ -71,3 +71,16 @@ def test_publishing_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path: Pat
     assert folders.publish(tmp_path, 4).joinpath("weights").read_bytes() == b"new"
     assert not working.exists()
     assert steps(tmp_path) == [4]
+
+
+def test_links_of_strangers_are_removed_and_what_they_lead_to_stays(tmp_path: Path) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "checkpoints"
+    (elsewhere / "step_00000001").mkdir(parents=True)
+    root.mkdir()
+    for name in (".saving_step_00000002", ".removing_step_00000001", "step_00000003"):
+        (root / name).symlink_to(elsewhere)
+    (root / ".saving_step_00000004").write_text("a file")
+    (root / ".saving_step_00000005").symlink_to(tmp_path / "nowhere")
+    assert len(folders.clean_leftovers(root)) == 4
+    folders.remove(root / "step_00000003")
+    assert list(root.iterdir()) == [] and [path.name for path in elsewhere.iterdir()] == ["step_00000001"]

@@ -1,9 +1,12 @@
 """launch/doctor.py and the checks of every start: what is wrong is found, and the host that differs is named."""
 
 import json
+import os
 import resource
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,12 @@ import pytest
 from pretrain.doctor.links import judge_link
 from pretrain.engine.start_checks import judge_clock
 from pretrain.runtime.findings import Finding, merge, odd_ones
-from pretrain.runtime.host_checks import check_descriptors, check_disk_space, check_shared_memory
+from pretrain.runtime.host_checks import (
+    check_descriptors,
+    check_disk_space,
+    check_shared_memory,
+    check_temporary_folder,
+)
 from tests.ranks import environment, free_port, outputs_of, start_rank
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +101,29 @@ def test_limits_that_are_too_low() -> None:
     assert free.status == "fail" and "--shm-size" in free.advice
     assert check_shared_memory(1).status == "ok"
     assert check_descriptors(10**6, 2).status == "fail"
+
+
+@pytest.mark.parametrize(("length", "workers", "status"), [(75, 2, "ok"), (76, 2, "fail"), (76, 0, "ok"), (9, 2, "ok")])
+def test_names_of_sockets(
+    length: int, workers: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = "/" + "x" * (length - 1)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    assert check_temporary_folder(workers).status == status
+    # The path that multiprocessing would take, against the system's own word.
+    path = f"{folder}/pymp-abcdefgh/listener-abcdefgh"
+    with socket.socket(socket.AF_UNIX) as one, pytest.raises(OSError) as error:
+        one.bind(path)
+    assert ("too long" in str(error.value)) == (length > 75)
+
+
+@pytest.mark.parametrize(("limit", "status"), [("unlimited", "ok"), (4 << 20, "fail"), (64 << 20, "warn")])
+def test_address_space(limit: int | str, status: str) -> None:
+    program = "from pretrain.runtime.host_checks import check_address_space; print(check_address_space().status)"
+    line = f'ulimit -v {limit}; exec "{sys.executable}" -c "{program}"'
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", line], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{status}\n"
 
 
 @pytest.mark.parametrize(("share", "status"), [(2.0, "fail"), (0.6, "warn"), (0.01, "ok")])

@@ -82,3 +82,14 @@ def test_lines_are_written_again_where_their_file_was_taken_away(tmp_path: Path,
     assert [record["step"] for record in read_records(path)] == [1, 2, 3]
     assert (tmp_path / "m.jsonl.other").exists() == (how == "replaced")
     assert run_folder.identity(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("name", ["heartbeats", "checkpoints", "logs", "bad_samples"])
+def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(TrainingError, match=f"{name}: no folder, and a run needs one there"):
+        open_folder(str(tmp_path), ALONE)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(TrainingError, match=f"{name}: no folder"):
+        open_folder(str(tmp_path), ALONE)
