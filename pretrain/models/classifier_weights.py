@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import WeightsError
-from pretrain.models import huggingface, weights
+from pretrain.models import huggingface, weight_files, weights
 from pretrain.models.classifier import VideoClassifier
 from pretrain.models.weights import LoadReport
 from pretrain.runtime import storage
@@ -53,7 +53,7 @@ def load_pretrained(
     Raises:
         WeightsError: the backbone is incomplete, has another shape, or a config.json contradicts the model.
     """
-    raw = weights.read_raw(path) if raw is None else raw
+    raw = weight_files.read_raw(path) if raw is None else raw
     report = LoadReport(str(path), weights.layout_of(raw))
     state = classifier_state(weights.official_state(raw))
     own = model.state_dict(keep_vars=True)  # by name, since a classifier of another kind need not have such norms
@@ -164,7 +164,7 @@ def _config_problems(model: nn.Module, path: str) -> list[str]:
     """List contradictions between our classifier and a Hugging Face config.json beside the weights."""
     if not isinstance(model, VideoClassifier):
         return []  # of another model it says nothing
-    content = weights.beside(str(path), "config.json")
+    content = weight_files.beside(str(path), "config.json")
     shape = model.shape
     expected = {
         "patch_size": shape.patch_size,

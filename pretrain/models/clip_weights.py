@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pretrain.errors import WeightsError
-from pretrain.models import weights
+from pretrain.models import weight_files, weights
 from pretrain.models.clip import CLIP, Config, TextTower, VisualTower, resolve
 from pretrain.models.frozen import Frozen
 from pretrain.models.huggingface import join_projections
@@ -135,7 +135,7 @@ def load_clip(
     Raises:
         WeightsError: unreadable, incomplete, of other sizes, or a file beside them contradicts the model.
     """
-    raw = weights.strip_wrappers(weights.read_raw(path) if raw is None else raw)
+    raw = weights.strip_wrappers(weight_files.read_raw(path) if raw is None else raw)
     layout = layout_of(raw)
     state = our_names(raw)
     problems = config_problems(model, path, layout)
@@ -260,7 +260,7 @@ def config_problems(model: CLIP | VisualTower | TextTower, path: str, layout: La
     towers = [kind for kind in (VisualTower, TextTower) if isinstance(model, (CLIP, kind))]
     wanted = _wanted(model.config, towers)
     stated: list[tuple[str, dict[str, Any]]] = []
-    hugging_face, open_clip = weights.beside(path, "config.json"), weights.beside(path, "open_clip_config.json")
+    hugging_face, open_clip = weight_files.beside(path, "config.json"), weight_files.beside(path, "open_clip_config.json")
     if str(hugging_face.get("model_type", "")).startswith("clip"):
         stated.append(("config.json", _hugging_face_facts(hugging_face, model.config)))
     if "model_cfg" in open_clip:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import CheckpointError, StorageError, WeightsError
-from pretrain.models.weights import FOLDER_FILES, part_names
+from pretrain.models.weight_files import FOLDER_FILES, part_names
 from pretrain.runtime import storage
 from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.tensors import weights_digest

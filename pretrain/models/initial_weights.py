@@ -8,7 +8,7 @@ from torch import Tensor
 from pretrain.checkpoint.consolidate import consolidated_state, is_checkpoint, newest_checkpoint
 from pretrain.checkpoint.restore import local_copy
 from pretrain.models.averages import split_averages
-from pretrain.models.weights import read_raw
+from pretrain.models.weight_files import read_raw
 from pretrain.runtime.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -5,42 +5,24 @@ Layouts: official VideoMAE V1 and V2 pre-training checkpoints, also compiled (`_
 VideoMAE; our own.
 """
 
-import argparse
 import fnmatch
 import logging
-import pickle
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import Any
 
-import fsspec
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from pretrain.errors import WeightsError
 from pretrain.models import huggingface
-from pretrain.models.torchscript import is_torchscript, read_torchscript
 from pretrain.models.videomae import VideoMAE
-from pretrain.runtime import storage
-from pretrain.runtime.untrusted import inner_name, parse_json
+from pretrain.models.weight_files import beside, read_raw
 
 logger = logging.getLogger(__name__)
 
-#: Where checkpoints keep the weights, in the order of preference (official fine-tuning code looks in the same order).
-CONTAINERS = ("model", "module", "state_dict")
 #: What wrappers put in front of every key.
 WRAPPERS = ("_orig_mod.", "module.", "model.")
-#: Files in a folder, best first.
-FOLDER_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-)
 SHOWN_KEYS = 12
 
 
@@ -126,13 +108,29 @@ def load_state(
     if refused:
         raise WeightsError(
             f"{report}\nnothing was loaded. Refused because of:\n  " + "\n  ".join(refused[: 2 * SHOWN_KEYS]) + "\n"
-            "Check model.size and its overrides, or name the keys that may be missing or ignored (glob patterns). "
-            "Weights that are not finite are of a run that went wrong: take an earlier checkpoint."
+            f"{_hints(report)}Check model.size and its overrides, or name the keys that may be missing or ignored "
+            "(glob patterns). Weights that are not finite are of a run that went wrong: take an earlier checkpoint."
         )
     for key in report.matched:
         _copy(targets[key], state[key])
     logger.info("%s", report)
     return report
+
+
+def _hints(report: LoadReport) -> str:
+    """Say what names suggest that are of no layout known here."""
+    missing = set(report.missing)
+    prefixes: Counter[str] = Counter()
+    for key in report.unexpected:
+        parts = key.split(".")
+        heads = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
+        prefixes.update(head for head in heads if key.removeprefix(head) in missing)
+    hints = ""
+    if prefixes and (most := prefixes.most_common(1)[0])[1] > len(report.missing) // 2:
+        hints = f"{most[1]} of the missing weights are there behind {most[0]!r}: save that part as a file of its own. "
+    if any(key.rpartition(".")[2] == "pos_embed" for key in report.unexpected):
+        hints += "pos_embed is a stored table of positions, which this model computes: leave it out of the file. "
+    return hints
 
 
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
@@ -174,99 +172,6 @@ def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             break
         named = {key.removeprefix(prefix): value for key, value in named.items()}
     return named
-
-
-def read_raw(path: str) -> dict[str, Tensor]:
-    """Read the tensors of a file or folder under the names they have there, containers opened."""
-    fs, inner = storage.filesystem(str(path))
-    if not fs.exists(inner):
-        raise WeightsError(f"{path}: no such file or folder")
-    if not fs.isdir(inner):
-        return _read_file(str(path))
-    name = next((name for name in FOLDER_FILES if fs.exists(storage.join(inner, name))), None)
-    if name is None:
-        raise WeightsError(f"{path}: a folder without any of {', '.join(FOLDER_FILES)}")
-    if not name.endswith(".index.json"):
-        return _read_file(storage.join(str(path), name))
-    parts = part_names(storage.join(str(path), name))
-    return {key: value for part in parts for key, value in _read_file(storage.join(path, part)).items()}
-
-
-def part_names(index: str) -> list[str]:
-    """List the files that an index of weights in parts (`…index.json`) names.
-
-    Raises:
-        WeightsError: it is damaged, or names files outside of its folder.
-    """
-    try:
-        return sorted({inner_name(part) for part in parse_json(storage.read_bytes(index))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index}: no index of weights in parts ({type(error).__name__}: {error})") from error
-
-
-def beside(path: str, name: str) -> dict[str, Any]:
-    """Read a JSON file of the folder with the weights, of which `path` may name a file; empty where there is none.
-
-    A weights file of another name is one of many in its folder, and what lies there describes none of them.
-
-    Raises:
-        WeightsError: it holds no JSON object.
-    """
-    folder = storage.parent(path) if PurePosixPath(path).name in FOLDER_FILES else path
-    where = storage.join(folder, name)
-    fs, inner = storage.filesystem(where)
-    if not fs.exists(inner):
-        return {}
-    try:
-        content = parse_json(storage.read_bytes(where))
-    except ValueError as error:
-        raise WeightsError(f"{where}: not valid JSON ({error}); mend it, or move it away from the weights") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{where}: found a {type(content).__name__}, allowed: a JSON object")
-    return content
-
-
-def _read_file(url: str) -> dict[str, Tensor]:
-    if url.endswith(".safetensors"):
-        try:
-            return safetensors.torch.load(storage.read_bytes(url))
-        except safetensors.SafetensorError as error:
-            raise WeightsError(f"{url}: not a safetensors file ({error})") from error
-    return _tensors(url, _unpickle_tensors(url))
-
-
-def _unpickle_tensors(url: str) -> Any:
-    """Read a .pth file, or a TorchScript archive, without running code from it.
-
-    Official files hold their arguments as an `argparse.Namespace`; that class, which only stores attributes, is the one
-    exception to torch's list of allowed types.
-    """
-    try:
-        with fsspec.open(url, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-            # Before torch.load, which refuses TorchScript archives where only weights may be read.
-            if is_torchscript(file):
-                return read_torchscript(file, url)
-            # The look into the zip's directory has moved it.
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise WeightsError(
-            f"{url}: can't be read as plain tensors ({reason}). If it holds other objects, load it "
-            "where you trust it and save its state dict as safetensors; code from files is never run here."
-        ) from error
-
-
-def _tensors(url: str, content: Any) -> dict[str, Tensor]:
-    """Find the state dict inside a checkpoint's containers."""
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise WeightsError(f"{url}: no state dict at the top or below {', '.join(CONTAINERS)}")
-    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
 
 
 def _compare(report: LoadReport, state: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> LoadReport:

@@ -19,6 +19,7 @@ from pretrain.errors import RecipeError, WeightsError
 from pretrain.models.clip import CLIP, Config, TextTower, VisualTower, check, cost, quick_gelu, resolve
 from pretrain.models.clip_weights import load_clip, open_clip_names, our_names
 from pretrain.models.cubes import Grid
+from pretrain.models.positions import stretch_class_table
 from pretrain.models.vit import Block
 from pretrain.runtime.vision_ops import ensure_torchvision
 
@@ -385,7 +386,7 @@ def test_images_of_other_sizes() -> None:
     # Each position knows its row alone; stretched to 4 rows of 2, it must still be a row's.
     side = tower.embed.grid.height
     tower.embed.positions.data[1:] = torch.arange(float(side)).repeat_interleave(tower.embed.grid.width)[:, None]
-    rows = tower.embed._positions(Grid(1, 4, 2))[1:].unflatten(0, (4, 2))
+    rows = stretch_class_table(tower.embed.positions, tower.embed.grid, Grid(1, 4, 2))[1:].unflatten(0, (4, 2))
     torch.testing.assert_close(rows, rows[:, :1].expand_as(rows))
     assert (rows[1:, 0] > rows[:-1, 0]).all()
     with pytest.raises(RecipeError, match="images of 32x20"):

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -320,3 +321,49 @@ def test_heads_that_nobody_knows_must_be_given() -> None:
     assert infer_config(state, heads=3, decoder_heads=2).heads == 3
     with pytest.raises(WeightsError, match="not VideoMAE pre-training weights"):
         infer_config({"fc.weight": torch.zeros(2, 2)})
+
+
+WHOLE = "whole"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5\nsize 3", "git lfs pull"),
+        ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5\nsize 3", "git lfs pull"),
+        ("a.pth", b"\n<!DOCTYPE html><html><title>Sign in", "a web page"),
+        ("a.pth", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "answer of a server"),
+        ("a.safetensors", b'{"weight_map": {}}', "JSON"),
+        ("a.pth", b"\x1f\x8b\x08\0\0", "gzip"),
+        ("a.pth", b"", "an empty file"),
+        ("a.pth", b"\x80\x04nonsense", "damaged, or no file of torch"),
+        ("a.pth", WHOLE, "cut, with 30000 bytes"),
+        ("a.safetensors", WHOLE, "cut, with 30000 bytes"),
+    ],
+)
+def test_files_that_are_no_weights_are_named(name: str, content: bytes | str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if content == WHOLE:
+        state = {"a": torch.ones(100, 100)}
+        torch.save(state, path) if name.endswith(".pth") else safetensors.torch.save_file(state, path)
+        content = path.read_bytes()[:30000]
+    assert isinstance(content, bytes)
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=told) as error:
+        read_state(str(path))
+    assert not re.search("weights_only|add_safe_globals|trust the source|Re-running", str(error.value)), error.value
+
+
+def test_a_folder_of_deepspeed_is_named_with_its_script(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("global_step10")
+    with pytest.raises(WeightsError, match="zero_to_fp32.py . weights"):
+        read_state(str(tmp_path))
+
+
+def test_prefixes_and_tables_of_others_are_pointed_out(tmp_path: Path) -> None:
+    state = {f"net.backbone.{key}": value for key, value in build(0).state_dict().items()}
+    state |= {"criterion.weight": torch.ones(3), "net.backbone.encoder.pos_embed": torch.ones(1, 8, 16)}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2.4.0"}, tmp_path / "a.ckpt")
+    with pytest.raises(WeightsError, match="are there behind 'net.backbone.': save that part") as error:
+        load_weights(build(1), str(tmp_path / "a.ckpt"))
+    assert "pos_embed is a stored table of positions" in str(error.value)
