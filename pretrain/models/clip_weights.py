@@ -260,7 +260,8 @@ def config_problems(model: CLIP | VisualTower | TextTower, path: str, layout: La
     towers = [kind for kind in (VisualTower, TextTower) if isinstance(model, (CLIP, kind))]
     wanted = _wanted(model.config, towers)
     stated: list[tuple[str, dict[str, Any]]] = []
-    hugging_face, open_clip = weight_files.beside(path, "config.json"), weight_files.beside(path, "open_clip_config.json")
+    hugging_face = weight_files.beside(path, "config.json")
+    open_clip = weight_files.beside(path, "open_clip_config.json")
     if str(hugging_face.get("model_type", "")).startswith("clip"):
         stated.append(("config.json", _hugging_face_facts(hugging_face, model.config)))
     if "model_cfg" in open_clip:
