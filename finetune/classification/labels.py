@@ -4,6 +4,7 @@ Labels lie in the samples' json files, or in members `cls`. Counting them needs 
 kept beside the shards in `labels.json`, under the fingerprint of the data.
 """
 
+import functools
 import json
 import logging
 import posixpath
@@ -11,11 +12,11 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 
+from finetune.classification.class_files import is_number, misfits, read_names, spelt
 from pretrain.data.fetch import read_ahead
 from pretrain.data.index import ShardIndex, load_index, load_members
 from pretrain.data.media import LABEL_ENDING
@@ -74,14 +75,21 @@ class LabelMap:
         return np.zeros(self.classes, dtype=np.float32)
 
     def _number(self, label: Any) -> int:
-        if isinstance(label, str) and self.names:
-            if label not in self.names:
-                raise SampleError("label", f"{label!r} is none of the {len(self.names)} classes")
-            return self.names.index(label)
-        # bool is an int in Python: true would be class 1.
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.classes:
-            raise SampleError("label", f"{label!r} is no class from 0 to {self.classes - 1}")
-        return label
+        if isinstance(label, str):
+            found = self._by_name.get(label, self._by_name.get(spelt(label)))
+            if found is not None:
+                return found
+        # Numbers as text and as floats are numbers: json, csv and names of folders have them so.
+        if not is_number(label) or not 0 <= int(label) < self.classes:
+            among = f"none of the {len(self.names)} class names, and no" if self.names else "no"
+            raise SampleError("label", f"{label!r} is {among} class from 0 to {self.classes - 1}")
+        return int(label)
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, int]:
+        return {spelt(name): number for number, name in enumerate(self.names)} | {
+            name: number for number, name in enumerate(self.names)
+        }
 
     def _values(self, label: Any) -> np.ndarray:
         try:
@@ -91,33 +99,6 @@ class LabelMap:
         if len(values) != self.classes or not np.isfinite(values).all():
             raise SampleError("label", f"{label!r}: {self.classes} finite numbers are needed")
         return values
-
-
-def read_names(path: str) -> tuple[str, ...]:
-    """Read class names of a file: one a line, or a JSON list or {name: class}.
-
-    Raises:
-        DataError: unreadable, or class numbers that are not 0, 1, 2, ...
-    """
-    try:
-        text = storage.read_bytes(path).decode()
-    except StorageError as error:
-        raise DataError(f"labels: {path} can't be read ({error})") from error
-    if PurePosixPath(path).suffix != ".json":
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
-    try:
-        content = parse_json(text)
-    except ValueError as error:
-        raise DataError(
-            f"labels: {path} is not JSON ({error}); allowed: a list of names, or {{name: number}}"
-        ) from error
-    if not isinstance(content, (list, dict)):
-        raise DataError(f"labels: {path} holds {content!r}, allowed: a list of names, or {{name: number}}")
-    if isinstance(content, dict):
-        if sorted(content.values()) != list(range(len(content))):
-            raise DataError(f"labels: {path}: class numbers must be 0 to {len(content) - 1}, each once")
-        return tuple(sorted(content, key=content.__getitem__))
-    return tuple(map(str, content))
 
 
 def open_labels(labels: str, shards: str, classes: int, task: Task) -> LabelMap:
@@ -130,20 +111,38 @@ def open_labels(labels: str, shards: str, classes: int, task: Task) -> LabelMap:
         task: what the labels are.
 
     Raises:
-        DataError: names and the number of outputs don't fit.
+        DataError: labels, names and the number of outputs don't fit.
     """
-    if task == "regression" or labels == "integer":
+    if task == "regression":
         return LabelMap(classes, (), task)
-    names = (
+    where = f"the labels in {shards}"
+    if labels == "auto":
+        counts = count_labels(shards)
         # Sorted: all ranks, and every resume, must number the classes alike.
-        tuple(sorted(n for n in count_labels(shards) if not n.isdigit())) if labels == "auto" else read_names(labels)
-    )
+        names = tuple(sorted(label for label in counts if not is_number(label)))
+        if names and len(names) < len(counts):
+            numbers = len(counts) - len(names)
+            raise DataError(f"{where}: {len(names)} names and {numbers} numbers; name a file of classes (labels)")
+    else:
+        names, counts = () if labels == "integer" else read_names(labels), None
     if names and len(names) != classes:
-        where = f"the labels in {shards}" if labels == "auto" else labels
         raise DataError(
-            f"{where}: {len(names)} class names, but model.classes={classes}; set model.classes={len(names)}"
+            f"{where if labels == 'auto' else labels}: {len(names)} class names, but model.classes={classes}; set "
+            f"model.classes={len(names)}"
         )
+    # At the start, and not sample by sample: a class that is never right may be few enough to pass for bad samples.
+    if found := misfits(counts if counts is not None else _counted(shards), classes, names, where):
+        raise DataError("\n".join(found))
     return LabelMap(classes, names, task)
+
+
+def _counted(shards: str) -> Counter[str]:
+    """Count labels that need not be known; none where they do not stand in front."""
+    try:
+        return count_labels(shards)
+    except DataError as error:
+        logger.warning("%s: labels can't be compared with the classes at the start (%s)", shards, error)
+        return Counter()
 
 
 def count_labels(shards: str) -> Counter[str]:

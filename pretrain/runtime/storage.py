@@ -1,5 +1,7 @@
 """Reads and writes on any fsspec URL, with retries under one deadline (retries.py)."""
 
+import logging
+import os
 import posixpath
 import shutil
 import time
@@ -11,6 +13,8 @@ import fsspec
 from pretrain.errors import StorageError
 from pretrain.runtime.retries import retried
 from pretrain.runtime.signed_reads import SIGNED
+
+logger = logging.getLogger(__name__)
 
 
 def join(url: str, *parts: str) -> str:
@@ -165,6 +169,40 @@ def find(url: str, deadline_s: float = 600.0) -> dict[str, int]:
         return {name.removeprefix(root): int(found[name]["size"]) for name in sorted(found) if name != path}
 
     return retried(look, url, "listing", deadline_s)
+
+
+def find_linked(url: str, deadline_s: float = 600.0) -> dict[str, int]:
+    """List all files below a folder as `find` does, those in folders that are linked there too.
+
+    People put data sets together of links, and fsspec passes linked folders over without a word.
+    """
+    if not is_local(url):
+        return find(url, deadline_s)
+    root = filesystem(url)[1]
+    found: dict[str, int] = {}
+    for folder, inner, names in os.walk(root, followlinks=True):
+        # A link to a folder that it lies in would be followed for ever.
+        above = {os.path.realpath(folder)} | {os.path.realpath(place) for place in _above(folder, root)}
+        looped = [name for name in inner if os.path.realpath(os.path.join(folder, name)) in above]
+        for name in looped:
+            logger.warning("%s leads back to a folder that it lies in; not followed", os.path.join(folder, name))
+        inner[:] = [name for name in inner if name not in looped]
+        for name in names:
+            path = os.path.join(folder, name)
+            try:
+                found[os.path.relpath(path, root)] = os.stat(path).st_size
+            except OSError as error:
+                logger.warning("%s: left out: %s", path, error)
+    return dict(sorted(found.items()))
+
+
+def _above(folder: str, root: str) -> list[str]:
+    """Return the folders between one and the root, the root too."""
+    places = []
+    while folder != root and len(folder) > len(root):
+        folder = os.path.dirname(folder)
+        places.append(folder)
+    return places
 
 
 def glob(pattern: str, deadline_s: float = 60.0) -> list[str]:

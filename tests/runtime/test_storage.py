@@ -115,3 +115,27 @@ def test_missing_clients_name_the_extra() -> None:
     for protocol, extra in missing:
         with pytest.raises(StorageError, match=rf"pip install 'tubelet\[{extra}\]'"):
             storage.read_bytes(f"{protocol}://bucket/x")
+
+
+def test_linked_folders_and_files_are_found_and_loops_are_not_followed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "classes"
+    (elsewhere / "deep").mkdir(parents=True)
+    (elsewhere / "a.mp4").write_bytes(b"12345")
+    (elsewhere / "deep" / "b.mp4").write_bytes(b"1")
+    (root / "plain").mkdir(parents=True)
+    (root / "plain" / "c.mp4").write_bytes(b"123")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere)  # another class of the same films: both are meant
+    (root / "plain" / "d.mp4").symlink_to(elsewhere / "a.mp4")
+    (root / "plain" / "loop").symlink_to(root)
+    (root / "plain" / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    found = storage.find_linked(str(root))
+    assert found == {
+        "again/a.mp4": 5, "again/deep/b.mp4": 1, "linked/a.mp4": 5, "linked/deep/b.mp4": 1, "plain/c.mp4": 3,
+        "plain/d.mp4": 5,
+    }  # fmt: skip
+    assert "loop leads back" in caplog.text and "gone.mp4: left out" in caplog.text
+    assert storage.find_linked(str(elsewhere)) == storage.find(str(elsewhere))
+    assert storage.find_linked(f"file://{elsewhere}") == storage.find(str(elsewhere))

@@ -130,7 +130,7 @@ def _one_source(source: str, wanted: _Wanted) -> Iterable[Item]:
 
 
 def _from_folder(source: str, wanted: _Wanted) -> list[Item]:
-    listing = storage.find(source)
+    listing = storage.find_linked(source)
     place = functools.partial(storage.join, source)
     if wanted.kind in (None, "video"):
         items = list(_videos(listing, place, wanted))
