@@ -38,8 +38,7 @@ class ShardCache:
             DataError: one shard is larger than the limit.
             StorageError: the shard can't be fetched.
         """
-        # The content's hash is part of the name: a repacked shard of the same name is another file.
-        name = hashlib.sha256(f"{url} {shard.sha256}".encode()).hexdigest()[:32] + ".tar"
+        name = _name(url, shard)
         target = self.folder / name
         if self._touched(target):
             return str(target)
@@ -72,6 +71,10 @@ class ShardCache:
         with open(self.local_path(url, shard, deadline_s), "rb") as file:
             file.seek(begin)
             return file.read(end - begin)
+
+    def forget(self, url: str, shard: Shard) -> None:
+        """Remove the local copy of a shard, which is damaged; the next read fetches another."""
+        (self.folder / _name(url, shard)).unlink(missing_ok=True)
 
     def bytes_used(self) -> int:
         """Count the bytes of all shards in the folder, those being fetched included."""
@@ -141,3 +144,8 @@ class ShardCache:
 
     def _lock(self, name: str, timeout_s: float) -> filelock.BaseFileLock:
         return filelock.FileLock(self.folder / f"{name}.lock", timeout=timeout_s)
+
+
+def _name(url: str, shard: Shard) -> str:
+    # The content's hash is part of the name: a repacked shard of the same name is another file.
+    return hashlib.sha256(f"{url} {shard.sha256}".encode()).hexdigest()[:32] + ".tar"

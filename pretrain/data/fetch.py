@@ -5,6 +5,7 @@ A sample's members are adjacent in its shard, so one range read fetches it, what
 
 import functools
 import io
+import logging
 import tarfile
 import zlib
 from collections import deque
@@ -19,6 +20,8 @@ from pretrain.data.linked_video import VideoFile, open_link
 from pretrain.data.media import LINK_ENDING, SPAN_ENDING, extension_of
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -84,7 +87,10 @@ class SampleReader:
             raise store_error(url, error) from error
         # The size alone does not tell a shard that was replaced by another of the same size, and its sha256 would take
         # reading all of it, which ranges are there to avoid. zlib takes 0.2 ms a megabyte.
-        if members.checksums is not None and zlib.crc32(data) != members.checksums[row]:
+        wanted = None if members.checksums is None else int(members.checksums[row])
+        if wanted is not None and zlib.crc32(data) != wanted:
+            data = self._read_again(url, entry, begin, end, wanted)
+        if wanted is not None and zlib.crc32(data) != wanted:
             raise DataError(
                 f"{url}: sample {members.keys[row]} has other bytes than when the shard was indexed: it is damaged, or "
                 f"another shard of the same size. Copy the shard again{' and empty the cache' if self._cache else ''}; "
@@ -92,6 +98,19 @@ class SampleReader:
             )
         linked = self._linked(data) if members.linked else {}
         return RawSample(members.keys[row], url, data, linked)
+
+    def _read_again(self, url: str, entry: Shard, begin: int, end: int, wanted: int) -> bytes:
+        """Read a range with a wrong checksum once more, from the source: a bit may have flipped on the way, or in the
+        local copy, which goes then."""
+        try:
+            data = storage.read_bytes(url, begin, end, self._deadline_s, denied_for_good=False)
+        except StorageError as error:
+            raise store_error(url, error) from error
+        if zlib.crc32(data) == wanted:
+            logger.warning("%s: bytes %d to %d arrived damaged, and were right when read again", url, begin, end)
+            if self._cache is not None:
+                self._cache.forget(url, entry)
+        return data
 
     def _linked(self, data: bytes) -> dict[str, VideoFile]:
         """Open the video that a sample's link names, by its ending; one that is gone is a matter of this sample."""

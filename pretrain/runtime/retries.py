@@ -28,6 +28,9 @@ CLIENTS = ("aiohttp", "aiobotocore", "botocore", "s3fs", "gcsfs", "adlfs", "azur
 #: Errors of these packages that are wrong settings.
 SETTINGS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError")
 
+#: How long a file is looked for that was there when the run started, seconds.
+MISSING_S = 10.0
+
 #: Shortest time that one attempt on a remote store is given, seconds, unless the deadline comes first.
 ATTEMPT_S = 30.0
 
@@ -74,7 +77,11 @@ def retried(
         return _within(call, min(longest, max(end - time.monotonic(), 0.1))) if remote else call()
 
     def retry(error: BaseException) -> bool:
-        return transient(error) or (remote and not denied_for_good and isinstance(error, PermissionError))
+        if transient(error):
+            return True
+        # What was there a moment ago may be so again: a gateway that restarts answers 404 as well as 503.
+        passing = isinstance(error, FileNotFoundError) and time.monotonic() - begin < MISSING_S
+        return remote and not denied_for_good and (passing or isinstance(error, PermissionError))
 
     def tell(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None

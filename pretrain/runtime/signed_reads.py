@@ -100,10 +100,13 @@ class SignedReads:
             if answer.status not in (200, 206) or answer.headers.get("Content-Length") != str(end - start):
                 raise ConnectionError(f"status {answer.status}")
             pieces = []
-            for piece in answer.stream(PIECE):
+            # Not stream(), which gathers a whole piece first: a server that drips would never be given up on.
+            while piece := answer.read1(PIECE):
                 pieces.append(piece)
                 if time.monotonic() > deadline:
                     raise TimeoutError
+        if sum(map(len, pieces)) != end - start:
+            raise ConnectionError("the answer was cut")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _failed(self, bucket: Bucket, path: str, error: Exception) -> None:

@@ -1,6 +1,7 @@
 """The shard cache: byte limit, least recently used first, shared, atomic."""
 
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 from pretrain.data.cache import ShardCache
 from pretrain.data.fetch import SampleReader, read_ahead
-from pretrain.data.index import Shard, load_index
+from pretrain.data.index import Shard, load_index, load_members
 from pretrain.errors import DataError, StorageError
+from pretrain.runtime import storage
 from tests.streams import training_stream
 
 
@@ -131,3 +133,32 @@ def test_small_caches_are_warned_of(
     stream = training_stream(recipe)
     assert "shards will be fetched again and again" in caplog.text
     assert len(next(stream)["key"]) == 2
+
+
+def test_a_flipped_bit_in_the_local_copy_is_mended_from_the_source(
+    tmp_path: Path, two_sources: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    index = load_index(two_sources["a"])
+    cache = ShardCache(str(tmp_path), 10 * max(shard.bytes for shard in index.shards))
+    reader, entry = SampleReader([index], cache, 5.0), index.shards[0]
+    sound = reader.read(0, 0, 1)
+    copy = Path(cache.local_path(storage.join(index.url, entry.name), entry, 5.0))
+    data = bytearray(copy.read_bytes())
+    begin = int(load_members(index.url, entry.name).offsets[1])
+    data[begin + 600] ^= 1
+    copy.write_bytes(data)
+    assert reader.read(0, 0, 1) == sound and "were right when read again" in caplog.text
+    assert not copy.exists(), "the next read fetches another"
+    assert reader.read(0, 0, 1) == sound and copy.read_bytes() != bytes(data)
+
+
+def test_a_shard_that_is_damaged_at_its_source_is_still_refused(tmp_path: Path, two_sources: dict[str, str]) -> None:
+    index = load_index(two_sources["a"])
+    shutil.copytree(index.url, tmp_path / "copy")
+    entry = index.shards[0]
+    begin = int(load_members(index.url, entry.name).offsets[1])
+    with (tmp_path / "copy" / entry.name).open("r+b") as file:
+        file.seek(begin + 600)
+        file.write(b"\x7f")
+    with pytest.raises(DataError, match="has other bytes than when the shard was indexed"):
+        SampleReader([load_index(str(tmp_path / "copy"))], None, 5.0).read(0, 0, 1)

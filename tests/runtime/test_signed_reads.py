@@ -1,8 +1,10 @@
 """Reads by signed URLs from a real S3 server: used once a file is known, and never in the way of the client."""
 
+import contextlib
 import functools
 import http.server
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -220,3 +222,24 @@ def test_local_files_are_not_signed(tmp_path: Path) -> None:
     known: Any = SignedReads()
     known.client_has_read(fsspec.filesystem("file"), str(file))
     assert known.read(fsspec.filesystem("file"), str(file), 0, 10, 5) is None
+
+
+def test_an_answer_that_drips_is_given_up() -> None:
+    """A few bytes a second keep every timeout between two pieces from being reached."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 206 Partial Content\r\nContent-Length: 100000\r\n\r\n")
+            for _ in range(100):
+                connection.sendall(b"x")
+                time.sleep(0.1)
+
+    threading.Thread(target=drip, daemon=True).start()
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError):
+        SignedReads()._get(f"http://127.0.0.1:{listener.getsockname()[1]}/a", 0, 100_000, begin + 1, 5.0, 5.0)
+    assert 0.9 < time.monotonic() - begin < 5
+    listener.close()

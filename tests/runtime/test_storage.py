@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pretrain.errors import StorageError
-from pretrain.runtime import storage
+from pretrain.runtime import retries, storage
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -139,3 +139,25 @@ def test_linked_folders_and_files_are_found_and_loops_are_not_followed(
     assert "loop leads back" in caplog.text and "gone.mp4: left out" in caplog.text
     assert storage.find_linked(str(elsewhere)) == storage.find(str(elsewhere))
     assert storage.find_linked(f"file://{elsewhere}") == storage.find(str(elsewhere))
+
+
+def test_a_file_that_is_gone_for_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "MISSING_S", 1.0)
+    asked: list[float] = []
+
+    def read(until: float) -> bytes:
+        asked.append(time.monotonic())
+        if time.monotonic() < until:
+            raise FileNotFoundError("404")
+        return b"here"
+
+    begin = time.monotonic()
+    found = retries.retried(lambda: read(begin + 0.5), "s3://a/b", "reading", 30.0, denied_for_good=False)
+    assert found == b"here" and len(asked) > 1
+    with pytest.raises(StorageError, match="404"):
+        retries.retried(lambda: read(begin + 99), "s3://a/b", "reading", 30.0, denied_for_good=False)
+    assert time.monotonic() - begin < 10, "what stays away is missing"
+    asked.clear()
+    with pytest.raises(StorageError, match="404"):
+        retries.retried(lambda: read(begin + 99), "s3://a/b", "reading", 30.0)
+    assert len(asked) == 1, "where nothing was there before, at once"
