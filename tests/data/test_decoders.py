@@ -3,6 +3,7 @@
 import io
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 import av
 import numpy as np
@@ -10,6 +11,7 @@ import psutil
 import pytest
 
 from pretrain.data.decoders import open_video
+from pretrain.data.pack.media_probe import video_stream
 from pretrain.errors import DataError, SampleError
 from tests.films import skip_without
 
@@ -158,3 +160,27 @@ def test_memory_stays_flat(decoder: str, encode: Encode) -> None:
     use(20)
     before = use(10)
     assert use(60) - before < 12e6, "16 frames are 3.7 MB: a leak of one reader in four would show"
+
+
+@pytest.mark.parametrize("default", [0, 1])
+@pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
+def test_of_two_films_in_a_file_the_default_one_is_shown(decoder: str, default: int, tmp_path: Path) -> None:
+    """A small preview may come first; decord always takes the first, so packing chooses for it."""
+    skip_without(decoder)
+    path, sizes = tmp_path / "two.mkv", [(24, 32), (64, 96)]
+    with av.open(str(path), "w") as file:
+        streams = [file.add_stream("libx264", rate=12) for _ in sizes]
+        for number, (stream, (height, width)) in enumerate(zip(streams, sizes, strict=True)):
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            flags = av.stream.Disposition
+            stream.disposition = flags.default if number == default else flags(0)
+        for _ in range(6):
+            for stream in streams:
+                picture = np.full((stream.height, stream.width, 3), 90, np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            file.mux(stream.encode(None))
+    with open_video(path.read_bytes(), decoder) as reader:
+        assert reader.frames([0]).shape[1:3] == sizes[default]
+    with av.open(str(path)) as container:
+        assert video_stream(container).height == sizes[default][0]

@@ -24,6 +24,7 @@ from pretrain.data.decoders import VideoReader
 from pretrain.data.decoders.crops import Boxes
 from pretrain.data.decoders.nal_units import is_reference, length_bytes
 from pretrain.data.decoders.rgb import RGBConverter
+from pretrain.data.decoders.streams import main_film
 from pretrain.data.linked_video import UNSTAMPED
 from pretrain.errors import SampleError
 
@@ -80,9 +81,11 @@ class PyAVReader(VideoReader):
         except (FFmpegError, ValueError) as error:
             raise SampleError("open", str(error)) from error
         self._opened.callback(self._container.close)
-        if not self._container.streams.video:
+        # A cover picture is a video of one frame where there is no other, as before.
+        stream = main_film(self._container) or next(iter(self._container.streams.video), None)
+        if stream is None:
             raise SampleError("open", "no video stream")
-        self._stream = self._container.streams.video[0]
+        self._stream = stream
         context = self._stream.codec_context
         if context is None:
             raise SampleError("decode", "FFmpeg has no decoder for its codec")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.decoders.streams import main_film
 from pretrain.data.linked_video import LinkedVideo, VideoFile
 from pretrain.errors import DataError, SampleError
 
@@ -165,12 +166,8 @@ def _stored(container: Any, stream: Any, channels: int, begin: float, end: float
 
 
 def _time_zero(container: Any, stream: Any) -> Fraction:
-    import av
-
-    cover = av.stream.Disposition.attached_pic
     # A song's cover picture is a video stream for FFmpeg; its time is no beginning.
-    films = [one for one in container.streams.video if not one.disposition & cover]
-    lead = films[0] if films else stream
+    lead = main_film(container) or stream
     return (lead.start_time or 0) * (lead.time_base or stream.time_base)
 
 

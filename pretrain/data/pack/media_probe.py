@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.data.decoders.streams import main_film
 from pretrain.errors import SampleError
 
 #: A frame may lie this far off an even grid, in frame periods, before its video counts as of variable frame rate.
@@ -96,13 +97,10 @@ def codec_name(stream: Any) -> str:
 
 
 def video_stream(container: Any) -> Any:
-    """Find the first stream that is a film, not the cover picture of a song."""
-    import av
-
-    cover = av.stream.Disposition.attached_pic
-    for stream in container.streams.video:
-        if not stream.disposition & cover and stream.codec_context is not None:
-            return stream
+    """Find the stream that is the file's film, not the cover picture of a song."""
+    found = main_film(container)
+    if found is not None and found.codec_context is not None:
+        return found
     kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
     raise SampleError("no-video", f"the file holds {', '.join(kinds)} but no video stream")
 
