@@ -51,7 +51,7 @@ def unsharded_only() -> dict[str, dict[str, Any]]:
     plan["signal"] = plain(*SIGNAL, accidents=[[3, 1, "SIGUSR1"]])
     plan["signal, again"] = plain(*SIGNAL, "run.dir=signal")
     # In place of a host with an older copy: the same recipe, but other files at its path.
-    plan["other data"] = plain("batch.micro=4") | {"on_rank": {"1": ["data.sources.toy.shards=other"]}}
+    plan["data of a rank"] = plain("batch.micro=4") | {"on_rank": {"1": ["data.sources.toy.shards=other of a rank"]}}
     plan["renamed"] = plain("batch.micro=4", accidents=[[3, 1, "rename the folder"]])
     plan["metrics gone"] = plain("batch.micro=4", accidents=[[3, 1, "delete the metrics"]])
     plan["Ctrl-C"] = plain(*SIGNAL, accidents=[[3, 1, "SIGINT"]])
@@ -63,7 +63,7 @@ def unsharded_only() -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def outcome(toy: Any) -> dict[str, int | str]:
     """Exit code, or error, of each run."""
-    other = toy.folder / "other"
+    other = toy.folder / "other of a rank"
     other.mkdir()
     shutil.copyfile(toy.folder / "shards" / "toy-000000.tar", other / "toy-000000.tar")
     index(other)
@@ -118,9 +118,9 @@ def test_one_bad_micro_batch_of_one_rank_leaves_the_update_out_on_all(
 
 
 def test_a_rank_with_other_data_is_named_at_the_start(toy: Any, outcome: Any) -> None:
-    error = str(outcome["other data"])
+    error = str(outcome["data of a rank"])
     assert error.startswith("TrainingError") and f"data of toy: host {platform.node()} (rank 1): fingerprint" in error
-    assert not (toy.folder / "other data" / "metrics.jsonl").exists()
+    assert not (toy.folder / "data of a rank" / "metrics.jsonl").exists()
 
 
 def test_stop_policy_ends_the_run_at_that_step(toy: Any, outcome: Any) -> None:
