@@ -13,6 +13,8 @@
 set -uo pipefail
 
 readonly DONE=0 FAILED=1 WRONG_USAGE=2 STOPPED=75
+# Seconds between two tries to send the job back to the queue, and how long to try where its end is not known.
+readonly AGAIN_S=${TUBELET_AGAIN_S:-10} TRY_S=${TUBELET_TRY_S:-600}
 
 say() { printf '%s [job %s, start %s] %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$*" >&2; }
 
@@ -21,7 +23,11 @@ run_job() { # SCRIPT ARGUMENT...
     mkdir -p "$run_dir" || exit $FAILED
     trap on_stop USR1
     trap on_term TERM
-    in_step --ntasks=1 --nodes=1 -- python "$@" --check || finish $?
+    # The program itself notes wrong usage: srun says 2 as well where it finds no interpreter, wrapper or shared folder.
+    export TUBELET_USAGE_NOTE=$run_dir/wrong_usage
+    rm -f "$TUBELET_USAGE_NOTE"
+    # With the number of ranks, or what only they can show is raised by each of them and taken for a crash.
+    WORLD_SIZE=$(rank_count) in_step --ntasks=1 --nodes=1 -- python "$@" --check || finish "$(of_usage $?)"
     agree_on_meeting_point
     find_end_time
     local before status
@@ -30,8 +36,25 @@ run_job() { # SCRIPT ARGUMENT...
     step=$!
     wait_for_step
     status=$?
-    rm -f "$run_dir/stop"
-    finish "$(outcome "$status" "$before")"
+    if holds_folder; then rm -f "$run_dir/stop"; fi
+    finish "$(of_usage "$(outcome "$status" "$before")")"
+}
+
+rank_count() { echo $((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))})); }
+
+# Another job may run in the folder while this one waits for it: its stop file is not this one's to touch.
+holds_folder() { [ "$(cat "$run_dir/.holder" 2>/dev/null)" = "$SLURM_JOB_ID" ]; }
+
+# Wrong usage is what the program says it is, whatever srun makes of the codes of all tasks.
+of_usage() { # STATUS
+    if [ -e "$TUBELET_USAGE_NOTE" ]; then
+        echo $WRONG_USAGE
+    elif [ "$1" = $WRONG_USAGE ]; then
+        say "2 without a word of the program: an interpreter, a wrapper or the shared folder is missing on a node"
+        echo $FAILED
+    else
+        echo "$1"
+    fi
 }
 
 read_settings() {
@@ -99,7 +122,7 @@ on_stop() {
     interrupted=1
     say "asked to stop: touching $run_dir/stop"
     while kill -0 "$step" 2>/dev/null; do
-        touch "$run_dir/stop"
+        if holds_folder; then touch "$run_dir/stop"; fi
         sleep 2
     done &
 }
@@ -175,7 +198,17 @@ go_on() { # WHY
 requeue() { # WHY
     if [ "$TUBELET_REQUEUE" = 1 ]; then
         say "$1: back to the queue"
-        scontrol requeue "$SLURM_JOB_ID" || say "the job can't be requeued: submit the same command again"
+        local until=$(($(date +%s) + TRY_S))
+        if [ "$end_time" -gt 0 ]; then until=$((end_time - 2 * AGAIN_S)); fi
+        # A controller that restarts answers nobody for a minute; the allocation is there as long as this shell is.
+        until scontrol requeue "$SLURM_JOB_ID"; do
+            if [ "$(date +%s)" -ge "$until" ]; then
+                say "the job can't be requeued: submit the same command again, which continues"
+                return
+            fi
+            say "the controller does not answer; trying again in $AGAIN_S s"
+            sleep "$AGAIN_S"
+        done
     else
         say "$1: the next job of the chain, or the same command, continues"
     fi

@@ -1,12 +1,14 @@
 """Common part of commands with a recipe: `--recipe`, `key=value` overrides, looking at a recipe without running it."""
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.errors import RecipeError, TubeletError
@@ -20,6 +22,10 @@ from pretrain.runtime.terminal import guard_streams
 if TYPE_CHECKING:
     from pretrain.objectives.base import Method
     from pretrain.plan.dry_run import Section
+
+
+#: Variable of the job script (launch/slurm/job.sh) with the file that says wrong usage.
+USAGE_NOTE = "TUBELET_USAGE_NOTE"
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,12 @@ def run_program(program: Program, argv: Sequence[str] | None = None) -> int:
         arguments = _parse(sys.argv[1:] if argv is None else argv, program)
         return _dispatch(arguments, program, first_rank)
     except SystemExit as leave:  # argparse: --help or wrong usage
-        return int(leave.code or 0)
+        return _wrong_usage() if leave.code == 2 else int(leave.code or 0)
     except RecipeError as error:
         if first_rank:
             # A wrong recipe is wrong on all ranks alike, so one tells it.
             print(_problem_list(error.problems), file=sys.stderr)
-        return 2
+        return _wrong_usage()
     except TubeletError as error:
         # Every rank may fail on its own (one lost node, one bad disk), so other ranks tell theirs in one line.
         rank = "" if first_rank else f"rank {os.environ['RANK']}: "
@@ -71,6 +77,14 @@ def run_program(program: Program, argv: Sequence[str] | None = None) -> int:
         rank = "" if first_rank else f"rank {os.environ['RANK']}: "
         print(f"{rank}{advice(error)}; checkpoints published before are untouched", file=sys.stderr)
         return 1
+
+
+def _wrong_usage() -> int:
+    """Note wrong usage for the job script, which hears only what srun makes of the codes of all ranks; returns 2."""
+    if note := os.environ.get(USAGE_NOTE):
+        with contextlib.suppress(OSError):
+            Path(note).touch()
+    return 2
 
 
 def _dispatch(arguments: argparse.Namespace, program: Program, first_rank: bool) -> int:

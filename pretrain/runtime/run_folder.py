@@ -22,6 +22,9 @@ FOLDERS = ("checkpoints", "bad_samples", "pictures", "logs", "incidents", "heart
 #: File of the run folder that one run at a time has locked.
 LOCK = ".lock"
 
+#: File of the run folder with the number of the Slurm job that has it (launch/slurm/job.sh).
+HOLDER = ".holder"
+
 #: How long a start waits for the ranks of a killed one to end, seconds.
 LOCK_WAIT_S = 30.0
 
@@ -137,6 +140,8 @@ class Hold:
         self._root, self._lock, self._first = root, lock, first
         if first:
             self._take_note()
+            # Whose job this is: a job that waits for the folder must not touch the stop file of the one that has it.
+            (root / HOLDER).write_text(os.environ.get("SLURM_JOB_ID", ""), encoding="utf-8")
 
     def release(self) -> None:
         """Give the folder back."""

@@ -72,11 +72,20 @@ def again(site: Any, name: str, job: str, restarts: int, step: int) -> None:
     site.wait_for_step(name, job, step)
 
 
-def test_a_wrong_recipe_ends_the_job_for_good(site: Any) -> None:
-    job = site.submit("wrong", overrides=("batch.sampels=8",))
-    said = site.finish("wrong", job, expect="FAILED")
-    assert "batch.sampels" in said and "does not go back to the queue" in said
+@pytest.mark.parametrize("override", ["batch.sampels=8", "batch.samples=7"])
+def test_a_wrong_recipe_ends_the_job_for_good(site: Any, override: str) -> None:
+    """Also one that is wrong for two ranks only: the check before them knows how many there will be."""
+    job = site.submit(override, overrides=(override,))
+    said = site.finish(override, job, expect="FAILED")
+    assert override.partition("=")[0] in said and "does not go back to the queue" in said
+    assert "ranks each" not in said, "no rank was started"
     assert (site.cluster.job(job, "ExitCode"), site.cluster.job(job, "Restarts")) == ("2:0", "0")
+
+
+def test_what_srun_calls_2_is_no_wrong_usage(site: Any) -> None:
+    job = site.submit("no wrapper", TUBELET_CONTAINER_RUN="/nowhere/apptainer exec", TUBELET_MAX_FAILURES="0")
+    said = site.finish("no wrapper", job, expect="FAILED")
+    assert "2 without a word of the program" in said and "failed with 1, for good" in said
 
 
 @pytest.mark.faults
