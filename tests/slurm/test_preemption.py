@@ -72,7 +72,7 @@ def again(site: Any, name: str, job: str, restarts: int, step: int) -> None:
     site.wait_for_step(name, job, step)
 
 
-@pytest.mark.parametrize("override", ["batch.sampels=8", "batch.samples=7"])
+@pytest.mark.parametrize("override", ["batch.sampels=8", "batch.samples=4"])
 def test_a_wrong_recipe_ends_the_job_for_good(site: Any, override: str) -> None:
     """Also one that is wrong for two ranks only: the check before them knows how many there will be."""
     job = site.submit(override, overrides=(override,))
