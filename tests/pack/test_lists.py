@@ -137,3 +137,28 @@ def test_a_caption_with_a_line_separator_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
     (item,) = gather([str(tmp_path / "m.jsonl")])
     assert item.meta == {"caption": "one\u2028two"}
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("a/b.mp4,3", "separated by a comma"),
+        ("a/b.mp4, running", "separated by a comma"),
+        ("a/b.mp4|3", "separated by a comma, pipe"),
+        ("a/b.mp4;3", "separated by a comma, pipe"),
+        (r"D:\\videos\\b.mp4 3", "backslashes"),
+        (r"videos\\b.mp4", "backslashes"),
+        ("filename,label", "a header"),
+        ("video label", "a header"),
+        ('"video_path"\t"class_id"', "a header"),
+    ],
+)
+def test_lists_of_another_look_are_described(line: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told) as error:
+        parse_list("train.csv", line + "\na.mp4 3\n")
+    assert "train.csv:1:" in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["a, b/c.mp4 3", "video/label.mp4 3", "a,b.mp4", "video 1.mp4 3", "x;y/c.mp4 0 -1"])
+def test_commas_in_paths_are_paths(line: str) -> None:
+    assert parse_list("train.csv", line)[0].path.startswith(line[:3])

@@ -26,6 +26,18 @@ _THREE = re.compile(r"(?P<path>.+?)\s+(?P<a>-?\d+)\s+(?P<b>-?\d+)")
 _V2 = re.compile(_THREE.pattern + r"(\s.*)?")  # V2 ignores further columns
 
 
+#: Lines of other lists than these, which would be taken for paths: their look, and what to do.
+_FOREIGN = (
+    (re.compile(r".*\.\w+\s*[,|;]\s*\S.*"),
+     "columns separated by a comma, pipe or semicolon: separate path and label by a space, or write a csv with the "
+     "header path,label"),
+    (re.compile(r".*\\.*"), "backslashes: write paths with /"),
+    (re.compile(r"(?i)[\"']?(path|file|filename|file_name|video|video_id|video_path|name|id)[\"']?\s*[,|;\t ]\s*"
+                r"[\"']?(label|class|category|target|action|class_id|label_id)\b.*"),
+     "a header: its columns must be called path and label to be read as a csv"),
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ListLine:
     """One line: what to read and its label."""
@@ -59,6 +71,8 @@ def _all_lines(where: str, text: str, read: Callable[[str], ListLine]) -> list[L
         if not line.strip():
             continue
         try:
+            if foreign := next((advice for look, advice in _FOREIGN if look.fullmatch(line.strip())), None):
+                raise ValueError(f"this looks like {foreign}")
             lines.append(read(line.strip()))
         except ValueError as error:
             problems.append(f"{where}:{number}: {line.strip()[:120]!r}: {error}")
