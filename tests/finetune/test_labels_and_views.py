@@ -51,7 +51,7 @@ def test_label_files(tmp_path: Path) -> None:
     assert read_names(f"{tmp_path}/names.txt") == read_names(f"{tmp_path}/names.json") == ("run", "walk")
     with pytest.raises(DataError, match="each once"):
         read_names(f"{tmp_path}/gap.json")
-    for text, told in (("[run", "not JSON"), ("7", "holds 7, allowed")):
+    for text, told in (("[run", "not JSON"), ("7", "holds .7., allowed")):
         (tmp_path / "broken.json").write_text(text)
         with pytest.raises(DataError, match=told):
             read_names(f"{tmp_path}/broken.json")
