@@ -1,5 +1,6 @@
 """What objectives do beside forward, backward and update: plans count it, where a recipe asks for it."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from pretrain.data.samples import Batch
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import cut_cubes, take_tokens
 from pretrain.models.frozen import Frozen
-from pretrain.objectives.base import Objective, Output, WholeBatchObjective
+from pretrain.objectives.base import Objective, Output, Rule, WholeBatchObjective
 from pretrain.objectives.videomae import VideoMAEMethod
 from pretrain.plan.dry_run import dry_run
 from pretrain.plan.estimate import Planner
@@ -50,6 +51,9 @@ class Accumulated(Contrast):
     """The same with two turns, which no cache can hold."""
 
     turns = ("one", "other")
+
+    def rule(self, name: str, shape: Iterable[int]) -> Rule:
+        return replace(super().rule(name, shape), turn="one" if "encoder" in name else "other")
 
 
 class Beside(Objective):
