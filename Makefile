@@ -7,12 +7,14 @@ BIN := .venv/bin
 CONSTRAINTS := .ci/constraints.txt
 # Tests and tools that a variable selects from outside: make test TESTS=tests/models
 TESTS ?= tests
+# Tests mostly wait for the processes that they start, so two at a time take little more than half as long.
+WORKERS ?= 2
 
 .PHONY: help install demo test faults soak lint types bench clean
 
 help:
 	@echo "make demo   run the main job end to end on this machine (about 10 minutes)"
-	@echo "make test   ruff, mypy, pytest (TESTS=path to select)"
+	@echo "make test   ruff, mypy, pytest (TESTS=path to select, WORKERS=processes)"
 	@echo "make faults all faults in all phases, then the tests that take minutes each; writes docs/reliability.md (an hour)"
 	@echo "make soak   half an hour of training with a fault about every minute"
 	@echo "make bench  benchmarks that need no GPU, and a table of their ratios (below 15 minutes, on an idle machine)"
@@ -35,7 +37,7 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 test: lint types
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 # The results of both lie in FAULTS; each writes the page anew from all that is there.
 FAULTS ?= .cache/faults

@@ -19,7 +19,24 @@ from tests.faults import servers
 from tests.ranks import ROOT, free_port, run_ranks
 from tests.toy_run import Toy, make_toy
 
+#: Fixtures of a session that cost a launch or a server: with several workers (`pytest -n`), one gets all that use it.
+SHARED = ("cluster", "in_worlds", "in_engines", "layouts")
+#: Rooms whose tests take longest; first, so that no worker is left with one of them when the others are done.
+SLOWEST = ("slurm", "engine", "extensions", "plan", "checkpoint", "finetune")
+
 RCLONE = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a module's tests with one worker, with those that share a fixture of the session; the slowest rooms first."""
+    used: dict[Path, set[str]] = {}
+    for item in items:
+        used.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
+    for item in items:
+        shared = [name for name in SHARED if name in used[item.path]]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else str(item.path)))
+    rooms = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rooms.get(item.path.parent.name, len(rooms)))
 
 
 @pytest.fixture(autouse=True)
