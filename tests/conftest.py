@@ -28,7 +28,7 @@ RCLONE = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.exec
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a module's tests with one worker, with those that share a fixture of the session; the slowest rooms first."""
+    """Keep a module with one worker, beside modules that share a fixture of the session; the slowest rooms first."""
     used: dict[Path, set[str]] = {}
     for item in items:
         used.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
