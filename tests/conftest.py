@@ -27,6 +27,7 @@ SLOWEST = ("slurm", "engine", "extensions", "plan", "checkpoint", "finetune")
 RCLONE = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a module with one worker, beside modules that share a fixture of the session; the slowest rooms first."""
     used: dict[Path, set[str]] = {}

@@ -12,6 +12,7 @@ import torch
 
 from pretrain.checkpoint.sharded_buffers import NOTE
 from pretrain.errors import CheckpointError
+from pretrain.runtime.untrusted import foreign_objects
 
 #: Names of the parameters of each group, in the order in which the optimiser has them.
 Groups = list[list[str]]
@@ -76,14 +77,9 @@ def _stored_classes() -> list[Any]:
 
 def _reason(path: Path, error: Exception) -> str:
     """Say why a file was not read, with the names in it that are not allowed; torch's advice is to run them."""
-    try:
-        with torch.serialization.safe_globals(_stored_classes()):
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # so damaged that it has no list of names
-        foreign = []
-    if foreign:
+    if foreign := foreign_objects(str(path), _stored_classes()):
         return (
-            f"it holds {', '.join(sorted(foreign))}, and a checkpoint holds tensors, plain values and classes of "
+            f"it holds {', '.join(foreign)}, and a checkpoint holds tensors, plain values and classes of "
             "DeepSpeed only; nothing of it was run. Where you trust it, take its weights over as safetensors"
         )
     return f"can't be read as tensors and plain values ({(str(error) or type(error).__name__).splitlines()[0]})"

@@ -29,6 +29,9 @@ R = TypeVar("R")
 #: Reads in flight at once, most.
 THREADS = 16
 
+#: Times that a range which arrives damaged in ever other ways is asked for again.
+READS = 5
+
 
 @dataclass(frozen=True)
 class RawSample:
@@ -89,7 +92,7 @@ class SampleReader:
         # reading all of it, which ranges are there to avoid. zlib takes 0.2 ms a megabyte.
         wanted = None if members.checksums is None else int(members.checksums[row])
         if wanted is not None and zlib.crc32(data) != wanted:
-            data = self._read_again(url, entry, begin, end, wanted)
+            data = self._read_again(url, entry, data, begin, wanted)
         if wanted is not None and zlib.crc32(data) != wanted:
             raise DataError(
                 f"{url}: sample {members.keys[row]} has other bytes than when the shard was indexed: it is damaged, or "
@@ -99,17 +102,23 @@ class SampleReader:
         linked = self._linked(data) if members.linked else {}
         return RawSample(members.keys[row], url, data, linked)
 
-    def _read_again(self, url: str, entry: Shard, begin: int, end: int, wanted: int) -> bytes:
-        """Read a range with a wrong checksum once more, from the source: a bit may have flipped on the way, or in the
-        local copy, which goes then."""
-        try:
-            data = storage.read_bytes(url, begin, end, self._deadline_s, denied_for_good=False)
-        except StorageError as error:
-            raise store_error(url, error) from error
-        if zlib.crc32(data) == wanted:
-            logger.warning("%s: bytes %d to %d arrived damaged, and were right when read again", url, begin, end)
-            if self._cache is not None:
-                self._cache.forget(url, entry)
+    def _read_again(self, url: str, entry: Shard, data: bytes, begin: int, wanted: int) -> bytes:
+        """Read a range with a wrong checksum from the source until it is right, or wrong in the same way twice."""
+        end = begin + len(data)
+        for _ in range(READS):
+            # A bit may have flipped on the way, or in the local copy. Only bytes that come alike again are the shard's.
+            before = data
+            try:
+                data = storage.read_bytes(url, begin, end, self._deadline_s, denied_for_good=False)
+            except StorageError as error:
+                raise store_error(url, error) from error
+            if zlib.crc32(data) == wanted:
+                logger.warning("%s: bytes %d to %d arrived damaged, and were right when read again", url, begin, end)
+                if self._cache is not None:
+                    self._cache.forget(url, entry)
+                break
+            if data == before:
+                break
         return data
 
     def _linked(self, data: bytes) -> dict[str, VideoFile]:

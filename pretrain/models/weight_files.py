@@ -15,7 +15,7 @@ from torch import Tensor
 from pretrain.errors import WeightsError
 from pretrain.models.torchscript import is_torchscript, read_torchscript
 from pretrain.runtime import storage
-from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, inner_name, parse_json
+from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, foreign_objects, inner_name, parse_json
 
 #: Where checkpoints keep the weights, in the order of preference (official fine-tuning code looks in the same order).
 CONTAINERS = ("model", "module", "state_dict")
@@ -131,7 +131,7 @@ def _unpickle_tensors(url: str) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         # Not torch's own words, which tell how to run what is in the file.
-        raise WeightsError(f"{url}: {_foreign_objects(url)}") from error
+        raise WeightsError(f"{url}: {_why_unread(url)}") from error
 
 
 def _what_it_is(url: str) -> str:
@@ -169,13 +169,10 @@ def _safetensors_size(file: IO[bytes]) -> int:
     return 8 + length + max(ends, default=0)
 
 
-def _foreign_objects(url: str) -> str:
+def _why_unread(url: str) -> str:
     """Say why a file was not read, with the names in it that are not allowed."""
-    try:
-        with fsspec.open(url, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-            foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # so damaged, or so old, that it has no list of names
-        foreign = []
+    with fsspec.open(url, "rb") as file:
+        foreign = foreign_objects(file, [argparse.Namespace])
     if not foreign:
         return "can't be read as plain tensors: damaged, or no file of torch at all"
     return (

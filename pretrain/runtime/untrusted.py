@@ -1,7 +1,8 @@
 """Names and JSON out of files that somebody else may have made: read within limits, and never led astray by them."""
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import IO, Any
 
 #: Longest JSON of one sample, bytes. Annotations of a film take kilobytes; a worker parses this many in a second.
 SAMPLE_JSON_BYTES = 16 << 20
@@ -39,3 +40,18 @@ def inner_name(name: object) -> str:
     if not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise ValueError(f"{name!r} leads out of its folder; allowed are names of files in it")
     return name
+
+
+def foreign_objects(file: IO[bytes] | str, allowed: Sequence[Any]) -> list[str]:
+    """List what a file of torch holds beside tensors, plain values and the classes `allowed`; nothing of it is run.
+
+    Returns:
+        Full names, sorted; empty where the file is so damaged, or so old, that it has no list of names.
+    """
+    import torch  # here: JSON and names are read by commands that start without it
+
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # noqa: BLE001 - anything may be wrong with it, and only its names are asked for
+        return []

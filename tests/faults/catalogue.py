@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tests.faults.case import PHASES, Case
 from tests.faults.lab import Attempt, Lab, NotKept, until
+from tests.faults.stores import stores
+from tests.faults.surroundings import surroundings
 
 AGAIN = "all processes end; the same command goes on from the newest checkpoint, bit for bit"
 STOPS = "all ranks save at one step and leave with 75; the same command goes on, bit for bit"
@@ -348,8 +350,6 @@ def disks() -> Iterator[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every row that needs no store; those with one are in stores.py."""
-    from tests.faults.stores import stores
-
-    families = (kills, stops, hangs, nans, damages, layouts, disks, stores)
+    """Every row; those of stores and of what surrounds a run are in files of their own."""
+    families = (kills, stops, hangs, nans, damages, layouts, disks, stores, surroundings)
     return [case for family in families for case in family()]

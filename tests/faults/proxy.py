@@ -16,6 +16,10 @@ from collections import Counter
 #: Answers of a store that does not want to: status line and body.
 THROTTLED = ("503 Slow Down", "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>")
 DENIED = ("403 Forbidden", "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+MISSING = ("404 Not Found", "<Error><Code>NoSuchKey</Code><Message>The key does not exist.</Message></Error>")
+
+#: An answer's part of more bytes has its head, if any, in its first half.
+BODY_FROM = 1200
 
 
 class FaultProxy:
@@ -34,6 +38,8 @@ class FaultProxy:
         hangs: While True, requests get no answer at all; they get one when it is False again.
         denies: While True, requests get 403 AccessDenied.
         refuses: While True, every connection is reset at once, as if no server were there.
+        missing: While True, requests get 404 NoSuchKey.
+        flips: Share of requests in whose answer one bit is another.
         bytes_per_s: Most bytes a second of each direction of a connection; 0: as fast as it goes.
         only: Regular expression for "METHOD /path?query"; others pass unharmed.
         seen: How often each fault struck; "requests" counts all.
@@ -56,7 +62,8 @@ class FaultProxy:
         self.latency_s = (0.0, 0.0)
         self.throttled = self.cut = 0.0
         self.cut_after = 1000
-        self.hangs = self.denies = self.refuses = False
+        self.flips = 0.0
+        self.hangs = self.denies = self.refuses = self.missing = False
         self.bytes_per_s = 0
         self.only = ""
 
@@ -102,12 +109,16 @@ class FaultProxy:
         elif hit and self.denies:
             self.seen["denied"] += 1
             _answer(client, head, rest, *DENIED)
+        elif hit and self.missing:
+            self.seen["missing"] += 1
+            _answer(client, head, rest, *MISSING)
         else:
             cut = hit and self._random.random() < self.cut
             self.seen["cut"] += cut
-            self._pass_on(client, head, rest, self.cut_after if cut else None)
+            flip = hit and self._random.random() < self.flips
+            self._pass_on(client, head, rest, self.cut_after if cut else None, flip)
 
-    def _pass_on(self, client: socket.socket, head: bytes, rest: bytes, limit: int | None) -> None:
+    def _pass_on(self, client: socket.socket, head: bytes, rest: bytes, limit: int | None, flip: bool) -> None:
         try:
             server = socket.create_connection(("127.0.0.1", self._server_port), timeout=600)
         except OSError:
@@ -116,15 +127,20 @@ class FaultProxy:
         with server:
             server.sendall(re.sub(rb"\r\nConnection:[^\r]*", b"", head, flags=re.I)[:-2])
             server.sendall(b"Connection: close\r\n\r\n" + rest)
-            threading.Thread(target=self._copy, args=(client, server, None), daemon=True, name="upwards").start()
-            if not self._copy(server, client, limit):
+            threading.Thread(target=self._copy, args=(client, server), daemon=True, name="upwards").start()
+            if not self._copy(server, client, limit, flip):
                 _reset(client)
 
-    def _copy(self, source: socket.socket, target: socket.socket, limit: int | None) -> bool:
+    def _copy(self, source: socket.socket, target: socket.socket, limit: int | None = None, flip: bool = False) -> bool:
         """Copy to the end of the stream; False: `limit` bytes came before, or a side broke off."""
         copied = 0
         try:
-            while data := source.recv(1 << 16):
+            # A tenth of a second's worth at a time: bytes that drip, instead of a gush and a pause.
+            while data := source.recv(max(1, self.bytes_per_s // 10) if self.bytes_per_s else 1 << 16):
+                if flip and len(data) > BODY_FROM:
+                    # Not always the same bit: two answers with one fault would be believed.
+                    data, flip = _flipped(data, self._random.randrange(len(data) // 2, len(data))), False
+                    self.seen["flipped"] += 1
                 kept = data if limit is None else data[: limit - copied]
                 target.sendall(kept)
                 copied += len(kept)
@@ -147,6 +163,11 @@ def _read_head(client: socket.socket) -> tuple[bytes, bytes]:
         data += more
     end = data.index(b"\r\n\r\n") + 4
     return data[:end], data[end:]
+
+
+def _flipped(data: bytes, at: int) -> bytes:
+    """The bytes with one bit of the byte `at` changed."""
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def _answer(client: socket.socket, head: bytes, rest: bytes, status: str, body: str) -> None:

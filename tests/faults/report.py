@@ -43,6 +43,11 @@ Phases: **start** (ranks have met, nothing is built), **first step**, **mid-epoc
 steps 5 and 6), **save** (files of step 8 are written, not yet hashed or published), **publish** (its manifest is
 written, it is not renamed yet), **upload** (a checkpoint is being sent to the store), **resume** (a run that was killed
 after 10 steps is started; held before its states are loaded), **download** (a checkpoint comes back from the store).
+
+**Not exercised**, for want of the means: accelerators and their collectives (NCCL); hosts that differ in hardware, and
+more than two; a parallel file system (a lock that does not work is imitated by what the call answers); loss of power
+(what it leaves in files is imitated: zeros, cut lines, half-published folders); memory that flips bits; the stores of
+large vendors, their limits and their clocks (the servers are rclone's and SeaweedFS's); wandb's own server.
 """
 
 

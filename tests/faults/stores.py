@@ -93,6 +93,7 @@ def data_cases() -> Iterator[Case]:
         "503 SlowDown for a third of the requests": {"throttled": 0.33},
         "connections reset in a third of the answers": {"cut": 0.33},
         "latency of 0.1 to 0.5 s": {"latency_s": (0.1, 0.5)},
+        "a bit flipped in a third of the answers": {"flips": 0.33},
     }
     for name, faults in bad.items():
         for phase in ("first step", "mid-epoch", "epoch border"):
@@ -102,6 +103,15 @@ def data_cases() -> Iterator[Case]:
         yield data_case("server killed, back after 3 s", phase, restart_server)
     for phase in ("first step", "mid-epoch", "epoch border"):
         yield data_case("server hangs for 5 s", phase, for_a_while(5, hangs=True), check=was_struck)
+    yield data_case("404 NoSuchKey for 3 s", "mid-epoch", for_a_while(3, missing=True), check=was_struck)
+    yield Case(
+        *("data: answers drip, 20 bytes a second", "mid-epoch", ENDS, from_now_on(bytes_per_s=20)),
+        options=IMPATIENT,
+        before=open_store,
+        codes=(1,),
+        says="check the (store|credentials)",
+        mend=clear,
+    )
     for phase in ("mid-epoch", "epoch border"):
         for name, fault in (("hangs", "hangs"), ("refuses connections", "refuses"), ("denies access", "denies")):
             yield Case(

@@ -23,8 +23,11 @@ CHOSEN = (
     "disk full until a save has failed, mid-epoch, 1 rank",
     "data: connections reset in a third of the answers, mid-epoch, 1 rank",
     "data: server refuses connections for longer than data.deadline_s, mid-epoch, 1 rank",
+    "data: a bit flipped in a third of the answers, mid-epoch, 1 rank",
     "upload: server killed, back after 3 s, upload, 1 rank",
     "host lost with its disk, mid-epoch, 1 rank",
+    "run folder renamed, mid-epoch, 1 rank",
+    "a payload in a checkpoint, with the right hashes, resume, 1 rank",
 )
 
 
