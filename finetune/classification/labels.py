@@ -187,7 +187,7 @@ def _all_labels(index: ShardIndex) -> list[Any]:
 
     places = []
     for shard in index.shards:
-        members = load_members(index.url, shard.name)
+        members = load_members(index.url, shard)
         rows = zip(members.keys, members.offsets.tolist(), members.sizes.tolist(), strict=True)
         places += [(shard.name, key, offset, size) for key, offset, size in rows]
     # Many at a time: reads this short are all waiting, and one after another a store's latency adds up.

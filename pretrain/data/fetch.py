@@ -91,9 +91,11 @@ class SampleReader:
         if wanted is not None and zlib.crc32(data) != wanted:
             data = self._read_again(url, entry, begin, end, wanted)
         if wanted is not None and zlib.crc32(data) != wanted:
+            or_table = "" if entry.members else f", or {members_name(entry.name)} was changed"
             raise DataError(
                 f"{url}: sample {members.keys[row]} has other bytes than when the shard was indexed: it is damaged, or "
-                f"another shard of the same size. Copy the shard again{' and empty the cache' if self._cache else ''}; "
+                f"another shard of the same size{or_table}. "
+                f"Copy the shard again{' and empty the cache' if self._cache else ''}; "
                 f"launch/pack.py --check {index.url} --hashes-only finds all that differ"
             )
         linked = self._linked(data) if members.linked else {}
@@ -131,7 +133,7 @@ class SampleReader:
         index = self._indexes[source]
         entry = index.shards[shard]
         try:
-            members = load_members(index.url, entry.name, self._deadline_s)
+            members = load_members(index.url, entry, self._deadline_s)
         except StorageError as error:
             raise store_error(storage.join(index.url, members_name(entry.name)), error) from error
         lengths = {len(members.keys), len(members.offsets), len(members.sizes)}

@@ -29,7 +29,7 @@ def test_grouping(tar_format: int, tmp_path: Path) -> None:
     path = _tar(tmp_path / "deep/x.tar", names, tar_format)
     index, notes = index_folder(str(tmp_path))
     assert [shard.name for shard in index.shards] == ["deep/x.tar"]
-    members = load_members(str(tmp_path), "deep/x.tar")
+    members = load_members(str(tmp_path), index.shards[0])
     assert list(members.keys) == ["a", "b", long]
     assert "1 of 4" in notes[0]
     assert members.checksums is not None

@@ -10,7 +10,7 @@ from io import BytesIO
 import numpy as np
 
 from pretrain.data.decoders import open_video
-from pretrain.data.index import MemberTable, Shard, load_index, load_members
+from pretrain.data.index import MemberTable, Shard, describe_unhashed, load_index, load_members
 from pretrain.data.linked_video import LinkedVideo, VideoFile, open_link
 from pretrain.data.media import KINDS, LINK_ENDING, SPAN_ENDING, Kind, extension_of, kind_of_ending, main_member
 from pretrain.data.pack.contents import describe
@@ -45,6 +45,8 @@ def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = 
         DataError: there is no readable index.
     """
     index = load_index(url)
+    if not index.is_hashed:
+        logger.warning(describe_unhashed(url))
     known = {shard.name for shard in index.shards}
     for name in storage.find(url):
         if name.endswith(".tar") and name not in known:
@@ -71,7 +73,7 @@ def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> lis
             problems.append(f"{where}: sha256 {found.sha256[:12]}..., the index says {shard.sha256[:12]}...")
         if found.samples != shard.samples:
             problems.append(f"{where}: {found.samples} samples, the index says {shard.samples}")
-        problems += _check_members(where, members, load_members(url, shard.name))
+        problems += _check_members(where, members, load_members(url, shard))
     except TubeletError as error:
         # Not readable as a whole: its members would all fail with the same words.
         return [*problems, str(error)]
