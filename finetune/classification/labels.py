@@ -24,7 +24,7 @@ from pretrain.data.media import LABEL_ENDING
 from pretrain.data.members import Members
 from pretrain.errors import DataError, SampleError, StorageError, TubeletError
 from pretrain.runtime import storage
-from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, parse_json
+from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, is_text, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,8 @@ def open_labels(labels: str, shards: str, classes: int, task: Task) -> LabelMap:
             raise DataError(f"{where}: {len(names)} names and {numbers} numbers; name a file of classes (labels)")
     else:
         names, counts = () if labels == "integer" else read_names(labels), None
+    if odd := [name for name in names if not is_text(name)]:
+        raise DataError(f"{where if labels == 'auto' else labels}: class {odd[0]!r} is no text in UTF-8; rename it")
     if names and len(names) != classes:
         raise DataError(
             f"{where if labels == 'auto' else labels}: {len(names)} class names, but model.classes={classes}; set "

@@ -20,6 +20,7 @@ from pretrain.data.linked_video import VideoFile, open_link
 from pretrain.data.media import LINK_ENDING, SPAN_ENDING, extension_of
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import name_text
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class SampleReader:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             plain = ((member.name.rsplit(".", 1)[-1], tar.extractfile(member)) for member in tar if member.isfile())
             files = {ending: file.read() for ending, file in plain if file and ending in (LINK_ENDING, SPAN_ENDING)}
-        where = files[LINK_ENDING].decode()
+        where = name_text(files[LINK_ENDING])
         return {extension_of(where): open_link(where, files.get(SPAN_ENDING), self._deadline_s)}
 
     def key(self, source: int, shard: int, row: int) -> str:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
-from pretrain.runtime.untrusted import inner_name, parse_json
+from pretrain.runtime.untrusted import inner_name, name_bytes, name_text, parse_json
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -75,7 +75,7 @@ class ShardTable(Sequence[Shard]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         name, samples, size, sha256, members = self._rows[index].item()
-        return Shard(_unpacked(name), samples, size, _unpacked(sha256), _unpacked(members))
+        return Shard(name_text(name), samples, size, name_text(sha256), name_text(members))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardTable) and list(self) == list(other)
@@ -115,17 +115,12 @@ class Keys(Sequence[str]):
     def __getitem__(self, index: slice) -> Sequence[str]: ...
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         if isinstance(index, slice):
-            return [_unpacked(key) for key in self._keys[index].tolist()]
-        return _unpacked(self._keys[index].item())
+            return [name_text(key) for key in self._keys[index].tolist()]
+        return name_text(self._keys[index].item())
 
 
 def _packed(texts: Iterable[str]) -> npt.NDArray[np.bytes_]:
-    # Names in a tar need not be UTF-8; tarfile reads them with surrogates.
-    return np.array([text.encode("utf-8", "surrogateescape") for text in texts], dtype=np.bytes_)
-
-
-def _unpacked(text: bytes) -> str:
-    return text.decode("utf-8", "surrogateescape")
+    return np.array([name_bytes(text) for text in texts], dtype=np.bytes_)
 
 
 @dataclass(frozen=True)

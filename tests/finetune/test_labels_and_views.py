@@ -147,6 +147,17 @@ def test_classes_of_foreign_shards_are_counted(toy: Any, tmp_path: Path, caplog:
     assert "2 of 5 samples have no label, neither in their json nor in a member cls" in caplog.text
 
 
+def test_a_class_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "a-000000.tar", "wb") as file:
+        members = [
+            (f"{n}.{end}", data) for n in (1, 2) for end, data in (("json", b'{"label": "caf\\udce9"}'), ("mp4", b""))
+        ]
+        write_members(file, members)
+    assert main(["--index-only", str(tmp_path)]) == 0
+    with pytest.raises(DataError, match=r"class 'caf\\udce9' is no text in UTF-8"):
+        open_labels("auto", str(tmp_path), 1, "single")
+
+
 @pytest.mark.parametrize("labels", ["auto", "integer"])
 def test_shards_without_any_label_end_the_start(labels: str, tmp_path: Path) -> None:
     with open(tmp_path / "a-000000.tar", "wb") as file:

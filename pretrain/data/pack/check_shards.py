@@ -19,7 +19,7 @@ from pretrain.data.pack.scan import scan_shard
 from pretrain.data.pack.verify import Signatures, check_random_reads, sequential_signatures, signature
 from pretrain.errors import SampleError, TubeletError
 from pretrain.runtime import storage
-from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, parse_json
+from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, name_text, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,6 @@ def _read_sample(data: bytes) -> tuple[dict[str, VideoFile], dict[str, object]]:
             else:
                 files[extension] = file.read()
     if LINK_ENDING in links:
-        where = links[LINK_ENDING].decode()
+        where = name_text(links[LINK_ENDING])
         files[extension_of(where)] = open_link(where, links.get(SPAN_ENDING), DEADLINE_S)
     return files, facts
