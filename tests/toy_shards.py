@@ -1,5 +1,6 @@
 """Tiny videos, shards of them, and their index, for tests that train."""
 
+import hashlib
 import io
 import json
 import subprocess
@@ -42,3 +43,21 @@ def index(*folders: Path) -> None:
     """launch/pack.py --index-only."""
     words = [sys.executable, str(ROOT / "launch" / "pack.py"), "--index-only", *map(str, folders)]
     subprocess.run(words, check=True, capture_output=True)
+
+
+def forget_hashes(folder: Path) -> None:
+    """Make the index one of an early release: without hashes of the member tables."""
+    content = json.loads((folder / "index.json").read_text())
+    for entry in content["shards"]:
+        assert len(entry.pop("members")) == 64
+    shards = json.dumps(content["shards"], sort_keys=True)
+    content["fingerprint"] = hashlib.sha256(shards.encode()).hexdigest()[:16]
+    (folder / "index.json").write_text(json.dumps(content))
+
+
+def swap_rows(table: Path) -> None:
+    """Swap the first two samples of a member table, with their places and checksums: each is whole."""
+    content = json.loads(table.read_text())
+    for column in ("keys", "offsets", "sizes", "crc32"):
+        content[column][:2] = content[column][1::-1]
+    table.write_text(json.dumps(content))

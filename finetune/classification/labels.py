@@ -1,10 +1,11 @@
 """Labels of samples and what they mean: class numbers, class names, several classes, or values to regress.
 
-Labels lie in the samples' json files, or in members `cls`. Counting them needs one short read a sample; the result is
-kept beside the shards in `labels.json`, under the fingerprint of the data.
+Labels lie in the samples' json files, or in members `cls`. Counting them needs one short read a sample, more where they
+do not stand in front; the result is kept beside the shards in `labels.json`, under the fingerprint of the data.
 """
 
 import functools
+import io
 import json
 import logging
 import posixpath
@@ -23,12 +24,12 @@ from pretrain.data.media import LABEL_ENDING
 from pretrain.data.members import Members
 from pretrain.errors import DataError, SampleError, StorageError, TubeletError
 from pretrain.runtime import storage
-from pretrain.runtime.untrusted import parse_json
+from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, is_text, parse_json
 
 logger = logging.getLogger(__name__)
 
 LABELS_NAME = "labels.json"
-#: Enough for the json that our packer puts in front of the video.
+#: Read at once: enough for the json that our packer puts in front of the video.
 HEAD_BYTES = 16384
 #: A class with this many times fewer samples than the largest one is named in the report.
 IMBALANCE = 10.0
@@ -125,40 +126,54 @@ def open_labels(labels: str, shards: str, classes: int, task: Task) -> LabelMap:
             raise DataError(f"{where}: {len(names)} names and {numbers} numbers; name a file of classes (labels)")
     else:
         names, counts = () if labels == "integer" else read_names(labels), None
+    if odd := [name for name in names if not is_text(name)]:
+        raise DataError(f"{where if labels == 'auto' else labels}: class {odd[0]!r} is no text in UTF-8; rename it")
     if names and len(names) != classes:
         raise DataError(
             f"{where if labels == 'auto' else labels}: {len(names)} class names, but model.classes={classes}; set "
             f"model.classes={len(names)}"
         )
+    counts = _counted(shards) if counts is None else counts
     # At the start, and not sample by sample: a class that is never right may be few enough to pass for bad samples.
-    if found := misfits(counts if counts is not None else _counted(shards), classes, names, where):
+    if counts is not None and (found := misfits(counts, classes, names, where) or _unlabelled(counts, where)):
         raise DataError("\n".join(found))
     return LabelMap(classes, names, task)
 
 
-def _counted(shards: str) -> Counter[str]:
-    """Count labels that need not be known; none where they do not stand in front."""
+def _counted(shards: str) -> Counter[str] | None:
+    """Count labels that need not be known; None where some of them can't be read."""
     try:
         return count_labels(shards)
     except DataError as error:
         logger.warning("%s: labels can't be compared with the classes at the start (%s)", shards, error)
-        return Counter()
+        return None
+
+
+def _unlabelled(counts: Counter[str], where: str) -> list[str]:
+    """Say that there is nothing to train on."""
+    if counts:
+        return []
+    return [
+        f"{where}: no sample has one. Allowed are `label` in the samples' json and a member `{LABEL_ENDING}`; pack "
+        "again from class folders or a list with labels, or choose other shards"
+    ]
 
 
 def count_labels(shards: str) -> Counter[str]:
     """Count how often each label occurs, numbers as text; from labels.json where it is up to date, else anew.
 
     Raises:
-        DataError: no index, or samples with neither json nor class in front.
+        DataError: no index, or a sample whose json is damaged.
     """
     known = known_counts(shards)
     if known is not None:
         return known
     index, where = load_index(shards), storage.join(shards, LABELS_NAME)
     logger.info("%s: counting the labels of %d samples", shards, index.samples)
-    found = [label for label in _all_labels(index) if label is not None]
+    found = [label for label in _all_labels(index) if label not in (None, "")]
     if len(found) < index.samples:
-        logger.warning("%s: %d of %d samples have no label", shards, index.samples - len(found), index.samples)
+        lack = "%s: %d of %d samples have no label, neither in their json nor in a member %s"
+        logger.warning(lack, shards, index.samples - len(found), index.samples, LABEL_ENDING)
     counts = Counter(str(one) for label in found for one in (label if isinstance(label, list) else [label]))
     content = {"fingerprint": index.fingerprint, "counts": dict(sorted(counts.items()))}
     try:
@@ -183,51 +198,82 @@ def _all_labels(index: ShardIndex) -> list[Any]:
     def read(place: tuple[str, str, int, int]) -> Any:
         shard, key, offset, size = place
         url = storage.join(index.url, shard)
-        return label_in_head(storage.read_bytes(url, offset, offset + min(size, HEAD_BYTES)), f"{url}: {key}")
+        return read_label(RangeFile(url, offset, size), f"{url}: {key!r}")
 
     places = []
     for shard in index.shards:
-        members = load_members(index.url, shard.name)
+        members = load_members(index.url, shard)
         rows = zip(members.keys, members.offsets.tolist(), members.sizes.tolist(), strict=True)
         places += [(shard.name, key, offset, size) for key, offset, size in rows]
     # Many at a time: reads this short are all waiting, and one after another a store's latency adds up.
     return [future.result() for _, future in read_ahead(places, read, depth=64)]
 
 
-def label_in_head(data: bytes, where: str) -> Any:
-    """Find the label in the first bytes of a sample, as `Members.label` finds it in all of them; None without.
+class RangeFile(io.RawIOBase):
+    """A sample's range of a shard as a file, which is read where it is looked at.
+
+    Args:
+        url: the shard.
+        begin: first byte of the sample.
+        size: its bytes.
+    """
+
+    def __init__(self, url: str, begin: int, size: int) -> None:
+        self.size = size
+        self._url, self._begin, self._at = url, begin, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to another place."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Read from the storage, no further than the sample goes."""
+        begin = self._begin + self._at
+        count = max(0, min(len(buffer), self.size - self._at))
+        buffer[:count] = storage.read_bytes(self._url, begin, begin + count) if count else b""
+        self._at += count
+        return count
+
+
+def read_label(sample: RangeFile, where: str) -> Any:
+    """Find the label of a sample, as `Members.label` finds it, from header to header; None without.
 
     A json behind a large file is not read where the class stands in front.
 
     Raises:
-        DataError: neither its json nor its class stands in front.
+        DataError: its json is damaged, or the range is no tar.
     """
-    files = _files_in_head(data)
-    if not files.keys() & {"json", LABEL_ENDING}:
-        raise DataError(
-            f"{where}: neither json nor {LABEL_ENDING} is the first file of the sample, so labels can't be counted; "
-            "give class names in a file (data.sources.<name>.labels) or labels=integer, or pack again with "
-            "launch/pack.py"
-        )
+    files: dict[str, bytes] = {}
+    end = 0
     try:
+        with tarfile.open(fileobj=io.BufferedReader(sample, HEAD_BYTES), mode="r:") as tar:
+            for member in tar:
+                ending = posixpath.basename(member.name).partition(".")[2].lower()
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if ending in ("json", LABEL_ENDING) and (file := tar.extractfile(member)):
+                    files[ending] = file.read(SAMPLE_JSON_BYTES + 1)
+                # Before the next header is asked for, which may be a read of its own.
+                if end >= sample.size or _is_settled(files, end):
+                    break
+        if not end:
+            raise tarfile.ReadError("no files in its place")
         return Members(files).label
-    except SampleError as error:
-        raise DataError(f"{where}: no readable json ({error})") from error
+    except (SampleError, tarfile.TarError) as error:
+        raise DataError(f"{where}: no readable label ({error}); launch/pack.py --check finds all such") from error
 
 
-def _files_in_head(data: bytes) -> dict[str, bytes]:
-    """Read the files of a sample that lie whole in its first bytes, by ending."""
-    files, start = {}, 0
-    while start + tarfile.BLOCKSIZE <= len(data):
-        try:
-            header = tarfile.TarInfo.frombuf(data[start : start + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
-        except tarfile.TarError:
-            break
-        start += tarfile.BLOCKSIZE
-        if start + header.size <= len(data):
-            files[posixpath.basename(header.name).partition(".")[2].lower()] = data[start : start + header.size]
-        start += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    return files
+def _is_settled(files: dict[str, bytes], end: int) -> bool:
+    """Tell whether nothing behind a place in the sample is read for its label."""
+    if "json" in files:
+        return LABEL_ENDING in files or Members(files).label is not None
+    return LABEL_ENDING in files and end > HEAD_BYTES
 
 
 def imbalance_report(counts: Counter[str]) -> list[str]:

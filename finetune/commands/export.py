@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pretrain.errors import TubeletError, WeightsError
+from pretrain.runtime.terminal import take_any_name
 
 if TYPE_CHECKING:
     from pretrain.trained.load_run import Trained
@@ -36,6 +37,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    take_any_name()
     arguments = make_parser().parse_args(argv)
     try:
         _export(arguments)

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pretrain.errors import TubeletError, WeightsError
+from pretrain.runtime.terminal import take_any_name
 
 if TYPE_CHECKING:
     from finetune.classification.predictor import Predictor
@@ -28,6 +29,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    take_any_name()
     arguments = _parser().parse_args(argv)
     try:
         _predict(arguments)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.errors import TubeletError
+from pretrain.runtime.terminal import take_any_name
 
 if TYPE_CHECKING:
     from pretrain.trained.replay_step import MicroBatch, StepPlace
@@ -30,6 +31,7 @@ AROUND = 6
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    take_any_name()
     arguments = make_parser().parse_args(argv)
     try:
         return _replay(arguments)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pretrain.errors import RecipeError, TubeletError
 from pretrain.plan.feeding import DECODE_MS, VIEW_MS, Resources
+from pretrain.runtime.terminal import take_any_name
 
 DESCRIPTION = """\
 What a run will need and take, before it is paid for: FLOPs, bytes and memory by part, the largest micro-batch that
@@ -24,6 +25,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    take_any_name()
     try:
         arguments = make_parser().parse_intermixed_args(argv)
         return _plan(arguments)

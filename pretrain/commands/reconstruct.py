@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.errors import TubeletError
+from pretrain.runtime.terminal import take_any_name
 
 DESCRIPTION = """\
 Show what a pre-trained model makes of clips that it has not seen: original, masked, reconstructed, and the error over
@@ -27,6 +28,7 @@ NAMES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    take_any_name()
     arguments = make_parser().parse_args(argv)
     try:
         return _reconstruct(arguments)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain.runtime.terminal import take_any_name
+
 EXAMPLES = """\
 examples:
   python launch/slurm/submit.py pretrain --nodes 4 --recipe vit_b_dual run.dir=/shared/runs/vit_b --print
@@ -79,6 +81,7 @@ _SBATCH = "further option of sbatch, repeatable: --sbatch=--exclude=node7"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Submit or print; returns the exit code."""
+    take_any_name()
     parser = make_parser()
     arguments, words = parser.parse_known_args(argv)
     problem = _problem(arguments, words)

@@ -15,6 +15,7 @@ import tenacity
 from pretrain.data.index import Shard
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import name_bytes
 
 PARTIAL = ".partial"
 
@@ -148,4 +149,4 @@ class ShardCache:
 
 def _name(url: str, shard: Shard) -> str:
     # The content's hash is part of the name: a repacked shard of the same name is another file.
-    return hashlib.sha256(f"{url} {shard.sha256}".encode()).hexdigest()[:32] + ".tar"
+    return hashlib.sha256(name_bytes(f"{url} {shard.sha256}")).hexdigest()[:32] + ".tar"

@@ -20,6 +20,7 @@ from pretrain.data.linked_video import VideoFile, open_link
 from pretrain.data.media import LINK_ENDING, SPAN_ENDING, extension_of
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import name_text
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +95,11 @@ class SampleReader:
         if wanted is not None and zlib.crc32(data) != wanted:
             data = self._read_again(url, entry, data, begin, wanted)
         if wanted is not None and zlib.crc32(data) != wanted:
+            or_table = "" if entry.members else f", or {members_name(entry.name)} was changed"
             raise DataError(
                 f"{url}: sample {members.keys[row]} has other bytes than when the shard was indexed: it is damaged, or "
-                f"another shard of the same size. Copy the shard again{' and empty the cache' if self._cache else ''}; "
+                f"another shard of the same size{or_table}. "
+                f"Copy the shard again{' and empty the cache' if self._cache else ''}; "
                 f"launch/pack.py --check {index.url} --hashes-only finds all that differ"
             )
         linked = self._linked(data) if members.linked else {}
@@ -126,7 +129,7 @@ class SampleReader:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             plain = ((member.name.rsplit(".", 1)[-1], tar.extractfile(member)) for member in tar if member.isfile())
             files = {ending: file.read() for ending, file in plain if file and ending in (LINK_ENDING, SPAN_ENDING)}
-        where = files[LINK_ENDING].decode()
+        where = name_text(files[LINK_ENDING])
         return {extension_of(where): open_link(where, files.get(SPAN_ENDING), self._deadline_s)}
 
     def key(self, source: int, shard: int, row: int) -> str:
@@ -140,7 +143,7 @@ class SampleReader:
         index = self._indexes[source]
         entry = index.shards[shard]
         try:
-            members = load_members(index.url, entry.name, self._deadline_s)
+            members = load_members(index.url, entry, self._deadline_s)
         except StorageError as error:
             raise store_error(storage.join(index.url, members_name(entry.name)), error) from error
         lengths = {len(members.keys), len(members.offsets), len(members.sizes)}

@@ -2,7 +2,8 @@
 
 A data set is a folder (any fsspec URL) of plain tar shards, readable by upstream webdataset without us, and
 
-- `index.json`: one entry a shard (name, samples, bytes, sha256) and a fingerprint of the whole; small, read at start;
+- `index.json`: one entry a shard (name, samples, bytes, sha256 of it and of its member table) and a fingerprint of the
+  whole; small, read at start;
 - `<shard>.members.json` beside each shard: key, offset, size and CRC-32 of every sample in it, read when the shard is.
 
 Member tables are apart because a data set of 100 million samples must start in seconds (docs/decisions.md).
@@ -11,7 +12,7 @@ Member tables are apart because a data set of 100 million samples must start in 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
-from pretrain.runtime.untrusted import inner_name, parse_json
+from pretrain.runtime.untrusted import inner_name, name_bytes, name_text, parse_json
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -33,6 +34,8 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+    members: str = ""
+    """sha256 of its member table; indexes of early releases have none"""
 
 
 class ShardTable(Sequence[Shard]):
@@ -54,6 +57,7 @@ class ShardTable(Sequence[Shard]):
             "samples": np.array([one.samples for one in shards], dtype=np.int64),
             "bytes": np.array([one.bytes for one in shards], dtype=np.int64),
             "sha256": _packed(one.sha256 for one in shards),
+            "members": _packed(one.members for one in shards),
         }
         self._rows = np.empty(len(shards), dtype=[(name, column.dtype) for name, column in columns.items()])
         for name, column in columns.items():
@@ -70,8 +74,8 @@ class ShardTable(Sequence[Shard]):
     def __getitem__(self, index: int | slice) -> Shard | Sequence[Shard]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        name, samples, size, sha256 = self._rows[index].item()
-        return Shard(_unpacked(name), samples, size, _unpacked(sha256))
+        name, samples, size, sha256, members = self._rows[index].item()
+        return Shard(name_text(name), samples, size, name_text(sha256), name_text(members))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardTable) and list(self) == list(other)
@@ -111,17 +115,12 @@ class Keys(Sequence[str]):
     def __getitem__(self, index: slice) -> Sequence[str]: ...
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         if isinstance(index, slice):
-            return [_unpacked(key) for key in self._keys[index].tolist()]
-        return _unpacked(self._keys[index].item())
+            return [name_text(key) for key in self._keys[index].tolist()]
+        return name_text(self._keys[index].item())
 
 
 def _packed(texts: Iterable[str]) -> npt.NDArray[np.bytes_]:
-    # Names in a tar need not be UTF-8; tarfile reads them with surrogates.
-    return np.array([text.encode("utf-8", "surrogateescape") for text in texts], dtype=np.bytes_)
-
-
-def _unpacked(text: bytes) -> str:
-    return text.decode("utf-8", "surrogateescape")
+    return np.array([name_bytes(text) for text in texts], dtype=np.bytes_)
 
 
 @dataclass(frozen=True)
@@ -152,9 +151,31 @@ class ShardIndex:
     @property
     def fingerprint(self) -> str:
         """Hash of names, counts and content hashes: equal fingerprints mean equal data in equal order."""
+        return self._hash_of(list(self.shards)) if self.is_hashed else self.fingerprint_of_shards
+
+    @property
+    def fingerprint_of_shards(self) -> str:
+        """Fingerprint as it was before the index had hashes of the member tables; runs that began then hold it."""
+        return self._hash_of([replace(shard, members="") for shard in self.shards])
+
+    @property
+    def is_hashed(self) -> bool:
+        """Tell whether the index holds the hash of every member table."""
+        return all(shard.members for shard in self.shards)
+
+    @staticmethod
+    def _hash_of(shards: Sequence[Shard]) -> str:
         # Checkpoints hold this hash: the same entries spelt otherwise would make a run refuse its own data.
-        text = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
+        text = json.dumps([_entry_of(shard) for shard in shards], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _entry_of(shard: Shard) -> dict[str, Any]:
+    """Give a shard's entry in index.json; without a hash it is that of early releases."""
+    entry = asdict(shard)
+    if not shard.members:
+        del entry["members"]
+    return entry
 
 
 def members_name(shard: str) -> str:
@@ -235,22 +256,22 @@ def write_index(index: ShardIndex) -> None:
         "version": INDEX_VERSION,
         "fingerprint": index.fingerprint,
         "samples": index.samples,
-        "shards": [asdict(shard) for shard in index.shards],
+        "shards": [_entry_of(shard) for shard in index.shards],
     }
     storage.write_bytes(storage.join(index.url, INDEX_NAME), json.dumps(content, indent=1).encode())
 
 
-def load_members(url: str, shard: str, deadline_s: float = 300.0) -> MemberTable:
+def load_members(url: str, shard: Shard, deadline_s: float = 300.0) -> MemberTable:
     """Read the member table of one shard.
 
     Raises:
         StorageError: the storage does not hand it out.
-        DataError: it is no member table.
+        DataError: it is no member table, or not the one that was indexed.
     """
-    where = storage.join(url, members_name(shard))
+    where = storage.join(url, members_name(shard.name))
+    data = _read_table(where, shard, url, deadline_s)
     try:
-        # Credentials that are wrong have been found at the index; a denial here may be one that passes.
-        content = parse_json(storage.read_bytes(where, deadline_s=deadline_s, denied_for_good=False))
+        content = parse_json(data)
         return MemberTable(
             Keys(content["keys"]),
             np.array(content["offsets"], dtype=np.int64),
@@ -264,8 +285,23 @@ def load_members(url: str, shard: str, deadline_s: float = 300.0) -> MemberTable
         ) from error
 
 
-def write_members(url: str, shard: str, members: MemberTable) -> None:
-    """Write the member table of one shard."""
+def _read_table(where: str, shard: Shard, url: str, deadline_s: float) -> bytes:
+    """Read the file of a member table, once more where its hash is wrong: a bit may have flipped on the way."""
+    for _ in range(2):
+        # Credentials that are wrong have been found at the index; a denial here may be one that passes.
+        data = storage.read_bytes(where, deadline_s=deadline_s, denied_for_good=False)
+        found = hashlib.sha256(data).hexdigest()
+        if shard.members in ("", found):
+            return data
+    raise DataError(
+        f"{where}: this member table is not the one that was indexed (sha256 {found[:12]}..., {INDEX_NAME} says "
+        f"{shard.members[:12]}...): it was damaged, changed or replaced. Copy it again, or write the tables anew from "
+        f"the shards with launch/pack.py --index-only {url}"
+    )
+
+
+def table_bytes(members: MemberTable) -> bytes:
+    """Give the file of a member table, whose hash its shard's entry holds."""
     content: dict[str, Any] = {
         "keys": list(members.keys), "offsets": members.offsets.tolist(), "sizes": members.sizes.tolist()
     }  # fmt: skip
@@ -273,4 +309,17 @@ def write_members(url: str, shard: str, members: MemberTable) -> None:
         content["crc32"] = members.checksums.tolist()
     if members.linked:
         content["linked"] = True
-    storage.write_bytes(storage.join(url, members_name(shard)), json.dumps(content).encode())
+    return json.dumps(content).encode()
+
+
+def write_members(url: str, shard: str, members: MemberTable) -> None:
+    """Write the member table of one shard."""
+    storage.write_bytes(storage.join(url, members_name(shard)), table_bytes(members))
+
+
+def describe_unhashed(url: str) -> str:
+    """Say that an index holds no hashes of its member tables, and what adds them."""
+    return (
+        f"{url}: its index is older than the hashes of member tables, so a table that is damaged or changed is not "
+        f"noticed; launch/pack.py --index-only {url} adds them (it reads the shards; runs that have begun go on)"
+    )

@@ -197,7 +197,11 @@ class Members:
         label = self.facts.get("label")
         if label is not None or LABEL_ENDING not in self.files:
             return label
-        text = bytes(self.files[LABEL_ENDING]).decode(errors="replace").strip()
+        try:
+            text = bytes(self.files[LABEL_ENDING]).decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            # With a stand-in for what is wrong, several classes would become one.
+            raise SampleError("label", f"its {LABEL_ENDING} is not in UTF-8 ({error})") from error
         # Not isdigit, which takes a superscript for a digit: int() then raises.
         return int(text) if text.removeprefix("-").isdecimal() else text
 

@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from numpy.random.bit_generator import ISeedSequence
 
+from pretrain.runtime.untrusted import name_bytes
+
 
 def key_of(*parts: int | str) -> int:
     """Hash any numbers and words to a 128-bit integer, stable over machines and Python versions."""
     # The type's name keeps 1 and "1" apart. Python's own hash of a word is another in every process.
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(name_bytes(text), digest_size=16).digest(), "little")
 
 
 def generator(*parts: int | str) -> np.random.Generator:

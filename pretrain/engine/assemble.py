@@ -72,8 +72,10 @@ def check_continues(found: Resumable, recipe: Recipe, ranks: Ranks, sources: lis
     if not written.fits(here):
         logger.info("continuing on another layout: %s -> %s; the checkpoint will be converted", written, here)
     before, now = found.state["sources"], fingerprints(sources)
-    if before != now:
-        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    # A run that began before the index had hashes of the member tables, which --index-only has added since.
+    known = {(source.name, source.index.fingerprint_of_shards) for source in sources} | set(now.items())
+    changed = sorted((before.keys() ^ now.keys()) | {name for name, one in before.items() if (name, one) not in known})
+    if changed:
         raise CheckpointError(
             f"{found.folder}: the data of {', '.join(changed)} is not what it was (fingerprints {before}, now {now}): "
             "the order of samples would be another. Restore the shards, or start a new run.dir"

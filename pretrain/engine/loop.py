@@ -30,7 +30,7 @@ from pretrain.engine.evaluation import every_steps as evaluate_every_steps
 from pretrain.engine.optimiser import set_weight_decay
 from pretrain.engine.recovery import pass_over, recover
 from pretrain.engine.schedules import build_schedule, every_steps, pictures_every_steps
-from pretrain.engine.start_checks import check_data, check_hosts
+from pretrain.engine.start_checks import check_data, check_hosts, tell_unhashed
 from pretrain.engine.step import to_device, train_step
 from pretrain.errors import CheckpointError, DataError, TrainingError
 from pretrain.guards.results import StepResult
@@ -91,6 +91,7 @@ def _train(
     check_hosts(method, ranks)
     plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
     check_data(fingerprints(plan.sources), ranks)
+    tell_unhashed(plan.sources, ranks)
     schedule = build_schedule(recipe, plan.steps_per_epoch)
     resume_from = prepare_resume(folder.checkpoints, recipe.checkpoint, ranks, resume)
     found = find_checkpoint(folder.checkpoints, ranks, resume_from)

@@ -9,7 +9,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint.same_run import differences, flat
+from pretrain.data.index import describe_unhashed
+from pretrain.data.stream_plan import OpenSource
 from pretrain.engine.build import count_model
 from pretrain.engine.model_states import checkpoint_bytes
 from pretrain.errors import TrainingError
@@ -77,6 +79,13 @@ def check_data(fingerprints: Mapping[str, str], ranks: Ranks) -> None:
         value = f"fingerprint {fingerprints[name]} instead of {usual}"
         findings.append(Finding(f"data of {name}", "fail" if ranks.rank in odd else "ok", value, advice))
     _judge(merge(gather_objects(ranks, findings), hosts), ranks)
+
+
+def tell_unhashed(sources: Iterable[OpenSource], ranks: Ranks) -> None:
+    """Warn, on one rank, of indexes from before the hashes of member tables."""
+    for url in sorted({source.index.url for source in sources if not source.index.is_hashed}):
+        if ranks.first:
+            logger.warning(describe_unhashed(url))
 
 
 def _judge(lines: list[Line], ranks: Ranks) -> None:

@@ -17,7 +17,8 @@ class RunFileHandler(logging.handlers.WatchedFileHandler):
     """Log file that a full disk does not turn into a traceback for every line; where it is gone, it is made again."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        # Names of files need not be text; a line about one must not become a traceback.
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self._failing = False
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -28,6 +28,12 @@ def guard_streams() -> None:
         setattr(sys, name, GuardedStream(stream))
 
 
+def take_any_name() -> None:
+    """Let standard output take names that its encoding lacks, escaped, as standard error does by itself."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # a stream that a caller put there, or none
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
 class GuardedStream:
     """Text stream that swallows what nobody can read any more.
 

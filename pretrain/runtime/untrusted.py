@@ -27,6 +27,25 @@ def parse_json(data: bytes | str, limit: int | None = None) -> Any:
         raise ValueError("JSON nested too deep to be read") from error
 
 
+def name_bytes(name: str) -> bytes:
+    """Give the bytes of a name of a disk or a tar, which Python holds with surrogates where they are not UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def name_text(data: bytes) -> str:
+    """Give the name that some bytes are; the reverse of `name_bytes`."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def is_text(name: str) -> bool:
+    """Tell whether a name is text in UTF-8, and not bytes of something else."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def inner_name(name: object) -> str:
     """Return the name of a file that must lie in the folder which lists it.
 

@@ -209,6 +209,13 @@ def test_a_class_is_a_number_or_a_name(text: str, label: int | str) -> None:
     assert Members({"cls": text.encode()}).label == label
 
 
+def test_a_class_in_another_encoding_is_no_class() -> None:
+    """With a stand-in for the letter, caf\u00e9 and caf\u00e8 would be one class."""
+    with pytest.raises(SampleError, match="label: its cls is not in UTF-8"):
+        _ = Members({"cls": b"caf\xe9"}).label
+    assert Members({"cls": "\ufeffcaf\u00e9\n".encode()}).label == "caf\u00e9"
+
+
 def test_an_error_of_a_sample_is_the_same_in_another_process() -> None:
     error = pickle.loads(pickle.dumps(SampleError("decode", "no frames")))
     assert (type(error), error.reason, str(error)) == (SampleError, "decode", "decode: no frames")

@@ -144,7 +144,7 @@ def test_a_flipped_bit_in_the_local_copy_is_mended_from_the_source(
     sound = reader.read(0, 0, 1)
     copy = Path(cache.local_path(storage.join(index.url, entry.name), entry, 5.0))
     data = bytearray(copy.read_bytes())
-    begin = int(load_members(index.url, entry.name).offsets[1])
+    begin = int(load_members(index.url, entry).offsets[1])
     data[begin + 600] ^= 1
     copy.write_bytes(data)
     assert reader.read(0, 0, 1) == sound and "were right when read again" in caplog.text
@@ -156,7 +156,7 @@ def test_a_shard_that_is_damaged_at_its_source_is_still_refused(tmp_path: Path, 
     index = load_index(two_sources["a"])
     shutil.copytree(index.url, tmp_path / "copy")
     entry = index.shards[0]
-    begin = int(load_members(index.url, entry.name).offsets[1])
+    begin = int(load_members(index.url, entry).offsets[1])
     with (tmp_path / "copy" / entry.name).open("r+b") as file:
         file.seek(begin + 600)
         file.write(b"\x7f")

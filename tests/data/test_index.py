@@ -68,14 +68,14 @@ def test_keys_are_a_sequence_of_texts(tmp_path: Path) -> None:
     assert list(keys) == names and keys[-2] == names[-2] and keys[1:3] == names[1:3] and type(keys[0]) is str
     four = np.arange(4)
     write_members(str(tmp_path), "a.tar", MemberTable(tuple(names), four, four))
-    assert list(load_members(str(tmp_path), "a.tar").keys) == names
+    assert list(load_members(str(tmp_path), SHARDS[0]).keys) == names
 
 
 @pytest.mark.parametrize("keys", [None, [1, 2], 3])
 def test_a_table_without_keys_is_named(tmp_path: Path, keys: Any) -> None:
     (tmp_path / "a.members.json").write_text(json.dumps({"keys": keys, "offsets": [1], "sizes": [1]}), encoding="utf-8")
     with pytest.raises(DataError, match=r"a.members.json: no readable member table .*--index-only"):
-        load_members(str(tmp_path), "a.tar")
+        load_members(str(tmp_path), SHARDS[0])
 
 
 def _overwrite(table: ShardTable, expected: list[str], row: int) -> None:
@@ -109,7 +109,7 @@ def test_json_that_is_nested_deep_is_damage(tmp_path: Path) -> None:
         load_index(str(tmp_path))
     (tmp_path / "a.members.json").write_bytes(deep)
     with pytest.raises(DataError, match="nested too deep"):
-        load_members(str(tmp_path), "a.tar")
+        load_members(str(tmp_path), SHARDS[0])
     sample = Members({"json": deep, "boxes.json": deep})
     with pytest.raises(SampleError, match="nested too deep"):
         _ = sample.facts

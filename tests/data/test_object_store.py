@@ -10,10 +10,14 @@ from typing import Any
 import fsspec
 import pytest
 
+from pretrain.commands.pack import main
+from pretrain.data.fetch import SampleReader
+from pretrain.data.index import load_index
 from pretrain.data.stream_plan import open_sources
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
 from tests.streams import training_stream
+from tests.toy_shards import swap_rows, write_shard
 
 
 def test_the_stream_is_the_same_from_s3(
@@ -26,6 +30,19 @@ def test_the_stream_is_the_same_from_s3(
     for remote, expected in itertools.islice(zip(*streams, strict=False), 6):
         assert remote["key"] == expected["key"] and remote["bad"] == []
         assert (remote["video"] == expected["video"]).all()
+
+
+def test_a_changed_member_table_on_s3_is_named(s3_server: Any, tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [(f"{row}", {"label": row}, bytes([row]) * 900) for row in range(3)])
+    storage.upload(str(tmp_path / "a.tar"), "s3://bucket/tables/a.tar")
+    assert main(["--index-only", "s3://bucket/tables"]) == 0
+    index = load_index("s3://bucket/tables")
+    assert index.is_hashed and SampleReader([index], None, 20.0).read(0, 0, 0).key == "0"
+    storage.download("s3://bucket/tables/a.members.json", str(tmp_path / "a.members.json"))
+    swap_rows(tmp_path / "a.members.json")
+    storage.upload(str(tmp_path / "a.members.json"), "s3://bucket/tables/a.members.json")
+    with pytest.raises(DataError, match="^s3://bucket/tables/a.members.json: this member table is not the one"):
+        SampleReader([index], None, 20.0).read(0, 0, 0)
 
 
 def test_write_list_move_remove_on_s3(s3_server: Any, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def break_shard(url: str, target: Path, keys: set[str]) -> str:
 
     shutil.copytree(url, target)
     for shard in load_index(str(target)).shards:
-        members = load_members(str(target), shard.name)
+        members = load_members(str(target), shard)
         content = bytearray((target / shard.name).read_bytes())
         for key, offset, size in zip(members.keys, members.offsets, members.sizes, strict=True):
             if key in keys:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.toy_shards import index
+from tests.toy_shards import forget_hashes, index
 
 OPTIONS = ("zero.stage=2", "schedule.epochs=12", "data.workers=2", "checkpoint.every_steps=3")
 #: Enough for a kill that comes late on a busy machine.
@@ -43,8 +43,11 @@ def test_a_stop_leaves_through_the_launcher_with_75_and_a_published_checkpoint(t
 
 @pytest.fixture(scope="module")
 def alone(toy: Any) -> list[float]:
-    """Losses of one process that was left alone."""
-    toy.train("left alone")
+    """Losses of one process that was left alone, and began before the index had hashes of its member tables."""
+    early = shutil.copytree(toy.folder / "shards", toy.folder / "early shards")
+    forget_hashes(early)
+    output = toy.train("left alone", f"data.sources.toy.shards={early}")
+    assert output.count(f"launch/pack.py --index-only {early} adds them") == 1
     losses: list[float] = toy.losses("left alone")
     return losses
 
@@ -73,7 +76,7 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(toy: Any, alone: l
         "left  alone": {"overrides": [toy.run_dir("left alone")], "resume": "never"},
     }
     finished, other, never = toy.drive(plan, ranks=1).values()
-    assert finished == 0
+    assert finished == 0, "of the recipe's own shards, whose index has the hashes"
     assert other.startswith("CheckpointError") and "run.seed: 0 -> 3" in other and "data.workers" not in other
     assert never.startswith("CheckpointError: --resume never")
     assert (toy.folder / "left alone" / "metrics.jsonl").read_bytes() == before

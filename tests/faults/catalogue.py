@@ -13,6 +13,7 @@ from tests.faults.case import PHASES, Case
 from tests.faults.lab import Attempt, Lab, NotKept, until
 from tests.faults.stores import stores
 from tests.faults.surroundings import surroundings
+from tests.toy_shards import forget_hashes, swap_rows
 
 AGAIN = "all processes end; the same command goes on from the newest checkpoint, bit for bit"
 STOPS = "all ranks save at one step and leave with 75; the same command goes on, bit for bit"
@@ -230,6 +231,53 @@ def damages() -> Iterator[Case]:
     yield Case("last line of metrics.jsonl cut", "resume", promise, held=False, before=add_torn_line)
 
 
+def own_shards(lab: Lab) -> Path:
+    """Shards of this run alone, which others do not read."""
+    shards = shutil.copytree(lab.toy.folder / "shards", lab.folder / "shards")
+    lab.options.append(f"data.sources.toy.shards={shards}")
+    return shards
+
+
+def use_early_index(lab: Lab) -> None:
+    """The index holds no hashes."""
+    forget_hashes(own_shards(lab))
+
+
+def harm_tables(harm: Callable[[Path], None]) -> Callable[[Lab], None]:
+    """Every member table of the run's shards is harmed."""
+
+    def before(lab: Lab) -> None:
+        for path in own_shards(lab).glob("*.members.json"):
+            harm(path)
+
+    return before
+
+
+def put_tables_back(lab: Lab) -> None:
+    """The tables come from where the data set came from."""
+    for path in (lab.toy.folder / "shards").glob("*.members.json"):
+        shutil.copy(path, lab.folder / "shards")
+
+
+def tables() -> Iterator[Case]:
+    """Member tables that are not those of their index."""
+    harms: dict[str, Callable[[Path], None]] = {"two rows swapped": swap_rows, "a byte changed": flip, "cut": cut}
+    promise = "one error that names the table, exit code 1; with the right one the same command goes on, bit for bit"
+    for name, harm in harms.items():
+        for phase in ("start", "resume"):
+            yield Case(
+                *(f"member tables: {name}", phase, promise),
+                held=False,
+                before=harm_tables(harm),
+                codes=(1,),
+                says=r"members.json: this member table is not the one that was indexed .*--index-only",
+                mend=put_tables_back,
+            )
+    promise = "said once, with the command that adds the hashes; bit for bit"
+    said = "--index-only .* adds them"
+    yield Case("index of an early release", "start", promise, held=False, before=use_early_index, says=said)
+
+
 def layouts() -> Iterator[Case]:
     """Another number of ranks, or another ZeRO stage, from one start to the next."""
     for ranks, there, stage in ((1, 2, 2), (2, 1, 2), (2, 2, 1), (2, 2, 3), (2, 1, 3), (1, 2, 1), (1, 2, 3)):
@@ -351,5 +399,5 @@ def disks() -> Iterator[Case]:
 
 def all_cases() -> list[Case]:
     """Every row; those of stores and of what surrounds a run are in files of their own."""
-    families = (kills, stops, hangs, nans, damages, layouts, disks, stores, surroundings)
+    families = (kills, stops, hangs, nans, damages, tables, layouts, disks, stores, surroundings)
     return [case for family in families for case in family()]

@@ -19,6 +19,7 @@ CHOSEN = (
     "SIGSTOP of a data worker, mid-epoch, 1 rank",
     "NaN loss, once; policy stop, mid-epoch, 1 rank",
     "newest checkpoint, manifest cut, resume, 1 rank",
+    "member tables: two rows swapped, resume, 1 rank",
     "checkpoint half published, resume, 1 rank",
     "disk full until a save has failed, mid-epoch, 1 rank",
     "data: connections reset in a third of the answers, mid-epoch, 1 rank",

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import webdataset as wds
 from PIL import Image
 
 from finetune.classification.label_sources import source_rules
 from finetune.classification.labels import (
     LabelMap,
+    RangeFile,
     count_labels,
     imbalance_report,
     known_counts,
-    label_in_head,
     open_labels,
+    read_label,
     read_names,
 )
 from finetune.classification.validation import test_views as views_of_the_test
@@ -26,11 +26,12 @@ from finetune.classification.validation import video_sets
 from finetune.classification.videos import Videos
 from finetune.classification.views import SourceRules, TrainingViews, training_frames, validation_frames
 from finetune.recipe import load_tune_recipe
+from pretrain.commands.pack import main
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Place, SourceInfo
 from pretrain.errors import DataError, SampleError
-from tests.toy_shards import index
+from pretrain.runtime import storage
 
 
 def test_labels_are_names_numbers_or_lists() -> None:
@@ -69,58 +70,101 @@ def test_labels_are_counted_once_and_kept_with_the_fingerprint(toy: Any) -> None
     assert known_counts(f"{toy.folder}/train") is None and count_labels(f"{toy.folder}/train")["left"] == 8
 
 
-def head(*files: tuple[str, bytes]) -> bytes:
-    """The first bytes of a sample of some members."""
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+def write_members(file: io.IOBase, files: list[tuple[str, bytes]]) -> int:
+    """A tar in the order of its files, which webdataset's writer sorts; returns where the last one ends."""
+    with tarfile.open(fileobj=file, mode="w") as tar:
         for name, data in files:
-            info = tarfile.TarInfo(f"./clips/0001.{name}")
+            info = tarfile.TarInfo(f"./clips/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    return content.getvalue()[: sum(512 + -(-len(data) // 512) * 512 for _, data in files)]
+        return int(tar.offset)
+
+
+def in_store(*files: tuple[str, bytes], key: str = "0001") -> RangeFile:
+    """A sample of some members, in the middle of a shard."""
+    content = io.BytesIO(bytes(1024))
+    content.seek(1024)
+    end = write_members(content, [(f"{key}.{name}", data) for name, data in files])
+    storage.write_bytes("memory://labels/shard.tar", content.getvalue())
+    return RangeFile("memory://labels/shard.tar", 1024, end - 1024)
+
+
+#: Larger than what is read at once.
+VIDEO = bytes(100_000)
 
 
 @pytest.mark.parametrize(
-    ("files", "label"),
+    ("files", "label", "reads"),
     [
-        ([("json", b'{"label": "walk"}'), ("mp4", bytes(99))], "walk"),
-        ([("cls", b"7\n"), ("jpg", bytes(5000))], 7),
-        ([("cls", b"walk"), ("jpg", bytes(700)), ("json", b'{"fps": 25}')], "walk"),
-        ([("json", b'{"fps": 25}'), ("CLS", b"3"), ("mp4", bytes(2048))], 3),
-        ([("cls", b"3"), ("json", b'{"label": "walk"}')], "walk"),
-        ([("json", b'{"fps": 25}'), ("mp4", bytes(99))], None),
+        ([("json", b'{"label": "walk"}'), ("mp4", VIDEO)], "walk", 1),
+        ([("cls", b"7\n"), ("jpg", bytes(5000))], 7, 1),
+        ([("cls", b"walk"), ("jpg", bytes(700)), ("json", b'{"fps": 25}')], "walk", 1),
+        ([("json", b'{"fps": 25}'), ("CLS", b"3"), ("mp4", VIDEO)], 3, 1),
+        ([("cls", b"3"), ("json", b'{"label": "walk"}')], "walk", 1),
+        ([("json", b'{"fps": 25}'), ("mp4", VIDEO)], None, 1),
+        ([("mp4", VIDEO), ("cls", b"walk")], "walk", 2),
+        ([("json", b'{"fps": 25}'), ("mp4", VIDEO), ("wav", VIDEO), ("cls", b"3")], 3, 3),
+        ([("mp4", VIDEO), ("json", b'{"label": "walk"}')], "walk", 2),
+        ([("mp4", VIDEO), ("txt", b"a caption")], None, 2),
     ],
 )
-def test_a_label_in_front_is_that_of_the_sample(files: list[tuple[str, bytes]], label: Any) -> None:
-    assert label_in_head(head(*files), "shard: key") == label
+@pytest.mark.parametrize("key", ["0001", "long" * 40, "\u00fcml\u00e4ut", "caf\udce9"])
+def test_a_label_is_found_wherever_it_lies(
+    files: list[tuple[str, bytes]], label: Any, reads: int, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample, plain, places = in_store(*files, key=key), storage.read_bytes, []
+    monkeypatch.setattr(storage, "read_bytes", lambda *where: places.append(where) or plain(*where))
+    assert read_label(sample, "shard: key") == label
     assert Members({name.lower(): data for name, data in files}).label == label, "as in training"
+    # tarfile looks at the byte before a header, which may be the last one of a read.
+    assert reads <= len(places) <= (reads if reads == 1 else 2 * reads)
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (head(("mp4", bytes(99))), "neither json nor cls is the first file"),
-        (head(("json", b'{"label": "walk"}'))[:520], "neither json nor cls is the first file"),
-        (head(("json", b'{"label": ')), "no readable json"),
-        (bytes(1024), "neither json nor cls"),
-    ],
+    ("files", "message"),
+    [([("json", b'{"label": ')], "json is damaged"), ([("json", b'{"a": "' + bytes(17 << 20))], "bytes of JSON")],
 )
-def test_what_has_no_label_in_front(data: bytes, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        label_in_head(data, "shard: key")
+def test_a_label_that_cannot_be_read(files: list[tuple[str, bytes]], message: str) -> None:
+    with pytest.raises(DataError, match=f"shard: key: no readable label .*{message}"):
+        read_label(in_store(*files), "shard: key")
+    with pytest.raises(DataError, match="no readable label .no files in its place"):
+        read_label(RangeFile("memory://labels/shard.tar", 100, 600), "shard: key")
 
 
 def test_classes_of_foreign_shards_are_counted(toy: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As other people write them: class, picture, and a json that says other things; one sample has no class."""
+    """As other people write them: a picture, a json that says other things, the class behind it; two have no class."""
     picture = io.BytesIO()
-    Image.new("RGB", (40, 30), "red").save(picture, "JPEG")
-    with wds.TarWriter(str(tmp_path / "a-000000.tar")) as tar:
-        for number, name in enumerate(("run", "walk", "run", None)):
-            sample = {"__key__": f"{number:04d}", "jpg": picture.getvalue(), "json": {"width": 40}}
-            tar.write(sample | ({"cls": name} if name else {}))
-    index(tmp_path)
+    Image.effect_noise((200, 150), 90).save(picture, "PNG")
+    files = []
+    for number, name in enumerate(("run", "walk", "run", None, "")):
+        files += [(f"{number}.json", b'{"width": 200}'), (f"{number}.png", picture.getvalue())]
+        files += [] if name is None else [(f"{number}.cls", name.encode())]
+    with open(tmp_path / "a-000000.tar", "wb") as file:
+        write_members(file, files)
+    assert main(["--index-only", str(tmp_path)]) == 0
     labels = open_labels("auto", str(tmp_path), 2, "single")
     assert labels.names == ("run", "walk") and count_labels(str(tmp_path)) == Counter(run=2, walk=1)
+    assert "2 of 5 samples have no label, neither in their json nor in a member cls" in caplog.text
+
+
+def test_a_class_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "a-000000.tar", "wb") as file:
+        members = [
+            (f"{n}.{end}", data) for n in (1, 2) for end, data in (("json", b'{"label": "caf\\udce9"}'), ("mp4", b""))
+        ]
+        write_members(file, members)
+    assert main(["--index-only", str(tmp_path)]) == 0
+    with pytest.raises(DataError, match=r"class 'caf\\udce9' is no text in UTF-8"):
+        open_labels("auto", str(tmp_path), 1, "single")
+
+
+@pytest.mark.parametrize("labels", ["auto", "integer"])
+def test_shards_without_any_label_end_the_start(labels: str, tmp_path: Path) -> None:
+    with open(tmp_path / "a-000000.tar", "wb") as file:
+        write_members(file, [("0001.mp4", b"film"), ("0001.txt", b"a caption")])
+    assert main(["--index-only", str(tmp_path)]) == 0
+    with pytest.raises(DataError, match="no sample has one. Allowed are `label` in the samples' json and a .* `cls`"):
+        open_labels(labels, str(tmp_path), 2, "single")
 
 
 def test_imbalance() -> None:

@@ -152,7 +152,7 @@ def test_features_as_shards_are_read_by_webdataset(toy: Any, monkeypatch: pytest
         assert len({sample["json"]["key"] for sample in samples}) == 11
         shape = {"features": (48,), "features --tokens": (8, 48)}.get(" ".join(method), (3, 48))
         assert all(sample["npy"].shape == shape for sample in samples)
-        assert all(member.startswith("toy/s-00000") for member in load_members(str(part), index.shards[0].name).keys)
+        assert all(member.startswith("toy/s-00000") for member in load_members(str(part), index.shards[0]).keys)
     assert main([*words, "--method", "features"]) == 0
     files = np.load(folder / "features" / "held_out.npz")
     assert main([*words, "--method", "features", "--shards"]) == 0

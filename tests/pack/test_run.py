@@ -72,7 +72,7 @@ def test_members_point_at_whole_samples(packed: Path) -> None:
     assert [shard.samples for shard in index.shards] == [3, 3, 3, 3]
     for shard in index.shards:
         data = (packed / shard.name).read_bytes()
-        members = load_members(str(packed), shard.name)
+        members = load_members(str(packed), shard)
         for key, offset, size in zip(members.keys, members.offsets, members.sizes, strict=True):
             with tarfile.open(fileobj=io.BytesIO(data[offset : offset + size]), mode="r:") as tar:
                 assert tar.getnames() == [f"{key}.json", f"{key}.mp4"]
@@ -83,7 +83,7 @@ def test_shards_are_closed_by_size(videos: Path, tmp_path: Path) -> None:
     report = _run(videos, tmp_path, options=Options(preset="ultrafast", decoders=(), shard_bytes=limit))
     assert report.index is not None and len(report.index.shards) > 2
     for shard in report.index.shards[:-1]:
-        members = load_members(str(tmp_path), shard.name)
+        members = load_members(str(tmp_path), shard)
         assert members.offsets[-1] < limit <= members.offsets[-1] + members.sizes[-1]
 
 

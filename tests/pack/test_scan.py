@@ -29,7 +29,7 @@ def test_grouping(tar_format: int, tmp_path: Path) -> None:
     path = _tar(tmp_path / "deep/x.tar", names, tar_format)
     index, notes = index_folder(str(tmp_path))
     assert [shard.name for shard in index.shards] == ["deep/x.tar"]
-    members = load_members(str(tmp_path), "deep/x.tar")
+    members = load_members(str(tmp_path), index.shards[0])
     assert list(members.keys) == ["a", "b", long]
     assert "1 of 4" in notes[0]
     assert members.checksums is not None
@@ -58,3 +58,29 @@ def test_all_unusable_shards_are_reported(tmp_path: Path) -> None:
 def test_folder_without_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no .tar files"):
         index_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a.mp4", *["b.mp4"] * 9, "b.json"], "file 'b.mp4' occurs 9 times: a sample has one file of each ending"),
+        (["a.MP4", "a.mp4"], "file 'a.mp4' occurs 2 times"),
+        (["a.cls", "a.mp4", "a.cls"], "file 'a.cls' occurs 2 times"),
+        (["b.mp4", "b.mp4", "c.mp4", "c.mp4", "c.mp4"], r"file 'b.mp4' occurs 2 times \(1 more the like\)"),
+        ([name for number in range(9) for name in ("b.mp4", f"c{number}.mp4")], "key 'b' occurs 9 times: the files"),
+        (["caf\udce9.mp4", "b.mp4", "caf\udce9.mp4"], r"key 'caf\\udce9' occurs 2 times"),
+    ],
+)
+def test_a_key_of_several_samples_is_refused_with_its_count(names: list[str], said: str, tmp_path: Path) -> None:
+    _tar(tmp_path / "x.tar", names)
+    with pytest.raises(DataError, match=f"x.tar: {said}"):
+        index_folder(str(tmp_path))
+
+
+def test_several_videos_of_one_key_are_told(tmp_path: Path) -> None:
+    """A name's first dot ends its key: nine parts of a film are one sample to webdataset."""
+    _tar(tmp_path / "a.tar", [f"film.{number:03d}.mp4" for number in range(9)] + ["b.mp4", "b.json"])
+    _tar(tmp_path / "b.tar", ["a.mp4", "a.flow.mp4", "a.cls", "b.rgb.mp4", "b.txt"])
+    index, (note,) = index_folder(str(tmp_path))
+    assert [shard.samples for shard in index.shards] == [2, 2]
+    assert "a.tar: 1 of 2 samples hold several videos, 'film' 9 of them ('000.mp4', '001.mp4' ...)" in note

@@ -70,3 +70,17 @@ def test_a_locale_without_umlauts_shows_them_in_another_way(tmp_path: Path) -> N
         check=False,
     )
     assert done.returncode == 0 and rb"Gr\xf6\xdfe" in done.stderr
+
+
+def test_names_that_are_no_text_are_printed_and_logged(tmp_path: Path) -> None:
+    """Of files on disks of old systems, and umlauts where the terminal has none."""
+    program = (
+        "import logging, sys; from pathlib import Path; from pretrain.runtime.logging import set_up_logging; "
+        "from pretrain.runtime.terminal import take_any_name; take_any_name(); set_up_logging(0, Path(sys.argv[1])); "
+        "print('caf\\udce9', 'Größe'); logging.getLogger('a').info('caf\\udce9 %s', 'Größe')"
+    )
+    environ = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout == "caf\\udce9 Gr\\xf6\\xdfe\n" and "Traceback" not in done.stderr
+    assert "caf\\udce9 Größe" in (tmp_path / "rank_00000.log").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from io import BytesIO
 import numpy as np
 
 from pretrain.data.decoders import open_video
-from pretrain.data.index import MemberTable, Shard, load_index, load_members
+from pretrain.data.index import MemberTable, Shard, describe_unhashed, load_index, load_members
 from pretrain.data.linked_video import LinkedVideo, VideoFile, open_link
 from pretrain.data.media import KINDS, LINK_ENDING, SPAN_ENDING, Kind, extension_of, kind_of_ending, main_member
 from pretrain.data.pack.contents import describe
@@ -19,7 +19,7 @@ from pretrain.data.pack.scan import scan_shard
 from pretrain.data.pack.verify import Signatures, check_random_reads, sequential_signatures, signature
 from pretrain.errors import SampleError, TubeletError
 from pretrain.runtime import storage
-from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, parse_json
+from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, name_text, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = 
         DataError: there is no readable index.
     """
     index = load_index(url)
+    if not index.is_hashed:
+        logger.warning(describe_unhashed(url))
     known = {shard.name for shard in index.shards}
     for name in storage.find(url):
         if name.endswith(".tar") and name not in known:
@@ -71,7 +73,7 @@ def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> lis
             problems.append(f"{where}: sha256 {found.sha256[:12]}..., the index says {shard.sha256[:12]}...")
         if found.samples != shard.samples:
             problems.append(f"{where}: {found.samples} samples, the index says {shard.samples}")
-        problems += _check_members(where, members, load_members(url, shard.name))
+        problems += _check_members(where, members, load_members(url, shard))
     except TubeletError as error:
         # Not readable as a whole: its members would all fail with the same words.
         return [*problems, str(error)]
@@ -182,6 +184,6 @@ def _read_sample(data: bytes) -> tuple[dict[str, VideoFile], dict[str, object]]:
             else:
                 files[extension] = file.read()
     if LINK_ENDING in links:
-        where = links[LINK_ENDING].decode()
+        where = name_text(links[LINK_ENDING])
         files[extension_of(where)] = open_link(where, links.get(SPAN_ENDING), DEADLINE_S)
     return files, facts

@@ -16,6 +16,7 @@ from pretrain.data.pack.manifests import read_rows
 from pretrain.data.time_segment import Segment
 from pretrain.errors import RecipeError, SampleError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import is_text
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ def gather(
         except RecipeError as error:
             # Collected: all that is wrong is told before the first of many hours of packing.
             problems.extend(error.problems)
+    problems += _odd_labels(items)
     if problems:
         raise RecipeError(problems)
     kinds = {item.kind for item in items}
@@ -109,6 +111,16 @@ def gather(
         found = " and ".join(plural_of([one]) for one in KINDS if one in kinds)
         raise RecipeError(f"{', '.join(sources)}: {found}; a data set has one kind of samples: choose one with --kind")
     return items
+
+
+def _odd_labels(items: list[Item]) -> list[str]:
+    """List the labels that are no text: as names of classes they would end whatever writes or prints them."""
+    odd = {item.label: item for item in items if isinstance(item.label, str) and not is_text(item.label)}
+    return [
+        f"{item.path}: its label {item.label!r} is not in UTF-8; rename the folder (convmv -f latin1 -t utf-8 for "
+        "example), name the class in a manifest, or pack with --no-labels"
+        for item in odd.values()
+    ]
 
 
 def _one_source(source: str, wanted: _Wanted) -> Iterable[Item]:
@@ -213,7 +225,11 @@ def _from_list(source: str, wanted: _Wanted) -> list[Item]:
         # -sig: a byte order mark, which spreadsheets write, would become part of the first column's name.
         text = storage.read_bytes(source).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{source}: not a text file in UTF-8 ({error})") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"{source}:{line}: not text in UTF-8 ({error.reason} {error.object[error.start]:#04x}); convert the list, "
+            f"with iconv -f latin1 -t utf-8 for example, and files that are named so as well (convmv)"
+        ) from error
     root = wanted.data_root or posixpath.dirname(source)
     rows = read_rows(source, text)
     if rows is None:

@@ -29,6 +29,7 @@ from pretrain.data.pack.film_index import FilmIndex, read_index
 from pretrain.data.pack.scan import scan_shard
 from pretrain.errors import DataError, RecipeError, SampleError
 from pretrain.runtime import storage
+from pretrain.runtime.untrusted import name_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def _samples(items: list[Item], indexes: dict[str, FilmIndex]) -> Iterator[dict[
         if item.segment is not None:
             facts["segment"] = item.segment._asdict()
         content = json.dumps(facts, sort_keys=True).encode()
-        sample: dict[str, object] = {"__key__": item.key, "json": content, LINK_ENDING: where.encode()}
+        sample: dict[str, object] = {"__key__": item.key, "json": content, LINK_ENDING: name_bytes(where)}
         if item.path in indexes:
             sample[SPAN_ENDING] = indexes[item.path].span(item.segment).to_json()
         elif item.segment is not None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from pretrain.data.pack.discover import Item
+from pretrain.runtime.untrusted import name_bytes
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/-]+")
 _LONGEST_KEY = 180
@@ -120,4 +121,4 @@ def key_from(name: str) -> str:
 
 def _hash(text: str) -> int:
     # Python's own hash is another in every process; parts, restarts and machines must agree.
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(name_bytes(text), digest_size=8).digest(), "big")

@@ -23,6 +23,7 @@ from pretrain.data.pack.packed import Packed, Rejected
 from pretrain.data.pack.packers import pack_sample
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.errors import DataError
+from pretrain.runtime.untrusted import name_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def pack(
 @contextmanager
 def _work_folder(dest: str, part: Part) -> Iterator[str]:
     """Make an empty local folder that belongs to this part alone; deleted by the next run when this one fails."""
-    name = hashlib.sha256(f"{os.path.abspath(dest)}\x1f{part}".encode()).hexdigest()[:12]
+    name = hashlib.sha256(name_bytes(f"{os.path.abspath(dest)}\x1f{part}")).hexdigest()[:12]
     # With the user's number: the temporary folder is everyone's, and another user's files can't be deleted.
     folder = os.path.join(tempfile.gettempdir(), f"tubelet-pack-{os.getuid()}-{name}")
     with open(folder + ".lock", "w") as lock:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import tarfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,6 +20,7 @@ from pretrain.data.index import (
     ShardIndex,
     ShardTable,
     load_index,
+    table_bytes,
     write_index,
     write_members,
 )
@@ -99,18 +101,24 @@ class _Sample:
         return {kind_of_ending(extension) for extension in self.extensions}
 
     @property
+    def named_videos(self) -> list[str]:
+        """Endings of its videos, where each has a name before the ending proper; else none."""
+        videos = [extension for extension in self.extensions if kind_of_ending(extension) == "video"]
+        return videos if all("." in extension for extension in videos) else []
+
+    @property
     def is_link(self) -> bool:
         return LINK_ENDING in self.extensions
 
 
-def scan_shard(url: str, name: str, media_only: bool = True) -> tuple[Shard, MemberTable, int]:
-    """Read the tar `name` in the folder `url` once: its entry, where its samples lie, and how many are left out.
+def scan_shard(url: str, name: str, media_only: bool = True) -> tuple[Shard, MemberTable, list[str]]:
+    """Read the tar `name` in the folder `url` once: its entry, where its samples lie, and a line for each oddity.
 
     Left out is, unless `media_only` is false: of a shard that holds videos every sample without one; of one without
     videos every sample without image, sound, array or raster; of one without any of these what has no text.
 
     Raises:
-        DataError: not a readable tar file, compressed, or a sample's members are not adjacent.
+        DataError: not a readable tar file, compressed, a sample's members are not adjacent, or two have one name.
     """
     where = storage.join(url, name)
     reader = HashingReader(where)
@@ -125,13 +133,29 @@ def scan_shard(url: str, name: str, media_only: bool = True) -> tuple[Shard, Mem
         np.array([sample.checksum for sample in kept], dtype=np.uint32),
         any(sample.is_link for sample in kept),
     )
-    return Shard(name, len(kept), reader.bytes, reader.sha256.hexdigest()), members, len(samples) - len(kept)
+    table = hashlib.sha256(table_bytes(members)).hexdigest()
+    shard = Shard(name, len(kept), reader.bytes, reader.sha256.hexdigest(), table)
+    return shard, members, [*_left_out(shard, len(samples) - len(kept)), *_several_videos(name, kept)]
 
 
-def describe_left_out(shard: Shard, count: int) -> str:
+def _left_out(shard: Shard, count: int) -> list[str]:
     """Say how many samples of a shard its index leaves out, and why."""
     what = "none of the others' kind" if shard.samples else "no video, image, sound, array, raster or text"
-    return f"{shard.name}: {count} of {count + shard.samples} samples hold {what} and are left out"
+    line = f"{shard.name}: {count} of {count + shard.samples} samples hold {what} and are left out"
+    return [line] if count else []
+
+
+def _several_videos(name: str, samples: list[_Sample]) -> list[str]:
+    """Say which samples hold several videos of which none is the main one: they may be samples that share a key."""
+    found = [(sample, videos) for sample in samples if len(videos := sample.named_videos) > 1]
+    if not found:
+        return []
+    sample, videos = max(found, key=lambda pair: len(pair[1]))
+    return [
+        f"{name}: {len(found)} of {len(samples)} samples hold several videos, {sample.key!r} {len(videos)} of them "
+        f"({videos[0]!r}, {videos[1]!r} ...): a name's first dot ends its key. The first is trained on unless the "
+        "sample's json names another as `member`; samples of their own need other names (- for the dot)"
+    ]
 
 
 def _with_media(samples: list[_Sample]) -> list[_Sample]:
@@ -191,21 +215,35 @@ def _check_end(where: str, end: int, size: int) -> None:
 
 
 def _check_unique(where: str, samples: list[_Sample]) -> None:
-    seen: set[str] = set()
-    for sample in samples:
-        if sample.key in seen:
-            raise DataError(
-                f"{where}: the files of sample {sample.key!r} do not lie next to each other (or the key occurs twice); "
-                "webdataset can't group them either: write the shard again with tar --sort=name"
-            )
-        seen.add(sample.key)
+    """Refuse keys of several samples, and samples of several files of one name: nobody can tell which is meant."""
+    split = {key: count for key, count in Counter(sample.key for sample in samples).items() if count > 1}
+    if split:
+        raise DataError(
+            f"{where}: key {_first_of(split)}: the files of a sample do not lie next to each other, or several samples "
+            "share a key; webdataset can't group them either: write the shard again, with tar --sort=name or with a "
+            "key of its own for each sample"
+        )
+    # Without case, as webdataset reads endings.
+    endings = {sample.key: Counter(map(str.lower, sample.extensions)).most_common(1)[0] for sample in samples}
+    double = {f"{key}.{ending}": count for key, (ending, count) in endings.items() if count > 1}
+    if double:
+        raise DataError(
+            f"{where}: file {_first_of(double)}: a sample has one file of each ending, and webdataset refuses others "
+            "too: write the shard again, with a key of its own for each sample"
+        )
+
+
+def _first_of(counts: dict[str, int]) -> str:
+    name, count = next(iter(counts.items()))
+    return f"{name!r} occurs {count} times" + (f" ({len(counts) - 1} more the like)" if len(counts) > 1 else "")
 
 
 def index_folder(url: str, threads: int = 8) -> tuple[ShardIndex, list[str]]:
     """Index every `*.tar` below the folder `url` in place; the shards themselves are not touched.
 
     Returns:
-        The index, as written to `index.json`, and one line for each oddity (samples that are left out).
+        The index, as written to `index.json`, and one line for each oddity: samples that are left out, or hold several
+        videos.
 
     Raises:
         DataError: no shards there, or unusable ones: all of them are listed.
@@ -221,11 +259,10 @@ def index_folder(url: str, threads: int = 8) -> tuple[ShardIndex, list[str]]:
             if isinstance(result, str):
                 problems.append(result)
                 continue
-            shard, members, without = result
+            shard, members, oddities = result
             write_members(url, name, members)
             shards.append(shard)
-            if without:
-                notes.append(describe_left_out(shard, without))
+            notes += oddities
     if problems:
         raise DataError("\n".join(problems))
     index = ShardIndex(url, ShardTable(shards))
@@ -233,7 +270,7 @@ def index_folder(url: str, threads: int = 8) -> tuple[ShardIndex, list[str]]:
     return load_index(url), notes
 
 
-def _try_scan(url: str, name: str) -> tuple[Shard, MemberTable, int] | str:
+def _try_scan(url: str, name: str) -> tuple[Shard, MemberTable, list[str]] | str:
     try:
         return scan_shard(url, name)
     except TubeletError as error:

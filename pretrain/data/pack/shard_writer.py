@@ -19,7 +19,7 @@ from pretrain.data.index import INDEX_NAME, Shard, ShardIndex, ShardTable, membe
 from pretrain.data.media import kind_of, plural_of
 from pretrain.data.pack.pack_plan import Part
 from pretrain.data.pack.packed import Packed, Rejected
-from pretrain.data.pack.scan import describe_left_out, scan_shard
+from pretrain.data.pack.scan import scan_shard
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
 from pretrain.runtime.untrusted import parse_json
@@ -96,9 +96,9 @@ class ShardFile:
         self._tar.close()
         self._file.close()
         # Read back by the code that indexes shards of others: an entry must not depend on who wrote its shard.
-        shard, members, without = scan_shard(self.folder, self.name)
-        if without:
-            logger.warning(describe_left_out(shard, without))
+        shard, members, oddities = scan_shard(self.folder, self.name)
+        for line in oddities:
+            logger.warning(line)
         storage.upload(self.path, storage.join(url, self.name))
         write_members(url, self.name, members)
         os.unlink(self.path)
