@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain.data.pack import zip_source
+from pretrain.data.pack.colour_check import ColourCheck
 from pretrain.data.pack.discover import IMAGE_EXTENSIONS, Item, extension_of
 from pretrain.data.pack.encode import copy_stream, encode_images, encode_video
 from pretrain.data.pack.media_probe import Facts, probe
@@ -99,8 +100,10 @@ def _produce(
             # AVI with packed B frames or MPEG program streams, say: random reads would silently give other frames.
             why = str(error)
             logger.info("%s: the stream can't be kept (%s); encoding it", source, why)
-    encode_video(source, original, target, options, grid_phase(key, options), shown)
-    _verify(target, key, options)
+    frames = original.duration * float(options.fps) if options.fps else original.packets
+    colours = ColourCheck(options, frames, original.rotation)
+    encode_video(source, original, target, options, grid_phase(key, options), shown, colours.source)
+    _verify(target, key, options, colours)
     return why
 
 
@@ -111,15 +114,22 @@ def _copy(source: str, original: Facts, target: str, options: Options) -> None:
         copy_stream(source, target, options.audio)
 
 
-def _verify(path: str, key: str, options: Options) -> int:
-    """Count the frames of the file at `path`, after a sequential decode and random reads with every decoder."""
-    signatures = sequential_signatures(path)
+def _verify(path: str, key: str, options: Options, colours: ColourCheck | None = None) -> None:
+    """Decode the file at `path` in sequence, compare its colours if asked for, and read it at random by all decoders.
+
+    Raises:
+        SampleError: "damaged", "colours" or "inexact".
+    """
+    if colours is None:
+        signatures = sequential_signatures(path)
+    else:
+        signatures = sequential_signatures(path, colours.written)
+        colours.check()
     if options.decoders and options.reads:
         with open(path, "rb") as file:
             data = file.read()
         for decoder in options.decoders:
             check_random_reads(data, signatures, decoder, options.reads, key)
-    return len(signatures)
 
 
 def _from_frames(item: Item, options: Options, target: str) -> Packed:
