@@ -141,6 +141,7 @@ def _options(args: argparse.Namespace) -> Options:
         tune=_tune(args.tune, args.codec),
         audio=args.audio == "keep",
         image_fps=args.image_fps,
+        frames=args.frames,
         min_frames=args.min_frames,
         decoders=args.check_decoders,
         reads=args.check_reads,

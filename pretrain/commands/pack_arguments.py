@@ -5,6 +5,7 @@ import os
 from fractions import Fraction
 
 from pretrain.data.media import KINDS
+from pretrain.data.pack.frame_folders import template_pattern
 from pretrain.data.pack.options import ENCODERS
 from pretrain.data.pack.pack_plan import WHOLE, Part
 
@@ -175,6 +176,14 @@ def _add_video_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--image-fps", type=_rate, default=Fraction(24), metavar="RATE", help="frame rate of frame folders (default 24)"
     )
+    group.add_argument(
+        "--frames",
+        type=_template,
+        metavar="NAME",
+        help="names of the pictures of frame folders, {} or {:05d} for the number and * for any text, e.g. "
+        "'img_{:05d}.jpg'; several numbers order from left to right (default: each folder holds one series of pictures "
+        "whose names differ in one number)",
+    )
     group.add_argument("--min-frames", type=_positive, default=1, metavar="N", help="reject shorter videos (default 1)")
 
 
@@ -233,6 +242,14 @@ def _add_run_options(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument("--overwrite", action="store_true", help="delete shards of an earlier packing in DEST first")
     group.add_argument("--verbose", action="store_true", help="one line for each rejected or re-encoded video")
+
+
+def _template(text: str) -> str:
+    try:
+        template_pattern(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _whole(text: str) -> int:

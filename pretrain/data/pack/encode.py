@@ -1,12 +1,12 @@
 """Writing mp4 files: re-encoding (upright, square pixels, 8 bits), encoding frame folders, and copying streams."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from pretrain.data.pack.colour import scaler_tags, set_scaler_tags, tag_stream
+from pretrain.data.pack.colour import colours_of, same_colours, scaler_tags, set_scaler_tags, tag_stream
 from pretrain.data.pack.media_probe import Facts, codec_name, video_stream
 from pretrain.data.pack.options import ENCODERS, Options
 from pretrain.data.pack.scheduling import leave_real_time
@@ -19,6 +19,10 @@ DAMAGE_TOLERANCE = 0.05
 CLOCK = Fraction(1, 90_000)
 #: Without version strings, so that bytes depend on content only; index in front, so that it streams.
 MP4_OPTIONS = {"movflags": "+faststart", "fflags": "+bitexact"}
+
+
+#: Called with each frame of the source before it is changed, at its time for the encoder.
+Seen = Callable[[Any], None]
 
 
 @dataclass
@@ -61,7 +65,13 @@ def decode(container: Any, streams: list[Any], losses: Losses) -> Iterator[Any]:
 
 
 def encode_video(
-    source: str, facts: Facts, target: str, options: Options, phase: int = 0, shown: range | None = None
+    source: str,
+    facts: Facts,
+    target: str,
+    options: Options,
+    phase: int = 0,
+    shown: range | None = None,
+    seen: Seen = lambda frame: None,
 ) -> None:
     """Re-encode the video `source` to `target`, with frame `phase` as the first of the grid of reference frames.
 
@@ -71,6 +81,7 @@ def encode_video(
         options: how.
         phase: see above.
         shown: time stamps of the only frames to keep, as for `probe`; None: all.
+        seen: what else looks at each frame that is kept.
 
     Raises:
         SampleError: "damaged", or "encode" when FFmpeg refuses.
@@ -89,7 +100,9 @@ def encode_video(
             for got in decode(container, streams, losses):
                 if isinstance(got, av.VideoFrame):
                     if shown is None or got.pts in shown:
-                        sink.write(clock.stamp(got, video.time_base))
+                        frame = clock.stamp(got, video.time_base)
+                        seen(frame)
+                        sink.write(frame)
                     else:
                         hidden += 1
                 elif sound:
@@ -104,8 +117,10 @@ def encode_video(
     sink.check_length(facts.duration)
 
 
-def encode_images(images: Iterable[Any], target: str, options: Options, phase: int = 0) -> None:
-    """Encode PIL pictures, all of one size, at `options.image_fps`.
+def encode_images(
+    images: Iterable[Any], target: str, options: Options, phase: int = 0, seen: Seen = lambda frame: None
+) -> None:
+    """Encode PIL pictures of mode RGB, all of one size, at `options.image_fps`; `seen` looks at each frame.
 
     Raises:
         SampleError: "damaged" when their sizes differ.
@@ -122,8 +137,9 @@ def encode_images(images: Iterable[Any], target: str, options: Options, phase: i
                 raise SampleError(
                     "damaged", f"picture {number} is {image.size}, the first is {(facts.width, facts.height)}"
                 )
-            frame = av.VideoFrame.from_image(image.convert("RGB"))
+            frame = av.VideoFrame.from_image(image)
             frame.pts, frame.time_base, frame.duration = number, 1 / facts.fps, 1
+            seen(frame)
             sink.write(frame)
         if sink is not None:
             sink.finish()
@@ -134,7 +150,8 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
     """Put the video stream of `source` into an mp4 file as it is; so its sound if wanted, or as AAC.
 
     Raises:
-        SampleError: "copy" when mp4 can't hold the codec or the time stamps are unusable.
+        SampleError: "copy" when mp4 can't hold the codec or the time stamps are unusable; "colours" when it loses what
+            the container says of them.
     """
     import av
 
@@ -153,8 +170,20 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
                 out.mux(packet)
             if encoded is not None:
                 encoded.finish()
+        _compare_tags(source, target)
     except (av.error.FFmpegError, ValueError) as error:
         raise SampleError("copy", str(error)) from error
+
+
+def _compare_tags(source: str, copy: str) -> None:
+    """Raise SampleError("colours") where a copied stream would be shown otherwise: mp4 holds a matrix only beside
+    primaries and a curve, and no range, while Matroska states each of them for codecs that can't."""
+    import av
+
+    with av.open(source) as one, av.open(copy) as two:
+        first, copied = (next(container.decode(video_stream(container)), None) for container in (one, two))
+        if first is not None and copied is not None and not same_colours(first, copied):
+            raise SampleError("colours", f"{colours_of(first)} would become {colours_of(copied)} in an mp4")
 
 
 def with_decoding_times(packets: Iterable[Any]) -> Iterator[Any]:
@@ -187,7 +216,7 @@ def _even(length: Fraction) -> int:
 
 def _image_facts(image: Any, options: Options) -> Facts:
     return Facts(
-        container="images", codec=str(image.format).lower(), pix_fmt="rgb24", width=image.width, height=image.height,
+        container="images", codec="images", pix_fmt="rgb24", width=image.width, height=image.height,
         rotation=0, pixel_aspect=Fraction(1), fps=options.image_fps, packets=0, listed=0, start=0.0, duration=0.0,
         vfr=False, audio=None,
     )  # fmt: skip

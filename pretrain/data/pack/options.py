@@ -46,6 +46,7 @@ class Options:
         codec, crf, preset, tune: the encoder's; None takes the codec's default.
         audio: keep the sound.
         image_fps: frame rate of frame folders.
+        frames: template of the names of their pictures; None where each holds one series (frame_folders.py).
         min_frames: shorter videos are rejected.
         decoders: which decoders must read random frames exactly.
         reads: random frames compared with a sequential decode, for each decoder.
@@ -70,13 +71,15 @@ class Options:
     reads: int = 6
     image_short_side: int | None = field(default=None, repr=False)
     image_quality: int = field(default=95, repr=False)
+    frames: str | None = field(default=None, repr=False)
     shard_bytes: int = 512_000_000
     shard_samples: int | None = None
 
     def stated(self, kind: Kind) -> str:
         """Say what a plan's fingerprint holds of them; for videos what it held before there were images."""
-        own = f"{self}, image_short_side={self.image_short_side}, image_quality={self.image_quality}"
-        return own if kind == "image" else str(self)
+        if kind == "image":
+            return f"{self}, image_short_side={self.image_short_side}, image_quality={self.image_quality}"
+        return f"{self}, frames={self.frames}" if self.frames else str(self)
 
     @property
     def gridded(self) -> bool:

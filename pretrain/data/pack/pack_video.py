@@ -2,27 +2,28 @@
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from pretrain.data.decoders.image import open_picture, upright_rgb
 from pretrain.data.pack import zip_source
-from pretrain.data.pack.discover import IMAGE_EXTENSIONS, Item, extension_of
+from pretrain.data.pack.colour_check import ColourCheck
+from pretrain.data.pack.discover import Item, extension_of
 from pretrain.data.pack.encode import copy_stream, encode_images, encode_video
+from pretrain.data.pack.frame_folders import select_frames
 from pretrain.data.pack.media_probe import Facts, probe
 from pretrain.data.pack.options import Options
-from pretrain.data.pack.originals import check_local, fetch, refusal
+from pretrain.data.pack.originals import check_local, fetch
 from pretrain.data.pack.packed import Packed
 from pretrain.data.pack.segments import cut_out
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
 from pretrain.data.randomness import generator
 from pretrain.data.time_segment import Segment
-from pretrain.errors import SampleError, StorageError
+from pretrain.errors import SampleError
 from pretrain.runtime import storage
 
 logger = logging.getLogger(__name__)
@@ -99,8 +100,10 @@ def _produce(
             # AVI with packed B frames or MPEG program streams, say: random reads would silently give other frames.
             why = str(error)
             logger.info("%s: the stream can't be kept (%s); encoding it", source, why)
-    encode_video(source, original, target, options, grid_phase(key, options), shown)
-    _verify(target, key, options)
+    frames = original.duration * float(options.fps) if options.fps else original.packets
+    colours = ColourCheck(options, frames, original.rotation)
+    encode_video(source, original, target, options, grid_phase(key, options), shown, colours.source)
+    _verify(target, key, options, colours)
     return why
 
 
@@ -111,73 +114,49 @@ def _copy(source: str, original: Facts, target: str, options: Options) -> None:
         copy_stream(source, target, options.audio)
 
 
-def _verify(path: str, key: str, options: Options) -> int:
-    """Count the frames of the file at `path`, after a sequential decode and random reads with every decoder."""
-    signatures = sequential_signatures(path)
+def _verify(path: str, key: str, options: Options, colours: ColourCheck | None = None) -> None:
+    """Decode the file at `path` in sequence, compare its colours if asked for, and read it at random by all decoders.
+
+    Raises:
+        SampleError: "damaged", "colours" or "inexact".
+    """
+    if colours is None:
+        signatures = sequential_signatures(path)
+    else:
+        signatures = sequential_signatures(path, colours.written)
+        colours.check()
     if options.decoders and options.reads:
         with open(path, "rb") as file:
             data = file.read()
         for decoder in options.decoders:
             check_random_reads(data, signatures, decoder, options.reads, key)
-    return len(signatures)
 
 
 def _from_frames(item: Item, options: Options, target: str) -> Packed:
-    names = select_frames(item)
+    names, missing = select_frames(item, options.frames)
     _check_length(len(names), options)
     digest = hashlib.sha256()
     sizes: list[int] = []
 
     def pictures() -> Iterator[Any]:
-        from PIL import Image
-
         for name in names:
             data = fetch(storage.join(item.path, name))
             # With its length: the same bytes divided into other pictures are another sample.
             digest.update(len(data).to_bytes(8, "big") + data)
             sizes.append(len(data))
             try:
-                picture = Image.open(io.BytesIO(data))
-                picture.load()
-            except OSError as error:
-                raise SampleError("damaged", f"{name}: {error}") from error
-            yield picture
+                with open_picture(data) as picture:
+                    yield upright_rgb(picture)
+            except SampleError as error:
+                raise SampleError(error.reason, f"{name}: {str(error).removeprefix(f'{error.reason}: ')}") from error
 
-    encode_images(pictures(), target, options, grid_phase(item.key, options))
-    _verify(target, item.key, options)
+    colours = ColourCheck(options, len(names) * float((options.fps or options.image_fps) / options.image_fps))
+    encode_images(pictures(), target, options, grid_phase(item.key, options), colours.source)
+    _verify(target, item.key, options, colours)
     facts = _describe(item, target, digest.hexdigest(), options, "frame folder")
     facts["original"] = {"container": "images", "frames": len(names), "bytes": sum(sizes)}
+    facts["original"] |= {"missing": missing} if missing else {}
     return Packed({"mp4": target}, facts, sum(sizes))
-
-
-def select_frames(item: Item) -> list[str]:
-    """Name the pictures of a frame folder, ordered by the last number in the name.
-
-    Raises:
-        SampleError: "missing" or "frames-missing" when the folder does not hold what the list says.
-    """
-    try:
-        names = [name for name in storage.find(item.path) if extension_of(name) in IMAGE_EXTENSIONS and "/" not in name]
-    except StorageError as error:
-        raise refusal(error) from error
-    if not names:
-        raise SampleError("missing", "no such folder, or no pictures in it; relative paths start at --data-root")
-    # By number: as words, img_10 would come before img_2.
-    names.sort(key=lambda name: (_number(name), name))
-    if item.frames is None:
-        return names
-    start, total = item.frames
-    if start is not None:
-        names = [name for name in names if start <= _number(name) < start + total]
-    if len(names) < total:
-        where = f"numbered from {start}" if start is not None else "in all"
-        raise SampleError("frames-missing", f"{len(names)} pictures {where}, the list says {total}")
-    return names[:total]
-
-
-def _number(name: str) -> int:
-    numbers = re.findall(r"\d+", name.rsplit(".", 1)[0])
-    return int(numbers[-1]) if numbers else -1
 
 
 def _describe(item: Item, path: str, sha256: str, options: Options, reencoded: str | None) -> dict[str, Any]:

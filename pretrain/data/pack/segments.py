@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from pretrain.data.linked_video import INDEXED, MATROSKA, UNSTAMPED, LinkedVideo
+from pretrain.data.pack.colour import same_colours
 from pretrain.data.pack.encode import MP4_OPTIONS, with_decoding_times
 from pretrain.data.pack.film_index import open_file
 from pretrain.data.pack.media_probe import video_stream
@@ -55,7 +56,7 @@ def cut_out(path: str, segment: Segment, folder: str, audio: bool) -> Iterator[C
 
     file = open_file(path)
     errors = []
-    for ending in (".mp4", ".mkv"):  # what mp4 can't hold
+    for ending in (".mp4", ".mkv"):  # what mp4 can't hold: some codecs, and colours that only Matroska states
         with tempfile.NamedTemporaryFile(dir=folder, suffix=ending) as target:
             try:
                 with av.open(file, metadata_errors="ignore") as container:
@@ -96,8 +97,11 @@ def _copy_segment(container: Any, segment: Segment, target: str, audio: bool) ->
             out.mux(packet)
     first, last = window.first - window.shift, window.last - window.shift
     with av.open(target) as copy:
+        written = video_stream(copy)
+        if target.endswith(".mp4") and not same_colours(video.codec_context, written.codec_context):
+            raise ValueError("mp4 does not hold the matrix or range of its colours")
         # The writer may choose a time base of its own.
-        ratio = video.time_base / video_stream(copy).time_base
+        ratio = video.time_base / written.time_base
     return CutSegment(
         target, range(round(first * ratio), round(last * ratio) + 1), window.whole, container.format.name, 0, 0,
         window.digest.hexdigest(),

@@ -217,7 +217,10 @@ def _nothing_packed(url: str, rejected: list[Rejected]) -> str:
     counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     # Folders of frames have no ending.
     noun = plural_of(kind_of(one.path) or "video" for one in rejected)[:-1]
-    return f"{url}: not one {noun} could be packed ({counted}); {REJECTED_NAME} there says why for each{hint}"
+    # One of the most frequent reason: what all have in common is what the user must change.
+    shown = next(one for one in rejected if one.reason == reasons.most_common(1)[0][0])
+    said = f"{shown.path}: {shown.detail}"
+    return f"{url}: not one {noun} could be packed ({counted}): {said}; {REJECTED_NAME} there says why for each{hint}"
 
 
 def refuse_foreign(url: str) -> None:

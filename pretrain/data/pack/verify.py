@@ -5,6 +5,8 @@ ones. A training clip from them silently holds other frames than it says.
 """
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +29,12 @@ TIE = 0.05
 Signatures = npt.NDArray[np.float32]
 
 
-def sequential_signatures(path: str) -> Signatures:
+def sequential_signatures(path: str, seen: Callable[[int, Any], None] = lambda number, frame: None) -> Signatures:
     """Decode the whole local file and sum up every frame, upright, in presentation order: [frames, GRID² x 3].
+
+    Args:
+        path: where.
+        seen: called with number and frame of each.
 
     Raises:
         SampleError: "damaged" when a frame does not decode cleanly.
@@ -42,6 +48,7 @@ def sequential_signatures(path: str) -> Signatures:
             video = video_stream(container)
             video.codec_context.thread_count = 1
             for frame in decode(container, [video], losses):
+                seen(len(signatures), frame)
                 # As the readers deliver it: PyAV turns no frame by itself.
                 picture = np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90 % 4)
                 signatures.append(signature(picture))
