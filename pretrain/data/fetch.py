@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pretrain.data.cache import ShardCache
-from pretrain.data.index import MemberTable, Shard, ShardIndex, load_members, members_name, store_error
+from pretrain.data.index import READS, MemberTable, Shard, ShardIndex, load_members, members_name, store_error
 from pretrain.data.linked_video import VideoFile, open_link
 from pretrain.data.media import LINK_ENDING, SPAN_ENDING, extension_of
 from pretrain.errors import DataError, StorageError
@@ -29,9 +29,6 @@ R = TypeVar("R")
 
 #: Reads in flight at once, most.
 THREADS = 16
-
-#: Times that a range which arrives damaged in ever other ways is asked for again.
-READS = 5
 
 
 @dataclass(frozen=True)
