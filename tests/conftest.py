@@ -90,6 +90,7 @@ def in_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Foun
         "tests.engine.optimiser_program",
         "tests.engine.turns_program",
         "tests.runtime.deepspeed_program",
+        "tests.runtime.timeouts_program",
         "tests.models.frozen_program",
     )
     return findings(tmp_path_factory.mktemp("engines"), "engines", (2,), modules)
