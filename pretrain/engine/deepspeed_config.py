@@ -115,11 +115,15 @@ def describe(recipe: Recipe, config: Config, world_size: int) -> list[str]:
     if recipe.compute.dtype == "fp16":
         accumulated = " in fp16"
     optimiser = describe_optimiser(recipe.optim)
+    slower = ""
+    if (zero.stage, recipe.compute.dtype, config["gradient_accumulation_steps"]) == (1, "bf16", 1) and world_size > 1:
+        # DeepSpeed's BF16_Optimizer.
+        slower = " (stage 1 sends no gradient in bf16 before the backward pass is over; zero.stage=2 does)"
     return [
         f"batch: {batch.samples} videos a step = {batch.micro} x {world_size} ranks x "
         f"{config['gradient_accumulation_steps']} accumulated; {batch.samples * recipe.input.views} clips",
         f"precision: {recipe.compute.dtype}, gradients accumulated{accumulated}, sent in "
         f"{config['communication_data_type']}, {optimiser} in float32",
-        f"ZeRO stage {zero.stage}: shards {sharded} over {world_size} ranks; offload {zero.offload}; "
+        f"ZeRO stage {zero.stage}: shards {sharded} over {world_size} ranks{slower}; offload {zero.offload}; "
         f"DeepSpeed: {config['zero_optimization']}",
     ]

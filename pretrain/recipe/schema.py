@@ -195,7 +195,7 @@ class Compute:
 class Zero:
     """DeepSpeed ZeRO."""
 
-    stage: int = 1
+    stage: int = 2
     """what is sharded over ranks: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights"""
     offload: Literal["none", "cpu"] = "none"
     """where optimiser states live: none = on the accelerator"""
