@@ -87,9 +87,11 @@ def in_worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found
 def in_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
     """Findings in DeepSpeed's engines on two ranks."""
     modules = (
+        "tests.engine.communication_program",
         "tests.engine.optimiser_program",
         "tests.engine.turns_program",
         "tests.runtime.deepspeed_program",
+        "tests.runtime.timeouts_program",
         "tests.models.frozen_program",
     )
     return findings(tmp_path_factory.mktemp("engines"), "engines", (2,), modules)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from pretrain.checkpoint.deepspeed_files import Groups
 from pretrain.engine.deepspeed_config import Config, builds_sharded, deepspeed_config
@@ -16,6 +17,7 @@ from pretrain.errors import RecipeError
 from pretrain.models.cross_rank_batch_norm import convert_batch_norm
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective, WholeBatchObjective
+from pretrain.runtime.determinism import compute_alike
 from pretrain.runtime.gradient_cache import GradientCache
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.seeds import seed_everything
@@ -83,9 +85,7 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
         raise RecipeError("compute.dtype: found fp16, allowed on a CPU: bf16, fp32 (DeepSpeed has no fp16 there)")
     config = deepspeed_config(recipe, accumulation, parameters, on_cpu)
     torch.set_float32_matmul_precision(recipe.compute.matmul)
-    if on_cpu:
-        # Some kernels add up in any order unless told not to, and a resumed run would not be the same bit for bit.
-        torch.use_deterministic_algorithms(True)
+    compute_alike(ranks.device, recipe.compute.deterministic)
     seed_everything(recipe.run.seed)
     objective = _build_objective(method, config, parameters)
     if objective.cross_rank_batch_norm:
@@ -99,11 +99,24 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
     # Taken now: DeepSpeed makes flat tensors of the groups and forgets the names.
     groups = _group_names(objective, optimizer)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
+    move_buffers(engine.module, ranks.device)
     forget_steps(engine.basic_optimizer)
     if recipe.compute.compile:
         # In place, so that parameters keep their names: weight decay groups and checkpoints go by them.
         engine.compile()
     return Built(engine, config, parameters, groups, turns, cache)
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move buffers to the device of the weights.
+
+    deepspeed.zero.Init wraps torch's constructors only, so positions and statistics made by NumPy stay on the CPU, and
+    DeepSpeed moves no module that was built so: the first forward pass would fail.
+    """
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            # Past the module's own _apply, which would make fixed tables anew.
+            part._buffers[name] = buffer.to(device)
 
 
 def open_cache(objective: Objective, accumulation: int) -> GradientCache | None:

@@ -7,6 +7,13 @@ from pretrain.runtime.dtypes import DTYPES
 #: Parameters above which `zero.init: auto` builds a stage-3 model in shards.
 ZERO_INIT_PARAMETERS = 500_000_000
 
+#: Ranks above which gradients cross in float32. A ring sums as often as there are ranks: in bf16 the relative error of
+#: the whole gradient is 0.4 % at 8 ranks, 0.9 % at 64 and 3.3 % at 1,024 (simulated).
+BF16_SUM_RANKS = 64
+
+#: Buckets that a model's gradients fill at least, so that sending overlaps, unless they would be smaller than this.
+BUCKETS, LEAST_BUCKET_BYTES = 8, 25 * 2**20
+
 Config = dict[str, object]
 
 
@@ -25,6 +32,7 @@ def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu:
         "gradient_accumulation_steps": accumulation,
         # Left to `clip_or_drop` (step.py) there, which also drops a gradient that is not finite.
         "gradient_clipping": 0.0 if unwrapped(recipe) else recipe.optim.clip_grad or 0.0,
+        "communication_data_type": communication_dtype(recipe, ranks_of(recipe, accumulation)),
         "zero_optimization": _zero(recipe, parameters, on_cpu),
         # Optimisers are torch's own, also with offload: DeepSpeedCPUAdam would have to be compiled on the machine.
         "zero_force_ds_cpu_optimizer": False,
@@ -44,6 +52,18 @@ def deepspeed_config(recipe: Recipe, accumulation: int, parameters: int, on_cpu:
     return config
 
 
+def ranks_of(recipe: Recipe, accumulation: int) -> int:
+    """Count the ranks that share a step's samples when each accumulates so many micro-batches."""
+    return recipe.batch.samples // (recipe.batch.micro * accumulation)
+
+
+def communication_dtype(recipe: Recipe, ranks: int) -> str:
+    """Choose the format in which gradients cross so many ranks: fp32, bf16 or fp16."""
+    if recipe.zero.communication_dtype != "auto":
+        return recipe.zero.communication_dtype
+    return "fp32" if ranks > BF16_SUM_RANKS else recipe.compute.dtype
+
+
 def unwrapped(recipe: Recipe) -> bool:
     """Tell whether torch's optimiser updates as it is: DeepSpeed has none then that checks and clips the gradient."""
     return recipe.zero.stage == 0 and recipe.compute.dtype == "fp32"
@@ -53,6 +73,9 @@ def _zero(recipe: Recipe, parameters: int, on_cpu: bool) -> Config:
     zero = recipe.zero
     element_bytes = DTYPES[recipe.compute.dtype].itemsize
     bucket = max(1, min(zero.bucket_mb * 2**20 // element_bytes, parameters))
+    if not on_cpu:
+        # A model that fits into one bucket would have its gradients sent when the backward pass is over.
+        bucket = min(bucket, max(LEAST_BUCKET_BYTES // element_bytes, parameters // BUCKETS))
     bucket += bucket % 2  # ZeRO 1 and 2 refuse to start with an odd one, so a model with an odd head would not train
     section: Config = {
         "stage": zero.stage,
@@ -92,10 +115,15 @@ def describe(recipe: Recipe, config: Config, world_size: int) -> list[str]:
     if recipe.compute.dtype == "fp16":
         accumulated = " in fp16"
     optimiser = describe_optimiser(recipe.optim)
+    slower = ""
+    if (zero.stage, recipe.compute.dtype, config["gradient_accumulation_steps"]) == (1, "bf16", 1) and world_size > 1:
+        # DeepSpeed's BF16_Optimizer.
+        slower = " (stage 1 sends no gradient in bf16 before the backward pass is over; zero.stage=2 does)"
     return [
         f"batch: {batch.samples} videos a step = {batch.micro} x {world_size} ranks x "
         f"{config['gradient_accumulation_steps']} accumulated; {batch.samples * recipe.input.views} clips",
-        f"precision: {recipe.compute.dtype}, gradients accumulated{accumulated}, {optimiser} in float32",
-        f"ZeRO stage {zero.stage}: shards {sharded} over {world_size} ranks; offload {zero.offload}; "
+        f"precision: {recipe.compute.dtype}, gradients accumulated{accumulated}, sent in "
+        f"{config['communication_data_type']}, {optimiser} in float32",
+        f"ZeRO stage {zero.stage}: shards {sharded} over {world_size} ranks{slower}; offload {zero.offload}; "
         f"DeepSpeed: {config['zero_optimization']}",
     ]

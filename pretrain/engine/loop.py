@@ -111,6 +111,7 @@ def _train(
     first_step = found.step if found else 0
     watchdog.begin(first_step)
     run = build_run(method, ranks, folder, hold, plan, schedule, found, stop, watchdog)
+    watchdog.renew_timeout()
     exit_code = 1
     try:
         exit_code = _loop(run, first_step)

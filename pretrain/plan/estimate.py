@@ -1,5 +1,6 @@
 """A recipe on a number of accelerators: memory, time of a step, and of the whole run."""
 
+import math
 from dataclasses import dataclass
 
 from pretrain.data.index import ShardIndex
@@ -119,14 +120,18 @@ class Planner:
                 micro-batches.
         """
         recipe, gpu = self.recipe, self.gpu
-        # Only where the ranks divide the lanes has each rank lanes of its own, which keeps its reads close together.
-        if gpus < 1 or recipe.batch.samples % gpus or recipe.data.lanes % gpus:
-            raise RecipeError(
-                f"--gpus {gpus}: must divide batch.samples={recipe.batch.samples} and data.lanes={recipe.data.lanes}"
-            )
+        if gpus < 1 or recipe.batch.samples % gpus:
+            raise RecipeError(f"--gpus {gpus}: must divide batch.samples={recipe.batch.samples}")
         states = self._memory(gpus, activations=0.0)
         largest = self._largest_micro(gpus, states)
         micro, problems = self._choose_micro(gpus, largest, states)
+        # Only where the ranks divide the lanes has each rank lanes of its own, which keeps its reads close together.
+        if recipe.data.lanes % gpus:
+            lanes = math.lcm(gpus, recipe.data.lanes)
+            problems.append(
+                f"data.lanes={recipe.data.lanes} can't be dealt to {gpus} ranks: a run on so many needs data.lanes="
+                f"{lanes} from its first step on (the order of samples follows from it)"
+            )
         accumulation = recipe.batch.samples // (micro * gpus)
         trace = self.trace(micro)
         # A loss over the global batch embeds every micro-batch before the first one is trained on.
@@ -176,7 +181,9 @@ class Planner:
         gradients, weights = (seconds_of(sent, gpu, gpus) for sent in (traffic.gradients, traffic.weights))
         if zero.overlap and zero.stage == 3:  # weights travel while the passes go on, gradients in the backward pass
             exposed = max(0.0, gradients + weights - forward - backward)
-        elif zero.overlap:  # weights are gathered after the update
+        elif zero.overlap and not (zero.stage == 1 and self.recipe.compute.dtype == "bf16"):
+            # Weights are gathered after the update. Stage 1 in bf16 is DeepSpeed's BF16_Optimizer, which sends nothing
+            # before the backward pass is over.
             exposed = max(0.0, gradients - seconds[BACKWARD]) + weights
         else:
             exposed = gradients + weights

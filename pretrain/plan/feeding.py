@@ -6,7 +6,7 @@ from pretrain.data.index import ShardIndex
 from pretrain.recipe.schema import Recipe
 
 #: Milliseconds of one core to fetch, decode, crop and mask one clip; bench/loader.py measures it.
-DECODE_MS, VIEW_MS = 14.0, 1.5
+DECODE_MS, VIEW_MS = 14.0, 3.0
 #: Bytes of a packed video where no shards are there to ask: ten seconds at a short side of 320 pixels.
 VIDEO_BYTES = 1.4e6
 

@@ -186,13 +186,16 @@ class Compute:
     """true: recompute each block in the backward pass; selective: all but its matrix products and attention"""
     compile: bool = False
     """torch.compile the objective"""
+    deterministic: bool = False
+    """the same bits again on the same accelerators: torch's deterministic algorithms and one attention back end, slower
+    (on a CPU it is always so)"""
 
 
 @dataclass
 class Zero:
     """DeepSpeed ZeRO."""
 
-    stage: int = 1
+    stage: int = 2
     """what is sharded over ranks: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights"""
     offload: Literal["none", "cpu"] = "none"
     """where optimiser states live: none = on the accelerator"""
@@ -200,6 +203,9 @@ class Zero:
     """build the model sharded (deepspeed.zero.Init); auto: stage 3 and more than 500 M parameters"""
     bucket_mb: int = 200
     """size of a communication bucket, MB"""
+    communication_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """format in which gradients cross ranks; auto: that of the weights, and fp32 above 64 ranks, where the rounding of
+    a long sum would show"""
     overlap: bool = True
     """communicate gradients while the backward pass goes on (accelerators only)"""
 

@@ -1,5 +1,6 @@
 """Checks of this host that need nothing but itself: limits, memory, disk, arithmetic."""
 
+import math
 import os
 import resource
 import shutil
@@ -70,7 +71,9 @@ def check_shared_memory(needed: int, folder: Path = SHARED_MEMORY) -> Finding:
     value = f"{_gb(free)} free in {folder}, {_gb(needed)} needed by the data workers"
     if free >= needed:
         return Finding("shared memory", "ok", value)
-    advice = "docker run --shm-size=32g (or --ipc=host), or lower data.workers, data.prefetch or batch.micro"
+    # Other programs have segments there too.
+    room = math.ceil(1.25 * needed / 2**30)
+    advice = f"docker run --shm-size={room}g (or --ipc=host), or lower data.workers, data.prefetch or batch.micro"
     return Finding("shared memory", "fail", value, advice)
 
 

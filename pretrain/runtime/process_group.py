@@ -118,7 +118,8 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
     `environ` (default: os.environ) gets the five variables of `launch_environment`.
 
     Raises:
-        TrainingError: not all ranks came within `timeout_s`, or there are more ranks than accelerators.
+        TrainingError: not all ranks came within `timeout_s`, there are more ranks than accelerators, this host has
+            none though its torch is made for them, or the ranks compute on different kinds of device.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -127,6 +128,8 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
     environ.update(launch_environment(environ))
     rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        _check_cpu_is_meant(torch.version.cuda or torch.version.hip, environ)
     device = _device(accelerator.device_name(), int(environ["LOCAL_RANK"]), accelerator.device_count())
     accelerator.set_device(device.index or 0)
     if dist.is_initialized():
@@ -134,10 +137,11 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
     meeting = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
     _leave_out_inference_op()
     started = time.monotonic()
+    backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
     try:
-        store = roll_call(environ, timeout_s)
+        store = roll_call(environ, timeout_s, backend)
         deepspeed.init_distributed(
-            accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
+            backend,
             timeout=timedelta(seconds=max(timeout_s / 4, timeout_s - (time.monotonic() - started))),
             auto_mpi_discovery=False,
             verbose=False,
@@ -146,7 +150,7 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
         del store
         dist.barrier()
         # Else the time for joining holds for every collective, and a first step that compiles would exceed it.
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=WORK_TIMEOUT_S))
+        set_timeout(WORK_TIMEOUT_S)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"rank {rank} of {world_size} on {socket.gethostname()} could not meet the other ranks at {meeting} within "
@@ -165,6 +169,18 @@ def _leave_out_inference_op() -> None:
     import deepspeed
 
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def _check_cpu_is_meant(built_for: str | None, environ: Mapping[str, str]) -> None:
+    """Refuse to train on the CPU of a host whose GPUs can't be seen: it would take months, or meet no other rank."""
+    if built_for is not None and environ.get("DS_ACCELERATOR") != "cpu":
+        shown = environ.get("CUDA_VISIBLE_DEVICES")
+        limited = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown!r})"
+        raise TrainingError(
+            f"{socket.gethostname()}: torch {torch.__version__} is made for GPUs and sees none here{limited}. Check "
+            "`nvidia-smi`, the driver's version, and that the job or container was given GPUs; to train on the CPU on "
+            "purpose, set DS_ACCELERATOR=cpu"
+        )
 
 
 def _device(kind: str, local_rank: int, count: int) -> torch.device:
@@ -196,10 +212,21 @@ def leave(ranks: Ranks) -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """Make collectives that this rank starts from now on fail when the others have not come after `seconds`."""
+    """Make collectives that this rank starts from now on fail when the others have not come after `seconds`.
+
+    In all groups there are: DeepSpeed reduces gradients in groups of its own, whose time would stay the back end's
+    (NCCL 10 minutes, gloo 30). Groups that are made later need another call.
+    """
     if dist.is_initialized():
-        # The default group's alone: ZeRO's own groups keep the back end's default (NCCL 10 minutes, gloo 30).
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+        for group in joined_groups():
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def joined_groups() -> list[dist.ProcessGroup]:
+    """List the process groups that this rank is in, whoever made them."""
+    # torch keeps them here and offers no other list.
+    groups = list(dist.distributed_c10d._world.pg_map)
+    return [group for group in groups if not dist.distributed_c10d._rank_not_in_group(group)]
 
 
 def gather_objects(ranks: Ranks, value: T) -> list[T]:

@@ -141,6 +141,10 @@ class Watchdog:
         self._mark = awake()
         note(phase)
 
+    def renew_timeout(self) -> None:
+        """Set the timeout of collectives again: groups have been made since, with a back end's own."""
+        set_timeout(self._timeout_s or WORK_TIMEOUT_S)
+
     def close(self) -> None:
         """Stop watching: the run is over, or has failed and is cleaned up."""
         self._closed.set()

@@ -40,6 +40,7 @@ from pretrain.models.frozen import check_frozen
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective
 from pretrain.recipe.schema import Recipe
+from pretrain.runtime.determinism import compute_alike
 from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.run_folder import RunFolder
@@ -159,9 +160,8 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     if rank is not None and not 0 <= rank < place.world_size:
         raise TrainingError(f"--rank: found {rank}, allowed: 0 to {place.world_size - 1}, the step's ranks")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    # On a CPU only: on an accelerator every operation without such a kernel would raise instead.
-    torch.use_deterministic_algorithms(device.type == "cpu")
     recipe = method.recipe
+    compute_alike(device, recipe.compute.deterministic)
     plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
     objective = build_objective(place, method, device)
     schedule = build_schedule(recipe, plan.steps_per_epoch)

@@ -3,11 +3,13 @@ import torch
 from torch import nn
 
 from pretrain.data.samples import Samples
-from pretrain.engine.build import count_model
+from pretrain.engine.build import count_model, move_buffers
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.optimiser import forget_steps, parameter_groups
 from pretrain.errors import RecipeError
 from pretrain.models.base import Cost
+from pretrain.models.pixels import PixelNormalization
+from pretrain.models.positions import SinCosPositions
 from pretrain.objectives.base import Method, Objective, decays
 from pretrain.recipe.load import load_recipe
 
@@ -106,6 +108,34 @@ def test_buckets_are_even_whatever_the_size_of_the_model(parameters: int) -> Non
     """ZeRO 1 and 2 assert it; a head of 27 classes makes a model odd."""
     section = deepspeed_config(load_recipe("demo"), 1, parameters, True)["zero_optimization"]
     assert section["allgather_bucket_size"] % 2 == section["reduce_bucket_size"] % 2 == 0
+
+
+@pytest.mark.parametrize(("parameters", "bucket"), [(10**6, 10**6), (10**8, 25 * 2**19), (10**9, 100 * 2**20)])
+def test_buckets_leave_something_to_overlap(parameters: int, bucket: int) -> None:
+    """Within one bucket all gradients would be sent when the backward pass is over."""
+    section = deepspeed_config(load_recipe("vit_b_dual"), 1, parameters, False)["zero_optimization"]
+    assert section["reduce_bucket_size"] == section["allgather_bucket_size"] == bucket
+
+
+def test_gradients_cross_many_ranks_in_float32() -> None:
+    def crossing(ranks: int, *more: str) -> object:
+        words = [f"batch.samples={32 * ranks}", "batch.micro=32", "compute.dtype=bf16", *more]
+        return deepspeed_config(load_recipe("vit_b_dual", words), 1, 10**8, False)["communication_data_type"]
+
+    assert [crossing(64), crossing(128)] == ["bf16", "fp32"]
+    assert crossing(128, "zero.communication_dtype=bf16") == "bf16"
+    assert crossing(8, "zero.communication_dtype=fp32") == "fp32"
+
+
+def test_buffers_follow_the_weights_to_the_device() -> None:
+    """Under deepspeed.zero.Init what NumPy made stays on the CPU; the meta device stands for an accelerator here."""
+    with torch.device("meta"):
+        model = nn.ModuleList([PixelNormalization(), SinCosPositions(12, 8), nn.BatchNorm1d(3)])
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu", "meta"}
+    kept = model[2].running_mean
+    move_buffers(model, torch.device("meta"))
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+    assert model[2].running_mean is kept, "others hold it too, averages for example"
 
 
 class Tempered(Objective):

@@ -19,7 +19,7 @@ from pretrain.plan.feeding import Resources
 from pretrain.plan.hardware import SHEETS, find_gpu
 from pretrain.plan.peak_memory import Memory, memory_of
 from pretrain.plan.trace import BACKWARD, trace_step
-from pretrain.plan.traffic import traffic_of
+from pretrain.plan.traffic import seconds_of, traffic_of
 from pretrain.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,26 +220,35 @@ def test_starving_accelerators_are_named() -> None:
 
 
 def test_traffic_of_stages() -> None:
-    def sent(stage: int, accumulation: int) -> float:
-        recipe = load_recipe("vit_b_dual", [f"zero.stage={stage}", "compute.dtype=bf16"])
+    def sent(stage: int, accumulation: int, *more: str) -> float:
+        recipe = load_recipe("vit_b_dual", [f"zero.stage={stage}", "compute.dtype=bf16", *more])
         return traffic_of(recipe, ModelSize(1000, trained), 4, accumulation).total
 
     trained = 1000
-    assert [sent(stage, 1) for stage in range(4)] == [3000, 3000, 3000, 4500]
-    assert [sent(stage, 2) for stage in range(4)] == [3000, 3000, 4500, 9000]
+    assert [sent(stage, 1) for stage in range(4)] == [3000, 4500, 4500, 4500]
+    assert [sent(stage, 2) for stage in range(4)] == [3000, 4500, 7500, 9000]
+    assert sent(2, 1, "zero.communication_dtype=fp32") == 7500
     trained = 100  # frozen weights have no gradient and no update; stage 3 gathers them all the same
-    assert [sent(stage, 2) for stage in range(4)] == [300, 300, 450, 300 + 6000]
+    assert [sent(stage, 2) for stage in range(4)] == [300, 450, 750, 300 + 6000]
+
+
+def test_ranks_of_several_nodes_send_through_all_network_cards_of_theirs() -> None:
+    gpu = replace(SHEETS["h100"], link_gbs=300.0, network_gbs=20.0)
+    assert seconds_of(3e9, gpu, 8) == pytest.approx(0.01) and seconds_of(1.6e9, gpu, 16) == pytest.approx(0.01)
+    assert seconds_of(3e9, replace(gpu, network_gbs=50.0), 16) == pytest.approx(0.01), "never faster than the link"
 
 
 def test_command_writes_tables_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--recipe", "vit_s_dual", "--gpu", "a100", "--sweep", "gpus=8,16,…,64"]
+    words = ["--recipe", "vit_s_dual", "--gpu", "a100", "--sweep", "gpus=8,16,…,512"]
     words += ["--json", str(tmp_path / "plan.json")]
     assert main([*words, "--plot", str(tmp_path / "plan.png"), "input.views=2"]) == 0
     assert "64 x a100" in capsys.readouterr().out
     plans = json.loads((tmp_path / "plan.json").read_text())
-    assert [plan["gpus"] for plan in plans] == [8, 16, 32, 64]
+    assert [plan["gpus"] for plan in plans] == [8, 16, 32, 64, 128, 256, 512]
     rates = [plan["clips_per_s"] / plan["gpus"] for plan in plans]
     assert rates == sorted(rates, reverse=True)
+    lanes = ["data.lanes=512" in " ".join(plan["problems"]) for plan in plans]
+    assert lanes == [False] * 6 + [True], "more ranks than lanes are planned, with what a run on them needs"
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,11 +1,13 @@
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pretrain.errors import TrainingError
-from pretrain.runtime.process_group import launch_environment
+from pretrain.runtime.process_group import _check_cpu_is_meant, launch_environment
+from pretrain.runtime.roll_call import roll_call
 from tests.ranks import free_port, outputs_of, start_rank, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,3 +94,30 @@ def test_a_rank_that_never_comes_ends_the_others_soon_and_clearly() -> None:
     assert f"127.0.0.1:{port}" in output
     assert "1 of 2 ranks have not come: 1; others are on " in output
     assert time.monotonic() - started < 100
+
+
+def test_a_rank_with_another_back_end_is_named_to_all() -> None:
+    """A node without its GPUs would join with gloo, and all would wait for each other until the time is over."""
+    common = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def call(rank: int) -> str:
+        try:
+            roll_call(common | {"RANK": str(rank)}, 60, "gloo" if rank == 2 else "nccl")
+        except TrainingError as error:
+            return str(error)
+        return ""
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        said = list(pool.map(call, range(3)))
+    wanted = f"2 of 3 ranks talk by nccl, and not rank 2 on {socket.gethostname()} (gloo)"
+    assert all(one.startswith(wanted) for one in said), said
+    assert time.monotonic() - started < 30
+
+
+def test_a_torch_for_gpus_does_not_train_on_the_cpu_unasked() -> None:
+    with pytest.raises(TrainingError, match=r"sees none here \(CUDA_VISIBLE_DEVICES=''\)") as error:
+        _check_cpu_is_meant("12.8", {"CUDA_VISIBLE_DEVICES": ""})
+    assert "DS_ACCELERATOR=cpu" in str(error.value)
+    _check_cpu_is_meant("12.8", {"DS_ACCELERATOR": "cpu"})
+    _check_cpu_is_meant(None, {})
