@@ -70,7 +70,7 @@ class Augment(PixelAugment):
     cutmix: float = 1.0
     """alpha of CutMix' beta distribution; 0: no CutMix"""
     mix_probability: float = 1.0
-    """probability that a micro-batch is mixed"""
+    """probability that clips are mixed; drawn for eight neighbouring videos"""
     switch_probability: float = 0.5
     """probability of CutMix rather than Mixup, where both are on"""
 

@@ -20,7 +20,7 @@ from finetune.classification.exports import class_files, export_formats
 from finetune.classification.fine_tuned import FineTuned, names_of
 from finetune.classification.label_sources import label_report, source_rules
 from finetune.classification.labels import Task
-from finetune.classification.mixing import Mixing
+from finetune.classification.mixing import MIX_SEEDS, Mixing
 from finetune.classification.predictor import Predictor, predictor_of
 from finetune.classification.recipe_checks import check_classification, classification_warnings
 from finetune.classification.testing import run_test, wants_test
@@ -155,7 +155,7 @@ class ClassificationObjective(Objective):
     def forward(self, batch: Batch) -> Output:
         video, target = self._normalized(batch["video"]), batch["target"]
         if self.mixing is not None and self.training:
-            video, soft = self.mixing(video, target)
+            video, soft = self.mixing(video, target, batch.get(MIX_SEEDS))
             # No top-1: a mixed clip is of two classes.
             return Output(self._loss(self.model(video).float(), soft), {})
         # In float32: the softmax of bfloat16 logits would be rounded to 8 bits.

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.classification.labels import LabelMap
+from finetune.classification.mixing import MIX_SEEDS, mix_seeds
 from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import VideoReader, open_video
 from pretrain.data.linked_video import Footage
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
-from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo, made_up_samples
+from pretrain.data.samples import Arrays, Batch, Place, Sample, Samples, SourceInfo, made_up_samples
 from pretrain.samples import sampling, transforms
 from pretrain.samples.augment import augment
 from pretrain.samples.clip import made_up_videos
@@ -37,6 +38,9 @@ class TrainingViews(Samples):
         rules: those of each source, in the recipe's order.
     """
 
+    # Partners of mixing, and batch norm's statistics in a head, are those of a micro-batch.
+    in_blocks = True
+
     def __init__(self, recipe: TuneRecipe, rules: list[SourceRules]) -> None:
         self._input, self._augment, self._seed, self._rules = recipe.input, recipe.augment, recipe.run.seed, rules
         self._target = LabelMap(recipe.model.classes, (), recipe.objective.task)
@@ -59,6 +63,10 @@ class TrainingViews(Samples):
         target = self._target.example()
         arrays = {"video": made_up_videos(self._input, views), "target": np.stack([target] * views)}
         return self.collate(made_up_samples(count, lambda place: arrays))
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        places = [(sample.place.epoch, sample.place.position) for sample in samples]
+        return super().collate(samples) | {MIX_SEEDS: mix_seeds(self._seed, places)}
 
     def _view(self, place: Place, view: int, clip: Clip, flip: bool) -> Clip:
         size = (self._input.width, self._input.height)

@@ -3,10 +3,10 @@
     identity.json                     what the logits depend on
     rank_00000/step_00000000.bin      records of one rank, SHARD_STEPS optimiser steps a file
 
-Views are a function of (seed, epoch, position, view), mixing of (seed, step, micro-batch, rank): a run with the same
-recipe, data, teacher and number of ranks sees the same pixels again. A cache of anything else is refused. One record
-holds the logits of a micro-batch in float16, behind a digest of its views and a checksum; a record that is missing or
-was torn by a crash is computed again.
+Views are a function of (seed, epoch, position, view), mixing of (seed, epoch, position): a run with the same recipe,
+data, teacher and number of ranks sees the same pixels in the same micro-batches again. A cache of anything else is
+refused. One record holds the logits of a micro-batch in float16, behind a digest of its views and a checksum; a record
+that is missing or was torn by a crash is computed again.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.classification.mixing import MIX_SEEDS
 from pretrain.checkpoint.same_run import differences
 from pretrain.errors import DataError, TrainingError
 from pretrain.runtime.untrusted import parse_json
@@ -116,11 +117,9 @@ class LogitCache:
 
 
 def views_digest(batch: Mapping[str, Any]) -> bytes:
-    """Compute the 16 bytes that name the views of a micro-batch and how they are mixed.
-
-    The engine seeds torch from (seed, step, micro-batch, rank) before each forward pass, and mixing follows that seed.
-    """
-    content = [torch.initial_seed(), *(batch[name].tolist() for name in ("epoch", "position", "view")), batch["key"]]
+    """Compute the 16 bytes that name the views of a micro-batch and how they are mixed: by seeds, else by torch's."""
+    columns = [batch[name].tolist() for name in ("epoch", "position", "view")]
+    content = [batch.get(MIX_SEEDS), torch.initial_seed(), *columns, batch["key"]]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).digest()
 
 

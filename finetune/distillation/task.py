@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.classification import task as classification
+from finetune.classification.mixing import MIX_SEEDS
 from finetune.classification.task import ClassificationObjective, ClassificationTask, soft_cross_entropy
 from finetune.distillation.teacher import FrozenTeacher, Teacher
 from finetune.recipe import TuneRecipe
@@ -93,7 +94,7 @@ class DistillationObjective(ClassificationObjective):
     def forward(self, batch: Batch) -> Output:
         video, target = self._normalized(batch["video"]), batch["target"]
         if self.mixing is not None and self.training:
-            video, soft = self.mixing(video, target)
+            video, soft = self.mixing(video, target, batch.get(MIX_SEEDS))
         else:
             soft = self._soft(target)
         # Of the mixed clips: the method is a teacher that sees exactly what the student sees.

@@ -102,7 +102,7 @@ class FrozenTeacher(Frozen[classifier.VideoClassifier]):
         recipe = self._recipe
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)
-        # Clips are mixed within a rank's micro-batch: another number of ranks pairs others.
+        # Records lie by rank and micro-batch.
         identity = self._identity() | {"ranks": ranks}
         folder = Path(recipe.objective.cache).absolute()
         return LogitCache(folder, identity, rank, accumulation, (clips, self._options.model.classes))
@@ -116,6 +116,8 @@ class FrozenTeacher(Frozen[classifier.VideoClassifier]):
             "data": {name: load_index(source.shards).fingerprint for name, source in recipe.data.sources.items()},
             "batch": {"samples": recipe.batch.samples, "micro": recipe.batch.micro},
             "seed": recipe.run.seed,
+            # Caches of earlier releases hold logits of clips that were mixed by rank.
+            "mixing": "by position",
             # Resolved: size=base, and the same sizes written out, are one teacher.
             "teacher": asdict(classifier.resolve(options.model)),
             "teacher_dtype": options.dtype,

@@ -202,9 +202,12 @@ def _turns(data: Data, sources: int) -> int:
     return sources if data.compose == "alternate" else 1
 
 
-def slots_of(part: int, micro: int, rank: int, world_size: int) -> Ints:
-    """Number the slots of a rank's micro-batch `part` in a step.
+def slots_of(part: int, micro: int, rank: int, world_size: int, in_blocks: bool = False) -> Ints:
+    """Number the slots of a rank's micro-batch `part` in a step, which is the same samples for any number of ranks.
 
-    Neighbouring slots go to neighbouring ranks, so that a step is the same set of samples for any number of ranks.
+    Neighbouring slots go to neighbouring ranks, or with `in_blocks` to one micro-batch, which then is the same samples
+    for any number of ranks too.
     """
+    if in_blocks:
+        return (part * world_size + rank) * micro + np.arange(micro, dtype=np.int64)
     return (part * micro + np.arange(micro, dtype=np.int64)) * world_size + rank

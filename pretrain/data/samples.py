@@ -64,7 +64,13 @@ class Samples(abc.ABC):
 
     Picklable, because data workers are spawned. What is random comes from generators keyed by (seed, epoch, position,
     view, purpose), never from a worker's own state: else another number of ranks or a resume would change the batch.
+
+    Attributes:
+        in_blocks: a micro-batch holds neighbouring positions, for what its samples have in common (mixing, batch norm);
+            else these go to neighbouring ranks, which keeps the reads of a rank closer together.
     """
+
+    in_blocks: bool = False
 
     @abc.abstractmethod
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:

@@ -57,7 +57,7 @@ class WorkerPipeline:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         for number in itertools.count(self._first + worker, workers):
-            yield from self._plan.places(number, self._rank, self._world_size)
+            yield from self._plan.places(number, self._rank, self._world_size, self._samples.in_blocks)
 
     def samples(self, places: Iterable[Place]) -> Iterator[Sample | TubeletError]:
         """Read ahead, decode, cut; an error that ends the run travels as an item, free of this process's traceback."""

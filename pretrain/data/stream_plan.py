@@ -80,10 +80,13 @@ class StreamPlan:
             )
         return self.samples // served
 
-    def places(self, number: int, rank: int, world_size: int) -> list[Place]:
-        """Locate the samples of a rank's micro-batch `number`, counted from the start of the training."""
+    def places(self, number: int, rank: int, world_size: int, in_blocks: bool = False) -> list[Place]:
+        """Locate the samples of a rank's micro-batch `number`, counted from the start of the training.
+
+        With `in_blocks` as `Samples.in_blocks` says.
+        """
         step, part = divmod(number, self.accumulation(world_size))
-        return self.composition.places(step, slots_of(part, self.micro, rank, world_size))
+        return self.composition.places(step, slots_of(part, self.micro, rank, world_size, in_blocks))
 
     @property
     def samples_per_micro(self) -> int:

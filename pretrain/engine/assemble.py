@@ -155,6 +155,7 @@ def build_run(
             asked_to_stop=stop.asked,
             guard=guard,
             incidents=Incidents(folder.incidents, ranks, recipe.run.seed, list(recipe.data.sources)),
+            rows=built.rows,
         ),
         guard=guard,
         saver=open_saver(

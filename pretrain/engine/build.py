@@ -15,6 +15,7 @@ from pretrain.engine.optimiser import build_optimizer, forget_steps
 from pretrain.engine.turns import Turn, turns_of
 from pretrain.errors import RecipeError
 from pretrain.models.cross_rank_batch_norm import convert_batch_norm
+from pretrain.models.dropout import Rows, draw_by_position
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective, WholeBatchObjective
 from pretrain.runtime.determinism import compute_alike
@@ -30,7 +31,7 @@ class Built:
     """A DeepSpeed engine, its configuration, the number of parameters of the model, and what the optimiser updates.
 
     `groups` are the names of the parameters in each of the optimiser's groups, which DeepSpeed forgets; `turns` the
-    updates of one batch.
+    updates of one batch; `rows` what dropout is drawn by.
     """
 
     engine: Any
@@ -39,6 +40,7 @@ class Built:
     groups: Groups
     turns: list[Turn]
     cache: GradientCache | None
+    rows: Rows
 
 
 def build_on_meta(method: Method) -> Objective:
@@ -95,6 +97,7 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
         path = recipe.run.init_weights
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
     turns, cache = turns_of(objective), open_cache(objective, accumulation)
+    rows = draw_by_position(objective)
     optimizer = build_optimizer(recipe, objective, ranks.device)
     # Taken now: DeepSpeed makes flat tensors of the groups and forgets the names.
     groups = _group_names(objective, optimizer)
@@ -104,7 +107,7 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
     if recipe.compute.compile:
         # In place, so that parameters keep their names: weight decay groups and checkpoints go by them.
         engine.compile()
-    return Built(engine, config, parameters, groups, turns, cache)
+    return Built(engine, config, parameters, groups, turns, cache, rows)
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

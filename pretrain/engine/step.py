@@ -18,6 +18,7 @@ from pretrain.errors import TrainingError
 from pretrain.guards.incidents import Incidents
 from pretrain.guards.results import Spike, StepResult, history_of
 from pretrain.guards.step_guard import StepGuard
+from pretrain.models.dropout import ROW_KEYS, Rows, with_row_keys
 from pretrain.objectives.base import Output
 from pretrain.runtime.activity import note
 from pretrain.runtime.gradient_cache import GradientCache
@@ -43,6 +44,7 @@ class StepInputs:
         asked_to_stop: Whether this rank was asked to stop.
         guard: Tells spikes of the loss.
         incidents: Notes what each step is made of.
+        rows: What the model's dropout is drawn by.
     """
 
     engine: Any
@@ -57,6 +59,7 @@ class StepInputs:
     asked_to_stop: Callable[[], bool]
     guard: StepGuard
     incidents: Incidents
+    rows: Rows = field(default_factory=Rows)
 
 
 def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
@@ -174,7 +177,7 @@ def _fetch(inputs: StepInputs, sums: _Sums) -> Batch:
     batch = next(inputs.batches)
     sums.waited += time.perf_counter() - asked
     inputs.ledger.record(batch)
-    return batch
+    return with_row_keys(inputs.seed, batch)
 
 
 def _embed_all(inputs: StepInputs, cache: GradientCache, step: int, sums: _Sums, kept: list[Batch]) -> None:
@@ -184,6 +187,7 @@ def _embed_all(inputs: StepInputs, cache: GradientCache, step: int, sums: _Sums,
             kept.append(to_device(_fetch(inputs, sums), inputs.ranks.device))
             note("forward")
             seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
+            inputs.rows.keys = kept[micro].get(ROW_KEYS)
             inputs.engine.module(kept[micro])
 
 
@@ -198,7 +202,9 @@ def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums, kept: list[
     note("forward")
     # The same seed in every turn: what is drawn for the first is drawn for the second.
     seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
-    output = inputs.engine(to_device(batch, inputs.ranks.device))
+    on_device = to_device(batch, inputs.ranks.device)
+    inputs.rows.keys = on_device.get(ROW_KEYS)
+    output = inputs.engine(on_device)
     check_output(output)
     inputs.incidents.note(batch, output.loss)
     for name, value in {**output.metrics, "loss": output.loss}.items():

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.models.dropout import Dropout, DropPath
+
 #: Cosine attention's scores are multiplied by at most 100 (official: clamp of the logarithm at 4.6052).
 MAX_LOG_SCALE = 4.6052
 
@@ -131,7 +133,7 @@ class Attention(nn.Module):
         cosine: L2-normalise queries and keys and multiply scores by exp(min(scale, 4.6052)), `scale` [h, 1, 1] learned.
         bias: `query_value`: parameters `q_bias`, `v_bias` and none for keys (VideoMAE); `all`: `qkv.bias` (image ViTs).
         dropout: rate behind the output projection.
-        attention_dropout: rate on attention weights.
+        attention_dropout: rate on attention weights, which are then written out: [B, h, N, N] while training.
         init: of the weights.
         causal: a token attends to itself and those before it (text).
 
@@ -152,9 +154,10 @@ class Attention(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
+        assert not (causal and attention_dropout), "attention with dropout is written out without a causal mask"
         self.heads = heads
         self.causal = causal
-        self.attention_dropout = attention_dropout
+        self.attention_dropout = dropout_layer(attention_dropout)
         self.qkv = JointProjection(dim, bias == "all", init)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "query_value" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "query_value" else None
@@ -190,26 +193,28 @@ class Attention(nn.Module):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Mix values by attention to the output [B, N, C], of what `project` gave."""
-        # The fused kernel knows no evaluation mode: it drops whenever a rate is given.
-        rate = self.attention_dropout if self.training else 0.0
-        plain = rate == 0 and not self.causal
+        # The fused kernel draws from the rank's generator, not by position.
+        drops = self.training and isinstance(self.attention_dropout, Dropout)
         # In bfloat16 on CPUs the fused kernel takes two to four times as long; it was 55 % of ViT-S's step.
-        if self.written_out and plain and query.device.type == "cpu" and query.dtype == torch.bfloat16:
-            mixed = written_out_attention(query, key, value, self.score_scale or query.shape[-1] ** -0.5)
+        faster = self.written_out and query.device.type == "cpu" and query.dtype == torch.bfloat16
+        if (drops or faster) and not self.causal:
+            scale = self.score_scale or query.shape[-1] ** -0.5
+            mixed = written_out_attention(query, key, value, scale, self.attention_dropout)
         else:
-            mixed = F.scaled_dot_product_attention(
-                query, key, value, dropout_p=rate, is_causal=self.causal, scale=self.score_scale
-            )
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, scale=self.score_scale)
         return self.dropout(self.proj(mixed.transpose(1, 2).flatten(2)))
 
 
-def written_out_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Compute softmax(scale * query key^T) value by matrix products, scores kept for the backward pass.
+def written_out_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: nn.Module | None = None
+) -> Tensor:
+    """Compute dropout(softmax(scale * query key^T)) value by matrix products, scores kept for the backward pass.
 
     Two to four times as fast as torch's fused kernel on CPUs that multiply bfloat16 natively (bench/step.py), whose
     exponentials and sums it computes in float32 block by block; in float32 the fused one is as fast and keeps less.
     """
-    return (query * scale @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+    weights = (query * scale @ key.transpose(-2, -1)).softmax(dim=-1)
+    return (weights if dropout is None else dropout(weights)) @ value
 
 
 #: Channels that rows of products are filled up to on an accelerator. Tensor cores read 16 bytes at a time: published
@@ -319,20 +324,12 @@ class Block(nn.Module):
 
 def dropout_layer(rate: float) -> nn.Module:
     """Build dropout, or the identity where the rate is 0."""
-    return nn.Dropout(rate) if rate > 0 else nn.Identity()
+    return Dropout(rate) if rate > 0 else nn.Identity()
 
 
 def stochastic_depth(rate: float) -> nn.Module:
-    """Build timm's per-sample DropPath, or the identity; timm is imported only where the rate asks for it."""
-    if rate == 0:
-        return nn.Identity()
-    from pretrain.runtime.vision_ops import ensure_torchvision
-
-    # timm imports torchvision, whose CUDA build fails to import beside a CPU torch.
-    ensure_torchvision()
-    from timm.layers import DropPath
-
-    return DropPath(rate)
+    """Build stochastic depth, or the identity where the rate is 0."""
+    return DropPath(rate) if rate > 0 else nn.Identity()
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

@@ -1,8 +1,8 @@
 """Seeds of everything that is random outside of the data.
 
-Weights come from the run's seed. Stochastic depth and dropout are seeded anew before every forward pass from (seed,
-step, micro-batch, rank), so a resumed run draws what the uninterrupted one would have drawn and no generator state has
-to be saved.
+Weights come from the run's seed. Stochastic depth, dropout and mixing are drawn by position (models/dropout.py). What
+else a forward pass draws from torch is seeded anew before it from (seed, step, micro-batch, rank), so a resumed run
+draws what the uninterrupted one would have drawn and no generator state has to be saved.
 """
 
 import random

@@ -36,6 +36,7 @@ from pretrain.guards.first_nonfinite import (
     function_without_gradient,
 )
 from pretrain.guards.incidents import plain
+from pretrain.models.dropout import ROW_KEYS, Rows, draw_by_position, with_row_keys
 from pretrain.models.frozen import check_frozen
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective
@@ -166,7 +167,7 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     objective = build_objective(place, method, device)
     schedule = build_schedule(recipe, plan.steps_per_epoch)
     first = {name: state.tensor.clone() for name, state in objective.rank_state().items()}
-    turns = turns_of(objective)
+    turns, rows = turns_of(objective), draw_by_position(objective)
     warn_of_losses(objective, recipe, place.world_size)
     for number in range(place.world_size) if rank is None else [rank]:
         served = Ranks(number, place.world_size, 0, device)
@@ -174,11 +175,11 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
         _restore_rank_state(objective, place, number, first)
         objective.before_step(place.step - 1, schedule.steps_per_epoch, schedule.total)
         for micro in range(stream.accumulation):
-            batch = next(stream)
+            batch = with_row_keys(recipe.run.seed, next(stream))
             for turn in turns:
                 with turn.taken(objective):
                     recorded = _recorded(place.record, number, turn.name if len(turns) > 1 else "", micro)
-                    found = _run(objective, batch, recipe.run.seed, place, number, micro, recorded)
+                    found = _run(objective, rows, batch, recipe.run.seed, place, number, micro, recorded)
                 yield found
 
 
@@ -204,13 +205,21 @@ def warn_of_losses(objective: Objective, recipe: Recipe, world_size: int) -> Non
 
 
 def _run(
-    objective: Objective, batch: Batch, seed: int, place: StepPlace, rank: int, micro: int, recorded: float | None
+    objective: Objective,
+    rows: Rows,
+    batch: Batch,
+    seed: int,
+    place: StepPlace,
+    rank: int,
+    micro: int,
+    recorded: float | None,
 ) -> MicroBatch:
-    device = next(objective.parameters()).device
+    on_device = to_device(batch, next(objective.parameters()).device)
+    rows.keys = on_device.get(ROW_KEYS)
 
     def loss_of() -> Tensor:
         seed_forward(seed, place.step - 1, micro, rank)
-        loss: Tensor = objective(to_device(batch, device)).loss
+        loss: Tensor = objective(on_device).loss
         return loss
 
     # Gradients would add up: a NaN of the micro-batch before would be found in this one too.

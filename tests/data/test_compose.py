@@ -58,6 +58,20 @@ def test_a_step_is_the_same_for_any_number_of_ranks(compose: str) -> None:
 
 
 @pytest.mark.parametrize("compose", ["mixed", "alternate", "together"])
+def test_in_blocks_a_micro_batch_is_the_same_for_any_number_of_ranks(compose: str) -> None:
+    plan = plan_of(recipe_of(compose))
+    for step in range(3 * plan.steps_per_epoch):
+        dealt = {}
+        for ranks in (1, 2):
+            parts = plan.accumulation(ranks)
+            numbers = [(step * parts + part, rank) for part in range(parts) for rank in range(ranks)]
+            dealt[ranks] = [plan.places(number, rank, ranks, in_blocks=True) for number, rank in numbers]
+        assert dealt[1] == dealt[2] and len(dealt[1]) == 2
+        whole = sorted((place for places in dealt[1] for place in places), key=lambda place: place.position)
+        assert whole == sorted(step_of(plan, step, 1), key=lambda place: place.position)
+
+
+@pytest.mark.parametrize("compose", ["mixed", "alternate", "together"])
 def test_a_plan_arrives_in_a_data_worker_as_it_was(compose: str) -> None:
     plan = plan_of(recipe_of(compose))
     arrived = pickle.loads(pickle.dumps(plan))

@@ -148,7 +148,8 @@ def test_cache_refuses_other_views_and_other_runs(tmp_path: Path) -> None:
     for name in ("epoch", "position", "view"):
         others.append(views_digest(batch | {name: batch[name] + 1}))
     others.append(views_digest(batch | {"key": ["0", "1", "2", "substitute"]}))
-    assert views_digest(batch_of()) == views and len({views, *others}) == 6
+    others.append(views_digest(batch | {"mix_seeds": [7, 8]}))
+    assert views_digest(batch_of()) == views and len({views, *others}) == 7
     for other in others:
         with pytest.raises(DataError, match="other clips"):
             cache.read(0, 0, other)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.classification.mixing import Mixing
+from finetune.classification.mixing import Mixing, mix_seeds
 from finetune.classification.task import ClassificationObjective
 from finetune.recipe import Augment, TuneRecipe, load_tune_recipe
 from pretrain.engine.optimiser import parameter_groups, set_lr
@@ -52,6 +52,21 @@ def test_mixing_follows_torch_and_leaves_numpy_alone() -> None:
         return result
 
     assert torch.equal(mixed(5), mixed(5)) and not torch.equal(mixed(5), mixed(6))
+
+
+def test_neighbouring_videos_are_mixed_in_a_micro_batch_of_any_even_size() -> None:
+    """Two views each; the first eight positions share a draw, the next ones have another."""
+    mixing, places = Mixing(Augment(), 3, 0.1), [(1, position) for position in range(4, 16)]
+    video, labels = torch.rand(24, 2, 12, 16, 3), torch.arange(24) % 3
+    whole, soft = mixing(video, labels, mix_seeds(7, places))
+    parts = [mixing(video[2 * at : 2 * at + 4], labels[2 * at : 2 * at + 4], mix_seeds(7, places[at : at + 2]))
+             for at in range(0, 12, 2)]  # fmt: skip
+    assert torch.equal(whole, torch.cat([part for part, _ in parts]))
+    assert torch.equal(soft, torch.cat([part for _, part in parts]))
+    seeds = mix_seeds(7, places)
+    assert [seeds.count(seed) for seed in seeds] == [2, 2, 4, 4, 4, 4]
+    assert set(mix_seeds(8, places)) & set(seeds) == set() == set(mix_seeds(7, [(0, 4), (0, 5)])) & set(seeds)
+    assert len(mix_seeds(7, places[:3])) == 1, "an odd micro-batch is one group"
 
 
 def test_rates_of_layers_reach_the_optimizer() -> None:

@@ -19,6 +19,12 @@ from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.models.initial_weights import read_weights
 
+#: All that is random in the network.
+RANDOM = (
+    "model.drop_path=0.3", "model.dropout=0.1", "model.attention_dropout=0.1", "model.head_dropout=0.3",
+    "augment.erasing=0.5",
+)  # fmt: skip
+
 
 def training(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
@@ -26,8 +32,8 @@ def training(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def whole(toy: Any) -> str:
-    """One uninterrupted run with averaged weights, mixing, augmentation."""
-    return str(toy.run("whole", "ema.decay=0.9"))
+    """One uninterrupted run with averaged weights, mixing, augmentation, dropout."""
+    return str(toy.run("whole", "ema.decay=0.9", *RANDOM))
 
 
 def test_run_from_start_to_test(toy: Any, whole: str) -> None:
@@ -96,8 +102,8 @@ def test_runs_side_by_side(toy: Any, whole: str, capsys: pytest.CaptureFixture[s
 
 
 def test_stopped_and_resumed_is_the_same_run(toy: Any, whole: str) -> None:
-    toy.run("parts", "ema.decay=0.9", "schedule.max_steps=3", "checkpoint.every_steps=1")
-    toy.run("parts", "ema.decay=0.9", "checkpoint.every_steps=1")
+    toy.run("parts", "ema.decay=0.9", *RANDOM, "schedule.max_steps=3", "checkpoint.every_steps=1")
+    toy.run("parts", "ema.decay=0.9", *RANDOM, "checkpoint.every_steps=1")
     assert training(toy.records("parts")) == training(toy.records("whole"))
     one, two = (consolidated_state(toy.folder / name / "checkpoints" / "step_00000006") for name in ("whole", "parts"))
     assert any(name.startswith("average.") for name in one)
@@ -109,7 +115,7 @@ def test_stopped_and_resumed_is_the_same_run(toy: Any, whole: str) -> None:
 
 def test_best_checkpoint_can_be_tested_and_rescored(toy: Any, whole: str) -> None:
     best = json.loads((toy.folder / "whole" / "best.json").read_text())["step"]
-    toy.run("whole", "ema.decay=0.9", "--test", "best", "evaluate.clips=1", "evaluate.crops=1")
+    toy.run("whole", "ema.decay=0.9", *RANDOM, "--test", "best", "evaluate.clips=1", "evaluate.crops=1")
     folder = toy.folder / "whole" / "predictions" / f"step_{best:08d}"
     assert read_predictions(folder).logits.shape == (11, 1, 3)
     before = json.loads((folder / "scores.json").read_text())
@@ -148,11 +154,30 @@ def test_bf16_masters_are_merged_from_zero_stage_1(toy: Any) -> None:
     assert not torch.equal(merged[weight], computed[weight].float()), "more digits than the model computes with"
 
 
-def test_averages_are_sharded_and_move_between_stages(toy: Any) -> None:
-    """Begun on one rank without ZeRO; trained on, validated and tested on two in stage 3; tested on one again."""
-    words = ("ema.decay=0.8", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
+@pytest.fixture(scope="module")
+def sharded(toy: Any) -> tuple[str, ...]:
+    """A run begun on one rank without ZeRO; trained on, validated and tested on two in stage 3, by other micro-batches.
+
+    Returns its words.
+    """
+    words = ("ema.decay=0.8", *RANDOM, "checkpoint.every_steps=1", "checkpoint.keep_last=9")
     toy.run("sharded", *words, "schedule.max_steps=3")
-    toy.run("sharded", *words, "zero.stage=3", ranks=2)
+    toy.run("sharded", *words, "zero.stage=3", "batch.micro=2", "compute.activation_checkpointing=true", ranks=2)
+    return words
+
+
+def test_mixing_and_dropout_are_the_same_on_two_ranks(toy: Any, whole: str, sharded: tuple[str, ...]) -> None:
+    losses = [[loss for _, loss in training(toy.records(name))] for name in ("whole", "sharded")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+    assert len(losses[0]) == 6 and np.ptp(losses[0]) > 0.01
+    folders = [toy.folder / name / "checkpoints" / "step_00000006" for name in ("whole", "sharded")]
+    one, two = map(consolidated_state, folders)
+    for name in (name for name in one if name.startswith("model.")):
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_averages_are_sharded_and_move_between_stages(toy: Any, sharded: tuple[str, ...]) -> None:
+    """Begun on one rank, trained on two, tested on one again."""
     run, folder = toy.folder / "sharded", toy.folder / "sharded" / "predictions" / "step_00000006"
     shares = [torch.load(run / f"checkpoints/step_00000004/deepspeed/zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
                          weights_only=False)["module"]["average.head|weight"] for rank in range(2)]  # fmt: skip
@@ -162,7 +187,7 @@ def test_averages_are_sharded_and_move_between_stages(toy: Any) -> None:
     assert torch.equal(torch.cat(shares).view(3, 48), expected) and torch.equal(after["average.head|weight"], expected)
     assert int(before["average.updates"]) == 3 and not torch.equal(expected, after["model.head.weight"])
     two = read_predictions(folder)
-    toy.run("sharded", *words, "--test", "last")  # whole weights in place of shards
+    toy.run("sharded", *sharded, "--test", "last")  # whole weights in place of shards
     one = read_predictions(folder)
     order = [one.keys.index(key) for key in two.keys]
     np.testing.assert_allclose(one.logits[order], two.logits, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 """Official AdaptFormer: adapters, prompts and probes on the video and the image model, evaluation and training step."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from pretrain.models.classifier_weights import fuse_projections, split_projectio
 from pretrain.models.image_vit import Config as ImageConfig
 from pretrain.models.image_vit import ImageViT
 from pretrain.models.weights import LoadReport, load_state
+from tests.parity.conftest import find_cases
+from tests.ranks import run_ranks
 
 KINDS = ("adaptformer",)
 
@@ -161,9 +164,40 @@ def step(case, model: Backbone) -> dict[str, Tensor]:
     return {"logits_train": logits.detach(), "loss_train": loss.detach()} | gradients | statistics
 
 
+def names_of_step(case) -> set[str]:
+    """Tensors of a training step that a case has."""
+    return {name for name in case.tensors() if name.startswith(("grad.", "after.", "logits_train", "loss_train"))}
+
+
+@pytest.fixture(scope="module")
+def engine_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """A step of every case as launch/finetune.py takes it, by folder."""
+    folders = [case.folder for case in find_cases() if case.kind in KINDS and names_of_step(case)]
+    out = tmp_path_factory.mktemp("adaptformer") / "steps.pt"
+    run_ranks([Path(__file__).with_name("adaptformer_program.py"), out, *folders], ranks=1)
+    found: dict[str, dict[str, Tensor]] = torch.load(out)
+    return found
+
+
+def test_step_of_the_engine(case, engine_steps) -> None:
+    """The task's recipe, loss and frozen parts, engine and optimiser, on pixels."""
+    names = names_of_step(case)
+    if not names:
+        pytest.skip(f"{case.name} has no training step")
+    found, exact, near = engine_steps[str(case.folder)], step(case, doubled(build(case))), case.tolerance("outputs")
+    assert {name for name in found if name.startswith("grad.")} == {name for name in names if name.startswith("grad.")}
+    gradients = sorted(name for name in names if name.startswith("grad."))
+    for name in names & set(found):
+        assert_close(found[name], exact[name].float(), **near, msg=lambda text, n=name: f"{n}: {text}")
+    # By the measure of the whole gradient, see `test_training_step`.
+    ours, official = (torch.cat([each[name].flatten() for name in gradients]) for each in (found, case.tensors()))
+    assert (ours - official).norm() / official.norm() < near["rtol"]
+    compare(found, case, {"loss_train"} | {name for name in names if name.startswith("after.")})
+
+
 def test_training_step(case) -> None:
     tensors = case.tensors()
-    names = {name for name in tensors if name.startswith(("grad.", "after.", "logits_train", "loss_train"))}
+    names = names_of_step(case)
     if not names:
         pytest.skip(f"{case.name} has no training step")
     ours = step(case, build(case))
