@@ -5,10 +5,12 @@ FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 DS_BUILD_OPS=0 PATH=/opt/tubelet/.venv/bin:$PATH
 
+# NCCL talks to InfiniBand and RoCE cards through libibverbs and its providers; without them it falls back to TCP.
 # Version pins of Debian packages vanish from the mirrors with each security update, so these float.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-dev python3-venv ffmpeg g++ git ninja-build pdsh openssh-client \
+        libibverbs1 ibverbs-providers librdmacm1 \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/tubelet

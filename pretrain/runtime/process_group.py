@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, MutableMapping
@@ -92,10 +93,19 @@ def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ["SLURM_NTASKS"],
-        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        # The number of a task's device among those that it sees; where each is bound to its own, that is the first.
+        "LOCAL_RANK": "0" if _has_own_gpu(environ) else environ.get("SLURM_LOCALID", "0"),
         "MASTER_ADDR": address or "127.0.0.1",
         "MASTER_PORT": port,
     }
+
+
+def _has_own_gpu(environ: Mapping[str, str]) -> bool:
+    """Tell whether Slurm shows each task one GPU (--gpus-per-task=1; newer versions say it as --tres-per-task)."""
+    words = [word for word in environ.get("SLURM_TRES_PER_TASK", "").split(",") if word.startswith("gres/gpu")]
+    # 1, or with a type: h100:1; gres/gpu=1, gres/gpu:h100:1.
+    counts = [re.split("[:=]", word)[-1] for word in (environ.get("SLURM_GPUS_PER_TASK", ""), *words)]
+    return "1" in counts
 
 
 def _first_of_nodelist(nodelist: str) -> str:

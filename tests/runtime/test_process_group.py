@@ -52,6 +52,22 @@ def test_slurm_step() -> None:
 
 
 @pytest.mark.parametrize(
+    ("bound", "device"),
+    [
+        ({"SLURM_GPUS_PER_TASK": "1"}, "0"),
+        ({"SLURM_GPUS_PER_TASK": "h100:1"}, "0"),
+        ({"SLURM_TRES_PER_TASK": "cpu=11,gres/gpu=1"}, "0"),
+        ({"SLURM_TRES_PER_TASK": "cpu:1,gres/gpu:h100:4"}, "3"),
+        ({"SLURM_TRES_PER_TASK": "cpu=1"}, "3"),
+    ],
+)
+def test_a_task_that_is_bound_to_its_gpu_sees_it_as_the_first(bound: dict[str, str], device: str) -> None:
+    environ = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "SLURM_STEP_ID": "0"}
+    environ |= {"SLURM_STEP_NODELIST": "n1", **bound}
+    assert launch_environment(environ)["LOCAL_RANK"] == device
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [("a1,a2", "a1"), ("n[3,7-9],m2", "n3"), ("m2,n[3,7-9]", "m2"), ("one", "one"), ("n[08-10]", "n08")],
 )
