@@ -106,13 +106,17 @@ def test_an_index_of_an_early_release_goes_on_working(
         first(str(data))
 
 
-def test_a_damaged_sample_of_an_early_index_may_be_a_changed_table(data: Path) -> None:
+def test_a_damaged_sample_of_an_early_index_may_be_a_changed_table(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = json.loads((data / TABLE).read_text())
     table["offsets"][0] += 512
     (data / TABLE).write_text(json.dumps(table))
     forget_hashes(data)
     with pytest.raises(DataError, match=f"has other bytes than .*, or {TABLE} was changed"):
         first(str(data))
+    assert main(["--check", str(data), "--workers", "0", "--hashes-only"]) == 1
+    assert "clips-000000.tar: its member table does not match the tar" in capsys.readouterr().err
 
 
 def test_a_bit_that_flips_on_the_way_is_read_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_check_lists_every_problem(changed: Path, capsys: pytest.CaptureFixture[
     code, text = _check(changed, capsys)
     assert code == 1 and "4 problems" in text
     for part in ("stray.tar: not in the index", "shard-000000.tar: sha256", "shard-000000.tar: sample",
-                 "shard-000001.tar: its member table"):  # fmt: skip
+                 "shard-000001.members.json: this member table is not the one that was indexed"):  # fmt: skip
         assert part in text
 
 

@@ -73,7 +73,7 @@ def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> lis
             problems.append(f"{where}: sha256 {found.sha256[:12]}..., the index says {shard.sha256[:12]}...")
         if found.samples != shard.samples:
             problems.append(f"{where}: {found.samples} samples, the index says {shard.samples}")
-        problems += _check_members(where, members, load_members(url, shard))
+        problems += _check_members(url, shard, members)
     except TubeletError as error:
         # Not readable as a whole: its members would all fail with the same words.
         return [*problems, str(error)]
@@ -83,11 +83,15 @@ def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> lis
     return problems
 
 
-def _check_members(where: str, found: MemberTable, stored: MemberTable) -> list[str]:
+def _check_members(url: str, shard: Shard, found: MemberTable) -> list[str]:
+    try:
+        stored = load_members(url, shard)
+    except TubeletError as error:
+        return [str(error)]
     same = list(found.keys) == list(stored.keys) and found.offsets.tolist() == stored.offsets.tolist()
     if same and found.sizes.tolist() == stored.sizes.tolist():
         return []
-    return [f"{where}: its member table does not match the tar; index again with --index-only"]
+    return [f"{storage.join(url, shard.name)}: its member table does not match the tar; index again with --index-only"]
 
 
 def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[str, ...]) -> list[str]:
