@@ -348,8 +348,9 @@ def disks() -> Iterator[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every row that needs no store; those with one are in stores.py."""
+    """Every row; those with a store are in stores.py, those about what is packed in sources.py."""
+    from tests.faults.sources import sources
     from tests.faults.stores import stores
 
-    families = (kills, stops, hangs, nans, damages, layouts, disks, stores)
+    families = (kills, stops, hangs, nans, damages, layouts, disks, stores, sources)
     return [case for family in families for case in family()]

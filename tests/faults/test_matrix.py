@@ -25,6 +25,7 @@ CHOSEN = (
     "data: server refuses connections for longer than data.deadline_s, mid-epoch, 1 rank",
     "upload: server killed, back after 3 s, upload, 1 rank",
     "host lost with its disk, mid-epoch, 1 rank",
+    "sources: frame folder with flow beside the pictures, pack, 1 rank",
 )
 
 
