@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.faults.case import PHASES, Case
 from tests.faults.lab import Attempt, Lab, NotKept, until
+from tests.faults.sources import sources
 from tests.faults.stores import stores
 from tests.faults.surroundings import surroundings
 from tests.toy_shards import forget_hashes, swap_rows
@@ -398,6 +399,6 @@ def disks() -> Iterator[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every row; those of stores and of what surrounds a run are in files of their own."""
-    families = (kills, stops, hangs, nans, damages, tables, layouts, disks, stores, surroundings)
+    """Every row; those of stores, of what is packed and of what surrounds a run are in files of their own."""
+    families = (kills, stops, hangs, nans, damages, tables, layouts, disks, stores, sources, surroundings)
     return [case for family in families for case in family()]

@@ -39,10 +39,11 @@ already, as tasks without a launcher; loading them takes a few seconds more. Row
 through it. The S3 server is rclone's, behind a proxy that injects the faults; disks that fill up and read-only ones are
 mounts of their own.
 
-Phases: **start** (ranks have met, nothing is built), **first step**, **mid-epoch** (step 8), **epoch border** (between
-steps 5 and 6), **save** (files of step 8 are written, not yet hashed or published), **publish** (its manifest is
-written, it is not renamed yet), **upload** (a checkpoint is being sent to the store), **resume** (a run that was killed
-after 10 steps is started; held before its states are loaded), **download** (a checkpoint comes back from the store).
+Phases: **pack** (before training, which reads what is packed then), **start** (ranks have met, nothing is built),
+**first step**, **mid-epoch** (step 8), **epoch border** (between steps 5 and 6), **save** (files of step 8 are written,
+not yet hashed or published), **publish** (its manifest is written, it is not renamed yet), **upload** (a checkpoint is
+being sent to the store), **resume** (a run that was killed after 10 steps is started; held before its states are
+loaded), **download** (a checkpoint comes back from the store).
 
 **Not exercised**, for want of the means: accelerators and their collectives (NCCL); hosts that differ in hardware, and
 more than two; a parallel file system (a lock that does not work is imitated by what the call answers); loss of power

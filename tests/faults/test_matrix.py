@@ -29,6 +29,7 @@ CHOSEN = (
     "host lost with its disk, mid-epoch, 1 rank",
     "run folder renamed, mid-epoch, 1 rank",
     "a payload in a checkpoint, with the right hashes, resume, 1 rank",
+    "sources: frame folder with flow beside the pictures, pack, 1 rank",
 )
 
 

@@ -21,6 +21,7 @@ from pretrain.data.pack.options import Options
 from pretrain.data.pack.packed import Packed, Rejected
 from pretrain.data.pack.packers import pack_sample
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
+from pretrain.data.time_segment import Segment
 from pretrain.errors import SampleError
 from tests.films import numbers_of, write_film
 
@@ -157,6 +158,16 @@ def test_codec_that_a_decoder_lacks_is_encoded(tmp_path: Path, make_video: MakeV
     assert "decord" in _pack(source, KEEP).facts["reencoded"]
     pyav = _pack(source, Options(copy=True, decoders=("pyav",)))
     assert pyav.facts["reencoded"] is None and pyav.facts["codec"] == "av1"
+
+
+def test_streams_whose_decoder_encodes_nothing_are_copied(tmp_path: Path, make_video: MakeVideo) -> None:
+    """AV1 by libdav1d, out of a container that is not mp4; also as a segment, which is copied before it is encoded."""
+    source = make_video(tmp_path / "a.webm", codec="libsvtav1", options={"preset": "12", "g": "8"})
+    kept = _pack(source, Options(copy=True, decoders=("pyav",)))
+    assert kept.facts["reencoded"] is None and kept.facts["codec"] == "av1" and kept.facts["frames"] == 24
+    assert (_frames(kept.files["mp4"], "pyav") == _frames(source, "pyav")).all()
+    cut = _pack(source, FAST, segment=Segment(0.2, 0.6))
+    assert cut.facts["frames"] == 10 and _same(_frames(cut.files["mp4"], "pyav"), _frames(source, "pyav")[5:15])
 
 
 def test_variable_frame_rate_keeps_its_times_or_becomes_constant(tmp_path: Path, make_video: MakeVideo) -> None:

@@ -160,7 +160,7 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
             streams = [video_stream(container)]
             sounds = container.streams.audio[:1] if audio else ()
             foreign = [s for s in sounds if codec_name(s) not in MP4_AUDIO]
-            copies = {s.index: out.add_stream_from_template(s) for s in [*streams, *sounds] if s not in foreign}
+            copies = {s.index: add_copy(out, s) for s in [*streams, *sounds] if s not in foreign}
             encoded = Sound(out, container, 0.0) if foreign else None
             for packet in with_decoding_times(container.demux([*streams, *sounds])):
                 if encoded is not None and packet.stream.type == "audio":
@@ -173,6 +173,13 @@ def copy_stream(source: str, target: str, audio: bool) -> None:
         _compare_tags(source, target)
     except (av.error.FFmpegError, ValueError) as error:
         raise SampleError("copy", str(error)) from error
+
+
+def add_copy(out: Any, stream: Any) -> Any:
+    """Add a stream to an output that takes another one's packets as they are."""
+    # PyAV looks for an encoder of the decoder's name, and there is none of AV1's: libdav1d.
+    context = stream.codec_context
+    return out.add_stream_from_template(stream, opaque=context.codec.name != context.codec.canonical_name or None)
 
 
 def _compare_tags(source: str, copy: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.data.linked_video import INDEXED, MATROSKA, UNSTAMPED, LinkedVideo
 from pretrain.data.pack.colour import same_colours
-from pretrain.data.pack.encode import MP4_OPTIONS, with_decoding_times
+from pretrain.data.pack.encode import MP4_OPTIONS, add_copy, with_decoding_times
 from pretrain.data.pack.film_index import open_file
 from pretrain.data.pack.media_probe import video_stream
 from pretrain.data.time_segment import Segment
@@ -89,7 +89,7 @@ def _copy_segment(container: Any, segment: Segment, target: str, audio: bool) ->
     window = _Window(container, video, sounds, segment)
     options = MP4_OPTIONS if target.endswith(".mp4") else {"fflags": "+bitexact"}
     with av.open(target, "w", format="mp4" if target.endswith(".mp4") else "matroska", options=options) as out:
-        copies = {stream.index: out.add_stream_from_template(stream) for stream in [video, *sounds]}
+        copies = {stream.index: add_copy(out, stream) for stream in [video, *sounds]}
         for packet in window.packets():
             shift = round(window.shift_s / packet.time_base)
             packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
