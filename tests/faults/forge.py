@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -128,6 +129,9 @@ def become(request: dict[str, Any]) -> None:
     code = 1
     try:
         os.setsid()
+        # As a terminal starts it: under nohup, or behind `&`, this program ignores them, and a run goes by that.
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
