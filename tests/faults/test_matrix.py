@@ -21,6 +21,7 @@ CHOSEN = (
     "newest checkpoint, manifest cut, resume, 1 rank",
     "checkpoint half published, resume, 1 rank",
     "disk full until a save has failed, mid-epoch, 1 rank",
+    "machine suspended, another one takes over; no flock, mid-epoch, 1 rank",
     "data: connections reset in a third of the answers, mid-epoch, 1 rank",
     "data: server refuses connections for longer than data.deadline_s, mid-epoch, 1 rank",
     "upload: server killed, back after 3 s, upload, 1 rank",
