@@ -13,17 +13,19 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import platform
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from filelock import Timeout
+from filelock import FileLock, Timeout
 
 from pretrain.runtime.heartbeats import FOLDER_NAME as HEARTBEATS
 from pretrain.runtime.heartbeats import GONE_BEATS
@@ -236,6 +238,17 @@ class Signs:
         beat_s = (self.holder and self.holder.beat_s) or self._beat_s
         watched = time.monotonic() - self._since
         return watched >= SEEN_BEATS * beat_s and max(0.0, self._age_s) + watched >= GONE_BEATS * beat_s
+
+
+@contextlib.contextmanager
+def held(folder: Path, beat_s: float = 10.0) -> Iterator[None]:
+    """Keep a folder to this process while the block runs; wait as long as a living process has it."""
+    lock = FileLock(folder / ".lock") if has_flock(folder) else Lease(folder, beat_s)
+    lock.acquire(timeout=math.inf)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def has_flock(folder: Path) -> bool:

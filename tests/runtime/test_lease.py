@@ -99,6 +99,8 @@ def test_a_folder_without_flock_is_kept_all_the_same(
     with pytest.raises(TrainingError, match=rf"in use by host .*, pid {os.getpid()}"):
         open_folder(str(tmp_path), ALONE, BEAT_S)
     hold.release()
+    with lease.held(tmp_path), pytest.raises(Timeout):
+        Lease(tmp_path, BEAT_S).acquire(timeout=0)
     open_folder(str(tmp_path), ALONE, BEAT_S)[1].release()
     assert "taken over" not in caplog.text
     code = errno.EIO
