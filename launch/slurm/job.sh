@@ -47,7 +47,11 @@ run_job() { # SCRIPT ARGUMENT...
 rank_count() { echo $((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))})); }
 
 # Another job may run in the folder while this one waits for it: its stop file is not this one's to touch.
-holds_folder() { [ "$(cat "$run_dir/.holder" 2>/dev/null)" = "$SLURM_JOB_ID" ]; }
+holds_folder() {
+    local holder=''
+    if [ -f "$run_dir/.holder" ]; then read -r holder <"$run_dir/.holder"; fi
+    [ "$holder" = "$SLURM_JOB_ID" ]
+}
 
 # Wrong usage is what the program says it is, whatever srun makes of the codes of all tasks.
 of_usage() { # STATUS
@@ -118,7 +122,7 @@ watch_end_time() {
 latest_end_time() {
     local job='' told=0
     if [ -f "$run_dir/.end_time" ]; then read -r job told <"$run_dir/.end_time"; fi
-    if [ "$job" = "$SLURM_JOB_ID" ]; then echo "$told"; else echo "$end_time"; fi
+    if [ "$job" = "$SLURM_JOB_ID" ]; then end_time=$told; fi
 }
 
 in_step() { # SRUN_OPTION... -- COMMAND...
@@ -160,8 +164,10 @@ on_stop() {
 on_term() {
     term_seen=1
     on_stop
-    end_time=$(latest_end_time)
-    if [ "$end_time" -gt 0 ] && [ "$(date +%s)" -ge "$end_time" ]; then
+    latest_end_time
+    local now
+    printf -v now '%(%s)T' -1
+    if [ "$end_time" -gt 0 ] && [ "$now" -ge "$end_time" ]; then
         requeue "the time limit came before the run had stopped"
     fi
 }
@@ -175,11 +181,19 @@ wait_for_step() {
     return "$status"
 }
 
-# srun leaves as soon as Slurm ends the job, and the ranks when they have saved.
+# srun leaves as soon as Slurm ends the job, and the ranks when they have saved. The same signal kills the programs that
+# are started here, so what they would have answered is left open where they don't.
 wait_for_word() { # BEFORE
-    local until=$(($(date +%s) + SAY_S))
-    while [ "$(summary_stamp)" = "$1" ] && [ "$(date +%s)" -lt "$until" ] &&
-        squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null | grep -q '\.[0-9]'; do sleep 0.5; done
+    local now until stamp
+    printf -v now '%(%s)T' -1
+    until=$((now + SAY_S))
+    # Rank 0 has the lock as long as it lives. (squeue is no help: it does not list the steps of a job that ends.)
+    while [ "$now" -lt "$until" ] && holds_folder && ! flock --nonblock "$run_dir/.lock" true; do
+        stamp=$(summary_stamp)
+        case $stamp in "$1" | none | '') ;; *) return ;; esac
+        sleep 0.5
+        printf -v now '%(%s)T' -1
+    done
 }
 
 summary_stamp() { stat --format='%i %y' "$run_dir/summary.json" 2>/dev/null || echo none; }
@@ -241,7 +255,7 @@ requeue() { # WHY
     if [ "$TUBELET_REQUEUE" = 1 ]; then
         say "$1: back to the queue"
         local until=$(($(date +%s) + TRY_S))
-        end_time=$(latest_end_time)
+        latest_end_time
         if [ "$end_time" -gt 0 ]; then until=$((end_time - 2 * AGAIN_S)); fi
         # A controller that restarts answers nobody for a minute; the allocation is there as long as this shell is.
         until scontrol requeue "$SLURM_JOB_ID"; do
