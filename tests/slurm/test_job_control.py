@@ -76,6 +76,9 @@ def test_one_job_that_is_prolonged_met_by_another_and_cancelled(site: Any, tmp_p
 def test_a_controller_that_is_away_strands_nobody(site: Any, tmp_path: Path) -> None:
     job, log = submit(site, "controller", tmp_path / "first", RANKS)
     wait_for_words(site, log, "trains")
+    began, state = time.time(), site.cluster.folder / "state" / "job_state"
+    # A controller that comes back without knowing that the job has started ends it as a stranger.
+    site.cluster.wait("it has saved that the job runs", lambda: state.exists() and state.stat().st_mtime > began + 1)
     site.cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_for_words(site, log, "asked to stop")
     site.cluster.kill_controller()
