@@ -67,6 +67,8 @@ of_usage() { # STATUS
 
 read_settings() {
     : "${TUBELET_LAUNCHER:=srun}" "${TUBELET_REQUEUE:=1}" "${TUBELET_MAX_FAILURES:=3}"
+    # A job that comes back has the same number and another end.
+    this_start=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     run_dir='' end_time=0 term_seen=0 interrupted=0 step=$$
     local word
     for word in "$@"; do
@@ -107,22 +109,23 @@ ask_end_time() {
 
 # Somebody may prolong the job: the run, which may have no Slurm in its container, looks here before it stops for the end.
 watch_end_time() {
-    local known=$end_time now
-    while kill -0 "$step" 2>/dev/null; do
-        sleep "$LOOK_S"
-        now=$(ask_end_time)
-        if [ "$now" -gt 0 ] && [ "$now" != "$known" ]; then
+    local known=$end_time now waited=0
+    while sleep 1 && kill -0 "$step" 2>/dev/null; do
+        waited=$((waited + 1))
+        if [ "$waited" -lt "$LOOK_S" ]; then continue; fi
+        waited=0 now=$(ask_end_time)
+        if [ "$now" -gt 0 ] && [ "$now" != "$known" ] && holds_folder; then
             say "the job ends at $(date --date="@$now" +%FT%T) now"
-            echo "$SLURM_JOB_ID $now" >"$run_dir/.end_time.new" && mv "$run_dir/.end_time.new" "$run_dir/.end_time"
+            echo "$this_start $now" >"$run_dir/.end_time.new" && mv "$run_dir/.end_time.new" "$run_dir/.end_time"
             known=$now
         fi
     done
 }
 
 latest_end_time() {
-    local job='' told=0
-    if [ -f "$run_dir/.end_time" ]; then read -r job told <"$run_dir/.end_time"; fi
-    if [ "$job" = "$SLURM_JOB_ID" ]; then end_time=$told; fi
+    local start='' told=0
+    if [ -f "$run_dir/.end_time" ]; then read -r start told <"$run_dir/.end_time"; fi
+    if [ "$start" = "$this_start" ]; then end_time=$told; fi
 }
 
 in_step() { # SRUN_OPTION... -- COMMAND...

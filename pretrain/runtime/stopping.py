@@ -25,8 +25,8 @@ EXIT_REQUEUE = 75
 
 STOP_FILE = "stop"
 
-#: File of the run folder with a Slurm job's number and its new end, seconds of the epoch, where the time limit was
-#: changed while it runs (launch/slurm/job.sh).
+#: File of the run folder with a Slurm job's number and start and its new end, seconds of the epoch, where the time
+#: limit was changed while it runs: "1234.0 1767225600" (launch/slurm/job.sh).
 END_FILE = ".end_time"
 
 #: Ctrl-C and a closed terminal are requests as well; a second Ctrl-C leaves at once.
@@ -67,7 +67,8 @@ class StopWatch:
         self._first = first
         environ = os.environ if environ is None else environ
         self._deadline = _deadline(time_limit_minutes, started or time.time(), environ)
-        self._job = environ.get("SLURM_JOB_ID", "") if time_limit_minutes is None else ""
+        start = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+        self._job = start if time_limit_minutes is None else ""
         self._timings = run_dir / TIMINGS
         self._lead_s = float(environ.get(LEAD_VARIABLE, "inf"))
         self._save_s = _longest_save(self._timings) if first else 0.0
@@ -101,7 +102,7 @@ class StopWatch:
         return time.time() > self._deadline - max(LEAST_MARGIN_S, 2 * self._save_s)
 
     def _is_prolonged(self) -> bool:
-        """Look at the job's end anew; a file that another job has left says nothing of this one."""
+        """Look at the job's end anew; a file that another job, or start, has left says nothing of this one."""
         with contextlib.suppress(OSError, ValueError):  # none, or cut by a full disk
             job, end = self._end_file.read_text(encoding="utf-8").split()
             if job == self._job and float(end) > self._deadline:

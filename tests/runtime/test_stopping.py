@@ -60,14 +60,14 @@ def test_a_prolonged_job_is_noticed_before_it_is_stopped_for_its_end(tmp_path: P
     watches.append(watch)
     watch.saved_in(12)
     assert not watch.asked()
-    (tmp_path / ".end_time").write_text(f"7 {time.time() + 600:.0f}\n")
+    (tmp_path / ".end_time").write_text(f"7.0 {time.time() + 600:.0f}\n")
     watch.saved_in(200)  # doubled, this is more than the first end leaves, and less than the second
     assert not watch.asked()
     watch.saved_in(400)
     assert watch.asked() and watch.reason == "wall-clock limit"
 
 
-@pytest.mark.parametrize("left", ["8 9999999999\n", "7 1\n", "7 999", "7 soon\n", ""])
+@pytest.mark.parametrize("left", ["8.0 9999999999\n", "7.1 9999999999\n", "7.0 1\n", "7.0 999", "7.0 soon\n", ""])
 def test_what_another_job_left_prolongs_nothing(tmp_path: Path, watches: list[StopWatch], left: str) -> None:
     environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(time.time() + 10)}
     watches.append(StopWatch(tmp_path, True, None, environ=environ))

@@ -54,7 +54,7 @@ def test_one_job_that_is_prolonged_met_by_another_and_cancelled(site: Any, tmp_p
     site.cluster.run("scontrol", "update", f"JobId={first}", "TimeLimit=30")
     site.cluster.wait("the new end is known", (run / ".end_time").exists, timeout_s=60)
     job, end = (run / ".end_time").read_text().split()
-    assert job == first and 25 * 60 < float(end) - time.time() < 30 * 60
+    assert job == f"{first}.0" and 25 * 60 < float(end) - time.time() < 30 * 60
 
     second, other_log = submit(site, "words", tmp_path / "second", RANKS)
     wait_for_words(site, other_log, "meet at")
@@ -69,6 +69,9 @@ def test_one_job_that_is_prolonged_met_by_another_and_cancelled(site: Any, tmp_p
     site.cluster.run("scancel", first)
     wait_for_words(site, log, "Slurm ended this job")
     assert "stopped with a checkpoint; Slurm ended this job" in log.read_text()
+    said = log.read_text()
+    time.sleep(3)
+    assert log.read_text() == said, "nothing of the job goes on"
     assert "failed with" not in log.read_text() + other_log.read_text()
 
 
