@@ -67,9 +67,9 @@ def test_a_prolonged_job_is_noticed_before_it_is_stopped_for_its_end(tmp_path: P
     assert watch.asked() and watch.reason == "wall-clock limit"
 
 
-@pytest.mark.parametrize("left", ["8.0 9999999999\n", "7.1 9999999999\n", "7.0 1\n", "7.0 999", "7.0 soon\n", ""])
+@pytest.mark.parametrize("left", ["8.1 9999999999\n", "7.0 9999999999\n", "7.1 1\n", "7.1 999", "7.1 soon\n", ""])
 def test_what_another_job_left_prolongs_nothing(tmp_path: Path, watches: list[StopWatch], left: str) -> None:
-    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(time.time() + 10)}
+    environ = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_JOB_END_TIME": str(time.time() + 10)}
     watches.append(StopWatch(tmp_path, True, None, environ=environ))
     (tmp_path / ".end_time").write_text(left)
     assert watches[0].asked()
