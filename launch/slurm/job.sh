@@ -13,8 +13,10 @@
 set -uo pipefail
 
 readonly DONE=0 FAILED=1 WRONG_USAGE=2 STOPPED=75
-# Seconds between two tries to send the job back to the queue, and how long to try where its end is not known.
-readonly AGAIN_S=${TUBELET_AGAIN_S:-10} TRY_S=${TUBELET_TRY_S:-600}
+# Seconds between two tries to send the job back to the queue, how long to try where its end is not known, between two
+# looks at when that is, and for which a run that Slurm ends is given to say that it has saved (by default Slurm kills
+# after 30).
+readonly AGAIN_S=${TUBELET_AGAIN_S:-10} TRY_S=${TUBELET_TRY_S:-600} LOOK_S=${TUBELET_LOOK_S:-60} SAY_S=25
 
 say() { printf '%s [job %s, start %s] %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$*" >&2; }
 
@@ -34,8 +36,10 @@ run_job() { # SCRIPT ARGUMENT...
     before=$(summary_stamp)
     start_ranks "$@" &
     step=$!
+    watch_end_time &
     wait_for_step
     status=$?
+    if [ "$term_seen" = 1 ]; then wait_for_word "$before"; fi
     if holds_folder; then rm -f "$run_dir/stop"; fi
     finish "$(of_usage "$(outcome "$status" "$before")")"
 }
@@ -43,7 +47,11 @@ run_job() { # SCRIPT ARGUMENT...
 rank_count() { echo $((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))})); }
 
 # Another job may run in the folder while this one waits for it: its stop file is not this one's to touch.
-holds_folder() { [ "$(cat "$run_dir/.holder" 2>/dev/null)" = "$SLURM_JOB_ID" ]; }
+holds_folder() {
+    local holder=''
+    if [ -f "$run_dir/.holder" ]; then read -r holder <"$run_dir/.holder"; fi
+    [ "$holder" = "$SLURM_JOB_ID" ]
+}
 
 # Wrong usage is what the program says it is, whatever srun makes of the codes of all tasks.
 of_usage() { # STATUS
@@ -59,6 +67,8 @@ of_usage() { # STATUS
 
 read_settings() {
     : "${TUBELET_LAUNCHER:=srun}" "${TUBELET_REQUEUE:=1}" "${TUBELET_MAX_FAILURES:=3}"
+    # A job that comes back has the same number and another end.
+    this_start=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     run_dir='' end_time=0 term_seen=0 interrupted=0 step=$$
     local word
     for word in "$@"; do
@@ -86,10 +96,36 @@ agree_on_meeting_point() {
 # Older releases of Slurm don't tell a job when it ends, and what is set may be of the job from which this one was
 # submitted. The run stops by itself before that time, even without a signal.
 find_end_time() {
-    local text
-    text=$(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=EndTime:40 | tr -d ' ')
-    end_time=$(date --date="${text:-none}" +%s 2>/dev/null || echo 0) # of no text date makes midnight
+    end_time=$(ask_end_time)
     if [ "$end_time" -gt 0 ]; then export SLURM_JOB_END_TIME=$end_time; fi
+}
+
+ask_end_time() {
+    local text
+    # Of a running job only: that of a cancelled one is the present.
+    text=$(squeue --noheader --jobs="$SLURM_JOB_ID" --states=RUNNING --Format=EndTime:40 2>/dev/null | tr -d ' ')
+    date --date="${text:-none}" +%s 2>/dev/null || echo 0 # of no text date makes midnight
+}
+
+# Somebody may prolong the job: the run, which may have no Slurm in its container, looks here before it stops for the end.
+watch_end_time() {
+    local known=$end_time now waited=0
+    while sleep 1 && kill -0 "$step" 2>/dev/null; do
+        waited=$((waited + 1))
+        if [ "$waited" -lt "$LOOK_S" ]; then continue; fi
+        waited=0 now=$(ask_end_time)
+        if [ "$now" -gt 0 ] && [ "$now" != "$known" ] && holds_folder; then
+            say "the job ends at $(date --date="@$now" +%FT%T) now"
+            echo "$this_start $now" >"$run_dir/.end_time.new" && mv "$run_dir/.end_time.new" "$run_dir/.end_time"
+            known=$now
+        fi
+    done
+}
+
+latest_end_time() {
+    local start='' told=0
+    if [ -f "$run_dir/.end_time" ]; then read -r start told <"$run_dir/.end_time"; fi
+    if [ "$start" = "$this_start" ]; then end_time=$told; fi
 }
 
 in_step() { # SRUN_OPTION... -- COMMAND...
@@ -131,7 +167,10 @@ on_stop() {
 on_term() {
     term_seen=1
     on_stop
-    if [ "$end_time" -gt 0 ] && [ "$(date +%s)" -ge "$end_time" ]; then
+    latest_end_time
+    local now
+    printf -v now '%(%s)T' -1
+    if [ "$end_time" -gt 0 ] && [ "$now" -ge "$end_time" ]; then
         requeue "the time limit came before the run had stopped"
     fi
 }
@@ -143,6 +182,21 @@ wait_for_step() {
         if [ "$interrupted" = 0 ]; then break; fi # else a trap cut the wait short: the step is still there
     done
     return "$status"
+}
+
+# srun leaves as soon as Slurm ends the job, and the ranks when they have saved. The same signal kills the programs that
+# are started here, so what they would have answered is left open where they don't.
+wait_for_word() { # BEFORE
+    local now until stamp
+    printf -v now '%(%s)T' -1
+    until=$((now + SAY_S))
+    # Rank 0 has the lock as long as it lives. (squeue is no help: it does not list the steps of a job that ends.)
+    while [ "$now" -lt "$until" ] && holds_folder && ! flock --nonblock "$run_dir/.lock" true; do
+        stamp=$(summary_stamp)
+        case $stamp in "$1" | none | '') ;; *) return ;; esac
+        sleep 0.5
+        printf -v now '%(%s)T' -1
+    done
 }
 
 summary_stamp() { stat --format='%i %y' "$run_dir/summary.json" 2>/dev/null || echo none; }
@@ -168,8 +222,13 @@ finish() { # OUTCOME
     "$STOPPED") go_on "stopped with a checkpoint" ;;
     "$WRONG_USAGE") say "wrong usage: the job does not go back to the queue" ;;
     *)
-        # What Slurm itself ends has not failed.
-        if [ "$term_seen" = 1 ] || may_try_again; then go_on "failed with $1"; else say "failed with $1, for good"; fi
+        if [ "$term_seen" = 1 ]; then
+            go_on "ended without a word of the run that it has saved" # what Slurm itself ends has not failed
+        elif may_try_again; then
+            go_on "failed with $1"
+        else
+            say "failed with $1, for good"
+        fi
         ;;
     esac
     exit "$1"
@@ -199,6 +258,7 @@ requeue() { # WHY
     if [ "$TUBELET_REQUEUE" = 1 ]; then
         say "$1: back to the queue"
         local until=$(($(date +%s) + TRY_S))
+        latest_end_time
         if [ "$end_time" -gt 0 ]; then until=$((end_time - 2 * AGAIN_S)); fi
         # A controller that restarts answers nobody for a minute; the allocation is there as long as this shell is.
         until scontrol requeue "$SLURM_JOB_ID"; do

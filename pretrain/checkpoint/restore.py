@@ -6,14 +6,13 @@ import os
 import secrets
 from pathlib import Path
 
-from filelock import FileLock
-
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import problems_on_all, write_manifest
 from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.errors import CheckpointError, StorageError, TubeletError
 from pretrain.recipe.schema import Checkpoint
 from pretrain.runtime import storage
+from pretrain.runtime.lease import held
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 
 logger = logging.getLogger(__name__)
@@ -220,7 +219,7 @@ def local_copy(path: str | Path, cache: Path | None = None) -> Path:
     home = cache or Path(os.environ.get("TUBELET_CACHE", "~/.cache/tubelet")).expanduser()
     place = home / "checkpoints" / hashlib.sha256(remote.url.encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / ".lock"):  # the ranks of a host ask for the same copy
+    with held(place):  # the ranks of a host ask for the same copy
         return _fetch_newest(remote, [folders.step_of(Path(name))] if one else remote.steps()[::-1], place)
 
 

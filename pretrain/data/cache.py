@@ -15,6 +15,7 @@ import tenacity
 from pretrain.data.index import Shard
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
+from pretrain.runtime.lease import has_flock
 from pretrain.runtime.untrusted import name_bytes
 
 PARTIAL = ".partial"
@@ -26,11 +27,19 @@ class ShardCache:
     Args:
         folder: Local folder, made if missing.
         limit: Most bytes that the folder's shards may hold, those being fetched included.
+
+    Raises:
+        DataError: the folder's file system has no locks.
     """
 
     def __init__(self, folder: str, limit: int) -> None:
         self.folder, self.limit = Path(folder).expanduser(), limit
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not has_flock(self.folder):
+            raise DataError(
+                f"data.cache_dir: {self.folder} lies on a file system without flock, and the ranks of a host share it "
+                "by that; give a folder on a local disk"
+            )
 
     def local_path(self, url: str, shard: Shard, deadline_s: float) -> str:
         """Return the path of the shard's local copy, fetched first if it is not there.

@@ -67,10 +67,10 @@ def train(method: Method, resume: str = "auto") -> int:
     die_with_launcher()
     recipe = method.recipe
     ranks = join(timeout_s=recipe.watchdog.join_s)
-    folder, hold = open_folder(recipe.run.dir, ranks)
+    folder, hold = open_folder(recipe.run.dir, ranks, recipe.watchdog.beat_s)
     set_up_logging(ranks.rank, folder.logs)
     stop = StopWatch(folder.root, ranks.first, recipe.run.time_limit_minutes)
-    watchdog = Watchdog(recipe.watchdog, recipe.data.deadline_s, folder.root, ranks)
+    watchdog = Watchdog(recipe.watchdog, recipe.data.deadline_s, folder.root, ranks, hold.check)
     try:
         return _train(method, resume, ranks, folder, hold, stop, watchdog)
     except Exception:
@@ -147,6 +147,7 @@ def _loop(run: Run, steps_done: int) -> int:
                 _end_with(run, steps_done, run.inputs.batches.agreed_error(run.ranks), saved)
             steps_done += 1
             run.watchdog.step_done(steps_done)
+            run.hold.check()
             run.reporter.step(steps_done, lr, result)
             run, went_back = recover(run, steps_done, lr, result)
             if went_back is not None:

@@ -150,4 +150,3 @@ def describe(result: StepResult) -> tuple[Kind, str]:
         f"the loss{turn}, {result.loss:.6g}, is a spike: {spike.z:.1f} deviations of {spike.deviation:.3g} above "
         f"the median {spike.median:.6g} of recent steps"
     )
-

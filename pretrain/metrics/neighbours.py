@@ -40,4 +40,3 @@ def _votes(similarity: Tensor, targets: Tensor, classes: int, neighbours: int) -
     nearest, index = similarity.topk(neighbours, dim=1)
     weight = (nearest / TEMPERATURE).exp()
     return torch.zeros(len(similarity), classes).scatter_add_(1, targets[index], weight)
-

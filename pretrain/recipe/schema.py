@@ -278,7 +278,8 @@ class Watchdog:
     join_s: float = 120.0
     """ranks that have not all met after this end, seconds; longer where many hosts load Python from one file server"""
     beat_s: float = 10.0
-    """seconds between two heartbeats of a rank; six missed ones in a stall mean that it is gone"""
+    """seconds between two heartbeats of a rank; six missed ones in a stall mean that it is gone, and without flock that
+    the run folder may be taken over"""
     on_hang: Literal["requeue", "fail"] = "requeue"
     """exit code after a hang: requeue = 75 (start the same command again), fail = 1"""
     max_restarts: int = 3

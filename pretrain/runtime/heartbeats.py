@@ -21,6 +21,9 @@ from pretrain.runtime.untrusted import parse_json
 
 FOLDER_NAME = "heartbeats"
 
+#: A rank whose beat has not changed for so many beats is gone, or its host is.
+GONE_BEATS = 6
+
 
 @dataclass(frozen=True)
 class Beat:

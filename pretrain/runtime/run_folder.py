@@ -7,11 +7,12 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from pretrain.errors import TrainingError
 from pretrain.runtime.disk import advice
 from pretrain.runtime.environment import environment_report
+from pretrain.runtime.lease import Lease, has_flock
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 #: Folders in the run folder.
 FOLDERS = ("checkpoints", "bad_samples", "pictures", "logs", "incidents", "heartbeats", "stacks")
 
-#: File of the run folder that one run at a time has locked.
+#: File of the run folder that one run at a time has locked, where its file system has locks (else: lease.py).
 LOCK = ".lock"
 
 #: File of the run folder with the number of the Slurm job that has it (launch/slurm/job.sh).
@@ -69,12 +70,13 @@ class RunFolder:
         return self.root / "summary.json"
 
 
-def open_folder(place: str, ranks: Ranks) -> tuple[RunFolder, "Hold"]:
+def open_folder(place: str, ranks: Ranks, beat_s: float) -> tuple[RunFolder, "Hold"]:
     """Create or reuse the run folder; it is held (by rank 0) until it is released or the process ends.
 
     Args:
         place: The recipe's run.dir.
         ranks: This process among all.
+        beat_s: Seconds between two signs of life of the process that has it, where there is no flock.
 
     Raises:
         TrainingError: a URL, not visible to all ranks, or used by another run.
@@ -82,30 +84,38 @@ def open_folder(place: str, ranks: Ranks) -> tuple[RunFolder, "Hold"]:
     if "://" in place:
         raise TrainingError(f"run.dir: {place}: found a URL, allowed: a folder on a file system all ranks share")
     folder = RunFolder(Path(place).absolute())
-    lock = FileLock(folder.root / LOCK)
-    problem = from_first(ranks, _acquire(lock, folder.root) if ranks.first else "")
-    if problem:
+    lock, problem = _acquire(folder.root, beat_s) if ranks.first else (None, "")
+    if problem := from_first(ranks, problem):
         raise TrainingError(problem)
     _check_shared(folder.root, ranks)
-    return folder, Hold(folder.root, lock, ranks.first)
+    return folder, Hold(folder.root, lock)
 
 
-def _acquire(lock: BaseFileLock, root: Path) -> str:
-    """Take the lock; return what is wrong otherwise, for all ranks to raise."""
+def _acquire(root: Path, beat_s: float) -> tuple[FileLock | Lease | None, str]:
+    """Take the folder; return the lock, or what is wrong, for all ranks to raise."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         if wrong := [path for path in map(root.joinpath, FOLDERS) if os.path.lexists(path) and not path.is_dir()]:
-            return f"run.dir: {', '.join(map(str, wrong))}: no folder, and a run needs one there; move it away"
+            return None, f"run.dir: {', '.join(map(str, wrong))}: no folder, and a run needs one there; move it away"
+        lock = _lock_of(root, beat_s)
         lock.acquire(timeout=LOCK_WAIT_S)
         (root / ".visible").write_text("", encoding="utf-8")
-    except Timeout:
-        return (
-            f"{root} is in use by another process (after {LOCK_WAIT_S:.0f} s): the run is still going on; wait, touch "
+    except Timeout as error:
+        who = "another process" if error.lock_file.startswith(str(root)) else error.lock_file
+        return None, (
+            f"{root} is in use by {who} (after {LOCK_WAIT_S:.0f} s): the run is still going on; wait, touch "
             f"{root}/stop to end it with a checkpoint, or give another run.dir"
         )
     except OSError as error:
-        return f"run.dir: {root} can't be written: {advice(error)}"
-    return ""
+        return None, f"run.dir: {root} can't be written: {advice(error)}"
+    return lock, ""
+
+
+def _lock_of(root: Path, beat_s: float) -> FileLock | Lease:
+    if has_flock(root):
+        return FileLock(root / LOCK)
+    logger.warning("%s: its file system has no flock; a file that is renewed there says who has the folder", root)
+    return Lease(root, beat_s)
 
 
 def _check_shared(root: Path, ranks: Ranks) -> None:
@@ -132,20 +142,25 @@ class Hold:
 
     Args:
         root: The folder.
-        lock: Of it, taken.
-        first: Whether this is rank 0, which has the lock; on others nothing is done.
+        lock: Of it, taken; None on ranks other than the first, where nothing is done.
     """
 
-    def __init__(self, root: Path, lock: BaseFileLock, first: bool) -> None:
-        self._root, self._lock, self._first = root, lock, first
-        if first:
+    def __init__(self, root: Path, lock: FileLock | Lease | None) -> None:
+        self._root, self._lock = root, lock
+        if lock is not None:
             self._take_note()
             # Whose job this is: a job that waits for the folder must not touch the stop file of the one that has it.
             (root / HOLDER).write_text(os.environ.get("SLURM_JOB_ID", ""), encoding="utf-8")
 
     def release(self) -> None:
         """Give the folder back."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+
+    def check(self) -> None:
+        """End this process where it stood still and another one took the folder; to be called before it is written."""
+        if isinstance(self._lock, Lease):
+            self._lock.check()
 
     def renew(self) -> bool:
         """Take the folder again where it, or its lock, is not what it was; tell whether that was needed.
@@ -156,7 +171,8 @@ class Hold:
             TrainingError: another process has it by now.
             OSError: it can't be made again.
         """
-        if not self._first or (self._known() and identity(self._root / LOCK) == self._lock_identity):
+        self.check()
+        if self._lock is None or (self._known() and identity(self._file()) == self._lock_identity):
             return False
         what = "its lock was deleted or replaced" if self._known() else f"the folder was {self._whereabouts()}"
         logger.error("%s: %s while the run goes on; it is taken again, and all that follows is there", self._root, what)
@@ -175,9 +191,12 @@ class Hold:
         return True
 
     def _take_note(self) -> None:
-        self._identity, self._lock_identity = identity(self._root), identity(self._root / LOCK)
+        self._identity, self._lock_identity = identity(self._root), identity(self._file())
         # Open as long as it is held: by this the system tells where a renamed folder is.
         self._descriptor = os.open(self._root, os.O_RDONLY)
+
+    def _file(self) -> Path:
+        return self._lock.path if isinstance(self._lock, Lease) else self._root / LOCK
 
     def _known(self) -> bool:
         return identity(self._root) == self._identity

@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 EXIT_REQUEUE = 75
 
 STOP_FILE = "stop"
+
+#: File of the run folder with a Slurm job's number and start and its new end, seconds of the epoch, where the time
+#: limit was changed while it runs: "1234.0 1767225600" (launch/slurm/job.sh).
+END_FILE = ".end_time"
+
 #: Ctrl-C and a closed terminal are requests as well; a second Ctrl-C leaves at once.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -58,11 +63,14 @@ class StopWatch:
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self.reason: str | None = None
-        self._file = run_dir / STOP_FILE
+        self._file, self._end_file = run_dir / STOP_FILE, run_dir / END_FILE
         self._first = first
-        self._deadline = _deadline(time_limit_minutes, started or time.time(), environ or os.environ)
+        environ = os.environ if environ is None else environ
+        self._deadline = _deadline(time_limit_minutes, started or time.time(), environ)
+        start = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+        self._job = start if time_limit_minutes is None else ""
         self._timings = run_dir / TIMINGS
-        self._lead_s = float((environ or os.environ).get(LEAD_VARIABLE, "inf"))
+        self._lead_s = float(environ.get(LEAD_VARIABLE, "inf"))
         self._save_s = _longest_save(self._timings) if first else 0.0
         self._warned = False
         self._check_lead()
@@ -86,9 +94,21 @@ class StopWatch:
         if self.reason is None and self._first:
             if self._file.exists():
                 self.reason = f"stop file {self._file}"
-            elif time.time() > self._deadline - max(LEAST_MARGIN_S, 2 * self._save_s):
+            elif self._ends_soon() and not self._is_prolonged():
                 self.reason = "wall-clock limit"
         return self.reason is not None
+
+    def _ends_soon(self) -> bool:
+        return time.time() > self._deadline - max(LEAST_MARGIN_S, 2 * self._save_s)
+
+    def _is_prolonged(self) -> bool:
+        """Look at the job's end anew; a file that another job, or start, has left says nothing of this one."""
+        with contextlib.suppress(OSError, ValueError):  # none, or cut by a full disk
+            job, end = self._end_file.read_text(encoding="utf-8").split()
+            if job == self._job and float(end) > self._deadline:
+                self._deadline = float(end)
+                logger.info("the job ends at %s now", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(end))))
+        return not self._ends_soon()
 
     def close(self) -> None:
         """Give the signals back and remove the stop file, so that the next start does not stop at once."""

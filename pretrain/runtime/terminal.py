@@ -3,9 +3,15 @@
 import contextlib
 import os
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 NAMES = ("stdout", "stderr")
+
+#: Longest time that lines, stacks and flushing may hold up a verdict, seconds: a console that nobody reads, or a lost
+#: disk, would hold it up for ever.
+SAY_S = 5.0
 
 
 def guard_streams() -> None:
@@ -68,3 +74,15 @@ class GuardedStream:
             nowhere = os.open(os.devnull, os.O_RDWR)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+
+
+def briefly(work: Callable[[], object]) -> None:
+    """Run `work` in a thread and go on after `SAY_S` even if it has not ended; what it raises is dropped with it."""
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(SAY_S)

@@ -26,18 +26,16 @@ from pathlib import Path
 from pretrain.recipe.schema import Watchdog as Options
 from pretrain.runtime import stacks
 from pretrain.runtime.activity import awake, note, suspended
-from pretrain.runtime.heartbeats import Heartbeats, Seen, behind
+from pretrain.runtime.heartbeats import GONE_BEATS, Heartbeats, Seen, behind
 from pretrain.runtime.metrics import JsonLines, read_records
 from pretrain.runtime.process_group import WORK_TIMEOUT_S, Ranks, from_first, set_timeout
 from pretrain.runtime.stopping import EXIT_REQUEUE
+from pretrain.runtime.terminal import SAY_S, briefly
 
 logger = logging.getLogger(__name__)
 
 #: Steps whose median is the usual length of one.
 WINDOW = 50
-
-#: A rank whose beat has not changed for so many beats is gone, or its host is.
-GONE_BEATS = 6
 
 #: Ranks that read the beats of all in a stall; all of a thousand doing so would stall the file system.
 JUDGES = 8
@@ -48,10 +46,6 @@ MARGIN_S = 60.0
 
 #: Seconds that a thread may wake up late; more, and the process was suspended.
 SUSPENDED_S = 30.0
-
-#: Longest time that lines, stacks and flushing may hold up a verdict, seconds: a console that nobody reads, or a lost
-#: disk, would hold it up for ever.
-SAY_S = 5.0
 
 #: Run folder's list of the starts that ended in a hang.
 HANGS = "hangs.jsonl"
@@ -84,10 +78,18 @@ class Watchdog:
         deadline_s: The recipe's data.deadline_s.
         folder: The run folder.
         ranks: This process among all.
+        check: Called before each beat; ends the process where the folder is another one's by now (Hold.check).
     """
 
-    def __init__(self, options: Options, deadline_s: float, folder: Path, ranks: Ranks) -> None:
-        self._options, self._folder, self._ranks = options, folder, ranks
+    def __init__(
+        self,
+        options: Options,
+        deadline_s: float,
+        folder: Path,
+        ranks: Ranks,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._options, self._folder, self._ranks, self._check = options, folder, ranks, check
         self.limits = Limits.of(options, deadline_s)
         self._first_step, self._step, self._saved, self._hangs = 0, 0, False, 0
         self._steps_s: deque[float] = deque(maxlen=WINDOW)
@@ -223,6 +225,7 @@ class Watchdog:
             say(logging.WARNING, f"this process stood still for {late_s:.0f} s (suspended?); nothing is judged by that")
 
     def _look(self) -> None:
+        self._check()
         self._beats.beat(self._step + 1)
         if self._beats.given_up:
             self._end()
@@ -230,9 +233,7 @@ class Watchdog:
         stalled_s = awake() - self._mark - self.limit_s
         if stalled_s < 0:
             if self._reported is not None:
-                say(
-                    logging.WARNING, f"step {self._step}: going on after a stall of {awake() - self._reported:.0f} s"
-                )
+                say(logging.WARNING, f"step {self._step}: going on after a stall of {awake() - self._reported:.0f} s")
                 self._reported = None
             return
         if self._reported is None:
@@ -294,18 +295,6 @@ class Watchdog:
 def say(level: int, text: str) -> None:
     """Log a line, but don't wait for a console that nobody reads: a pager, Ctrl-S, a dead collector of logs."""
     briefly(lambda: logger.log(level, "%s", text))
-
-
-def briefly(work: Callable[[], object]) -> None:
-    """Run `work` in a thread and go on after `SAY_S` even if it has not ended; what it raises is dropped with it."""
-
-    def attempt() -> None:
-        with contextlib.suppress(Exception):
-            work()
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(SAY_S)
 
 
 def _kill_workers() -> None:

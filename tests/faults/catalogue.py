@@ -308,9 +308,67 @@ def second_start(lab: Lab, attempt: Attempt) -> None:
     hold, lab.hold = lab.hold, {}
     second = lab.start()
     lab.attempts.pop()
-    if second.wait() != [1] or "in use by another process" not in second.output:
+    if second.wait() != [1] or "is in use by" not in second.output:
         raise NotKept(f"the second start: {second.codes} {second.output[-800:]}")
     lab.hold = hold
+
+
+def on_machine(name: str) -> Callable[[Lab], None]:
+    """Starts from now on run on that machine, as far as they can tell, and its file systems have no flock."""
+    return lambda lab: lab.environ.update(NO_FLOCK=name)
+
+
+def take_over(lab: Lab, attempt: Attempt) -> None:
+    """The machine stands still, another one goes on with the run, and it comes back."""
+    pid = attempt.ranks()[0]
+    os.kill(pid, signal.SIGSTOP)
+    on_machine("second")(lab)
+    other = lab.start()
+    lab.attempts.pop()
+    if other.wait() != [0] or "taken over" not in other.output:
+        raise NotKept(f"the second machine: {other.codes} {other.output[-800:]}")
+    before = written(lab)
+    lab.release()
+    os.kill(pid, signal.SIGCONT)
+    attempt.wait()
+    if changed := [path.name for path, stamp in written(lab).items() if before.get(path) != stamp]:
+        raise NotKept(f"written after another machine had taken the folder: {changed}")
+
+
+def written(lab: Lab) -> dict[Path, int]:
+    """When each file of the run folder was written."""
+    return {path: path.stat().st_mtime_ns for path in lab.run.rglob("*") if path.is_file()}
+
+
+def taken_over(lab: Lab) -> None:
+    """The second start found the first one's lock, without a sign of life."""
+    if "taken over" not in lab.attempts[-1].output:
+        raise NotKept(lab.attempts[-1].output[-1500:])
+
+
+def machines() -> Iterator[Case]:
+    """Machines that share a file system without flock, where a lock outlives its holder."""
+    on = on_machine("first")
+    promise = "another machine takes the folder over after six beats; " + AGAIN
+    yield Case(
+        *("SIGKILL of all processes; no flock", "mid-epoch", promise, kill_all),
+        before=on,
+        codes=None,
+        mend=on_machine("second"),
+        says="has no flock",
+        check=taken_over,
+    )
+    promise = "the other machine ends it; back again it notices, writes nothing and leaves with 1; bit for bit"
+    yield Case(
+        *("machine suspended, another one takes over; no flock", "mid-epoch", promise, take_over),
+        before=on,
+        codes=(1,),
+        says="has taken the folder over",
+    )
+    promise = "refused: in use by host and process; the run itself goes on, bit for bit"
+    yield Case(
+        *("the same command started twice; no flock", "mid-epoch", promise, second_start), before=on,
+    )  # fmt: skip
 
 
 def limit(kind: int, value: int) -> Callable[[Lab, Attempt], None]:
@@ -400,5 +458,5 @@ def disks() -> Iterator[Case]:
 
 def all_cases() -> list[Case]:
     """Every row; those of stores, of what is packed and of what surrounds a run are in files of their own."""
-    families = (kills, stops, hangs, nans, damages, tables, layouts, disks, stores, sources, surroundings)
+    families = (kills, stops, hangs, nans, damages, tables, layouts, disks, machines, stores, sources, surroundings)
     return [case for family in families for case in family()]

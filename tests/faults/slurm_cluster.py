@@ -122,7 +122,7 @@ class SlurmCluster:
         files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed")]
         self._daemon("munged", ["munged", "--foreground", "--force", f"--socket={munge / 'socket'}", *files])
         self.wait("munged answers", (munge / "socket").exists)
-        self._daemon("slurmctld", ["slurmctld", "-D", "-i", "-f", str(self.configuration)])
+        self.start_controller()
         for node in self.nodes:
             self.start_node(node)
         self.wait("all nodes are idle", lambda: all(self.node_state(node) == "IDLE" for node in self.nodes))
@@ -135,6 +135,16 @@ class SlurmCluster:
         for daemon in self._daemons.values():
             daemon.wait()
         self._daemons.clear()
+
+    def start_controller(self) -> None:
+        """Start (or restart) slurmctld, with the state that one before it has saved."""
+        self._daemon("slurmctld", ["slurmctld", "-D", "-i", "-f", str(self.configuration)])
+
+    def kill_controller(self) -> None:
+        """SIGKILL to slurmctld; nodes and what runs there go on."""
+        controller = self._daemons.pop("slurmctld")
+        controller.kill()
+        controller.wait()
 
     def start_node(self, node: str) -> None:
         """Start (or restart) a node's slurmd."""

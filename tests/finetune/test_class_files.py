@@ -37,7 +37,7 @@ def test_every_usual_form(name: str, tmp_path: Path) -> None:
     ("name", "content", "told"),
     [
         ("a.txt", "Stra\xdfe\n".encode("latin-1"), "iconv -f latin1"),
-        ("a.json", "[\"Stra\xdfe\"]".encode("latin-1"), "not in UTF-8"),
+        ("a.json", '["Stra\xdfe"]'.encode("latin-1"), "not in UTF-8"),
         ("a.txt", b"run\nwalk\nrun\n", "'run' more than once"),
         ("a.txt", b"\n \n", "no names"),
         ("a.json", b"{}", "allowed: a list of names"),

@@ -1,5 +1,7 @@
 """Whole packings: restart, parts, order, storage, reports."""
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from pretrain.data.cache import ShardCache
 from pretrain.data.index import load_index, load_members
 from pretrain.data.pack import shard_writer as shards
 from pretrain.data.pack.discover import gather, with_sizes
@@ -227,6 +230,21 @@ def test_second_process_on_the_same_part_is_refused(videos: Path, tmp_path: Path
 
     with _work_folder(str(tmp_path), WHOLE), pytest.raises(DataError, match="another process"):
         _run(videos, tmp_path)
+
+
+def test_a_temporary_folder_without_flock_is_not_taken_for_another_process(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flock is made to fail, since the disks of a test machine have it."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DataError, match="can't be locked .*TMPDIR"):
+        _run(videos, tmp_path)
+    with pytest.raises(DataError, match="without flock.*local disk"):
+        ShardCache(str(tmp_path / "cache"), 1000)
 
 
 def _square_or_die(number: int) -> int:

@@ -85,7 +85,7 @@ def test_a_run_folder_without_permission_is_one_line(tmp_path: Path) -> None:
         "import os\n"
         "os.setuid(65534) if os.getuid() == 0 else None\n"
         "try:\n"
-        "    open_folder(sys.argv[1], Ranks(0, 1, 0, torch.device('cpu')))\n"
+        "    open_folder(sys.argv[1], Ranks(0, 1, 0, torch.device('cpu')), beat_s=10)\n"
         "except TrainingError as error:\n"
         "    print(error)\n"
     )

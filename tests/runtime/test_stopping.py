@@ -54,6 +54,27 @@ def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGINT\n")
 
 
+def test_a_prolonged_job_is_noticed_before_it_is_stopped_for_its_end(tmp_path: Path, watches: list[StopWatch]) -> None:
+    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(time.time() + 31)}
+    watch = StopWatch(tmp_path, True, None, environ=environ)
+    watches.append(watch)
+    watch.saved_in(12)
+    assert not watch.asked()
+    (tmp_path / ".end_time").write_text(f"7.0 {time.time() + 600:.0f}\n")
+    watch.saved_in(200)  # doubled, this is more than the first end leaves, and less than the second
+    assert not watch.asked()
+    watch.saved_in(400)
+    assert watch.asked() and watch.reason == "wall-clock limit"
+
+
+@pytest.mark.parametrize("left", ["8.1 9999999999\n", "7.0 9999999999\n", "7.1 1\n", "7.1 999", "7.1 soon\n", ""])
+def test_what_another_job_left_prolongs_nothing(tmp_path: Path, watches: list[StopWatch], left: str) -> None:
+    environ = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_JOB_END_TIME": str(time.time() + 10)}
+    watches.append(StopWatch(tmp_path, True, None, environ=environ))
+    (tmp_path / ".end_time").write_text(left)
+    assert watches[0].asked()
+
+
 def test_stop_file_is_seen_by_rank_0_only_and_consumed(tmp_path: Path, watches: list[StopWatch]) -> None:
     (tmp_path / "stop").touch()  # of the run before: must not stop this one
     first = StopWatch(tmp_path, first=True, time_limit_minutes=None, environ={})

@@ -155,12 +155,12 @@ import logging, os, shutil, sys, time
 from pathlib import Path
 import torch
 from pretrain.recipe.schema import Watchdog as Options
-from pretrain.runtime import watchdog
+from pretrain.runtime import terminal, watchdog
 from pretrain.runtime.activity import note
 from pretrain.runtime.process_group import Ranks
 
 folder, trouble = Path(sys.argv[1]), sys.argv[2]
-watchdog.SUSPENDED_S, watchdog.SAY_S = 1.0, 0.5
+watchdog.SUSPENDED_S, terminal.SAY_S = 1.0, 0.5
 logging.basicConfig(level=logging.INFO)
 options = Options(beat_s=0.1, least_s=0.5, long_s=0.5, stop_after_s=0.7)
 watch = watchdog.Watchdog(options, 300.0, folder, Ranks(0, 1, 0, torch.device("cpu")))

@@ -59,6 +59,7 @@ def test_usr1_a_killed_rank_and_scontrol_requeue(site: Any, undisturbed: list[fl
     assert "srun: 2 nodes with 1 ranks each" in said
     assert "stopped with a checkpoint: back to the queue" in said
     assert "failure 1 without going beyond" in said
+    assert "ended without a word" not in said, "scontrol requeue leaves time for a save"
 
 
 def again(site: Any, name: str, job: str, restarts: int, step: int) -> None:
@@ -96,6 +97,17 @@ def test_a_crash_that_repeats_gives_up(site: Any) -> None:
     said = site.finish("crashing", job, expect="FAILED")
     assert said.count("back to the queue") == 1 and "for good" in said
     assert site.cluster.job(job, "Restarts") == "1"
+
+
+@pytest.mark.faults
+def test_scancel_tells_that_the_run_has_saved(site: Any) -> None:
+    job = site.submit("cancelled")
+    site.wait_for_step("cancelled", job, 5)
+    site.cluster.run("scancel", job)
+    said = site.finish("cancelled", job, expect="CANCELLED")
+    site.cluster.wait("it says so", lambda: "decides itself" in site.said("cancelled"))
+    said = site.said("cancelled")
+    assert "stopped with a checkpoint; Slurm ended this job" in said and "failed with" not in said
 
 
 @pytest.mark.faults

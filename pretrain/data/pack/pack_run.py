@@ -98,10 +98,12 @@ def _work_folder(dest: str, part: Part) -> Iterator[str]:
         try:
             # The kernel frees it at the end of the process, kill -9 included; a mere lock file would stay.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise DataError(
                 f"{dest}: another process on this machine is packing part {part.index}/{part.count}"
             ) from error
+        except OSError as error:
+            raise DataError(f"{folder} can't be locked ({error}); export TMPDIR=a folder on a local disk") from error
         shutil.rmtree(folder, ignore_errors=True)  # workers of a killed run may still write there for half a second
         os.makedirs(folder, exist_ok=True)
         yield tempfile.mkdtemp(dir=folder)

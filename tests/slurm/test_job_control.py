@@ -1,0 +1,91 @@
+"""launch/slurm/job.sh on a real Slurm, with a few lines of shell for the ranks: it knows only what they say, and when.
+
+The same with real ranks takes minutes: test_preemption.py, of which most is for `make faults`.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.timeout(600)
+
+#: Holds the folder as a run does, saves for two seconds when it is asked to stop or ended, and is done next time.
+RANKS = """\
+#!/bin/bash
+case "$*" in *--check*) exit 0 ;; esac
+if [ "$SLURM_PROCID" != 0 ]; then trap "sleep 2; exit 75" TERM; while [ ! -e RUN/summary.json ]; do sleep 0.1; done; fi
+if [ "$SLURM_PROCID" != 0 ]; then exit 75; fi
+exec 9>RUN/.lock
+flock 9 || exit 1
+echo "$SLURM_JOB_ID" >RUN/.holder
+if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then echo '"exit_code": 0' >RUN/summary.json; exit 0; fi
+ended=0
+trap 'ended=1; trap "" TERM' TERM
+echo trains
+while [ "$ended" = 0 ] && [ ! -e RUN/stop ]; do sleep 0.1; done
+sleep 2
+echo '"exit_code": 75' >RUN/summary.json
+exit 75
+"""
+
+
+def submit(site: Any, name: str, folder: Path, ranks: str, **environ: str) -> tuple[str, Path]:
+    """Submit stand-ins for ranks into the run folder `name`; returns the job's number and its output."""
+    program, log = folder / "ranks", folder / "output"
+    folder.mkdir()
+    program.write_text(ranks.replace("RUN", site.toy.run_dir(name).partition("=")[2]))
+    program.chmod(0o755)
+    environ |= {"TUBELET_CONTAINER_RUN": str(program), "TUBELET_LOOK_S": "1", "TUBELET_AGAIN_S": "1"}
+    return site.submit(name, f"--output={log}", **environ), log
+
+
+def wait_for_words(site: Any, log: Path, words: str) -> None:
+    """Return when the job has said that."""
+    site.cluster.wait(words, lambda: log.exists() and words in log.read_text(), timeout_s=60)
+
+
+def test_one_job_that_is_prolonged_met_by_another_and_cancelled(site: Any, tmp_path: Path) -> None:
+    run = Path(site.toy.run_dir("words").partition("=")[2])
+    first, log = submit(site, "words", tmp_path / "first", RANKS)
+    wait_for_words(site, log, "trains")
+
+    site.cluster.run("scontrol", "update", f"JobId={first}", "TimeLimit=30")
+    site.cluster.wait("the new end is known", (run / ".end_time").exists, timeout_s=60)
+    job, end = (run / ".end_time").read_text().split()
+    assert job == f"{first}.0" and 25 * 60 < float(end) - time.time() < 30 * 60
+
+    second, other_log = submit(site, "words", tmp_path / "second", RANKS)
+    wait_for_words(site, other_log, "meet at")
+    site.cluster.run("scancel", "--batch", "--signal=USR1", second)
+    wait_for_words(site, other_log, "asked to stop")
+    time.sleep(0.5)
+    assert not (run / "stop").exists(), "which belongs to the first job"
+    site.cluster.run("scancel", second)
+    site.cluster.finish(second)
+    assert "ended without a word of the run" in other_log.read_text()
+
+    site.cluster.run("scancel", first)
+    wait_for_words(site, log, "Slurm ended this job")
+    assert "stopped with a checkpoint; Slurm ended this job" in log.read_text()
+    assert "failed with" not in log.read_text() + other_log.read_text()
+
+
+@pytest.mark.faults
+def test_a_controller_that_is_away_strands_nobody(site: Any, tmp_path: Path) -> None:
+    job, log = submit(site, "controller", tmp_path / "first", RANKS)
+    wait_for_words(site, log, "trains")
+    began, state = time.time(), site.cluster.folder / "state" / "job_state"
+    # A controller that comes back without knowing that the job has started ends it as a stranger.
+    site.cluster.wait("it has saved that the job runs", lambda: state.exists() and state.stat().st_mtime > began + 1)
+    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_for_words(site, log, "asked to stop")
+    site.cluster.kill_controller()
+    wait_for_words(site, log, "the controller does not answer")
+    site.cluster.start_controller()
+    assert site.cluster.finish(job) == "COMPLETED", log.read_text()
+    assert site.cluster.job(job, "Restarts") == "1"
+    said = log.read_text()
+    time.sleep(3)
+    assert log.read_text() == said, "nothing of the first start goes on"
