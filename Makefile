@@ -7,8 +7,9 @@ BIN := .venv/bin
 CONSTRAINTS := .ci/constraints.txt
 # Tests and tools that a variable selects from outside: make test TESTS=tests/models
 TESTS ?= tests
-# Tests mostly wait for the processes that they start, so two at a time take little more than half as long.
-WORKERS ?= 2
+# Processes that run tests, 0: this one. Launches of two ranks fill two cores by themselves; with four or more, WORKERS=2
+# is faster.
+WORKERS ?= 0
 
 .PHONY: help install demo test faults soak lint types bench clean
 

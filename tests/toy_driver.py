@@ -95,6 +95,7 @@ def drive(recipe_path: str, plan: list[dict]) -> list:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and this one under nohup
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     outcome = drive(words[0], json.loads(Path(words[1]).read_text()))
     if os.environ.get("RANK", "0") == "0":

@@ -345,7 +345,9 @@ class CountingProxy(FaultProxy):
 
     served = 0
 
-    def _copy(self, source: socket.socket, target: socket.socket, limit: int | None) -> bool:
+    def _copy(
+        self, source: socket.socket, target: socket.socket, limit: int | None = None, flip: bool = False
+    ) -> bool:
         with contextlib.suppress(OSError):
             from_server = source.getpeername()[1] == self._server_port
             while data := source.recv(1 << 16):

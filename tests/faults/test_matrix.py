@@ -22,7 +22,6 @@ CHOSEN = (
     "member tables: two rows swapped, resume, 1 rank",
     "checkpoint half published, resume, 1 rank",
     "disk full until a save has failed, mid-epoch, 1 rank",
-    "machine suspended, another one takes over; no flock, mid-epoch, 1 rank",
     "data: connections reset in a third of the answers, mid-epoch, 1 rank",
     "data: server refuses connections for longer than data.deadline_s, mid-epoch, 1 rank",
     "data: a bit flipped in a third of the answers, mid-epoch, 1 rank",

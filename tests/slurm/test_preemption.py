@@ -33,7 +33,8 @@ def came_back(site: Any, name: str, job: str, undisturbed: list[float], restarts
     return said
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_usr1_with_a_launcher_on_each_node(site: Any, undisturbed: list[float], launcher: str, tmp_path: Path) -> None:
     """In what stands for a container: a command before python that does something and then runs its arguments."""
     container = tmp_path / "container"
