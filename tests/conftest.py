@@ -30,6 +30,8 @@ RCLONE = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.exec
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a module with one worker, beside modules that share a fixture of the session; the slowest rooms first."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
     used: dict[Path, set[str]] = {}
     for item in items:
         used.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
