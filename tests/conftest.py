@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     used: dict[Path, set[str]] = {}
     for item in items:
-        used.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
+        used.setdefault(item.path, set()).update(item.fixturenames if isinstance(item, pytest.Function) else ())
     for item in items:
         shared = [name for name in SHARED if name in used[item.path]]
         item.add_marker(pytest.mark.xdist_group(shared[0] if shared else str(item.path)))

@@ -12,7 +12,8 @@ from finetune.adapters.config import Tune
 from finetune.adapters.modules import AdaptMLP, LowRankUpdate
 from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone, Prompts
-from pretrain.models.vit import Block, Linear
+from pretrain.models.linear import Linear
+from pretrain.models.vit import Block
 
 logger = logging.getLogger(__name__)
 

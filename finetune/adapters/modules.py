@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.adapters import config
-from pretrain.models.vit import Linear, dropout_layer, truncated_normal
+from pretrain.models.dropout import dropout_layer
+from pretrain.models.linear import Linear, truncated_normal
 
 #: Uniform within 1/sqrt(inputs), PyTorch's own for linear layers.
 kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))

@@ -1,8 +1,8 @@
 """Files of class names in every usual form, and what labels mean by them.
 
-names, one a line                                     Kinetics' csv `id,name`, UCF101's `1 ApplyEyeMakeup`
-["name", …]   {"name": 0}   {"name": "0"} (Something-Something V2)   {"0": "name"}
-{"id2label": {"0": "name"}}, as in config.json of Hugging Face
+    names, one a line                                     Kinetics' csv `id,name`, UCF101's `1 ApplyEyeMakeup`
+    ["name", …]   {"name": 0}   {"name": "0"} (Something-Something V2)   {"0": "name"}
+    {"id2label": {"0": "name"}}, as in config.json of Hugging Face
 """
 
 import difflib

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pretrain.data.cache import ShardCache
-from pretrain.data.index import READS, MemberTable, Shard, ShardIndex, load_members, members_name, store_error
+from pretrain.data.index import MemberTable, Shard, ShardIndex, load_members, members_name, store_error
 from pretrain.data.linked_video import VideoFile, open_link
 from pretrain.data.media import LINK_ENDING, SPAN_ENDING, extension_of
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
+from pretrain.runtime.retries import undamaged
 from pretrain.runtime.untrusted import name_text
 
 logger = logging.getLogger(__name__)
@@ -103,22 +104,20 @@ class SampleReader:
         return RawSample(members.keys[row], url, data, linked)
 
     def _read_again(self, url: str, entry: Shard, data: bytes, begin: int, wanted: int) -> bytes:
-        """Read a range with a wrong checksum from the source until it is right, or wrong in the same way twice."""
+        """Read a range with a wrong checksum again, from the source: the local copy may be damaged, and goes then."""
         end = begin + len(data)
-        for _ in range(READS):
-            # A bit may have flipped on the way, or in the local copy. Only bytes that come alike again are the shard's.
-            before = data
-            try:
-                data = storage.read_bytes(url, begin, end, self._deadline_s, denied_for_good=False)
-            except StorageError as error:
-                raise store_error(url, error) from error
-            if zlib.crc32(data) == wanted:
-                logger.warning("%s: bytes %d to %d arrived damaged, and were right when read again", url, begin, end)
-                if self._cache is not None:
-                    self._cache.forget(url, entry)
-                break
-            if data == before:
-                break
+
+        def read() -> bytes:
+            return storage.read_bytes(url, begin, end, self._deadline_s, denied_for_good=False)
+
+        try:
+            data = undamaged(read, lambda data: zlib.crc32(data) == wanted, data)
+        except StorageError as error:
+            raise store_error(url, error) from error
+        if zlib.crc32(data) == wanted:
+            logger.warning("%s: bytes %d to %d arrived damaged, and were right when read again", url, begin, end)
+            if self._cache is not None:
+                self._cache.forget(url, entry)
         return data
 
     def _linked(self, data: bytes) -> dict[str, VideoFile]:

@@ -20,13 +20,11 @@ import numpy.typing as npt
 
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
+from pretrain.runtime.retries import undamaged
 from pretrain.runtime.untrusted import inner_name, name_bytes, name_text, parse_json
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
-
-#: Times that bytes which arrive damaged in ever other ways are asked for again.
-READS = 5
 
 
 @dataclass(frozen=True)
@@ -289,23 +287,21 @@ def load_members(url: str, shard: Shard, deadline_s: float = 300.0) -> MemberTab
 
 
 def _read_table(where: str, shard: Shard, url: str, deadline_s: float) -> bytes:
-    """Read the file of a member table until its hash is right, or it is wrong in the same way twice."""
-    before = b""
-    for _ in range(READS):
+    """Read the file of a member table."""
+
+    def read() -> bytes:
         # Credentials that are wrong have been found at the index; a denial here may be one that passes.
-        data = storage.read_bytes(where, deadline_s=deadline_s, denied_for_good=False)
-        found = hashlib.sha256(data).hexdigest()
-        if shard.members in ("", found):
-            return data
-        if data == before:
-            break
-        # A bit may have flipped on the way: only bytes that come alike again are the file's.
-        before = data
-    raise DataError(
-        f"{where}: this member table is not the one that was indexed (sha256 {found[:12]}..., {INDEX_NAME} says "
-        f"{shard.members[:12]}...): it was damaged, changed or replaced. Copy it again, or write the tables anew from "
-        f"the shards with launch/pack.py --index-only {url}"
-    )
+        return storage.read_bytes(where, deadline_s=deadline_s, denied_for_good=False)
+
+    data = undamaged(read, lambda data: shard.members in ("", hashlib.sha256(data).hexdigest()))
+    found = hashlib.sha256(data).hexdigest()
+    if shard.members not in ("", found):
+        raise DataError(
+            f"{where}: this member table is not the one that was indexed (sha256 {found[:12]}..., {INDEX_NAME} says "
+            f"{shard.members[:12]}...): it was damaged, changed or replaced. Copy it again, or write the tables anew "
+            f"from the shards with launch/pack.py --index-only {url}"
+        )
+    return data
 
 
 def table_bytes(members: MemberTable) -> bytes:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
 from pretrain.models.keep_rates import Reorganisation, keep_rates
+from pretrain.models.linear import Linear, truncated_normal
 from pretrain.models.recompute import Recompute, run_blocks
 from pretrain.models.token_reorganisation import Kind, TokenReorganisation, Tokens
-from pretrain.models.vit import Linear, truncated_normal
 
 
 class Backbone(nn.Module):

@@ -14,6 +14,7 @@ from pretrain.errors import RecipeError
 from pretrain.models.backbone import AddedClass, Backbone, build_head, layer_id
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.cubes import Grid, cut_cubes, grid_of, grid_problems
+from pretrain.models.dropout import dropout_layer
 from pretrain.models.encoder import (
     ENCODER_FIELDS,
     EncoderShape,
@@ -25,10 +26,11 @@ from pretrain.models.encoder import (
     size_problems,
 )
 from pretrain.models.keep_rates import Reorganisation, keep_rates, rate_problems, token_counts
+from pretrain.models.linear import truncated_normal
 from pretrain.models.positions import InterpolatedPositions, SinCosPositions
 from pretrain.models.recompute import Recompute
 from pretrain.models.token_reorganisation import Tokens
-from pretrain.models.vit import CubeEmbedding, dropout_layer, truncated_normal
+from pretrain.models.vit import CubeEmbedding
 
 
 @dataclass

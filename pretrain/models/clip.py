@@ -23,9 +23,10 @@ from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone
 from pretrain.models.cubes import Grid
 from pretrain.models.encoder import block_macs, size_problems
+from pretrain.models.linear import Linear
 from pretrain.models.positions import stretch_class_table
 from pretrain.models.recompute import Recompute, run_blocks
-from pretrain.models.vit import Activation, Block, Linear
+from pretrain.models.vit import Activation, Block
 
 #: Mean and deviation of the images that the published models were trained on; channels in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -95,6 +95,21 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
+def dropout_layer(rate: float) -> nn.Module:
+    """Build dropout, or the identity where the rate is 0."""
+    return Dropout(rate) if rate > 0 else nn.Identity()
+
+
+def stochastic_depth(rate: float) -> nn.Module:
+    """Build stochastic depth, or the identity where the rate is 0."""
+    return DropPath(rate) if rate > 0 else nn.Identity()
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Give rates rising linearly from 0 in the first block to `rate` in the last."""
+    return [rate * index / max(depth - 1, 1) for index in range(depth)]
+
+
 def _kept(rows: Rows | None, layer: int, x: Tensor, count: int, rate: float) -> Tensor | None:
     """Say which of `count` elements stay in each row, bool [B, count]; None where x has other rows than the batch."""
     if rows is None or rows.keys is None or len(rows.keys) != len(x):

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from pretrain.models.vit import Block, Initializer, drop_path_rates, xavier
+from pretrain.models.dropout import drop_path_rates
+from pretrain.models.linear import Initializer, xavier
+from pretrain.models.vit import Block
 
 #: What a size fixes of an encoder, and of the masked autoencoder's decoder.
 ENCODER_FIELDS = ("patch_size", "dim", "depth", "heads", "mlp_ratio")

@@ -14,11 +14,13 @@ from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone, build_head, layer_id
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.cubes import Grid, grid_problems
+from pretrain.models.dropout import drop_path_rates
 from pretrain.models.encoder import attention_macs, mlp_macs, size_problems
+from pretrain.models.linear import truncated_normal
 from pretrain.models.positions import stretch_class_table
 from pretrain.models.recompute import Recompute
 from pretrain.models.token_reorganisation import Tokens
-from pretrain.models.vit import Block, drop_path_rates, truncated_normal
+from pretrain.models.vit import Block
 
 
 @dataclass

@@ -13,9 +13,10 @@ from pretrain.errors import RecipeError
 from pretrain.models.base import MaskedAutoencoder
 from pretrain.models.cubes import Grid, grid_of, grid_problems
 from pretrain.models.encoder import PRESET_FIELDS, EncoderShape, block_macs, build_blocks, fill, missing, size_problems
+from pretrain.models.linear import Linear
 from pretrain.models.positions import SinCosPositions
 from pretrain.models.recompute import Recompute, run_blocks
-from pretrain.models.vit import CubeEmbedding, Linear
+from pretrain.models.vit import CubeEmbedding
 
 
 @dataclass

@@ -16,30 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.models.dropout import Dropout, DropPath
+from pretrain.models.dropout import Dropout, dropout_layer, stochastic_depth
+from pretrain.models.linear import Initializer, JointProjection, Linear, WidenedLinear, xavier
 
 #: Cosine attention's scores are multiplied by at most 100 (official: clamp of the logarithm at 4.6052).
 MAX_LOG_SCALE = 4.6052
 
+#: Channels that rows of products are filled up to on an accelerator. Tensor cores read 16 bytes at a time: published
+#: rates of bf16 products whose rows are not multiples of that are several times lower. ViT-g's decoder has 2,234.
+ALIGNED = 16
+#: Devices that gain nothing from it, and whose results stay as they are bit for bit.
+UNALIGNED_DEVICES = ("cpu", "meta")
 
 #: Rates tokens [B, N] by queries and keys [B, h, N, d], whose products are to be multiplied by the number.
 Score = Callable[[Tensor, Tensor, float], Tensor]
 
-#: Fills a weight in place.
-Initializer = Callable[[Tensor], Tensor]
-
 #: Between the two linear layers of an MLP.
 Activation = Callable[[Tensor], Tensor]
-
-
-def xavier(weight: Tensor) -> Tensor:
-    """Fill Xavier-uniform: the official pre-training models."""
-    return nn.init.xavier_uniform_(weight)
-
-
-def truncated_normal(weight: Tensor) -> Tensor:
-    """Fill with deviation 0.02, cut at an absolute 2: the official classifiers and image models."""
-    return nn.init.trunc_normal_(weight, std=0.02)
 
 
 class Reduction(Protocol):
@@ -50,49 +43,6 @@ class Reduction(Protocol):
 
     def take(self, x: Tensor, score: Tensor) -> tuple[Tensor, Any]:
         """Return tokens [B, n, C] of the residual stream [B, N, C], and what the caller wants to know about them."""
-
-
-class Linear(nn.Linear):
-    """Linear layer with zero bias and a slot `update` whose output is added to its own."""
-
-    update: nn.Module | None
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, init: Initializer = xavier) -> None:
-        self.init = init  # before the base class, whose constructor calls reset_parameters
-        super().__init__(inputs, outputs, bias)
-        self.register_module("update", None)
-
-    def reset_parameters(self) -> None:
-        self.init(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._updated(x, F.linear(x, self.weight, self.bias))
-
-    def _updated(self, x: Tensor, y: Tensor) -> Tensor:
-        # The update's module is called, not its weights read: stage 3 gathers them only there.
-        return y if self.update is None else y + self.update(x)
-
-
-class WidenedLinear(Linear):
-    """Linear layer that can be asked for more inputs and outputs, whose weights are zero."""
-
-    def forward(self, x: Tensor, inputs: int = 0, outputs: int = 0) -> Tensor:
-        if not inputs and not outputs:
-            return super().forward(x)
-        bias = None if self.bias is None else F.pad(self.bias, (0, outputs))
-        return F.linear(x, F.pad(self.weight, (0, inputs, 0, outputs)), bias)
-
-
-class JointProjection(Linear):
-    """Query, key and value projection [3C, C], drawn as one matrix; without an own bias it is given one."""
-
-    def __init__(self, dim: int, bias: bool = False, init: Initializer = xavier) -> None:
-        super().__init__(dim, 3 * dim, bias, init)
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._updated(x, F.linear(x, self.weight, self.bias if bias is None else bias))
 
 
 class CubeProjection(nn.Module):
@@ -217,13 +167,6 @@ def written_out_attention(
     return (weights if dropout is None else dropout(weights)) @ value
 
 
-#: Channels that rows of products are filled up to on an accelerator. Tensor cores read 16 bytes at a time: published
-#: rates of bf16 products whose rows are not multiples of that are several times lower. ViT-g's decoder has 2,234.
-ALIGNED = 16
-#: Devices that gain nothing from it, and whose results stay as they are bit for bit.
-UNALIGNED_DEVICES = ("cpu", "meta")
-
-
 class Mlp(nn.Module):
     """Linear, activation (exact GELU), Linear, dropout.
 
@@ -320,18 +263,3 @@ class Block(nn.Module):
         changed = self.mlp(self.norm2(x))
         changed = self.drop_path(changed if self.gamma_2 is None else self.gamma_2 * changed)
         return x + (changed if self.adaptmlp is None else self.adaptmlp(x, changed))
-
-
-def dropout_layer(rate: float) -> nn.Module:
-    """Build dropout, or the identity where the rate is 0."""
-    return Dropout(rate) if rate > 0 else nn.Identity()
-
-
-def stochastic_depth(rate: float) -> nn.Module:
-    """Build stochastic depth, or the identity where the rate is 0."""
-    return DropPath(rate) if rate > 0 else nn.Identity()
-
-
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Give rates rising linearly from 0 in the first block to `rate` in the last."""
-    return [rate * index / max(depth - 1, 1) for index in range(depth)]

@@ -195,6 +195,7 @@ class Compute:
 class Zero:
     """DeepSpeed ZeRO."""
 
+    # Not 1: in bf16 it sends no gradient before the backward pass is over (docs/decisions.md).
     stage: int = 2
     """what is sharded over ranks: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights"""
     offload: Literal["none", "cpu"] = "none"

@@ -35,6 +35,31 @@ MISSING_S = 10.0
 ATTEMPT_S = 30.0
 
 
+#: Times that bytes which arrive damaged in ever other ways are asked for again.
+READS = 5
+
+
+def undamaged(read: Callable[[], bytes], right: Callable[[bytes], bool], data: bytes = b"") -> bytes:
+    """Read until the bytes are right, or wrong in the same way twice.
+
+    A bit may flip on the way, and flips elsewhere the next time; what is damaged at its source comes alike again. Read
+    once more and no further, two flips in a row would blame a sound file.
+
+    Args:
+        read: Asks the source.
+        right: Tells whether bytes are those that were written.
+        data: What came already, and was wrong.
+
+    Returns:
+        The bytes; where they are still wrong, the last that came.
+    """
+    for _ in range(READS):
+        before, data = data, read()
+        if data == before or right(data):
+            break
+    return data
+
+
 def transient(error: BaseException) -> bool:
     """Tell whether trying again may cure an error: those of networks and servers, not ours and not wrong settings."""
     if isinstance(error, OSError):

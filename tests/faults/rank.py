@@ -100,13 +100,13 @@ def poison_once(folder: Path) -> Callable[[Any], Any]:
 
 def share_without_flock(machine: str) -> None:
     """Make this a process on that machine, to which flock is unknown: the disks of one machine all have it."""
-    from pretrain.runtime import lease
+    from pretrain.runtime import lease, signs_of_life
 
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     fcntl.flock = refuse  # type: ignore[assignment]
-    lease.kernel = lambda: machine
+    lease.kernel = signs_of_life.kernel = lambda: machine
 
 
 def main(argv: list[str]) -> int:

@@ -104,18 +104,16 @@ def data_cases() -> Iterator[Case]:
     for phase in ("first step", "mid-epoch", "epoch border"):
         yield data_case("server hangs for 5 s", phase, for_a_while(5, hangs=True), check=was_struck)
     yield data_case("404 NoSuchKey for 3 s", "mid-epoch", for_a_while(3, missing=True), check=was_struck)
-    yield Case(
-        *("data: answers drip, 20 bytes a second", "mid-epoch", ENDS, from_now_on(bytes_per_s=20)),
-        options=IMPATIENT,
-        before=open_store,
-        codes=(1,),
-        says="check the (store|credentials)",
-        mend=clear,
-    )
+    lasting: dict[str, dict[str, Any]] = {
+        "hangs": {"hangs": True},
+        "refuses connections": {"refuses": True},
+        "denies access": {"denies": True},
+        "answers 20 bytes a second": {"bytes_per_s": 20},
+    }
     for phase in ("mid-epoch", "epoch border"):
-        for name, fault in (("hangs", "hangs"), ("refuses connections", "refuses"), ("denies access", "denies")):
+        for name, fault in lasting.items():
             yield Case(
-                *(f"data: server {name} for longer than data.deadline_s", phase, ENDS, from_now_on(**{fault: True})),
+                *(f"data: server {name} for longer than data.deadline_s", phase, ENDS, from_now_on(**fault)),
                 options=IMPATIENT,
                 before=open_store,
                 codes=(1,),

@@ -60,7 +60,7 @@ def records() -> Iterator[Case]:
     harms: dict[str, tuple[str, Callable[[Lab], None]]] = {
         "zeros in the middle of metrics.jsonl": ("metrics.jsonl", overwrite_line),
         "zeros at the end of metrics.jsonl": ("metrics.jsonl", append("metrics.jsonl", ZEROS)),
-        "zeros in bad_samples/rank_0.jsonl": (
+        "zeros in bad_samples/rank_00000.jsonl": (
             "bad_samples/rank_00000.jsonl",
             append("bad_samples/rank_00000.jsonl", ZEROS),
         ),

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.data.randomness import generator
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import Grid, cut_cubes, grid_of, join_cubes, take_tokens
+from pretrain.models.dropout import drop_path_rates
 from pretrain.models.positions import SinCosPositions, sinusoid_table
 from pretrain.models.videomae import Config, VideoMAE, check, cost, resolve, shape_of
-from pretrain.models.vit import drop_path_rates, written_out_attention
+from pretrain.models.vit import written_out_attention
 from pretrain.samples.masks import MaskPlan, draw
 
 V1_HUGE = {"decoder_dim": 640, "decoder_depth": 12}

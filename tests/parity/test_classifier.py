@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from pretrain.engine.schedules import Schedule
 from pretrain.models.classifier import Config, VideoClassifier, layer_id
 from pretrain.models.classifier_weights import load_pretrained
-from pretrain.models.vit import drop_path_rates
+from pretrain.models.dropout import drop_path_rates
 from pretrain.objectives.base import decays
 
 KINDS = ("videomae_v2_finetune",)

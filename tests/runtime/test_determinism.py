@@ -14,6 +14,9 @@ from pretrain.runtime.determinism import compute_alike
 def test_what_is_set(kind: str, asked: bool, alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
     try:
         compute_alike(torch.device(kind), asked)
         assert torch.are_deterministic_algorithms_enabled() is alike
@@ -22,5 +25,6 @@ def test_what_is_set(kind: str, asked: bool, alike: bool, monkeypatch: pytest.Mo
         assert torch.backends.cuda.cudnn_sdp_enabled() is not alike
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is alike
     finally:
-        compute_alike(torch.device("cuda"), False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
         torch.use_deterministic_algorithms(before)

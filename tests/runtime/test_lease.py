@@ -20,7 +20,7 @@ import torch
 from filelock import Timeout
 
 from pretrain.errors import TrainingError
-from pretrain.runtime import lease, run_folder
+from pretrain.runtime import lease, run_folder, signs_of_life
 from pretrain.runtime.lease import NO_FLOCK, PREFIX, Lease
 from pretrain.runtime.process_group import Ranks
 from pretrain.runtime.run_folder import open_folder
@@ -33,11 +33,11 @@ BEAT_S = 0.2
 PROCESS = f"""
 import os, signal, sys, time
 from pathlib import Path
-from pretrain.runtime import lease
+from pretrain.runtime import lease, signs_of_life
 from pretrain.runtime.heartbeats import Heartbeats
 root, machine, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 if machine != "this":
-    lease.kernel = lambda: machine
+    lease.kernel = signs_of_life.kernel = lambda: machine
 mine = lease.Lease(root, {BEAT_S})
 if what == "heartbeat":
     beats = Heartbeats(root, "start", 0, 1)
@@ -186,7 +186,7 @@ def test_the_file_of_a_replaced_folder_is_another_holders(tmp_path: Path) -> Non
     other.acquire(timeout=0)
     assert mine.path == other.path and mine._lost() and not other._lost()
     mine.release()
-    holder = lease.read_holder(other.path)
+    holder = signs_of_life.read_holder(other.path)
     assert holder is not None and not holder.released
     other.release()
 

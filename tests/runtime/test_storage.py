@@ -14,6 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pretrain.errors import StorageError
 from pretrain.runtime import retries, storage
+from pretrain.runtime.retries import undamaged
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -161,3 +162,18 @@ def test_a_file_that_is_gone_for_a_moment_is_waited_for(monkeypatch: pytest.Monk
     with pytest.raises(StorageError, match="404"):
         retries.retried(lambda: read(begin + 99), "s3://a/b", "reading", 30.0)
     assert len(asked) == 1, "where nothing was there before, at once"
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "found"),
+    [
+        ([b"wrong 1", b"wrong 2", b"wrong 3", b"right"], 4, b"right"),
+        ([b"wrong 1", b"wrong 2", b"wrong 2", b"right"], 3, b"wrong 2"),
+        ([b"", b"right"], 1, b""),
+    ],
+)
+def test_bytes_are_believed_when_they_come_alike_twice(answers: list[bytes], asked: int, found: bytes) -> None:
+    """Each bit that flips on the way is another; two in a row must not blame the file."""
+    given = iter(answers)
+    assert undamaged(lambda: next(given), lambda data: data == b"right") == found
+    assert len(list(given)) == len(answers) - asked
