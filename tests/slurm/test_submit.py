@@ -46,6 +46,7 @@ def test_a_chain_waits_and_never_returns(capsys: pytest.CaptureFixture[str]) -> 
         ("pyxis", f"TUBELET_SRUN_OPTIONS=--container-image=a:1 --container-mounts={ROOT}:{ROOT},/shared:/shared"),
         ("apptainer", f"TUBELET_CONTAINER_RUN=apptainer exec --nv --bind {ROOT} --bind /shared"),
     ],
+    ids=["pyxis", "apptainer"],  # else this machine's path is part of the name, and of docs/reliability.md
 )
 def test_containers(capsys: pytest.CaptureFixture[str], kind: str, expected: str) -> None:
     [words] = printed(capsys, "pretrain", "--container=a:1", "--mount=/shared", f"--container-with={kind}", *RUN)
