@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from finetune.adapters.config import Tune
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import PRETRAINING, Data, Optim, Recipe, Schedule, Source
-from pretrain.samples.augment import PixelAugment
+from pretrain.samples.pixel_augment import PixelAugment
 
 
 @dataclass

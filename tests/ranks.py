@@ -44,10 +44,10 @@ def start_rank(
     )
 
 
-def start_ranks(words: Sequence[object], ranks: int) -> list[subprocess.Popen[str]]:
+def start_ranks(words: Sequence[object], ranks: int, **options: Any) -> list[subprocess.Popen[str]]:
     """Start `python WORDS` on all ranks."""
     port = free_port()
-    return [start_rank(words, rank, ranks, port) for rank in range(ranks)]
+    return [start_rank(words, rank, ranks, port, **options) for rank in range(ranks)]
 
 
 def outputs_of(processes: Sequence[subprocess.Popen[str]], timeout_s: float = 300) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ranks import environment, free_port, kill_session, outputs_of
+from tests.ranks import environment, free_port, kill_session, outputs_of, start_ranks
 from tests.toy_shards import ROOT, encoded, index, write_shard
 
 #: Trains run after run in one set of processes.
@@ -74,9 +74,12 @@ class Toy:
         plan = [entry | {"overrides": [self.run_dir(name), *entry["overrides"]]} for name, entry in runs.items()]
         path = self.folder / "plan.json"
         path.write_text(json.dumps(plan))
-        process = launch([str(DRIVER), str(self.recipe), str(path)], ranks, self.folder)
+        # Without a launcher, which loads for longer than a run takes.
+        processes = start_ranks([DRIVER, self.recipe, path], ranks, cwd=self.folder)
         # A run takes 2 s, and 20 s on a machine that does a dozen other things.
-        output = finish(process, expect, timeout_s=240 + 40 * len(runs))
+        output = "\n".join(outputs_of(processes, timeout_s=240 + 40 * len(runs)))
+        codes = [process.returncode for process in processes]
+        assert codes == [expect] * ranks, f"exit codes {codes} instead of {expect}\n{output}"
         lines = [line for line in output.splitlines() if line.startswith("RESULTS ")]
         return dict(zip(runs, json.loads(lines[0].removeprefix("RESULTS ")), strict=True)) if lines else {}
 

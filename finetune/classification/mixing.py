@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finetune.recipe import Augment
 from pretrain.data.randomness import key_of
+from pretrain.runtime.compiler import uncompiled
 from pretrain.runtime.vision_ops import ensure_torchvision
 
 #: Entry of a micro-batch: a seed for each group of neighbouring clips that are mixed with each other.
@@ -53,7 +54,7 @@ class Mixing:
         )
 
     # A compiled graph would be made anew for every seed.
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, video: Tensor, target: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Mix clips: float [B, T, H, W, 3] and soft targets [B, classes].
 

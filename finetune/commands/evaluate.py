@@ -5,13 +5,15 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune.recipe import TuneRecipe
 from pretrain.commands.program import Program, run_program
-from pretrain.objectives.base import Method
+
+if TYPE_CHECKING:
+    from pretrain.objectives.base import Method
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _run(method: Method, arguments: argparse.Namespace) -> int:
+def _run(method: "Method", arguments: argparse.Namespace) -> int:
     from finetune.classification.task import ClassificationTask
     from pretrain.errors import RecipeError
     from pretrain.models.initial_weights import read_weights

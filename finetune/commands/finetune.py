@@ -5,10 +5,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.recipe import TuneRecipe
 from pretrain.commands.program import Program, run_program
-from pretrain.objectives.base import Method
+
+if TYPE_CHECKING:
+    from pretrain.objectives.base import Method
 
 EXAMPLES = """\
 examples:
@@ -72,7 +75,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", metavar="RUN", nargs="+", help="tested runs side by side; needs no recipe")
 
 
-def _run(method: Method, arguments: argparse.Namespace) -> int:
+def _run(method: "Method", arguments: argparse.Namespace) -> int:
     """Train, then test; or test only. One process group serves both."""
     from pretrain.engine.loop import train
     from pretrain.errors import RecipeError

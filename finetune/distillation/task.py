@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +22,7 @@ from pretrain.models import classifier
 from pretrain.models.base import Classifier
 from pretrain.models.frozen import Frozen
 from pretrain.objectives.base import Output
+from pretrain.runtime.compiler import uncompiled
 
 
 @dataclass
@@ -88,8 +88,7 @@ class DistillationObjective(ClassificationObjective):
         super().__init__(model, recipe, architecture)
         self.teacher = FrozenTeacher(recipe)
         # Files, counters and a network that is built on the way are nothing for the compiler.
-        compiles = recipe.compute.compile
-        self._wanted = torch.compiler.disable(self.teacher.logits) if compiles else self.teacher.logits
+        self._wanted = uncompiled(self.teacher.logits)
 
     def forward(self, batch: Batch) -> Output:
         video, target = self._normalized(batch["video"]), batch["target"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pretrain.errors import TrainingError
+from pretrain.runtime.compiler import uncompiled
 from pretrain.runtime.tensors import sum_type
 
 #: Named tensors of one row (or several views) a sample, [B, ...].
@@ -85,7 +86,7 @@ class GradientCache:
             )
 
     # Python state and two passes: as part of a compiled graph it would be traced anew at every call.
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, embeddings: Embeddings, compare: Compare) -> tuple[Tensor, dict[str, Tensor]]:
         """Give loss and metrics of a micro-batch.
 

@@ -2,13 +2,12 @@
 
 import logging
 import sys
-
-import torch
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 #: The library object must live as long as the process: torch drops its operators with it.
-_libraries: list[torch.library.Library] = []
+_libraries: list[Any] = []
 
 
 def ensure_torchvision() -> None:
@@ -25,6 +24,8 @@ def ensure_torchvision() -> None:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
+    import torch  # here: recipes import this module, and --help needs none
+
     for name in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
         del sys.modules[name]  # what a failed import leaves behind would fail again
     library = torch.library.Library("torchvision", "DEF")

@@ -7,7 +7,6 @@ systems/videomae.md section 8.
 import functools
 import math
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from pretrain.data.decoders.crops import Box, cut
 from pretrain.data.media import MEAN, STD
 from pretrain.runtime.vision_ops import ensure_torchvision
 from pretrain.samples import transforms
+from pretrain.samples.pixel_augment import PixelAugment
 from pretrain.samples.transforms import Clip
 
 #: Colour that rotated and shifted frames are filled with.
@@ -26,20 +26,6 @@ TRIES, ERASE_TRIES = 10, 100
 #: Erased box: share of the clip's area, and height / width.
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_ASPECT = (0.3, 10 / 3)
-
-
-@dataclass
-class PixelAugment:
-    """Augmentations of the pixels of training clips: all uint8, all draws the sample's own."""
-
-    randaugment: str | None = "rand-m7-n4-mstd0.5-inc1"
-    """timm's RandAugment in its own notation, the same parameters for all frames of a clip; null: none"""
-    area: tuple[float, float] = (0.08, 1.0)
-    """share of the frame that the random resized crop takes"""
-    aspect: tuple[float, float] = (0.75, 4 / 3)
-    """width / height of the random resized crop, drawn log-uniformly"""
-    erasing: float = 0.25
-    """probability that one box of a clip is filled with noise"""
 
 
 @functools.cache

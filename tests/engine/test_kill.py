@@ -21,6 +21,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.faults
 def test_kill_9_of_two_ranks_with_two_workers_in_mid_epoch(toy: Any) -> None:
     toy.train("never killed", *OPTIONS, "data.workers=0", ranks=2)
     process = toy.start("killed", *OPTIONS, ranks=2)
@@ -52,6 +53,7 @@ def alone(toy: Any) -> list[float]:
     return losses
 
 
+@pytest.mark.faults
 def test_kill_between_the_last_write_and_the_rename(toy: Any, alone: list[float]) -> None:
     """And the newest checkpoint is damaged as well, so the run goes back two."""
     accident = {"overrides": ["checkpoint.every_steps=2"], "accidents": [[12, 0, "kill in the middle of publishing"]]}

@@ -16,6 +16,7 @@ def manifests(bucket: Path) -> list[str]:
     return sorted(path.parent.name for path in bucket.glob("runs/toy/checkpoints/*/manifest.json"))
 
 
+@pytest.mark.faults
 def test_a_run_that_lost_its_folder_goes_on_from_the_bucket(toy: Any, s3_server: Any) -> None:
     toy.train("undisturbed", *OPTIONS, ranks=2)
     upload = f"checkpoint.upload={URL}"

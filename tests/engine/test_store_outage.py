@@ -58,6 +58,7 @@ def test_out_of_data_ends_with_a_checkpoint_and_goes_on(toy: Any, proxy: FaultPr
     assert toy.losses("out of data") == toy.losses("at hand")
 
 
+@pytest.mark.faults
 def test_a_short_outage_is_waited_for(toy: Any, proxy: FaultProxy) -> None:
     options = (*OPTIONS, "data.workers=1", "data.sources.toy.shards=s3://bucket/toy", "data.deadline_s=400")
     process = toy.start("short", *options)

@@ -106,7 +106,7 @@ def test_a_frozen_host_is_named_and_repeated_hangs_end_with_1(pair: Any, toy: An
 @pytest.mark.parametrize(
     ("accident", "said"),
     [
-        ([4, 0, "SIGKILL"], ""),
+        pytest.param([4, 0, "SIGKILL"], "", marks=pytest.mark.faults),  # a row of tests/faults is in `make test`
         ([3, 1, "kill while hashing"], "could not clean up within"),  # rank 0 waits for its hashes
         (
             [4, 1, "kill a data worker"],

@@ -15,11 +15,8 @@ CHOSEN = (
     "SIGTERM to a rank, epoch border, 1 rank",
     "SIGUSR1 to rank 1 alone, first step, 2 ranks",
     "stop file, start, 1 rank",
-    "SIGKILL of a data worker, mid-epoch, 1 rank",
-    "SIGSTOP of a data worker, mid-epoch, 1 rank",
     "NaN loss, once; policy stop, mid-epoch, 1 rank",
     "newest checkpoint, manifest cut, resume, 1 rank",
-    "member tables: two rows swapped, resume, 1 rank",
     "checkpoint half published, resume, 1 rank",
     "disk full until a save has failed, mid-epoch, 1 rank",
     "data: connections reset in a third of the answers, mid-epoch, 1 rank",
@@ -28,8 +25,6 @@ CHOSEN = (
     "upload: server killed, back after 3 s, upload, 1 rank",
     "host lost with its disk, mid-epoch, 1 rank",
     "run folder renamed, mid-epoch, 1 rank",
-    "a payload in a checkpoint, with the right hashes, resume, 1 rank",
-    "sources: frame folder with flow beside the pictures, pack, 1 rank",
 )
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py") if path.name != "__init__.py")
+#: Those that hide a package where their folder comes first.
+HIDING = ("pretrain.py", "finetune.py")
 CHECK = ["--recipe", "demo", "--check"]
 
 
@@ -35,8 +38,10 @@ def test_no_package_below_tests() -> None:
     assert not packages, "tests/pretrain/__init__.py would hide the package pretrain"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("where", ["elsewhere", "root", "launch"])
+@pytest.mark.parametrize(
+    ("script", "where"),
+    [*product(SCRIPTS, ["elsewhere"]), *product(HIDING, ["root", "launch"])],
+)
 def test_script_as_a_file(script: str, where: str, tmp_path: Path) -> None:
     cwd = {"elsewhere": tmp_path, "root": ROOT, "launch": ROOT / "launch"}[where]
     result = run(sys.executable, str(ROOT / "launch" / script), "--help", cwd=cwd)

@@ -205,11 +205,12 @@ def test_a_recipe_is_planned_whole() -> None:
 
 
 def test_what_does_not_fit_says_what_to_change() -> None:
-    recipe = load_recipe("vit_g_dual", ["zero.stage=0", "compute.activation_checkpointing=false"])
-    problems = Planner(method_of(recipe), SHEETS["a100-40"], Resources(), [], None).estimate(64).problems
+    recipe = load_recipe("vit_b_dual", ["zero.stage=0"])
+    gpu = replace(SHEETS["a100-40"], memory=20e9)
+    problems = Planner(method_of(recipe), gpu, Resources(), [], None).estimate(32).problems
     assert any("at most" in problem and "planned with batch.micro=" in problem for problem in problems)
-    small = replace(SHEETS["v100"], memory=10e9)
-    assert "Raise zero.stage" in Planner(method_of(recipe), small, Resources(), [], None).estimate(64).problems[0]
+    small = replace(SHEETS["v100"], memory=3e9)
+    assert "Raise zero.stage" in Planner(method_of(recipe), small, Resources(), [], None).estimate(32).problems[0]
 
 
 def test_starving_accelerators_are_named() -> None:
