@@ -165,6 +165,9 @@ on_stop() {
 
 # Slurm ends the job: at its time limit, or since somebody cancels, requeues or preempts it.
 on_term() {
+    # Slurm may signal more than once, and all that is started from here on inherits this: what a run has said is read
+    # by programs, and a killed one would read nothing.
+    trap '' TERM
     term_seen=1
     on_stop
     latest_end_time
@@ -184,8 +187,7 @@ wait_for_step() {
     return "$status"
 }
 
-# srun leaves as soon as Slurm ends the job, and the ranks when they have saved. The same signal kills the programs that
-# are started here, so what they would have answered is left open where they don't.
+# srun leaves as soon as Slurm ends the job, and the ranks when they have saved.
 wait_for_word() { # BEFORE
     local now until stamp
     printf -v now '%(%s)T' -1

@@ -163,7 +163,10 @@ class Reporter:
             "run_dir": str(self._folder.root),
         }
         with self.tolerate("summary.json"):
-            self._folder.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            # At once: a job script that looks just now must not find half of it.
+            temporary = self._folder.summary.with_suffix(".tmp")
+            temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(self._folder.summary)
         for line in _summary_lines(summary):
             logger.info(line)
 

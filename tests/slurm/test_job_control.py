@@ -3,10 +3,13 @@
 The same with real ranks takes minutes: test_preemption.py, of which most is for `make faults`.
 """
 
+import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.timeout(600)
@@ -30,6 +33,9 @@ echo '"exit_code": 75' >RUN/summary.json
 exit 75
 """
 
+#: By which launch/slurm/job.sh finds out what a run has said.
+PROGRAMS = ("flock", "stat", "sed", "sleep", "date", "rm")
+
 
 def submit(site: Any, name: str, folder: Path, ranks: str, **environ: str) -> tuple[str, Path]:
     """Submit stand-ins for ranks into the run folder `name`; returns the job's number and its output."""
@@ -44,6 +50,17 @@ def submit(site: Any, name: str, folder: Path, ranks: str, **environ: str) -> tu
 def wait_for_words(site: Any, log: Path, words: str) -> None:
     """Return when the job has said that."""
     site.cluster.wait(words, lambda: log.exists() and words in log.read_text(), timeout_s=60)
+
+
+def end_programs_until(condition: Callable[[], bool], site: Any, job: str) -> None:
+    """SIGTERM to all that the job's shell starts from now on: Slurm signals whole groups, and more than once."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        for process in site.cluster.processes("n1"):
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURM_JOB_ID") == job and process.name() in PROGRAMS:
+                    process.terminate()
 
 
 def test_one_job_that_is_prolonged_met_by_another_and_cancelled(site: Any, tmp_path: Path) -> None:
@@ -67,7 +84,8 @@ def test_one_job_that_is_prolonged_met_by_another_and_cancelled(site: Any, tmp_p
     assert "ended without a word of the run" in other_log.read_text()
 
     site.cluster.run("scancel", first)
-    wait_for_words(site, log, "Slurm ended this job")
+    wait_for_words(site, log, "asked to stop")
+    end_programs_until(lambda: "Slurm ended this job" in log.read_text(), site, first)
     assert "stopped with a checkpoint; Slurm ended this job" in log.read_text()
     assert "failed with" not in log.read_text() + other_log.read_text()
 
