@@ -11,13 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests import forge
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment() -> dict[str, str]:
     """Variables of a process that trains here: no accelerator, one thread."""
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]  # ninja, for DeepSpeed's first start
-    return dict(os.environ) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+    return dict(os.environ) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 def free_port() -> int:
@@ -32,16 +34,8 @@ def start_rank(
 ) -> subprocess.Popen[str]:
     """Start `python WORDS` as one of `ranks` that meet at a port; in a session of its own, to be killed as a whole."""
     group = {"WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        env=environment() | group | (environ or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return forge.start(words, environment() | group | (environ or {}), **options)
 
 
 def start_ranks(words: Sequence[object], ranks: int, **options: Any) -> list[subprocess.Popen[str]]:

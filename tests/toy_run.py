@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests import forge
 from tests.ranks import environment, free_port, kill_session, outputs_of, start_ranks
 from tests.toy_shards import ROOT, encoded, index, write_shard
 
@@ -60,8 +62,9 @@ class Toy:
         return launch([script, "--recipe", str(self.recipe), self.run_dir(name), *overrides], ranks, self.folder)
 
     def train(self, name: str, *overrides: str, expect: int = 0, ranks: int = 1) -> str:
-        """Train to the end; returns what was printed."""
-        return finish(self.start(name, *overrides, ranks=ranks), expect)
+        """Train to the end, on ranks as srun starts them; returns what was printed."""
+        script = ROOT / "launch" / "pretrain.py"
+        return train([script, "--recipe", self.recipe, self.run_dir(name), *overrides], ranks, self.folder, expect)
 
     def run_dir(self, name: str) -> str:
         """The override that names the run folder."""
@@ -74,12 +77,8 @@ class Toy:
         plan = [entry | {"overrides": [self.run_dir(name), *entry["overrides"]]} for name, entry in runs.items()]
         path = self.folder / "plan.json"
         path.write_text(json.dumps(plan))
-        # Without a launcher, which loads for longer than a run takes.
-        processes = start_ranks([DRIVER, self.recipe, path], ranks, cwd=self.folder)
         # A run takes 2 s, and 20 s on a machine that does a dozen other things.
-        output = "\n".join(outputs_of(processes, timeout_s=240 + 40 * len(runs)))
-        codes = [process.returncode for process in processes]
-        assert codes == [expect] * ranks, f"exit codes {codes} instead of {expect}\n{output}"
+        output = train([DRIVER, self.recipe, path], ranks, self.folder, expect, timeout_s=240 + 40 * len(runs))
         lines = [line for line in output.splitlines() if line.startswith("RESULTS ")]
         return dict(zip(runs, json.loads(lines[0].removeprefix("RESULTS ")), strict=True)) if lines else {}
 
@@ -114,15 +113,21 @@ def launch(words: list[str], ranks: int, folder: Path) -> subprocess.Popen[str]:
     """Start a script on some ranks, with the deepspeed launcher where there are several."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
     launcher += ["--master_port", str(free_port())]
-    return subprocess.Popen(
-        [sys.executable, *(launcher if ranks > 1 else []), *words],
-        env=environment(),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return forge.start([*(launcher if ranks > 1 else []), *words], environment(), cwd=folder)
+
+
+def train(
+    words: Sequence[object], ranks: int, folder: Path, expect: int = 0, timeout_s: float = 240, **environ: str
+) -> str:
+    """Run a script to the end on some ranks, without a launcher, of which one needs none; returns what was printed."""
+    if ranks == 1:
+        processes = [forge.start(words, environment() | environ, cwd=folder)]
+    else:
+        processes = start_ranks(words, ranks, environ=environ, cwd=folder)
+    output = "\n".join(outputs_of(processes, timeout_s))
+    codes = [process.returncode for process in processes]
+    assert codes == [expect] * ranks, f"exit codes {codes} instead of {expect}\n{output}"
+    return output
 
 
 def finish(process: subprocess.Popen[str], expect: int = 0, timeout_s: float = 240) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import environment
+from tests.toy_run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("demo_loss.txt")
@@ -39,13 +39,7 @@ def test_first_steps_of_the_demo(actions, tmp_path):
     overrides += ["schedule.epochs=75", f"schedule.max_steps={STEPS}", "log.pictures_every_steps=0"]
     overrides += ["log.wandb=disabled"]
     script = str(ROOT / "launch" / "pretrain.py")
-    done = subprocess.run(
-        [sys.executable, script, "--recipe", "demo", *overrides],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    train([script, "--recipe", "demo", *overrides], ranks=1, folder=tmp_path)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train/loss"] for line in lines]
     golden = [float(line) for line in GOLDEN.read_text().split()]

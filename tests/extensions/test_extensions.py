@@ -6,8 +6,6 @@ tower, an adversarial one on rasters of two sources, a detection task with boxes
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from tests.ranks import environment, free_port
+from tests.toy_run import train
 from tests.toy_shards import ROOT
 
 HERE = Path(__file__).parent
@@ -102,12 +100,9 @@ def make_tower(folder: Path, seed: int = 0) -> None:
     safetensors.numpy.save_file({"table.weight": table}, folder / "tower.safetensors")
 
 
-def execute(root: Path, *command: str) -> str:
-    environ = environment() | {"TUBELET_DATA": str(root / "shards")}
-    environ.pop("PYTHONPATH", None)  # the checkout of these tests would hide the copy
-    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    return done.stdout
+def execute(root: Path, *words: str, ranks: int = 1) -> str:
+    # The checkout of these tests would hide the copy.
+    return train(words, ranks, root, timeout_s=400, TUBELET_DATA=str(root / "shards"), PYTHONPATH="")
 
 
 def entries(folder: str, *overrides: str, only: Iterable[str] = RUNS) -> list[dict[str, Any]]:
@@ -125,9 +120,7 @@ def entries(folder: str, *overrides: str, only: Iterable[str] = RUNS) -> list[di
 def drive(root: Path, ranks: int, plan: list[dict[str, Any]]) -> list[Any]:
     """Train run after run on some ranks; what each of them ended with."""
     (root / "plan.json").write_text(json.dumps(plan))
-    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
-    launcher = [*deepspeed, "--num_accelerators", str(ranks)] if ranks > 1 else []
-    printed = execute(root, sys.executable, *launcher, str(HERE / "driver.py"), "plan.json")
+    printed = execute(root, str(HERE / "driver.py"), "plan.json", ranks=ranks)
     line = next(line for line in printed.splitlines() if "ENDS " in line)
     ends: list[Any] = json.loads(line.partition("ENDS ")[2])
     return ends
@@ -169,7 +162,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *([f"raw/{name}", f"shards/{name}", "--kind", "array"] for name in ("old", "new")),
         ["raw/told", "shards/told", "--kind", "array", "--with", "txt"],
     ]
-    execute(root, sys.executable, "-c", PACK, json.dumps(commands))
+    execute(root, "-c", PACK, json.dumps(commands))
     make_tower(root / "shards")
     shutil.copy(root / "shards/tower.safetensors", root / "other.safetensors")
     return root
@@ -178,7 +171,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(root: Path, *plan: tuple[str, list[str]]) -> list[tuple[int, str]]:
     """Run commands one after the other; exit code and output of each."""
     (root / "commands.json").write_text(json.dumps(plan))
-    printed = execute(root, sys.executable, str(HERE / "commands_driver.py"), "commands.json")
+    printed = execute(root, str(HERE / "commands_driver.py"), "commands.json")
     line = next(line for line in printed.splitlines() if line.startswith("RESULTS "))
     return [(code, output) for code, output in json.loads(line.removeprefix("RESULTS "))]
 
@@ -219,7 +212,7 @@ def test_replayed_losses_are_those_of_the_run(root: Path, trained: Path) -> None
     """With the queue, the frozen tower and the turns that they had: the losses are the run's own to the bit."""
     runs = {"queue_contrast": "at_once", "captioned": "one", "translation": "one"}
     lines = [f"assert main(['{folder}/{name}', '4', '--all']) == 0" for name, folder in runs.items()]
-    execute(root, sys.executable, "-c", "\n".join(["from finetune.commands.replay import main", *lines]))
+    execute(root, "-c", "\n".join(["from finetune.commands.replay import main", *lines]))
     found = {}
     for name, folder in runs.items():
         report = json.loads((root / folder / name / "incidents" / "replay_step_00000004.json").read_text())
@@ -320,7 +313,7 @@ def test_additions_bring_their_own_tests_and_pictures(root: Path, ends: dict[str
 
 def test_an_addition_is_planned_and_exported_by_the_commands(root: Path, ends: dict[str, list[Any]]) -> None:
     words = ["--recipe", "queue_contrast", "--gpus", "2", "--json", "plan.json", *SHORT, "batch.micro=2"]
-    execute(root, sys.executable, "-c", PLAN_AND_EXPORT, json.dumps([words, ["two/queue_contrast", "exported"]]))
+    execute(root, "-c", PLAN_AND_EXPORT, json.dumps([words, ["two/queue_contrast", "exported"]]))
     assert json.loads((root / "plan.json").read_text())["largest_micro"] > 2
     weights = safetensors.numpy.load_file(root / "exported/model.safetensors")
     assert weights and not any("twin" in name for name in weights), "the network alone"

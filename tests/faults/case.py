@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.forge import Forge
 from tests.faults.lab import STEPS, Attempt, Lab, NotKept, until
 from tests.toy_run import Toy
 
@@ -94,8 +93,8 @@ class Outcome:
 class Undisturbed:
     """Runs that were left alone, and folders of runs that were killed after 10 of 15 steps; each made once."""
 
-    def __init__(self, folder: Path, toy: Toy, forge: Forge) -> None:
-        self._folder, self._toy, self._forge = folder, toy, forge
+    def __init__(self, folder: Path, toy: Toy) -> None:
+        self._folder, self._toy = folder, toy
         self._locks = {ranks: threading.Lock() for ranks in (1, 2)}
         self._curves: dict[int, list[list[float]]] = {}
 
@@ -103,7 +102,7 @@ class Undisturbed:
         """Loss, gradient norm and learning rate of each step."""
         with self._locks[ranks]:
             if ranks not in self._curves:
-                lab = Lab(self._folder / f"whole_{ranks}", self._toy, self._forge, ranks, ())
+                lab = Lab(self._folder / f"whole_{ranks}", self._toy, ranks, ())
                 codes = lab.start().wait()
                 lab.close()
                 if codes != [0] * ranks:
@@ -116,7 +115,7 @@ class Undisturbed:
         folder = self._folder / f"killed_{ranks}"
         with self._locks[ranks]:
             if not folder.exists():
-                lab = Lab(folder, self._toy, self._forge, ranks, ())
+                lab = Lab(folder, self._toy, ranks, ())
                 lab.hold_in("later")
                 attempt = lab.start()
                 lab.held()
@@ -130,10 +129,10 @@ def curve_of(lab: Lab) -> list[list[float]]:
     return [[record.get(key, float("nan")) for key in SAME] for record in lab.records()]
 
 
-def run_case(case: Case, folder: Path, toy: Toy, forge: Forge, undisturbed: Undisturbed) -> Outcome:
+def run_case(case: Case, folder: Path, toy: Toy, undisturbed: Undisturbed) -> Outcome:
     """Run a case; whatever it leaves is cleared away, except its folder where a promise was not kept."""
     began = time.monotonic()
-    lab = Lab(folder, toy, forge, case.ranks, case.options)
+    lab = Lab(folder, toy, case.ranks, case.options)
     try:
         expected = undisturbed.curve(case.ranks)
         seen = _disturb(case, lab, undisturbed)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import servers
-from tests.faults.forge import Forge, Forged
 from tests.faults.proxy import FaultProxy
+from tests.forge import Forged, start
 from tests.ranks import environment, free_port
 from tests.toy_run import Toy
 
@@ -98,10 +98,8 @@ class Lab:
         seen: (when, attempt, step) of each line of metrics.jsonl, as it came.
     """
 
-    def __init__(
-        self, folder: Path, toy: Toy, forge: Forge, ranks: int, options: tuple[str, ...], look_s: float = 0.05
-    ) -> None:
-        self.folder, self.toy, self._forge = folder, toy, forge
+    def __init__(self, folder: Path, toy: Toy, ranks: int, options: tuple[str, ...], look_s: float = 0.05) -> None:
+        self.folder, self.toy = folder, toy
         self.ranks, self.options = ranks, list(options)
         self.run = folder / "run"
         self.hold_folder = folder / "hold"
@@ -131,8 +129,9 @@ class Lab:
         else:
             outputs = [self.folder / f"output_{number}_rank_{rank}.txt" for rank in range(self.ranks)]
             common = {"WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            common = environment() | environ | common
             processes = [
-                self._forge.start(words, environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, outputs[rank])
+                _rank(words, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, outputs[rank])
                 for rank in range(self.ranks)
             ]
             attempt = Attempt(processes, outputs)
@@ -275,6 +274,11 @@ class Lab:
                 self.seen += [(now, len(self.attempts) - 1, step) for step in steps[len(self._known) :]]
                 self._known = steps
             time.sleep(self._look_s)
+
+
+def _rank(words: list[str], environ: dict[str, str], output: Path) -> "subprocess.Popen[str]":
+    with open(output, "ab") as log:
+        return start([RANK, *words], environ, stdout=log)
 
 
 def session(leader: int) -> dict[int, str]:

@@ -27,7 +27,6 @@ if __name__ == "__main__":
 from tests.faults import servers  # noqa: E402
 from tests.faults.case import Case, Outcome, Undisturbed, run_case  # noqa: E402
 from tests.faults.catalogue import all_cases  # noqa: E402
-from tests.faults.forge import Forge  # noqa: E402
 from tests.toy_run import make_toy  # noqa: E402
 
 
@@ -44,21 +43,17 @@ class Matrix:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._toy, self._forge = make_toy(self.folder / "toy"), Forge()
-        self._undisturbed = Undisturbed(self.folder, self._toy, self._forge)
+        self._toy = make_toy(self.folder / "toy")
+        self._undisturbed = Undisturbed(self.folder, self._toy)
         self._lock = threading.Lock()
         self._number = 0
-
-    def close(self) -> None:
-        """End the process that forks."""
-        self._forge.close()
 
     def run(self, case: Case) -> Outcome:
         """Run one case."""
         with self._lock:
             self._number += 1
             folder = self.folder / f"case_{self._number:03d}"
-        outcome = run_case(case, folder, self._toy, self._forge, self._undisturbed)
+        outcome = run_case(case, folder, self._toy, self._undisturbed)
         with self._lock:
             self.rows.append(row_of(outcome))
         return outcome
@@ -170,7 +165,6 @@ def main() -> int:
     matrix = Matrix(Path(tempfile.mkdtemp(prefix="faults_")), done)
     print(f"{len(cases)} cases in {matrix.folder}", flush=True)
     matrix.run_all(cases, arguments.jobs, arguments.json)
-    matrix.close()
     broken = [row for row in matrix.rows if not row["kept"]]
     print(f"{len(matrix.rows) - len(broken)} of {len(matrix.rows)} kept")
     return 1 if broken else 0

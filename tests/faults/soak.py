@@ -28,7 +28,6 @@ if __name__ == "__main__":
     sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent)]
 
 from tests.faults.case import curve_of  # noqa: E402
-from tests.faults.forge import Forge  # noqa: E402
 from tests.faults.lab import Attempt, Lab, NotKept  # noqa: E402
 from tests.toy_run import make_toy  # noqa: E402
 
@@ -233,12 +232,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
-    toy, forge = make_toy(folder / "toy"), Forge()
+    toy = make_toy(folder / "toy")
     options = (f"schedule.epochs={arguments.epochs}", "checkpoint.every_steps=25", "log.every_steps=50")
-    lab = Lab(folder / "soak", toy, forge, 2, options, look_s=2)
+    lab = Lab(folder / "soak", toy, 2, options, look_s=2)
     lab.open_store(timeout_s=2 * MOST_LATENCY_S)
     lab.options += ["data.sources.toy.shards=s3://bucket/toy", "checkpoint.upload=s3://bucket/run"]
-    whole = Lab(folder / "whole", toy, forge, 2, options, look_s=2)
+    whole = Lab(folder / "whole", toy, 2, options, look_s=2)
     left_alone = whole.start()
     soak = Soak(lab, whole, arguments.seed, arguments.minutes, 5 * arguments.epochs)
     soak.run()
@@ -265,7 +264,6 @@ def main() -> int:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     for one in (lab, whole):
         one.close()
-    forge.close()
     return 0 if same else 1
 
 

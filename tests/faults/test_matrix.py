@@ -1,7 +1,5 @@
 """Rows of the fault matrix that CI runs: one or two of each family. `make faults` runs all (tests/faults/matrix.py)."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.faults.catalogue import all_cases
@@ -29,10 +27,8 @@ CHOSEN = (
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    one = Matrix(tmp_path_factory.mktemp("faults"))
-    yield one
-    one.close()
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.parametrize("name", CHOSEN)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ranks import environment
+from tests.toy_run import train
 from tests.toy_shards import ROOT, encoded, index, write_shard
 
 CLASSES = ("down", "left", "right")
@@ -52,16 +50,8 @@ class Toy:
 
     def run(self, name: str, *words: str, expect: int = 0, ranks: int = 1) -> str:
         """launch/finetune.py into the run folder `name`, as a user starts it; returns what was printed."""
-        command = [sys.executable, str(ROOT / "launch" / "finetune.py"), "--recipe", str(self.recipe)]
-        if ranks > 1:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command = launcher + command[1:]
-        done = subprocess.run(
-            [*command, f"run.dir={self.folder / name}", *words],
-            env=environment(), cwd=self.folder, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == expect, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        command = [ROOT / "launch" / "finetune.py", "--recipe", self.recipe, f"run.dir={self.folder / name}", *words]
+        return train(command, ranks, self.folder, expect)
 
     def clip(self) -> Path:
         """A video as a file of its own: it moves left."""

@@ -1,11 +1,8 @@
 """What extending costs, by doing it: docs/extending.md's files in a copy of the checkout, then packed, then trained."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pretrain.recipe.files import RECIPES
+from tests.toy_run import train
 from tests.toy_shards import encoded
 
 ROOT = RECIPES.parent
@@ -32,12 +30,7 @@ def write_clip(path: Path, brightness: int) -> None:
 
 
 def run(*command: str, root: Path) -> str:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TUBELET_DATA": str(root / "shards")}
-    result = subprocess.run(
-        [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return train(command, 1, root, TUBELET_DATA=str(root / "shards"), PYTHONPATH="")
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
