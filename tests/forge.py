@@ -50,11 +50,16 @@ class Forged(subprocess.Popen[str]):
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
 
-def start(words: Sequence[object], environ: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
-    """Start `python WORDS` in a session of its own; forked, where that makes no difference to it."""
+def start(
+    words: Sequence[object], environ: Mapping[str, str], fork: bool = True, **options: Any
+) -> subprocess.Popen[str]:
+    """Start `python WORDS` in a session of its own; forked, where that makes no difference to it.
+
+    What looks at command lines, its own or that of its parent, sees the forge's.
+    """
     command = [sys.executable, *map(str, words)]
     alike = all(environ.get(name) == _environment().get(name) for name in {*environ, *os.environ} if _at_loading(name))
-    kind = Forged if alike and set(options) <= {"cwd", "stdout", "stderr"} else subprocess.Popen
+    kind = Forged if fork and alike and set(options) <= {"cwd", "stdout", "stderr"} else subprocess.Popen
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
     return kind(command, env=environ, text=True, start_new_session=True, **pipes)
 

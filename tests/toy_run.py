@@ -111,9 +111,12 @@ class Toy:
 
 def launch(words: list[str], ranks: int, folder: Path) -> subprocess.Popen[str]:
     """Start a script on some ranks, with the deepspeed launcher where there are several."""
+    if ranks == 1:
+        return forge.start(words, environment(), cwd=folder)
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
     launcher += ["--master_port", str(free_port())]
-    return forge.start([*(launcher if ranks > 1 else []), *words], environment(), cwd=folder)
+    # Ranks look at the command line of their launcher.
+    return forge.start([*launcher, *words], environment(), fork=False, cwd=folder)
 
 
 def train(

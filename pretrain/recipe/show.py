@@ -52,6 +52,10 @@ def _scalar(value: Any) -> str:
     """Format one value in YAML's flow style, on one line."""
     if isinstance(value, tuple):
         value = list(value)
+    if type(value) is bool or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if type(value) is int:
+        return str(value)
     # Wide: the lines that a long value is folded into would not have the section's indent.
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     # A bare scalar is followed by the mark for the end of a document.

@@ -1,5 +1,6 @@
 """environment.json: what a run ran on, enough to explain a difference later."""
 
+import functools
 import hashlib
 import os
 import platform
@@ -52,6 +53,7 @@ def environment_report() -> dict[str, Any]:
     }
 
 
+@functools.cache  # each takes reading a file of thousands of lines, and a checkpoint is written with them
 def versions() -> dict[str, str]:
     """List installed versions of the packages that make results."""
     found = {}
