@@ -14,7 +14,8 @@ from pretrain.data.samples import Batch
 from pretrain.engine.agreement import Agreed, Agreement, Flags
 from pretrain.engine.batches import MicroBatches
 from pretrain.engine.optimiser import set_lr
-from pretrain.engine.transfers import Numbers, to_device
+from pretrain.engine.prefetch import on_device
+from pretrain.engine.transfers import Numbers
 from pretrain.engine.turns import Turn
 from pretrain.errors import TrainingError
 from pretrain.guards.incidents import Incidents
@@ -194,7 +195,7 @@ def _embed_all(inputs: StepInputs, cache: GradientCache, step: int, sums: _Sums,
     """Embed a step's micro-batches without gradient, so that each can then be compared with all of them."""
     with cache.collecting(inputs.engine.module):
         for micro in range(inputs.accumulation):
-            kept.append(to_device(_fetch(inputs, sums), inputs.ranks.device))
+            kept.append(on_device(_fetch(inputs, sums), inputs.ranks.device))
             note("forward")
             seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
             inputs.rows.keys = kept[micro].get(ROW_KEYS)
@@ -212,9 +213,9 @@ def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums, kept: list[
     note("forward")
     # The same seed in every turn: what is drawn for the first is drawn for the second.
     seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
-    on_device = to_device(batch, inputs.ranks.device)
-    inputs.rows.keys = on_device.get(ROW_KEYS)
-    output = inputs.engine(on_device)
+    rows = on_device(batch, inputs.ranks.device)
+    inputs.rows.keys = rows.get(ROW_KEYS)
+    output = inputs.engine(rows)
     check_output(output)
     inputs.incidents.note(batch, output.loss)
     for name, value in {**output.metrics, "loss": output.loss}.items():

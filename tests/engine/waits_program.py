@@ -73,18 +73,18 @@ def waits_of(stage: int, dtype: str, accumulation: int, ranks: Ranks, folder: Pa
         step.train_step(inputs, number, 1e-3)
     waits = Waits(module)
 
-    def to_device(host: Any, device: Any) -> Any:
+    def on_device(host: Any, device: Any) -> Any:
         waits.mark(host, HOST)
-        on_device = {name: value.clone() if tensors_in(value) else value for name, value in host.items()}
-        waits.mark(on_device, DEVICE)
-        return on_device
+        copied = {name: value.clone() if tensors_in(value) else value for name, value in host.items()}
+        waits.mark(copied, DEVICE)
+        return copied
 
     def sent(numbers: Any, device: Any) -> Any:
-        on_device = transfers.sent(numbers, device)
-        waits.mark(on_device, DEVICE)
-        return on_device
+        copied = transfers.sent(numbers, device)
+        waits.mark(copied, DEVICE)
+        return copied
 
-    with mock.patch.object(step, "to_device", to_device), mock.patch.object(agreement, "sent", sent), waits:
+    with mock.patch.object(step, "on_device", on_device), mock.patch.object(agreement, "sent", sent), waits:
         result = step.train_step(inputs, 2, 1e-3)
     assert result.applied and 0 < result.grad_norm < math.inf
     return dict(waits.places)
