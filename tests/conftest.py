@@ -100,6 +100,7 @@ def in_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Foun
         "tests.engine.communication_program",
         "tests.engine.optimiser_program",
         "tests.engine.turns_program",
+        "tests.engine.waits_program",
         "tests.runtime.deepspeed_program",
         "tests.runtime.timeouts_program",
         "tests.models.frozen_program",

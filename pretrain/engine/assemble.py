@@ -146,7 +146,7 @@ def build_run(
             engine=built.engine,
             turns=built.turns,
             cache=built.cache,
-            batches=MicroBatches(stream),
+            batches=MicroBatches(stream, ranks.device),
             accumulation=stream.accumulation,
             own_clip=(recipe.optim.clip_grad or math.inf) if unwrapped(recipe) else None,
             ledger=ledger,

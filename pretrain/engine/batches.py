@@ -4,6 +4,7 @@ A rank that just raised would leave the others waiting in a collective call, and
 would be lost. So it goes on with a stand-in to where all ranks agree on the step, and all end there, with a checkpoint.
 """
 
+import functools
 import logging
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ import torch
 
 from pretrain.data.samples import Batch
 from pretrain.data.stream import TrainStream
+from pretrain.engine.prefetch import ON_DEVICE, Prefetcher, arrivals
 from pretrain.errors import DataError
 from pretrain.runtime.process_group import Ranks, gather_objects
 
@@ -18,17 +20,21 @@ logger = logging.getLogger(__name__)
 
 
 class MicroBatches:
-    """Endless micro-batches.
+    """Endless micro-batches; one is ahead, on its way to the device, where that is no CPU.
 
     Args:
         stream: The rank's stream.
+        device: The rank's.
 
     Attributes:
         error: Why the stream ended; since then the last micro-batch is handed out again, without samples to count.
     """
 
-    def __init__(self, stream: TrainStream) -> None:
+    def __init__(self, stream: TrainStream, device: torch.device) -> None:
         self._stream = stream
+        self._prefetcher: Prefetcher | None = None
+        if device.type != "cpu":
+            self._prefetcher = Prefetcher(stream, functools.partial(arrivals, device))
         self._last: Batch | None = None
         self.error: DataError | None = None
 
@@ -43,7 +49,10 @@ class MicroBatches:
         """
         if self.error is None:
             try:
-                self._last = next(self._stream)
+                batch = next(self._prefetcher or self._stream)
+                # Without what is on the device, whose memory the step gives back when it is done with it.
+                self._last = {name: value for name, value in batch.items() if name != ON_DEVICE}
+                return batch
             except DataError as error:
                 if self._last is None:
                     raise
@@ -60,6 +69,8 @@ class MicroBatches:
 
     def close(self) -> None:
         """End the stream's workers."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         self._stream.close()
 
     def agreed_error(self, ranks: Ranks) -> DataError:

@@ -66,7 +66,8 @@ def _ratios(parameters: list[Tensor], gradients: list[Tensor], trust: float) -> 
     """Compute each tensor's trust ratio; 1 where it has no norm (a layer that starts at zero), or its gradient none."""
     sizes, slopes = torch._foreach_norm(parameters), torch._foreach_norm(gradients)
     return [
-        # On the device: an `if` on a norm would wait for it, once a tensor and step.
-        torch.where((size > 0) & (slope > 0), trust * size / slope, 1.0)
+        # On the device: an `if` on a norm would wait for it, once a tensor and step, and so would torch.where, which
+        # copies its 1.0 there.
+        (trust * size / slope).masked_fill(~((size > 0) & (slope > 0)), 1.0)
         for size, slope in zip(sizes, slopes, strict=True)
     ]

@@ -31,7 +31,8 @@ from pretrain.engine.optimiser import set_weight_decay
 from pretrain.engine.recovery import pass_over, recover
 from pretrain.engine.schedules import build_schedule, every_steps, pictures_every_steps
 from pretrain.engine.start_checks import check_data, check_hosts, tell_unhashed
-from pretrain.engine.step import to_device, train_step
+from pretrain.engine.step import train_step
+from pretrain.engine.transfers import to_device
 from pretrain.errors import CheckpointError, DataError, TrainingError
 from pretrain.guards.results import StepResult
 from pretrain.models.frozen import frozen_notes

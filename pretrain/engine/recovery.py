@@ -105,7 +105,7 @@ def rewind(run: Run, step: int, found: Resumable) -> Run:
     stream = open_stream(run.method, run.plan, run.ranks, found.step)
     ledger = open_ledger(run.recipe.data, run.folder, run.ranks, found)
     logger.warning("going on from step %d; skipped steps: %s", found.step, run.guard.state.skipped_steps)
-    inputs = replace(run.inputs, batches=MicroBatches(stream), ledger=ledger)
+    inputs = replace(run.inputs, batches=MicroBatches(stream, run.ranks.device), ledger=ledger)
     return replace(run, inputs=inputs, best=Best(**found.state["best"]))
 
 

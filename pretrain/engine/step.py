@@ -1,18 +1,21 @@
 """One optimiser step, from top to bottom."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.samples import Batch
+from pretrain.engine.agreement import Agreed, Agreement, Flags
 from pretrain.engine.batches import MicroBatches
 from pretrain.engine.optimiser import set_lr
+from pretrain.engine.prefetch import on_device
+from pretrain.engine.transfers import Numbers
 from pretrain.engine.turns import Turn
 from pretrain.errors import TrainingError
 from pretrain.guards.incidents import Incidents
@@ -91,7 +94,7 @@ class _Update:
 
     turn: str
     history: str
-    agreed: "_Agreed"
+    agreed: Agreed
     spike: Spike | None
     norm: float
     applied: bool
@@ -103,8 +106,11 @@ def _update(inputs: StepInputs, turn: str, step: int, lr: float, kept: list[Batc
     The update is left out on all ranks where any rank's loss or the gradient is not finite. Two things make sure: a
     loss that is not finite poisons its own gradient, and the norm of the whole gradient, which all ranks have in
     common, is checked before the update, by DeepSpeed's optimisers, and here where there is none (float32 without
-    ZeRO). A spike of the loss goes the same way: ranks agree on the loss before the last backward pass, so that it can
-    still be poisoned, and no ZeRO stage needs another way to drop gradients.
+    ZeRO). A spike of the loss goes the same way: the guard knows its limit beforehand, so the device compares the loss
+    that ranks agree on with it, and poisons the last backward pass; no ZeRO stage needs another way to drop gradients.
+
+    The host waits for the device twice, and not while that has nothing to do: for what ranks agree on once the backward
+    pass is queued behind it, and for the gradient's norm. tests/engine/test_waits.py names what DeepSpeed waits for.
     """
     engine, sums = inputs.engine, _Sums()
     inputs.incidents.begin_turn(turn)
@@ -117,13 +123,18 @@ def _update(inputs: StepInputs, turn: str, step: int, lr: float, kept: list[Batc
         engine.step()  # only counts the micro-batch; DeepSpeed updates at the last one
     loss = _forward(inputs, step, inputs.accumulation - 1, sums, kept)
     note("all-reduce")
-    agreed = agree(sums.metrics, sums.waited, inputs)
+    history = history_of(inputs.batches.source_of(step), turn)
+    flags = Flags(inputs.asked_to_stop(), inputs.batches.error is not None, sums.waited, inputs.ledger.numbers())
+    agreement = Agreement(sums.metrics, flags, inputs.ranks)
+    limit = inputs.guard.limit(history)
+    note("backward")
+    engine.backward(poisoned(loss, agreement.loss > (limit.loss if inputs.guard.drops_spikes else math.inf)))
+    # Only now: the device would stand still until the host has queued the backward pass.
+    note("all-reduce")
+    agreed = agreement.read()
     if agreed.out_of_data:
         return None
-    history = history_of(inputs.batches.source_of(step), turn)
-    spike = inputs.guard.spike(agreed.metrics["loss"], history)
-    note("backward")
-    engine.backward(poisoned(loss, always=spike is not None and inputs.guard.drops_spikes))
+    spike = limit.spike(agreed.metrics["loss"])
     if spike is not None or agreed.nonfinite:
         # Before engine.step(), which clears them; on all ranks, since sharded gradients are put together by all.
         inputs.incidents.look_at_gradients(engine.module)
@@ -131,7 +142,7 @@ def _update(inputs: StepInputs, turn: str, step: int, lr: float, kept: list[Batc
     note("optimiser")
     set_lr(engine.optimizer, lr)
     engine.step()  # DeepSpeed clips, checks the norm, updates, and clears the gradients
-    norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
+    norm = norm_of(engine) if own_norm is None else own_norm
     # Where clip_or_drop took the gradients away, was_step_applied is true of an update of nothing.
     return _Update(turn, history, agreed, spike, norm, engine.was_step_applied() and norm < float("inf"))
 
@@ -184,7 +195,7 @@ def _embed_all(inputs: StepInputs, cache: GradientCache, step: int, sums: _Sums,
     """Embed a step's micro-batches without gradient, so that each can then be compared with all of them."""
     with cache.collecting(inputs.engine.module):
         for micro in range(inputs.accumulation):
-            kept.append(to_device(_fetch(inputs, sums), inputs.ranks.device))
+            kept.append(on_device(_fetch(inputs, sums), inputs.ranks.device))
             note("forward")
             seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
             inputs.rows.keys = kept[micro].get(ROW_KEYS)
@@ -202,9 +213,9 @@ def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums, kept: list[
     note("forward")
     # The same seed in every turn: what is drawn for the first is drawn for the second.
     seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
-    on_device = to_device(batch, inputs.ranks.device)
-    inputs.rows.keys = on_device.get(ROW_KEYS)
-    output = inputs.engine(on_device)
+    rows = on_device(batch, inputs.ranks.device)
+    inputs.rows.keys = rows.get(ROW_KEYS)
+    output = inputs.engine(rows)
     check_output(output)
     inputs.incidents.note(batch, output.loss)
     for name, value in {**output.metrics, "loss": output.loss}.items():
@@ -230,56 +241,26 @@ def check_output(output: Any) -> None:
             raise TrainingError(f"the objective's {name} is {found}, allowed: a tensor of one number")
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move the batch's tensors to `device`; copies overlap with work where the memory is pinned."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-
-
-def poisoned(loss: Tensor, always: bool = False) -> Tensor:
-    """Return the loss itself where it is finite, else, or if `always`, NaN with a NaN gradient.
+def poisoned(loss: Tensor, always: Tensor | None = None) -> Tensor:
+    """Return the loss itself where it is finite, else NaN with a NaN gradient; so too where `always`, bool [], is true.
 
     An infinite loss can have a finite gradient (a sum that overflowed), which would go unnoticed into the update. Works
     on the device, without waiting for it.
     """
+    # 0 of a finite loss, else NaN. Not torch.where, which copies its numbers to the device, and waits for that.
+    wrong = loss.detach() * 0
+    if always is not None:
+        wrong = wrong.masked_fill(always, float("nan"))
     # A product: NaN then goes through the backward pass into every gradient, which a constant NaN would not.
-    return loss * (float("nan") if always else torch.where(loss.isfinite(), 1.0, float("nan")))
+    return loss * (1 + wrong.float())
 
 
-@dataclass(frozen=True)
-class _Agreed:
-    metrics: dict[str, float]
-    data_s: float
-    nonfinite: float
-    stop: float
-    out_of_data: float
-    samples: list[float]
-
-
-def agree(sums: dict[str, Tensor], waited: float, inputs: StepInputs) -> _Agreed:
-    """Make one small all-reduce: means of the metrics, and flags, whose sum is above 0 where any rank raised one."""
-    world_size, device = inputs.ranks.world_size, inputs.ranks.device
-    names = list(sums)
-    flags = [float(inputs.asked_to_stop()), float(inputs.batches.error is not None), waited / world_size]
-    samples = inputs.ledger.numbers()
-    nonfinite = (~sums["loss"].isfinite()).double().reshape(1)
-    # Metrics and flags in one tensor: every further all-reduce would wait for the slowest rank once more.
-    packed = torch.cat(
-        [
-            torch.stack([sums[name].reshape(()) for name in names]) / world_size,
-            nonfinite,
-            torch.tensor([*flags, *samples], dtype=torch.float64, device=device),
-        ]
-    )
-    if world_size > 1:
-        dist.all_reduce(packed)
-    # Here the step waits for the device: whether a spike is left out is decided before the last backward pass.
-    found = packed.tolist()
-    bad_losses, stop, out_of_data, data_s, *samples = found[len(names) :]
-    metrics = dict(zip(names, found, strict=False))
-    return _Agreed(metrics, data_s, bad_losses, stop, out_of_data, samples)
+def norm_of(engine: Any) -> float:
+    """Read the norm of the whole gradient that DeepSpeed's optimiser has just clipped; 0 where it takes none."""
+    norm = engine.get_global_grad_norm()
+    if norm is None:
+        return 0.0
+    return Numbers(norm).read()[0] if isinstance(norm, Tensor) else float(norm)
 
 
 def clip_or_drop(module: nn.Module, largest: float, incidents: Incidents) -> float:
@@ -290,10 +271,11 @@ def clip_or_drop(module: nn.Module, largest: float, incidents: Incidents) -> flo
     """
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if bool(norm.isfinite()):
+    found = Numbers(norm).read()[0]
+    if math.isfinite(found):
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     else:
         incidents.look_at_gradients(module)
         for parameter in parameters:
             parameter.grad = None
-    return float(norm)
+    return found

@@ -8,7 +8,7 @@ uninterrupted one.
 import logging
 import math
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pretrain.guards.results import Action, Decision, GuardState, Kind, Spike, StepResult
@@ -20,6 +20,25 @@ logger = logging.getLogger(__name__)
 MAD_TO_DEVIATION = 1.4826
 #: Least deviation that a spike is measured in, as a share of the median: a loss that hardly moves has none of its own.
 LEAST_DEVIATION = 1e-3
+
+
+@dataclass(frozen=True)
+class SpikeLimit:
+    """The loss above which a step is a spike, and the median and deviation that it follows from.
+
+    Known before the step, so that the device can compare as well: a comparison comes out alike there and here, while
+    CUDA divides by a number as it multiplies by its inverse.
+    """
+
+    median: float = 0.0
+    deviation: float = 0.0
+    loss: float = math.inf
+
+    def spike(self, loss: float) -> Spike | None:
+        """Tell how far a loss lies above the median, where it is a spike; one that is not finite is none."""
+        if not self.loss < loss < math.inf:
+            return None
+        return Spike(self.median, self.deviation, (loss - self.median) / self.deviation)
 
 
 class StepGuard:
@@ -44,20 +63,19 @@ class StepGuard:
         """Tell whether step `step`, counted from 0, passes without being trained on."""
         return step in self.state.skipped_steps
 
-    def spike(self, loss: float, history: str = "") -> Spike | None:
-        """Tell how far a loss lies above the recent ones of its history (`history_of`), where that is a spike.
+    def limit(self, history: str = "") -> SpikeLimit:
+        """Say from the recent losses of a history (`history_of`) which coming loss is a spike.
 
         Nothing is one before half of the window is filled, or below the window's median.
         """
         window, options = self.state.windows.get(history, []), self._options
-        if options.spike == "ignore" or not math.isfinite(loss) or 2 * len(window) < options.window:
-            return None
+        if options.spike == "ignore" or 2 * len(window) < options.window:
+            return SpikeLimit()
         # Medians: a spike that is in the window already would lift a mean and its deviation, and hide the next one.
         median = statistics.median(window)
         spread = statistics.median(abs(value - median) for value in window) * MAD_TO_DEVIATION
         deviation = max(spread, LEAST_DEVIATION * abs(median))
-        z = (loss - median) / deviation if deviation else 0.0
-        return Spike(median, deviation, z) if z > options.z else None
+        return SpikeLimit(median, deviation, median + options.z * deviation) if deviation else SpikeLimit()
 
     @property
     def drops_spikes(self) -> bool:

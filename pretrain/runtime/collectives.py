@@ -108,7 +108,8 @@ def mean_with_gradient(value: Tensor, ranks: Ranks, count: Tensor | float | None
         return sum_with_gradient(value, ranks) / ranks.world_size
     weight = torch.as_tensor(count, dtype=sum_type(value), device=value.device).detach().expand_as(value)
     # Not value * weight alone: the mean of nothing is NaN, and NaN * 0 is NaN on all ranks.
-    weighted = torch.where(weight > 0, value * weight, 0.0)
+    # Nor torch.where, which copies its 0.0 to the device, and waits for that.
+    weighted = (value * weight).masked_fill(~(weight > 0), 0.0)
     weighted, weights, plain = sum_with_gradient(torch.stack([weighted, weight, value.to(weight.dtype)]), ranks)
     return torch.where(weights > 0, weighted / weights, plain / ranks.world_size).to(value.dtype)
 

@@ -24,7 +24,7 @@ from pretrain.data.samples import Batch
 from pretrain.data.stream_plan import open_plan
 from pretrain.engine.assemble import open_stream
 from pretrain.engine.schedules import build_schedule
-from pretrain.engine.step import to_device
+from pretrain.engine.transfers import to_device
 from pretrain.engine.turns import turns_of
 from pretrain.errors import CheckpointError, TrainingError
 from pretrain.guards.first_nonfinite import (

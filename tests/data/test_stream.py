@@ -23,6 +23,7 @@ import torch
 from pretrain.data.bad_samples import BadSampleLedger
 from pretrain.data.compose import shares
 from pretrain.data.stream_plan import open_plan, open_sources
+from pretrain.engine.prefetch import Prefetcher
 from pretrain.errors import DataError, RecipeError
 from pretrain.recipe.schema import Recipe, Source
 from pretrain.samples import sampling
@@ -123,6 +124,18 @@ def test_resume_at_any_step(
 ) -> None:
     batches = take(recipe_of(make_recipe, two_sources), steps=1, start=start)
     assert_same(clips(batches), clips(ten_steps[start * 4 : start * 4 + 4]))
+
+
+def test_a_thread_that_is_one_ahead_changes_nothing(
+    ten_steps: Batches, make_recipe: MakeRecipe, two_sources: dict[str, str]
+) -> None:
+    """Ranks with an accelerator: the thread starts the workers, and a resumed run has what was given out, no more."""
+    for start in (0, 2):
+        opened = training_stream(recipe_of(make_recipe, two_sources, workers=1), start=start)
+        ahead = Prefetcher(opened, lambda: dict)
+        assert_same(clips(list(itertools.islice(ahead, 8))), clips(ten_steps[start * 4 : start * 4 + 8]))
+        ahead.close()
+        opened.close()
 
 
 @pytest.mark.parametrize(("workers", "world", "start"), [(3, 1, 2), (1, 2, 3)])

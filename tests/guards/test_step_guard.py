@@ -32,28 +32,32 @@ def test_a_spike_is_measured_in_deviations_that_single_outliers_do_not_move(seed
     rng = np.random.default_rng(seed)
     losses = (2 + 0.1 * rng.standard_normal(101)).tolist()
     guard = filled(losses, spike="skip", z=8.0)
-    assert all(guard.spike(2 + 0.1 * float(value)) is None for value in rng.standard_normal(50))
-    found = guard.spike(4.0)
+    assert all(guard.limit().spike(2 + 0.1 * float(value)) is None for value in rng.standard_normal(50))
+    found = guard.limit().spike(4.0)
     assert found is not None and 14 < found.z < 28, "20 deviations, as far as 101 samples tell"
     outliers = filled([*losses[:91], *[1000.0] * 10], spike="skip", z=8.0)
-    spread = outliers.spike(4.0)
+    spread = outliers.limit().spike(4.0)
     assert spread is not None and spread.z > 10
     # A rule in deviations does not know the unit of the loss.
-    scaled = filled([value * 1e3 for value in losses], spike="skip", z=8.0).spike(4e3)
+    scaled = filled([value * 1e3 for value in losses], spike="skip", z=8.0).limit().spike(4e3)
     assert scaled is not None and math.isclose(scaled.z, found.z, rel_tol=1e-9)
 
 
 def test_what_is_no_spike() -> None:
     losses = [1.0] * 20
-    assert filled(losses, z=5.0).spike(1.0049) is None, "a loss that never moved: a thousandth of it is its deviation"
-    assert filled(losses, z=5.0).spike(1.0051) is not None
-    assert filled(losses, z=5.0).spike(0.0) is None
-    assert filled(losses, z=5.0).spike(math.nan) is None and filled(losses, z=5.0).spike(math.inf) is None
-    assert filled(losses, z=5.0, spike="ignore").spike(9.0) is None
-    assert filled([0.0] * 4, z=5.0).spike(1.0) is None, "no deviation at all"
+    assert filled(losses, z=5.0).limit().spike(1.0049) is None, (
+        "a loss that never moved: a thousandth of it is its deviation"
+    )
+    assert filled(losses, z=5.0).limit().spike(1.0051) is not None
+    assert filled(losses, z=5.0).limit().spike(0.0) is None
+    assert (
+        filled(losses, z=5.0).limit().spike(math.nan) is None and filled(losses, z=5.0).limit().spike(math.inf) is None
+    )
+    assert filled(losses, z=5.0, spike="ignore").limit().spike(9.0) is None
+    assert filled([0.0] * 4, z=5.0).limit().spike(1.0) is None, "no deviation at all"
     options = Guard(window=10, z=5.0)
-    assert StepGuard(options, GuardState({"": [1.0] * 4})).spike(9.0) is None
-    assert StepGuard(options, GuardState({"": [1.0] * 5})).spike(9.0) is not None
+    assert StepGuard(options, GuardState({"": [1.0] * 4})).limit().spike(9.0) is None
+    assert StepGuard(options, GuardState({"": [1.0] * 5})).limit().spike(9.0) is not None
 
 
 def test_only_updates_enter_the_window() -> None:
@@ -69,10 +73,10 @@ def test_turns_are_judged_by_their_own_losses_and_named() -> None:
     guard = StepGuard(Guard(window=4, spike="skip", nonfinite="skip"))
     sound = {"critic": 1.0, "translator": 50.0}
     for step in range(1, 5):
-        assert all(guard.spike(loss, turn) is None for turn, loss in sound.items())
+        assert all(guard.limit(turn).spike(loss) is None for turn, loss in sound.items())
         assert guard.decide(step, StepResult({"loss": 50.0}, sound)) is None
     metrics = {"loss_critic": 60.0, "loss": 60.0}
-    spike = guard.spike(60.0, "critic")
+    spike = guard.limit("critic").spike(60.0)
     decision = guard.decide(5, StepResult(metrics, applied=False, turn="critic", spike=spike))
     assert decision is not None and decision.what.startswith("the loss of turn critic, 60, is a spike: ")
     metrics = {"loss_critic": 1.1, "loss_translator": math.nan, "loss": math.nan}
@@ -129,7 +133,7 @@ def test_a_guard_from_a_checkpoint_decides_as_the_one_that_went_on(seed: int) ->
         seen = []
         for step in steps:
             loss = losses[step]
-            spike = guard.spike(loss)
+            spike = guard.limit().spike(loss)
             applied = math.isfinite(loss) and not spike
             result = StepResult({"loss": loss}, {"": loss} if applied else {}, math.isfinite(loss), applied)
             decision = guard.decide(step + 1, replace(result, spike=spike))
