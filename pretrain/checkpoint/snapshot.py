@@ -20,7 +20,7 @@ class HostCopies:
     def __init__(self) -> None:
         self._free: dict[int, list[Tensor]] = {}
         self._used: list[Tensor] = []
-        self._copied: dict[int, Tensor] = {}
+        self._copied: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
 
     def begin(self) -> None:
         """Take back the memory of all copies made so far: they must not be in use any more."""
@@ -44,10 +44,11 @@ class HostCopies:
 
     def end(self) -> None:
         """Wait until the accelerator's copies have arrived, and let go of memory that was not needed."""
-        # By address: a freed storage's is used again, and the next save would take the old bytes for the new.
-        self._free, self._copied = {}, {}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        # Only now: until the copies have arrived, what they are made of must not be freed and written anew. And by all
+        # means: a freed storage's address is used again, and the next save would take the old bytes for the new.
+        self._free, self._copied = {}, {}
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         host = self._storage(tensor.untyped_storage()).untyped_storage()
@@ -62,6 +63,8 @@ class HostCopies:
             waiting = self._free.get(storage.nbytes(), [])
             host = waiting.pop() if waiting else torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
             content = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            self._copied[key] = host.copy_(content, non_blocking=pinned)
+            # With the storage, which is known by its address: that of a state made for the save alone, and freed, would
+            # be another's by the next call.
+            self._copied[key] = storage, host.copy_(content, non_blocking=pinned)
             self._used.append(host)
-        return self._copied[key]
+        return self._copied[key][1]

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pretrain.errors import RecipeError, TubeletError
@@ -44,6 +45,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from pretrain.plan.estimate import Planner
     from pretrain.plan.hardware import find_gpu
     from pretrain.plan.indices import epoch_of, find_indices
+    from pretrain.plan.recomputation import recomputation_advice
     from pretrain.plan.tables import as_json, draw, sections, sweep_section
     from pretrain.recipe.load import load_recipe
 
@@ -59,6 +61,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     indices = [index for index in found.values() if index is not None]
     planner = Planner(method, find_gpu(arguments.gpu, arguments.rates), resources, indices, epoch[1] if epoch else None)
     plans = [planner.estimate(count) for count in counts]
+    if arguments.recomputation:
+        plans = [replace(plan, problems=plan.problems + recomputation_advice(planner, plan)) for plan in plans]
     if arguments.json:
         content = [as_json(plan) for plan in plans]
         arguments.json.write_text(json.dumps(content if arguments.sweep else content[0], indent=1), encoding="utf-8")
@@ -96,6 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, help="accelerators (default: the recipe's batch.ranks, or 8)")
     parser.add_argument("--gpu", default="h100", help="v100, a100-40, a100, l40s, h100, h200, b200, or here: measured")
     parser.add_argument("--rates", type=Path, help="JSON with measured rates, such as bench/gpu.py writes")
+    parser.add_argument("--recomputation", action="store_true", help="say whether recomputing less fits and pays")
     parser.add_argument("--sweep", metavar="gpus=8,16,…", help="one line for each number of accelerators")
     parser.add_argument("--decode-ms", type=float, default=DECODE_MS, help="a core's time for a clip (bench/loader.py)")
     parser.add_argument("--view-ms", type=float, default=VIEW_MS, help="and for each further view of it")

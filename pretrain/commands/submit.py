@@ -131,7 +131,8 @@ def sbatch_command(
 ) -> tuple[dict[str, str], list[str]]:
     """Build what to add to the environment, and the command; `before`: job that has to end first, empty for none."""
     # --parsable: the job's number alone, on which the next of a chain depends.
-    options = ["sbatch", "--parsable", f"--time={arguments.time}"]
+    # --export: where SBATCH_EXPORT says otherwise, neither what is added here nor the shell's NCCL_* would arrive.
+    options = ["sbatch", "--parsable", "--export=ALL", f"--time={arguments.time}"]
     for name in ("partition", "account", "qos"):
         if value := getattr(arguments, name):
             options.append(f"--{name}={value}")

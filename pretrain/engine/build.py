@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint.deepspeed_files import Groups
+from pretrain.engine.compiled_parts import compile_parts, fetch_by_part
 from pretrain.engine.deepspeed_config import Config, builds_sharded, deepspeed_config
 from pretrain.engine.model_states import ModelSize, size_of
 from pretrain.engine.optimiser import build_optimizer, forget_steps
@@ -101,12 +102,13 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
     optimizer = build_optimizer(recipe, objective, ranks.device)
     # Taken now: DeepSpeed makes flat tensors of the groups and forgets the names.
     groups = _group_names(objective, optimizer)
+    if recipe.compute.compile and recipe.zero.stage == 3:
+        fetch_by_part(objective)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
     move_buffers(engine.module, ranks.device)
     forget_steps(engine.basic_optimizer)
     if recipe.compute.compile:
-        # In place, so that parameters keep their names: weight decay groups and checkpoints go by them.
-        engine.compile()
+        compile_parts(objective)
     return Built(engine, config, parameters, groups, turns, cache, rows)
 
 

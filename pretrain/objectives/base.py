@@ -70,8 +70,11 @@ class Objective(nn.Module):
             silently make it another loss.
         cross_rank_batch_norm: batch norms take their statistics of all ranks' rows, so that another number of ranks
             is the same training (`models/cross_rank_batch_norm.py`).
+        COMPILED: names of its functions that `compute.compile` compiles beside the model's blocks: of tensors, with
+            neither parameters nor collectives in them.
     """
 
+    COMPILED: ClassVar[tuple[str, ...]] = ()
     turns: ClassVar[tuple[str, ...]] = (ALL,)
     whole_batch: ClassVar[bool] = False
     cross_rank_batch_norm: ClassVar[bool] = False

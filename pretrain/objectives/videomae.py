@@ -158,6 +158,9 @@ class VideoMAEObjective(Objective):
     `weight` float32 [B, M], 1 where a target counts in the loss.
     """
 
+    # Passes over pixels: element-wise, so that compiled they are read and written once.
+    COMPILED = ("_seen", "_compare")
+
     def __init__(self, model: nn.Module, normalize_targets: bool = True) -> None:
         super().__init__()
         self.model: Any = model
@@ -165,14 +168,17 @@ class VideoMAEObjective(Objective):
         self.normalization = PixelNormalization()
 
     def forward(self, batch: Batch) -> Output:
-        cubes, weight = self._cubes(batch), batch["weight"]
+        cubes = self._cubes(batch)
         predicted = self._predict(cubes, batch["visible"], batch["targets"])
-        target, mean_color_error = self._target(unit_pixels(take_tokens(cubes, batch["targets"])))
+        loss, mean_color_loss = self._compare(predicted, cubes, batch["targets"], batch["weight"])
+        return Output(loss, {"loss": loss.detach(), "mean_color_loss": mean_color_loss})
+
+    def _compare(self, predicted: Tensor, cubes: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the loss, and that of predicting each cube's mean colour."""
+        target, mean_color_error = self._target(unit_pixels(take_tokens(cubes, targets)))
         # The same numbers as square().mean(), whose gradient takes three passes over all pixels instead of one.
         errors = functional.mse_loss(predicted, target, reduction="none").sum(-1) / target.shape[-1]
-        loss = weighted_mean(errors, weight)
-        metrics = {"loss": loss.detach(), "mean_color_loss": weighted_mean(mean_color_error, weight)}
-        return Output(loss, metrics)
+        return weighted_mean(errors, weight), weighted_mean(mean_color_error, weight)
 
     def target(self, pixels: Tensor) -> Tensor:
         """Compute what the prediction should equal, float32, for pixels [B, M, cube] in [0, 1]."""
@@ -245,10 +251,14 @@ class VideoMAEObjective(Objective):
 
     def _predict(self, cubes: Tensor, visible: Tensor, asked: Tensor) -> Tensor:
         """Predict at `asked`, float32; only visible cubes are made float and embedded."""
-        seen = self.normalization(unit_pixels(take_tokens(cubes, visible)))
-        predicted: Tensor = self.model(seen, visible, asked)
+        predicted: Tensor = self.model(self._seen(cubes, visible), visible, asked)
         # The loss in float32: squares of bfloat16 predictions would be summed with 8 bits.
         return predicted.float()
+
+    def _seen(self, cubes: Tensor, visible: Tensor) -> Tensor:
+        """Take the pixels of visible cubes, normalised."""
+        normalised: Tensor = self.normalization(unit_pixels(take_tokens(cubes, visible)))
+        return normalised
 
     def _pixels(self, predicted: Tensor, truth: Tensor) -> Tensor:
         """Turn predictions into pixels, with the true cube statistics where targets are normalised."""

@@ -211,7 +211,7 @@ class Planner:
             return 1, [
                 f"it does not fit: model states of {states.total / 1e9:.1f} GB and the activations of one video exceed "
                 f"the {gpu.memory / 1e9:.0f} GB of {gpu.name}. Raise zero.stage (now {recipe.zero.stage}), set "
-                "compute.activation_checkpointing=true or zero.offload=cpu, or take more or larger accelerators"
+                "compute.activation_checkpointing=selective or true, or zero.offload=cpu, or take more or larger ones"
             ]
         fitting = max(micro for micro in range(1, min(largest, share) + 1) if share % micro == 0)
         reason = f"does not fit, at most {largest} do" if wanted > largest else f"does not divide {share} videos a rank"

@@ -138,6 +138,12 @@ def _check_ranges(recipe: Recipe) -> list[str]:
     if recipe.compute.activation_checkpointing not in (True, False, "selective"):
         found = recipe.compute.activation_checkpointing
         problems.append(f"compute.activation_checkpointing: found {found}, allowed: true, false, selective")
+    if recipe.compute.compile and recipe.compute.activation_checkpointing == "selective":
+        # torch picks what to keep from a block's operations one by one, and a compiled block shows it none.
+        problems.append(
+            "compute.activation_checkpointing: found selective with compute.compile, whose blocks would be recomputed "
+            "as a whole; allowed: true, false, or compute.compile=false"
+        )
     if recipe.zero.stage not in (0, 1, 2, 3):
         problems.append(f"zero.stage: found {recipe.zero.stage}, allowed: 0, 1, 2 or 3")
     if recipe.data.bad_rate > 1:

@@ -185,7 +185,7 @@ class Compute:
     activation_checkpointing: bool | str = False
     """true: recompute each block in the backward pass; selective: all but its matrix products and attention"""
     compile: bool = False
-    """torch.compile the objective"""
+    """torch.compile each block of the model, and the loss; not with selective recomputation"""
     deterministic: bool = False
     """the same bits again on the same accelerators: torch's deterministic algorithms and one attention back end, slower
     (on a CPU it is always so)"""

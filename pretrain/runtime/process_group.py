@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.errors import TrainingError
+from pretrain.runtime.flight_recorder import keep_collectives
 from pretrain.runtime.roll_call import roll_call
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ def join(environ: MutableMapping[str, str] | None = None, timeout_s: float = JOI
         return Ranks(dist.get_rank(), dist.get_world_size(), int(environ["LOCAL_RANK"]), device, joined=False)
     meeting = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
     _leave_out_inference_op()
+    keep_collectives(environ)
     started = time.monotonic()
     backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
     try:

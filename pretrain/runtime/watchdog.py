@@ -26,6 +26,7 @@ from pathlib import Path
 from pretrain.recipe.schema import Watchdog as Options
 from pretrain.runtime import stacks
 from pretrain.runtime.activity import awake, note, suspended
+from pretrain.runtime.flight_recorder import dump_collectives
 from pretrain.runtime.heartbeats import GONE_BEATS, Heartbeats, Seen, behind
 from pretrain.runtime.metrics import JsonLines, read_records
 from pretrain.runtime.process_group import WORK_TIMEOUT_S, Ranks, from_first, set_timeout
@@ -240,6 +241,7 @@ class Watchdog:
             self._reported = awake() - self.limit_s
             with contextlib.suppress(OSError):  # a full disk has no room for stacks, which are no reason not to judge
                 stacks.dump(self._step + 1)
+            self._dump_collectives()
             say(
                 logging.WARNING,
                 f"step {self._step + 1}: not finished after {self.limit_s:.0f} s (watchdog.factor, watchdog.least_s); "
@@ -277,6 +279,7 @@ class Watchdog:
     def _end(self) -> None:
         """Leave without cleaning up, which might wait for a rank that hangs."""
         briefly(lambda: stacks.dump(self._step + 1))
+        self._dump_collectives()
         # Whoever leaves first makes the launcher end the others, who are still writing their stacks.
         time.sleep(min(2 * self._options.beat_s, 10.0))
         for stream in (sys.stdout, sys.stderr):
@@ -284,6 +287,10 @@ class Watchdog:
         # Not sys.exit at the end: it would end this thread alone, and the main thread hangs in a collective.
         _kill_workers()
         os._exit(self.exit_code)
+
+    def _dump_collectives(self) -> None:
+        # Briefly: the back end that hangs may hold the record's lock.
+        briefly(lambda: dump_collectives(self._folder, self._ranks.rank, self._step + 1))
 
     def _leave_unclean(self) -> None:
         seconds = self._options.leave_s

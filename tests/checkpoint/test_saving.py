@@ -131,6 +131,15 @@ def test_host_memory_is_used_again_and_views_stay_views() -> None:
     assert len(addresses) == 1
 
 
+def test_tensors_made_for_the_save_alone_are_not_taken_for_one_another() -> None:
+    copies = HostCopies()
+    copies.begin()
+    # Each is gone when the next is made, which then lies where it lay.
+    taken = [copies.take({"made": torch.full((100,), float(number))}) for number in range(20)]
+    copies.end()
+    assert [one["made"][0].item() for one in taken] == list(range(20))
+
+
 def test_a_full_disk_costs_one_checkpoint_and_no_earlier_one(
     engine: Any, open_one: Any, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

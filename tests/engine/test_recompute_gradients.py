@@ -17,7 +17,7 @@ RECOMPUTE = ("false", "true", "selective")
 #: A step of plain descent, so that the change of the weights is the gradient.
 STEP = (
     "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.clip_grad=null", "optim.base_lr=1",
-    "optim.base_batch=8", "schedule.warmup_epochs=0", "schedule.max_steps=1", "batch.micro=8",
+    "optim.base_batch=8", "schedule.warmup_epochs=0", "schedule.max_steps=1",
 )  # fmt: skip
 
 
@@ -25,13 +25,14 @@ def name_of(stage: int, recompute: str, compiled: bool = False) -> str:
     return f"gradient {stage} {recompute}" + (" compiled" if compiled else "")
 
 
-def plan(cases: list[tuple[int, str, bool]], weights: Path) -> dict[str, Any]:
+def plan(cases: list[tuple[int, str, bool]], weights: Path, ranks: int) -> dict[str, Any]:
     """Runs of one step each. Stage 3 comes last, and there what keeps activations: DeepSpeed's linear stays, see
     test_ranks.py."""
     return {
         name_of(*case): {
             "overrides": [
                 *STEP,
+                f"batch.micro={8 // ranks}",
                 f"run.init_weights={weights}",
                 f"zero.stage={case[0]}",
                 f"compute.activation_checkpointing={case[1]}",
@@ -59,9 +60,9 @@ def gradient(toy: Any, name: str, before: dict[str, torch.Tensor]) -> torch.Tens
     return torch.cat([(before[key] - after[f"model.{key}"]).flatten() for key in before]).detach()
 
 
-def compare(toy: Any, weights: Path, cases: list[tuple[int, str, bool]]) -> dict[str, float]:
+def compare(toy: Any, weights: Path, cases: list[tuple[int, str, bool]], ranks: int = 1) -> dict[str, float]:
     """Relative error of each case's gradient against the first one's."""
-    assert set(toy.drive(plan(cases, weights), ranks=1).values()) == {0}
+    assert set(toy.drive(plan(cases, weights, ranks), ranks=ranks).values()) == {0}
     before = torch.load(weights)
     wanted = gradient(toy, name_of(*cases[0]), before)
     assert wanted.norm() > 0.01
@@ -78,6 +79,6 @@ def test_recomputation_changes_no_gradient(toy: Any, weights: Path) -> None:
 
 @pytest.mark.faults
 def test_compiling_changes_no_gradient(toy: Any, weights: Path) -> None:
-    cases = [(2, "false", False)] + [(stage, recompute, True) for stage in (2, 3) for recompute in RECOMPUTE]
-    errors = compare(toy, weights, cases)
-    assert len(errors) == 6 and max(errors.values()) < 1e-3, errors
+    cases = [(2, "false", False)] + [(stage, recompute, True) for stage in (2, 3) for recompute in ("false", "true")]
+    errors = compare(toy, weights, cases, ranks=2)
+    assert len(errors) == 4 and max(errors.values()) < 1e-3, errors

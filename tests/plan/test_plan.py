@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from pretrain.plan.estimate import Planner
 from pretrain.plan.feeding import Resources
 from pretrain.plan.hardware import SHEETS, find_gpu
 from pretrain.plan.peak_memory import Memory, memory_of
+from pretrain.plan.recomputation import recomputation_advice
 from pretrain.plan.trace import BACKWARD, trace_step
 from pretrain.plan.traffic import seconds_of, traffic_of
 from pretrain.recipe.load import load_recipe
@@ -211,6 +213,40 @@ def test_what_does_not_fit_says_what_to_change() -> None:
     assert any("at most" in problem and "planned with batch.micro=" in problem for problem in problems)
     small = replace(SHEETS["v100"], memory=3e9)
     assert "Raise zero.stage" in Planner(method_of(recipe), small, Resources(), [], None).estimate(32).problems[0]
+
+
+def test_recomputing_less_is_advised_where_it_fits() -> None:
+    recipe = load_recipe("demo", ["compute.activation_checkpointing=true"])
+    planner = Planner(method_of(recipe), SHEETS["h100"], Resources(), [], None)
+    [line] = recomputation_advice(planner, planner.estimate(1))
+    assert line.startswith("compute.activation_checkpointing=false with batch.micro=") and "% off the step" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds", "advised"),
+    [
+        (["true"], {"selective": 0.8, "false": None}, ["selective"]),  # to keep everything does not fit
+        (["true"], {"selective": 0.99, "false": None}, []),
+        (["true"], {"selective": 0.8, "false": 0.7}, ["false"]),
+        (["true", "compute.compile=true"], {"selective": 0.5, "false": 0.7}, ["false"]),
+        (["selective"], {"selective": 0.5, "false": 0.7}, ["false"]),
+        (["false"], {"selective": 0.5, "false": 0.7}, []),
+    ],
+)
+def test_the_fastest_of_what_fits_is_advised(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], seconds: dict[str, float | None], advised: list[str]
+) -> None:
+    def estimate(self: Any, gpus: int) -> Any:
+        took = seconds[str(self.recipe.compute.activation_checkpointing).lower()]
+        fits = int(took is not None)
+        return SimpleNamespace(largest_micro=fits, times=SimpleNamespace(total=took), micro=1, memory=held)
+
+    held = SimpleNamespace(total=1e9)
+    now: Any = SimpleNamespace(largest_micro=1, gpus=1, times=SimpleNamespace(total=1.0), memory=held)
+    recipe = load_recipe("demo", [f"compute.activation_checkpointing={words[0]}", *words[1:]])
+    monkeypatch.setattr(Planner, "estimate", estimate)
+    found = recomputation_advice(Planner(method_of(recipe), SHEETS["h100"], Resources(), [], None), now)
+    assert [line.split()[0].partition("=")[2] for line in found] == advised
 
 
 def test_starving_accelerators_are_named() -> None:

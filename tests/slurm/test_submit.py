@@ -25,6 +25,12 @@ def test_the_lead_is_one_number_in_both_places(capsys: pytest.CaptureFixture[str
     assert "--nodes=4" in words and "--qos=high" in words and "--no-requeue" not in words
 
 
+def test_the_shells_variables_reach_the_ranks_unless_asked_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    [words] = printed(capsys, "pretrain", "--sbatch=--export=NIL", *RUN)
+    exports = [word for word in words if word.startswith("--export")]
+    assert exports == ["--export=ALL", "--export=NIL"], "of two the last one holds"
+
+
 @pytest.mark.parametrize("program", ["pretrain", "finetune"])
 def test_the_template_states_one_lead_too(program: str) -> None:
     text = (ROOT / "launch" / "slurm" / f"{program}.sbatch").read_text()
