@@ -58,7 +58,7 @@ def test_crash_and_hang_cost_the_sample_only(
     undisturbed = take(open_stream(make_recipe({"b": two_sources["b"]}, samples=4), {}))
     keys = [key for batch in undisturbed for key in batch["key"]]
     ends = {keys[3]: "SIGSEGV", keys[8]: "hang"}
-    recipe = make_recipe({"b": two_sources["b"]}, samples=4, workers=1, deadline_s=15.0)
+    recipe = make_recipe({"b": two_sources["b"]}, samples=4, workers=1, deadline_s=8.0)
     with caplog.at_level(logging.WARNING):
         batches = take(open_stream(recipe, ends))
     found = [key for batch in batches for key in batch["key"]]

@@ -28,7 +28,7 @@ from pretrain.data.pack import linked_shards
 from pretrain.data.pack.film_index import read_index
 from pretrain.data.time_segment import Segment
 from pretrain.errors import DataError, SampleError
-from pretrain.runtime import storage
+from pretrain.runtime import retries, storage
 from tests.conftest import S3Server
 from tests.faults.proxy import FaultProxy
 from tests.films import HARD, UNEVEN, film_maker, numbers_of, skip_without, write_film
@@ -357,7 +357,10 @@ class CountingProxy(FaultProxy):
         return False
 
 
-def test_bytes_that_a_store_serves(long_film: Path, s3_server: S3Server, tmp_path: Path) -> None:
+def test_bytes_that_a_store_serves(
+    long_film: Path, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "MISSING_S", 1.0)
     size = long_film.stat().st_size
     shutil.copy(long_film, s3_server.bucket / "film.mp4")
     proxy = CountingProxy(s3_server.port)

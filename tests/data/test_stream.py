@@ -138,35 +138,27 @@ def test_a_thread_that_is_one_ahead_changes_nothing(
         opened.close()
 
 
-@pytest.mark.parametrize(("workers", "world", "start"), [(3, 1, 2), (1, 2, 3)])
-def test_workers_change_nothing(
-    workers: int,
-    world: int,
-    start: int,
-    ten_steps: Batches,
-    make_recipe: MakeRecipe,
-    two_sources: dict[str, str],
-) -> None:
-    """Across the border of two epochs, micro-batch by micro-batch in the same order."""
-    recipe = recipe_of(make_recipe, two_sources, workers=workers)
-    alone = recipe_of(make_recipe, two_sources)
-    batches = take(recipe, steps=3, world=world, rank=world - 1, start=start)
-    expected = take(alone, steps=3, world=world, rank=world - 1, start=start)
-    for found, right in zip(batches, expected, strict=True):
-        assert_same(clips([found]), clips([right]))
-        assert found["position"].tolist() == right["position"].tolist()
-    if world == 1:
-        assert_same(clips(batches), clips(ten_steps[start * 4 : (start + 3) * 4]))
+def test_workers_change_nothing(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:
+    """On the second of two ranks, across the border of two epochs, micro-batch by micro-batch in the same order."""
+    found, right = (
+        take(recipe_of(make_recipe, two_sources, workers=workers), steps=3, rank=1, world=2, start=3)
+        for workers in (1, 0)
+    )
+    for one, other in zip(found, right, strict=True):
+        assert_same(clips([one]), clips([other]))
+        assert one["position"].tolist() == other["position"].tolist()
 
 
 #: Ranks and workers of the stretches of one run that stops and goes on elsewhere.
-STRETCHES = [(1, 0), (2, 1), (4, 0), (1, 3), (2, 0), (4, 1)]
+STRETCHES = [(1, 0), (1, 3), (4, 0), (2, 1), (2, 0)]
 
 
 def test_a_run_that_moves_between_ranks_and_workers_sees_the_same_global_batches(
     make_recipe: MakeRecipe, two_sources: dict[str, str]
 ) -> None:
     """Two steps on each in epochs of three, so that borders of epochs lie inside the stretches and between them.
+
+    Where one rank has all workers, micro-batch by micro-batch in the same order, too.
 
     Bit for bit and step by step: keys, pixels (which say where clip and crop lie), masks.
     """
@@ -179,7 +171,10 @@ def test_a_run_that_moves_between_ranks_and_workers_sees_the_same_global_batches
         per_step = 4 // world
         for step in range(2):
             served = [batch for batches in ranks for batch in batches[step * per_step : (step + 1) * per_step]]
-            assert_same(clips(served), clips(expected[(start + step) * 4 : (start + step + 1) * 4]))
+            right = expected[(start + step) * 4 : (start + step + 1) * 4]
+            assert_same(clips(served), clips(right))
+            if world == 1:
+                assert [batch["position"].tolist() for batch in served] == [b["position"].tolist() for b in right]
 
 
 def test_seed_changes_order_and_crops(make_recipe: MakeRecipe, two_sources: dict[str, str]) -> None:

@@ -21,6 +21,7 @@ from pretrain.runtime.host_checks import (
     check_shared_memory,
     check_temporary_folder,
 )
+from tests import forge
 from tests.ranks import environment, free_port, outputs_of, start_rank
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,9 +38,10 @@ platform.node = lambda: "node-b"
 
 def examine(*words: str) -> tuple[int, dict[str, Any]]:
     """Exit code and findings of the doctor on this machine alone."""
-    command = [sys.executable, str(ROOT / "launch" / "doctor.py"), *words, "--json"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    return done.returncode, json.loads(done.stdout) if done.stdout else {"stderr": done.stderr}
+    command = [ROOT / "launch" / "doctor.py", *words, "--json"]
+    done = forge.start(command, environment(), stderr=subprocess.PIPE)
+    printed, errors = done.communicate(timeout=300)
+    return done.returncode, json.loads(printed) if printed else {"stderr": errors}
 
 
 def pair(script: str, words: list[str], folder: Path) -> list[tuple[int, str]]:

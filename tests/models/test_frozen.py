@@ -4,9 +4,6 @@ import functools
 import http.server
 import json
 import logging
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +19,9 @@ from pretrain.models.clip import Config, TextTower, VisualTower
 from pretrain.models.clip_weights import frozen_clip
 from pretrain.models.frozen import Frozen, check_frozen, frozen_notes, locate
 from pretrain.runtime.tensors import weights_digest
+from tests import forge
 from tests.models.frozen_program import CONFIG, SIZES, STAGES, given, state_of
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import environment, outputs_of
 
 
 @pytest.fixture
@@ -188,13 +185,10 @@ for name in sys.argv[1:]:
 
 
 def ask_hub(cache: Path, names: list[str], **more: str) -> list[str]:
-    variables = os.environ | {"HF_HUB_CACHE": str(cache), "PYTHONPATH": str(ROOT)} | more
+    variables = environment() | {"HF_HUB_CACHE": str(cache)} | more
     variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", HUB_PROGRAM, *names], env=variables, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
+    (printed,) = outputs_of([forge.start(["-c", HUB_PROGRAM, *names], variables)])
+    return [line for line in printed.splitlines() if line.startswith(("FOUND", "ERROR"))]
 
 
 def test_hub_is_asked_where_the_recipe_says_so(hub: str, weights: str, tmp_path: Path) -> None:

@@ -82,13 +82,17 @@ def test_an_allocation_without_a_step_is_one_process() -> None:
     assert launch_environment({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})["WORLD_SIZE"] == "1"
 
 
-def test_ranks_that_met_have_more_patience_with_each_other() -> None:
+def test_ranks_that_met_have_more_patience_with_each_other(tmp_path: Path) -> None:
     """One may take longer over a save than they were given to start."""
     code = (
-        "import time, torch.distributed as dist\n"
+        "import os, pathlib, time, torch.distributed as dist\n"
         "from pretrain.runtime.process_group import join\n"
-        "ranks = join(timeout_s=10)\n"
-        "time.sleep(11 * ranks.rank)\ndist.barrier()\nprint('MET')\n"
+        # Their imports may take any time, and are no part of what they are given.
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / os.environ['RANK']).touch()\n"
+        "while len(list(folder.iterdir())) < 2:\n    time.sleep(0.05)\n"
+        "ranks = join(timeout_s=5)\n"
+        "time.sleep(6 * ranks.rank)\ndist.barrier()\nprint('MET')\n"
     )
     assert [output.count("MET") for output in both(code)] == [1, 1]
 

@@ -1,7 +1,6 @@
 """From a run folder to pictures, numbers and weights: what launch/reconstruct.py and launch/export.py do."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from pretrain.commands import reconstruct
 from pretrain.errors import CheckpointError, WeightsError
 from pretrain.trained import load_run
 from pretrain.trained.load_run import load_trained
+from tests.toy_run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,10 +120,9 @@ def test_what_needs_a_classifier_is_refused(run, tmp_path, capsys, words, told):
 def test_reconstruct_prints_numbers_and_draws(run, tmp_path):
     """As a user starts it: the script, from another folder."""
     words = [str(run), shards(run), "--clips", "12", "--pictures", "3", "--out", str(tmp_path / "seen.png")]
-    script = str(ROOT / "launch" / "reconstruct.py")
-    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "16 clips" in done.stdout  # rounded up to forward passes of 8
-    numbers = [float(line.split()[0]) for line in done.stdout.splitlines() if line.startswith("    0.")]
+    printed = train([ROOT / "launch" / "reconstruct.py", *words], 1, tmp_path)
+    assert "16 clips" in printed  # rounded up to forward passes of 8
+    numbers = [float(line.split()[0]) for line in printed.splitlines() if line.startswith("    0.")]
     assert len(numbers) == 4 and all(0 < number < 1 for number in numbers)
     width, height = Image.open(tmp_path / "seen.png").size
     assert width > 8 * 32 and height > 9 * 32  # 8 frames; 3 clips in 3 rows each

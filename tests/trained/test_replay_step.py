@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 
 from finetune.commands import replay
 from pretrain.checkpoint.manifest import Manifest, describe_file, read_manifest, write_manifest
+from tests.toy_run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = "model.encoder.blocks.1.norm2"
@@ -50,8 +49,7 @@ def report(run: Path, step: int = 6) -> list[dict[str, Any]]:
 
 def test_losses_are_the_run_s_own_to_the_bit_on_one_process(runs: dict[str, Path]) -> None:
     run = runs["replayed 2"]
-    command = [sys.executable, str(ROOT / "launch" / "replay.py"), str(run), "6"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = train([ROOT / "launch" / "replay.py", run, "6"], 1, run)
     assert "2 ranks; weights:" in output and "step_00000005" in output and "older" not in output
     assert "everything is finite" in output
     recorded = json.loads((run / "incidents" / "step_00000006.json").read_text())["ranks"]
