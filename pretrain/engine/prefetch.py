@@ -19,6 +19,9 @@ from pretrain.engine.transfers import to_device
 #: Entry of a micro-batch whose tensors are on their way to the device: an `Arrival`.
 ON_DEVICE = "on_device"
 
+#: How long the end of a run waits for what is being fetched, seconds; its checkpoint is there already.
+LEAVE_S = 10.0
+
 
 class Arrival:
     """A micro-batch on its way to the device; a copy that is queued on the present stream of this thread.
@@ -98,10 +101,10 @@ class Prefetcher:
         return fetched
 
     def close(self) -> None:
-        """End the thread, once it has what it is fetching."""
+        """End the thread, once it has what it is fetching; one that waits for a store longer is left behind."""
         if self._started:
             self._asked.put(False)
-            self._thread.join()
+            self._thread.join(LEAVE_S)
 
     def _serve(self) -> None:
         try:
