@@ -1,9 +1,10 @@
 """From a fine-tuning run to weights for use elsewhere, and back: launch/export.py and launch/predict.py."""
 
+import functools
 import json
-import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pretrain.models.classifier import VideoClassifier
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.objectives.base import method_of
 from pretrain.runtime.vision_ops import ensure_torchvision
+from tests.toy_run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["down", "left", "right"]
@@ -57,6 +59,20 @@ def clip(toy: Any) -> Path:
         path = Path(toy.folder / "clip.mp4")
         path.write_bytes(content.read())
     return path
+
+
+@pytest.fixture(scope="module")
+def graphs(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes the run's graph once, as a file of that name, which nothing else lies beside."""
+    layouts = {"out.onnx": "onnx", "out.pt2": "torch_export"}
+
+    @functools.cache
+    def write(name: str) -> Path:
+        path = tmp_path_factory.mktemp("graph") / name
+        assert export.main([str(run), str(path), "--format", layouts[name]]) == 0
+        return path
+
+    return write
 
 
 def videos(count: int = 2) -> torch.Tensor:
@@ -149,11 +165,10 @@ def test_official(run: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(plain(tuned, tmp_path / "out.pth")), expected)
 
 
-def test_onnx(run: Path, tmp_path: Path) -> None:
+def test_onnx(run: Path, graphs: Callable[[str], Path]) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    path = tmp_path / "out.onnx"
-    assert export.main([str(run), str(path), "--format", "onnx"]) == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["out.onnx"]
+    path = graphs("out.onnx")
+    assert [file.name for file in path.parent.iterdir()] == ["out.onnx"]
     content = onnx.load(path)
     assert [one.version for one in content.opset_import if not one.domain] == [OPSET]
     assert json.loads({one.key: one.value for one in content.metadata_props}["classes"]) == CLASSES
@@ -170,9 +185,8 @@ def test_onnx_names_its_extra(run: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
-def test_torch_export(run: Path, tmp_path: Path) -> None:
-    path = tmp_path / "out.pt2"
-    assert export.main([str(run), str(path), "--format", "torch_export"]) == 0
+def test_torch_export(run: Path, graphs: Callable[[str], Path]) -> None:
+    path = graphs("out.pt2")
     facts = {FACTS: ""}
     module, tuned = torch.export.load(str(path), extra_files=facts).module(), load_fine_tuned(run)
     for count in (1, 5):
@@ -218,13 +232,12 @@ def test_adapter_fits_its_backbone(lora: Path, run: Path, tmp_path: Path, capsys
 
 
 def test_predict_as_a_user(run: Path, clip: Path, tmp_path: Path) -> None:
-    words = [sys.executable, str(ROOT / "launch" / "predict.py"), str(clip), "--weights", str(run)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    rows = [line.split() for line in done.stdout.splitlines() if " % " in line]
+    printed = train([ROOT / "launch" / "predict.py", clip, "--weights", run], 1, tmp_path)
+    rows = [line.split() for line in printed.splitlines() if " % " in line]
     shares = [float(row[0]) for row in rows]
     assert sorted(row[2] for row in rows) == CLASSES and shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(100, abs=0.2)
-    assert "picture: clip_prediction.png" in done.stdout
+    assert "picture: clip_prediction.png" in printed
     picture = np.asarray(Image.open(tmp_path / "clip_prediction.png"))
     assert picture.shape[1] == 4 * 34 + 2 and picture.shape[0] == 32 + 14, "one row of 4 frames"
 
@@ -251,17 +264,15 @@ def test_predict_takes_names_and_draws_every_view(run: Path, clip: Path, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["out.onnx", "out.pt2"])
-def test_predict_from_a_graph_file(run: Path, clip: Path, tmp_path: Path, name: str) -> None:
+def test_predict_from_a_graph_file(run: Path, clip: Path, graphs: Callable[[str], Path], name: str) -> None:
     if name.endswith("onnx"):
         pytest.importorskip("onnxruntime")
-    layout = {"out.onnx": "onnx", "out.pt2": "torch_export"}[name]
-    assert export.main([str(run), str(tmp_path / name), "--format", layout]) == 0
     expected = predict_video(predictor_of(load_fine_tuned(run)), str(clip), clips=2, crops=3)
-    judge = predictor_of_graph(tmp_path / name)
+    judge = predictor_of_graph(graphs(name))
     found = predict_video(judge, str(clip), clips=2, crops=3, decoder="pyav")
     assert judge.names == CLASSES and np.array_equal(found.views, expected.views)
     assert np.allclose(found.values, expected.values, atol=1e-5)
-    assert predict.main([str(clip), "--weights", str(tmp_path / name), "--decoder", "pyav", "--keep-rate", "0.5"]) == 1
+    assert predict.main([str(clip), "--weights", str(graphs(name)), "--decoder", "pyav", "--keep-rate", "0.5"]) == 1
 
 
 def test_predict_with_fewer_tokens(run: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
