@@ -142,6 +142,8 @@ def test_workers_change_nothing(
     for found, right in zip(batches, expected, strict=True):
         assert_same(clips([found]), clips([right]))
         assert found["position"].tolist() == right["position"].tolist()
+        memory = {value.untyped_storage().data_ptr() for value in found.values() if isinstance(value, torch.Tensor)}
+        assert len(memory) == 1, "a batch comes as one piece of shared memory"
     if world == 1:
         assert_same(clips(batches), clips(ten_steps[start * 4 : (start + 3) * 4]))
 
