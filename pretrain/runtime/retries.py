@@ -35,8 +35,8 @@ MISSING_S = 10.0
 ATTEMPT_S = 30.0
 
 
-#: Times that bytes which arrive damaged in ever other ways are asked for again: with five, a link that spoils a third of
-#: all answers ends one of every 700 reads.
+#: Times that bytes which arrive damaged in ever other ways are asked for again: with five, a link that spoils a third
+#: of all answers ends one of every 700 reads.
 READS = 20
 
 
