@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from pretrain.data.bad_samples import BadSample
 from pretrain.data.crashes import Decoding
 from pretrain.data.fetch import RawSample, SampleReader
+from pretrain.data.handover import join
 from pretrain.data.index import Shard
 from pretrain.data.members import Members, parse_sample
 from pretrain.data.order import EpochOrder
@@ -106,21 +106,31 @@ class Samples(abc.ABC):
             the tensors [B, ...]; `position`, `view`, `source`, `epoch` int64 [B]; `key` list of B; `bad` the records of
             unusable samples. A kind with ragged parts pads or lists them here.
         """
-        batch = joined([sample.arrays for sample in samples])
-        return batch | index_columns(samples, views=len(next(iter(samples[0].arrays.values()))))
+        columns = _columns([sample.arrays for sample in samples])
+        views = len(next(iter(samples[0].arrays.values())))
+        # Joined together: what is joined at once travels to the rank as one piece.
+        return join(columns | _index_arrays(samples, views)) | _records(samples, views)
 
 
 def index_columns(samples: list[Sample], views: int) -> Batch:
     """Say where the rows of a micro-batch come from; see `Samples.collate`."""
+    return join(_index_arrays(samples, views)) | _records(samples, views)
 
-    def each(values: Iterable[int]) -> torch.Tensor:
-        return torch.from_numpy(np.repeat(np.fromiter(values, dtype=np.int64), views))
+
+def _index_arrays(samples: list[Sample], views: int) -> dict[str, list[np.ndarray]]:
+    def each(values: Iterable[int]) -> list[np.ndarray]:
+        return [np.repeat(np.fromiter(values, dtype=np.int64), views)]
 
     return {
         "position": each(sample.place.position for sample in samples),
         "epoch": each(sample.place.epoch for sample in samples),
         "source": each(sample.place.source for sample in samples),
-        "view": torch.from_numpy(np.tile(np.arange(views, dtype=np.int64), len(samples))),
+        "view": [np.tile(np.arange(views, dtype=np.int64), len(samples))],
+    }
+
+
+def _records(samples: list[Sample], views: int) -> Batch:
+    return {
         "key": [sample.key for sample in samples for _ in range(views)],
         "bad": [bad for sample in samples for bad in sample.bad],
     }
@@ -143,10 +153,12 @@ def stacked(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def joined(rows: list[Arrays]) -> Batch:
-    """Join the arrays of several samples to tensors, one after the other; those of a single one are not copied."""
-    if len(rows) == 1:
-        return {name: torch.from_numpy(array) for name, array in rows[0].items()}
-    return {name: torch.from_numpy(np.concatenate([arrays[name] for arrays in rows])) for name in rows[0]}
+    """Join the arrays of several samples to tensors, one after the other; see `handover.join`."""
+    return dict(join(_columns(rows)))
+
+
+def _columns(rows: list[Arrays]) -> dict[str, list[np.ndarray]]:
+    return {name: [arrays[name] for arrays in rows] for name in rows[0]}
 
 
 class SampleMaker:

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from pretrain.data.cache import ShardCache
 from pretrain.data.crashes import CRASHES, CrashNotes
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
+from pretrain.data.handover import Handover, hand_over
 from pretrain.data.samples import Batch, Place, Sample, SampleMaker, Samples, SourceInfo
 from pretrain.data.stream_plan import StreamPlan
 from pretrain.errors import DataError, TubeletError
@@ -79,8 +80,8 @@ class WorkerPipeline:
                 yield error
                 return
 
-    def batches(self, samples: Iterable[Sample | TubeletError]) -> Iterator[Batch]:
-        """Collate samples to micro-batches."""
+    def batches(self, samples: Iterable[Sample | TubeletError]) -> Iterator[Batch | Handover]:
+        """Collate samples to micro-batches, as they travel to the rank."""
         waiting: list[Sample] = []
         for sample in samples:
             if isinstance(sample, TubeletError):
@@ -88,7 +89,7 @@ class WorkerPipeline:
                 return
             waiting.append(sample)
             if len(waiting) == self._plan.samples_per_micro:
-                yield self._samples.collate(waiting)
+                yield hand_over(self._samples.collate(waiting))
                 waiting = []
 
     def _reader(self) -> SampleReader:
@@ -135,7 +136,7 @@ class TrainStream:
         self._pipeline = functools.partial(WorkerPipeline, plan, samples, rank, world_size)
         self._next = start_step * self.accumulation
         self._processes: list[BaseProcess] = []
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Batch | Handover] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -151,7 +152,7 @@ class TrainStream:
                 self._start()
             assert self._batches is not None
             try:
-                batch = next(self._batches)
+                received = next(self._batches)
                 break
             # torch's own check of its workers raises RuntimeError; the other two come up when the file descriptor of a
             # tensor is to be fetched from a worker that is gone.
@@ -159,6 +160,7 @@ class TrainStream:
                 if not self._tells_of_a_death(error):
                     raise
                 self._take_out(error)
+        batch = received.batch() if isinstance(received, Handover) else received
         if "error" in batch:
             raise DataError(batch["error"])
         self._next += 1
@@ -176,7 +178,7 @@ class TrainStream:
 
     def _start(self) -> None:
         """Start the workers at the next micro-batch."""
-        loader: DataLoader[Batch] = DataLoader(
+        loader: DataLoader[Batch | Handover] = DataLoader(
             self._pipeline(self._next, self._crashes).dataset(),
             # The pipeline yields whole micro-batches; with a batch size torch would collate them once more.
             batch_size=None,

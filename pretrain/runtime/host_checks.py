@@ -16,7 +16,8 @@ from pretrain.runtime.speed import matmul_tflops, synchronize
 #: Descriptors that a process needs besides its data workers: libraries, sockets, logs.
 BASE_DESCRIPTORS = 256
 
-#: Descriptors of one worker in its rank (pipes, sentinel), and of one micro-batch on its way: each tensor has one.
+#: Descriptors of one worker in its rank (pipes, sentinel), and of one micro-batch on its way: one for all that is
+#: joined, and one for each tensor that a kind of sample adds by itself.
 WORKER_DESCRIPTORS, BATCH_DESCRIPTORS = 8, 12
 
 #: Bytes written and read back to measure a disk, and of memory that is checked at most on a CPU.

@@ -147,6 +147,8 @@ def test_workers_change_nothing(make_recipe: MakeRecipe, two_sources: dict[str, 
     for one, other in zip(found, right, strict=True):
         assert_same(clips([one]), clips([other]))
         assert one["position"].tolist() == other["position"].tolist()
+        memory = {value.untyped_storage().data_ptr() for value in one.values() if isinstance(value, torch.Tensor)}
+        assert len(memory) == 1, "a batch comes as one piece of shared memory"
 
 
 #: Ranks and workers of the stretches of one run that stops and goes on elsewhere.
