@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
+from pretrain.engine.compiled_parts import compile_parts  # noqa: E402
 from pretrain.engine.optimiser import build_optimizer, set_lr  # noqa: E402
 from pretrain.objectives.base import method_of  # noqa: E402
 from pretrain.plan.hardware import find_gpu  # noqa: E402
@@ -128,10 +129,11 @@ class Bench:
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in method.example(micro).items()
         }
-        forward = torch.compile(module) if compiled else module
+        if compiled:
+            compile_parts(module)  # as the engine does
 
         def step() -> None:
-            forward(batch).loss.backward()
+            module(batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

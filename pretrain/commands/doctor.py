@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -55,20 +56,24 @@ def _examine(arguments: argparse.Namespace, kind: type[Recipe]) -> int:
 
     # Only now: a wrong recipe is told without the seconds that torch takes.
     from pretrain.doctor.examine import examine
+    from pretrain.doctor.network import listen
     from pretrain.objectives.base import method_of
     from pretrain.runtime.process_group import join, leave
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # DeepSpeed tells its start at INFO, on every rank, in between the findings.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    nccl = listen(os.environ)
     ranks = join(timeout_s=recipe.watchdog.join_s)
     try:
-        lines = examine(method_of(recipe), ranks)
+        lines = examine(method_of(recipe), ranks, nccl)
         if ranks.first:
             print(as_json(lines) if arguments.json else as_table(lines, ranks.world_size))
         return 1 if any(line.status == "fail" for line in lines) else 0
     finally:
         leave(ranks)
+        if nccl is not None:
+            shutil.rmtree(nccl.parent, ignore_errors=True)
 
 
 def as_json(lines: list[Line]) -> str:

@@ -4,6 +4,7 @@ Every rank examines its own host; what they found is gathered and told once, wit
 """
 
 import functools
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from pretrain.data.members import parse_sample
 from pretrain.data.samples import Place, SourceInfo
 from pretrain.data.stream_plan import OpenSource, open_sources
 from pretrain.doctor.links import check_links
+from pretrain.doctor.network import judge_network
+from pretrain.doctor.nvml import check_gpu
 from pretrain.engine.start_checks import check_clock, check_limits, check_same_everywhere, compare
 from pretrain.objectives.base import Method
 from pretrain.recipe.schema import Recipe
@@ -33,8 +36,14 @@ SLOW = 0.7
 READ_BYTES = 32 << 20
 
 
-def examine(method: Method, ranks: Ranks) -> list[Line]:
-    """Make all checks of all hosts; the same lines on every rank."""
+def examine(method: Method, ranks: Ranks, nccl: Path | None = None) -> list[Line]:
+    """Make all checks of all hosts; the same lines on every rank.
+
+    Args:
+        method: the run.
+        ranks: this process among all.
+        nccl: file that NCCL writes its choices into (doctor/network.py).
+    """
     recipe = method.recipe
     hosts = gather_objects(ranks, platform.node())
     findings = [
@@ -43,8 +52,12 @@ def examine(method: Method, ranks: Ranks) -> list[Line]:
         compare(gather_objects(ranks, commit() or "no git checkout"), ranks.rank, "commit", essential=True),
         check_clock(ranks),
         *_device(recipe, ranks),
+        *check_gpu(ranks.device),
         *check_links(ranks, hosts),
     ]
+    if ranks.device.type == "cuda":  # only now: NCCL chooses when ranks first talk
+        said = nccl.read_text(errors="replace") if nccl is not None and nccl.exists() else ""
+        findings.append(judge_network(said, len(set(hosts)) > 1, os.environ))
     if hosts.index(hosts[ranks.rank]) == ranks.rank:  # one rank of each host is enough for what its ranks share
         findings += _storage(method, ranks)
     dist.barrier()
