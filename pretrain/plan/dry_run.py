@@ -132,9 +132,12 @@ def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]
     indices, errors = find_indices(recipe)
     unusable: list[tuple[str, str]] = []
     for name, error in errors.items():
-        absent = isinstance(error.__cause__, StorageError) and "FileNotFoundError" in str(error)
+        unread = isinstance(error.__cause__, StorageError)
+        absent = unread and "FileNotFoundError" in str(error)
         place = recipe.data.sources[name].shards
-        unusable.append((f"  {name}", f"no index.json in {place}" if absent else str(error.__cause__ or error)))
+        # Only what a store said stands by itself; a damaged entry's cause says neither which file it is nor what to do.
+        told = str(error.__cause__ if unread else error)
+        unusable.append((f"  {name}", f"no index.json in {place}" if absent else told))
     for name, share in _shares(recipe, indices).items():
         section.add(name, _found(recipe.data.sources[name], indices[name]), share)
     if unusable:

@@ -15,6 +15,10 @@ from pretrain.recipe.schema import Recipe
 
 #: Longest name of a run, bytes: file systems end at 255, and files that are made of it have endings.
 MAX_NAME = 200
+#: Largest whole number that tensors, generators and files hold; Python's own have no end.
+LARGEST_WHOLE = 2**63 - 1
+#: Largest batch.micro that is proposed: every number up to it is tried, and no device holds more samples at once.
+LARGEST_PROPOSAL = 1 << 16
 
 
 def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
@@ -151,19 +155,28 @@ def _check_ranges(recipe: Recipe) -> list[str]:
     return problems
 
 
-def not_finite(recipe: Recipe) -> list[str]:
-    """Find NaN and infinity in any section: comparisons with NaN are false, so no range would refuse it."""
+def unusable_numbers(recipe: Recipe) -> list[str]:
+    """Find NaN, infinity and whole numbers beyond 64 bits in any section, before anything computes with them.
+
+    Comparisons with NaN are false, so no range would refuse it; a whole number without end passes every range, and
+    loops up to it do not return.
+    """
     found = (_numbers(value, name) for name, value in vars(recipe).items())
-    return [
-        f"{key}: found {number}, allowed: a finite number"
-        for key, number in chain.from_iterable(found)
-        if not math.isfinite(number)
-    ]
+    problems = []
+    for key, number in chain.from_iterable(found):
+        if isinstance(number, int):
+            if abs(number) > LARGEST_WHOLE:
+                # Not the number itself: Python refuses to write more than 4,300 digits.
+                found_bits = f"a whole number of {number.bit_length()} bits"
+                problems.append(f"{key}: found {found_bits}, allowed: at most 63, up to {LARGEST_WHOLE}")
+        elif not math.isfinite(number):
+            problems.append(f"{key}: found {number}, allowed: a finite number")
+    return problems
 
 
-def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    """Yield every float at or below a key of the recipe, in sections, named entries and lists."""
-    if isinstance(value, float):
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, int | float]]:
+    """Yield every number at or below a key of the recipe, in sections, named entries and lists."""
+    if isinstance(value, int | float):
         yield key, value
     elif isinstance(value, list | tuple):
         for item in value:
@@ -211,7 +224,8 @@ def _check_batch(recipe: Recipe, ranks: int | None) -> list[str]:
     known = [("ranks were launched", ranks)] if ranks else [("is batch.ranks", recipe.batch.ranks)]
     for origin, count in known:
         if count and samples % (micro * count):
-            fitting = [m for m in range(1, samples // count + 1) if samples % count == 0 and samples % (m * count) == 0]
+            share = samples // count if samples % count == 0 else 0
+            fitting = [m for m in range(1, min(share, LARGEST_PROPOSAL) + 1) if share % m == 0]
             near = min(fitting, key=lambda m: abs(m - micro), default=None)
             fix = f"batch.micro={near} fits" if near else f"batch.samples must be a multiple of {count}"
             problems.append(

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from pretrain.errors import RecipeError
 
@@ -59,6 +60,15 @@ class Layer:
     lines: dict[str, int] = field(default_factory=dict)
     spelling: dict[str, Any] = field(default_factory=dict)
     whole: frozenset[str] = frozenset({"data.sources"})
+
+    def gives(self, key: str) -> bool:
+        """Tell whether a dotted key has a value here."""
+        content: Any = self.content
+        for part in key.split("."):
+            if not isinstance(content, dict) or part not in content:
+                return False
+            content = content[part]
+        return True
 
     def where(self, key: str) -> str:
         """Format a dotted key as `file:line: key`, with the line of the nearest section above it that has one."""
@@ -145,6 +155,8 @@ def override_layer(overrides: list[str]) -> tuple[Layer, list[str]]:
             problems.append(f"command line: {word!r} is not in UTF-8")
         except yaml.YAMLError:
             problems.append(f"command line: {key}: {value!r} is not a YAML value; quote text with ' or \"")
+        except (OmegaConfBaseException, ValueError) as error:
+            problems.append(f"command line: {key}: {_refusal(error)}")
     # `data.sources={...}` replaces all sources as a file does; `data.sources.mine.shards=...` is another key, and adds.
     whole = frozenset(word.partition("=")[0] for word in good)
     layer = Layer("command line", _plain(OmegaConf.from_dotlist(good)), whole=whole)
@@ -174,9 +186,9 @@ def _read(path: Path) -> Layer:
         if path.stat().st_size > LARGEST:
             raise RecipeError(f"{origin}: {path.stat().st_size} bytes, at most {LARGEST} are read as a recipe")
         text = path.read_text(encoding="utf-8")
-        content = OmegaConf.create(text or "{}")
-        # Parsed a second time, because OmegaConf keeps no line numbers.
+        # Parsed a second time, because OmegaConf keeps no line numbers; first, so that its errors can be given one.
         lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader))
+        content = OmegaConf.create(text or "{}")
         # A third time, with nothing but text in it: `001`, `on` and `1e3` are good names of runs and classes.
         spelling = yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
@@ -184,11 +196,24 @@ def _read(path: Path) -> Layer:
         raise RecipeError(f"{origin}:{line}: not valid YAML: {error.problem}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{origin}: can't be read: {error}") from error
+    except OmegaConfBaseException as error:
+        raise RecipeError(
+            f"{origin}:{lines.get(error.full_key or '', 1)}: {error.full_key}: {_refusal(error)}"
+        ) from error
+    except ValueError as error:
+        raise RecipeError(f"{origin}: {_refusal(error)}") from error
     except RecursionError as error:
         raise RecipeError(f"{origin}: can't be read: nested too deep") from error
     if not isinstance(content, DictConfig):
         raise RecipeError(f"{origin}: a recipe is a mapping of sections, this is a {type(content).__name__}")
     return Layer(origin, _plain(content), lines, spelling if isinstance(spelling, dict) else {})
+
+
+def _refusal(error: Exception) -> str:
+    """Say what OmegaConf or Python can't make a value of, although it is YAML."""
+    if isinstance(error, GrammarParseError):
+        return "holds an incomplete ${...}, allowed: ${section.key} or ${oc.env:NAME}; a bare ${ is written \\${"
+    return str(error).splitlines()[0]
 
 
 def _plain(content: Any) -> dict[str, Any]:

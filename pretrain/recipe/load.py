@@ -74,7 +74,8 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None, schema: t
     modules = _open_components(config, schema, layers, reading)
     for layer in layers:
         _Merge(config, layer, reading).mapping("", layer.content)
-    if not config.run.name:
+    # Unresolved: a `${...}` that leads nowhere is reported below, with its place.
+    if not OmegaConf.to_container(config.run, resolve=False)["name"]:  # type: ignore[index,call-overload]
         config.run.name = recipe_path(name_or_path, folder=schema.FOLDER).stem
     if _check_values(config, layers, reading) and len(modules) == len(COMPONENTS):
         reading.recipe = _to_object(config, modules, reading)
@@ -151,7 +152,7 @@ class _Merge:
 
     def value(self, key: str, value: Any) -> None:
         """Assign one entry: a leaf, a section, or the named entries of data.sources."""
-        node = OmegaConf.select(self.config, key, throw_on_missing=False)
+        node = _stored(self.config, key)
         if key == "data.sources" and isinstance(value, dict):
             if key in self.layer.whole:
                 self.config.data.sources = {}
@@ -181,7 +182,7 @@ class _Merge:
         self.mapping(key, value)
 
     def leaf(self, key: str, value: Any) -> None:
-        before = OmegaConf.select(self.config, key, throw_on_missing=False)
+        before = _stored(self.config, key)
         # YAML reads `001` as a number and `off` as false, also where text is meant.
         value = _expanded(_as_text(value, self.layer.spelt(key), _annotation(self.config, key)))
         try:
@@ -204,6 +205,14 @@ class _Merge:
         }
         hint = key_suggestion(key, siblings, list(all_keys(OmegaConf.get_type(self.config) or Recipe, components)))
         self.reading.add(key, f"{self.layer.where(key)}: no such key{hint}")
+
+
+def _stored(config: DictConfig, key: str) -> Any:
+    """Return what stands at a key so far; None where its `${...}` leads nowhere, which a later layer may replace."""
+    try:
+        return OmegaConf.select(config, key, throw_on_missing=False)
+    except OmegaConfBaseException:
+        return None
 
 
 def _as_text(value: Any, spelt: Any, annotation: Any) -> Any:
@@ -241,7 +250,8 @@ def _check_values(config: DictConfig, layers: list[Layer], reading: Reading) -> 
         # Already reported where it was read; a second line would hide which of the two is the cause.
         if key in reading.bad_keys:
             continue
-        layer = next((layer for layer in reversed(layers) if key in layer.lines), layers[-2 if layers[1:] else 0])
+        # The command line has no lines, and what it gives is not to be looked for in a file.
+        layer = next((layer for layer in reversed(layers) if layer.gives(key)), layers[-2 if layers[1:] else 0])
         try:
             OmegaConf.select(config, key, throw_on_missing=True)
         except MissingMandatoryValue:

@@ -1,9 +1,11 @@
 """The command line: what it prints where, and its exit codes."""
 
+import json
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,14 @@ def test_print_check_and_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "1,026,306,560" in out and "1,011,610,752" in out and "241.6 GMAC" in out
     assert "no index.json in shards/k710" in out and "launch/pack.py" in out
+
+
+def test_dry_run_says_which_index_is_damaged_and_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    entry = {"name": "a.tar", "samples": 8, "bytes": float("nan"), "sha256": ""}
+    (tmp_path / "index.json").write_text(json.dumps({"version": 1, "fingerprint": "", "shards": [entry]}))
+    assert main(["--recipe", "demo", "--dry-run", f"data.sources.camera.shards={tmp_path}"]) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if "float NaN" in line)
+    assert f"{tmp_path}/index.json: damaged entry" in told and "--index-only" in told
 
 
 def test_check_reports_values_and_cross_checks_together(capsys: pytest.CaptureFixture[str]) -> None:

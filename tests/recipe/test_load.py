@@ -90,6 +90,34 @@ def test_every_problem_is_reported_at_once_with_its_line(write) -> None:
     assert len(found) == 13
 
 
+@pytest.mark.parametrize("value", ["${", "${data.root", "a ${oc.env:[} b"])
+def test_an_incomplete_reference_is_one_problem_with_its_place(write, value: str) -> None:
+    (found,) = problems(write(MINIMAL), f"run.name={value}")
+    assert "command line: run.name: holds an incomplete ${...}, allowed: ${section.key}" in found
+    (found,) = problems(write(MINIMAL + f"run:\n  name: '{value}'\n"))
+    assert f":{MINIMAL.count(chr(10)) + 2}: run.name: holds an incomplete ${{...}}" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("~: 4", "Incompatible key type"), (f"batch: {{samples: {'9' * 5000}}}", "4300 digits")]
+)
+def test_what_is_yaml_but_no_value_is_a_problem_of_the_file(write, text: str, expected: str) -> None:
+    (found,) = problems(write(MINIMAL + text))
+    assert "mine.yaml" in found and expected in found
+
+
+def test_a_number_without_end_on_the_command_line_is_a_problem(write) -> None:
+    assert "command line: run.seed: Exceeds the limit" in problems(write(MINIMAL), f"run.seed={'9' * 5000}")[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("${foo:bar}", "Unsupported interpolation type foo"), ("${nope}", "key 'nope' not found")]
+)
+def test_a_name_that_leads_nowhere_is_a_problem_although_the_folder_is_made_of_it(write, value, expected) -> None:
+    found = problems(write(MINIMAL), f"run.name={value}", "run.dir=elsewhere")
+    assert any("command line: run.name: " in problem and expected in problem for problem in found)
+
+
 def test_missing_component_lists_what_there_is(write) -> None:
     (found,) = problems(write("model: {name: videomae}\ndata: {sources: {a: {shards: x}}}\n"))
     assert "objective.name: missing" in found and "videomae" in found
