@@ -140,6 +140,13 @@ def open_labels(labels: str, shards: str, classes: int, task: Task) -> LabelMap:
     return LabelMap(classes, names, task)
 
 
+def held_out_misfits(shards: str, labels: LabelMap) -> list[str]:
+    """Compare the labels of validation or test shards with the classes that are trained; none where all fit."""
+    counts = None if labels.task == "regression" else _counted(shards)
+    where = f"the labels in {shards}, which is held out"
+    return [] if counts is None else misfits(counts, labels.classes, labels.names, where) or _unlabelled(counts, where)
+
+
 def _counted(shards: str) -> Counter[str] | None:
     """Count labels that need not be known; None where some of them can't be read."""
     try:

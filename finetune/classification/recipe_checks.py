@@ -32,6 +32,10 @@ def check_classification(recipe: TuneRecipe) -> list[str]:
         )
     if recipe.model.classes < 1:
         problems.append(f"model.classes: found {recipe.model.classes}, allowed: 1 or more outputs")
+    elif recipe.model.classes == 1 and objective.task == "single":
+        # Softmax over one output is 1: no loss, no gradient, and 100 % right.
+        problems.append("model.classes: found 1, and one class among one has nothing to learn; allowed: 2 or more (1 "
+                        "with objective.task=multi or regression); videos of other classes are needed")  # fmt: skip
     if recipe.evaluate.crops > 1 and recipe.input.height != recipe.input.width:
         problems.append("evaluate.crops: test crops are square; with input.height != input.width set evaluate.crops=1")
     if recipe.evaluate.test == "best" and not any(source.val for source in data.sources.values()):

@@ -24,7 +24,7 @@ from finetune.classification.mixing import MIX_SEEDS, Mixing
 from finetune.classification.predictor import Predictor, predictor_of
 from finetune.classification.recipe_checks import check_classification, classification_warnings
 from finetune.classification.testing import run_test, wants_test
-from finetune.classification.validation import Validation
+from finetune.classification.validation import Validation, labelled, video_sets
 from finetune.classification.views import TrainingViews
 from finetune.recipe import TuneRecipe
 from pretrain.data.samples import Batch
@@ -78,6 +78,9 @@ class ClassificationTask(Method):
         rules = source_rules(self.recipe)
         for line in label_report(self.recipe, rules):
             logger.info(line)
+        if wants_test(self.recipe):
+            # Validation opens its shards at the start by itself; a wrong folder or label here ends a trained run.
+            labelled(video_sets(self.recipe, test=True, rules=rules))
         return TrainingViews(self.recipe, rules)
 
     def example(self, count: int) -> Batch:

@@ -11,7 +11,7 @@ import numpy as np
 from finetune.classification.confusion import save_confusion
 from finetune.classification.examples import pick_examples, save_examples
 from finetune.classification.predictions import Predictions, class_accuracy, confusion, read_predictions, scores
-from finetune.classification.validation import centre_view, predict, test_views, video_sets
+from finetune.classification.validation import centre_view, labelled, predict, test_views, video_sets
 from finetune.classification.videos import VideoSet
 from finetune.recipe import TuneRecipe
 from pretrain.checkpoint.consolidate import newest_checkpoint
@@ -52,7 +52,7 @@ def run_test(method: Method, ranks: Ranks, which: str) -> dict[str, float]:
         CheckpointError: no such checkpoint, or it does not verify.
     """
     recipe = method.recipe
-    sets = video_sets(recipe, test=True)
+    sets = labelled(video_sets(recipe, test=True))
     if not sets:
         raise DataError("test: no source has test or val shards; give data.sources.<name>.test=FOLDER")
     root = Path(recipe.run.dir).absolute()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from finetune.classification.label_sources import source_rules
-from finetune.classification.labels import class_names
+from finetune.classification.labels import class_names, held_out_misfits
 from finetune.classification.predictions import Predictions, checked, scores
 from finetune.classification.videos import Videos, VideoSet, loader
-from finetune.classification.views import EvaluationViews
+from finetune.classification.views import EvaluationViews, SourceRules
 from finetune.recipe import TuneRecipe
 from pretrain.data.index import load_index
 from pretrain.errors import DataError
@@ -36,7 +36,7 @@ class Validation:
     def __init__(self, recipe: TuneRecipe, ranks: Ranks) -> None:
         self.every_epochs, self.best_by = recipe.evaluate.every_epochs, HEADLINE[recipe.objective.task]
         self._recipe, self._ranks = recipe, ranks
-        self._sets = video_sets(recipe, test=False)
+        self._sets = labelled(video_sets(recipe, test=False))
 
     def __call__(self, objective: Any) -> dict[str, float]:
         """Compute metrics, equal on all ranks."""
@@ -44,13 +44,35 @@ class Validation:
         return scores(checked(join(gather_objects(self._ranks, mine))))
 
 
-def video_sets(recipe: TuneRecipe, test: bool) -> list[VideoSet]:
-    """Open the validation or test shards of the sources that have some."""
+def video_sets(recipe: TuneRecipe, test: bool, rules: list[SourceRules] | None = None) -> list[VideoSet]:
+    """Open the validation or test shards of the sources that have some.
+
+    Args:
+        recipe: the run.
+        test: those of the test, else of validation.
+        rules: of the sources, where they are known; else read.
+
+    Raises:
+        DataError: shards are not there.
+    """
+    known = source_rules(recipe) if rules is None else rules
     sets = []
-    for (name, source), rules in zip(recipe.data.sources.items(), source_rules(recipe), strict=True):
+    for (name, source), rule in zip(recipe.data.sources.items(), known, strict=True):
         shards = (source.test or source.val) if test else source.val
         if shards:
-            sets.append(VideoSet(name, load_index(shards), rules))
+            sets.append(VideoSet(name, load_index(shards), rule))
+    return sets
+
+
+def labelled(sets: list[VideoSet]) -> list[VideoSet]:
+    """Return held-out videos that are to be scored, after comparing their labels with the classes that are trained.
+
+    Raises:
+        DataError: labels that are no class.
+    """
+    # Else their videos were bad samples: left out of every score if few, the end of a run that has trained if many.
+    if problems := [line for one in sets for line in held_out_misfits(one.index.url, one.rules.labels)]:
+        raise DataError("\n".join(problems))
     return sets
 
 

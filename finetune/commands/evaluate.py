@@ -101,6 +101,7 @@ def _run(method: "Method", arguments: argparse.Namespace) -> int:
 def _evaluate(
     objective: Any, recipe: TuneRecipe, arguments: argparse.Namespace, ranks: Any, folder: Path
 ) -> dict[str, Any]:
+    from finetune.classification.validation import labelled
     from finetune.probe.features import extract, held_out_sets, training_sets
 
     if arguments.method == "windows":
@@ -108,8 +109,9 @@ def _evaluate(
     kind: Any = "tokens" if arguments.method == "attentive" or arguments.tokens else "pooled"
     if arguments.method == "features" and arguments.shards:
         return _feature_shards(objective, recipe, kind, ranks, folder / "features")
+    held_out_videos = labelled(held_out_sets(recipe))
     train = extract(objective, recipe, ranks, training_sets(recipe), kind)
-    held_out = extract(objective, recipe, ranks, held_out_sets(recipe), kind)
+    held_out = extract(objective, recipe, ranks, held_out_videos, kind)
     # Features are equal on all ranks: one of them trains the heads, and scores.
     if not ranks.first:
         return {}
@@ -124,11 +126,12 @@ def _evaluate(
 
 
 def _feature_shards(objective: Any, recipe: TuneRecipe, kind: Any, ranks: Any, folder: Path) -> dict[str, Any]:
+    from finetune.classification.validation import labelled
     from finetune.probe.feature_shards import write_shards
     from finetune.probe.features import held_out_sets, rows, training_sets
 
     result: dict[str, Any] = {}
-    for name, sets in (("train", training_sets(recipe)), ("held_out", held_out_sets(recipe))):
+    for name, sets in (("train", training_sets(recipe)), ("held_out", labelled(held_out_sets(recipe)))):
         result[name] = write_shards(folder / name, ranks, rows(objective, recipe, ranks, sets, kind))
         logger.info("%s features of %d videos in %s", kind, result[name], folder / name)
     return result

@@ -116,17 +116,23 @@ WARMUP_ENDS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
 }
 
 
-def build_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
+def build_schedule(recipe: Recipe, steps_per_epoch: int, epoch_samples: int | None = None) -> Schedule:
     """Build the schedule of a recipe whose data gives `steps_per_epoch` steps a pass.
+
+    Args:
+        recipe: the run.
+        steps_per_epoch: optimiser steps of one pass.
+        epoch_samples: samples that it serves, for the message where they make no step.
 
     Raises:
         RecipeError: no step in an epoch, or a warm-up, decay or milestone that doesn't fit into the schedule.
     """
     if steps_per_epoch < 1:
         raise RecipeError(
-            f"batch.samples: a step takes {recipe.batch.samples} samples, more than an epoch has, which is a "
-            f"multiple of data.lanes={recipe.data.lanes}; lower batch.samples or data.lanes, or set data.epoch_samples "
-            "higher"
+            f"batch.samples: a step takes {recipe.batch.samples} samples, more than an epoch has"
+            + ("" if epoch_samples is None else f" ({epoch_samples})")
+            + f", which is a multiple of data.lanes={recipe.data.lanes}; lower batch.samples or data.lanes, or set "
+            "data.epoch_samples higher"
         )
     asked, optim, rates = recipe.schedule, recipe.optim, actual_rates(recipe)
     total = asked.steps or max(1, round(asked.epochs * steps_per_epoch))

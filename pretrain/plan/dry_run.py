@@ -87,7 +87,7 @@ def _plan(recipe: Recipe, objective: Objective, indices: dict[str, ShardIndex | 
     else:
         ranks, origin = 1, "nothing launched, batch.ranks is null"
     epoch = epoch_of(recipe, indices)
-    schedule = build_schedule(recipe, epoch[1]) if epoch is not None else None
+    schedule = build_schedule(recipe, epoch[1], epoch[0]) if epoch is not None else None
     accumulation = recipe.batch.samples // (recipe.batch.micro * ranks)  # whole: check_recipe has seen to it
     cached = open_cache(objective, accumulation) is not None
     return RunOutline(ranks, origin, accumulation, cached, size_of(objective), epoch[0] if epoch else None, schedule)

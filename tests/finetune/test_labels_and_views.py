@@ -31,6 +31,7 @@ from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Place, SourceInfo
 from pretrain.errors import DataError, SampleError
+from pretrain.objectives.base import method_of
 from pretrain.runtime import storage
 
 
@@ -224,3 +225,21 @@ def test_views_of_the_test_are_clips_times_crops(toy: Any) -> None:
     left, middle, right = views[:3]
     assert (left[:, :, 5:] == middle[:, :, :27]).all() and (left[:, :, 10:] == right[:, :, :22]).all()
     assert (views[0] != views[3]).any(), "another clip"
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_held_out_videos_of_classes_that_are_not_trained_end_the_start(toy: Any, split: str, tmp_path: Path) -> None:
+    with open(tmp_path / "a-000000.tar", "wb") as file:
+        members = [("1.json", b'{"label": "left"}'), ("1.mp4", b""), ("2.json", b'{"label": "Right!"}'), ("2.mp4", b"")]
+        write_members(file, members)
+    assert main(["--index-only", str(tmp_path)]) == 0
+    recipe = load_tune_recipe(str(toy.recipe), [f"data.sources.toy.{split}={tmp_path}"])
+    with pytest.raises(DataError, match="which is held out: 'Right!' are none of the 3 .* meant to be 'right'"):
+        method_of(recipe).samples()
+    assert video_sets(recipe, test=True), "sliding windows need no labels"
+
+
+def test_test_shards_that_are_not_there_end_the_start(toy: Any) -> None:
+    recipe = load_tune_recipe(str(toy.recipe), [f"data.sources.toy.test={toy.folder}/nowhere"])
+    with pytest.raises(DataError, match="nowhere/index.json: no readable index"):
+        method_of(recipe).samples()

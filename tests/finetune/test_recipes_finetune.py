@@ -124,6 +124,7 @@ def test_mismatch_is_warned_of(words: list[str], expected: str) -> None:
         (["augment.area=[0.9, 0.1]"], "augment.area"),
         (["tune.lora.rank=0"], "tune.lora.rank"),
         (["health.shards=somewhere"], "for pre-training only"),
+        (["model.classes=1"], "one class among one has nothing to learn"),
     ],
 )
 def test_what_can_not_work_is_refused(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,20 @@ def test_empty_list() -> None:
         parse_list("train.csv", "\n\n")
 
 
+@pytest.mark.parametrize(("name", "text"), [("list.csv", "path,label\n"), ("list.jsonl", "\n")])
+def test_a_manifest_without_a_video(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match="names no video; one a line"):
+        gather([str(tmp_path / name)])
+
+
+def test_home_is_meant_by_a_tilde_in_lists_and_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "list.txt").write_text("~/a.mp4 0\nb.mp4 1\n")
+    found = [item.path for item in gather([str(tmp_path / "list.txt")], "~/data")]
+    assert found == ["/home/me/a.mp4", "/home/me/data/b.mp4"]
+
+
 def test_paths_start_at_data_root_or_beside_the_list(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("a.mp4 1\n/abs/b.mp4 2\n")
     beside = gather([str(tmp_path / "train.csv")])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pretrain.errors import RecipeError
 from pretrain.objectives.base import method_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.load import load_recipe
@@ -44,3 +45,10 @@ def test_weight_decay_where_it_varies() -> None:
     assert "epochs" not in found and found["steps"][0] == "1,000" and found["steps"][1].endswith(" epochs")
     assert [found[f"weight decay at step {step}"][0] for step in (0, 500)] == ["0.04", "0.22"]
     assert float(found["weight decay at step 999"][0]) == pytest.approx(0.4, rel=1e-3)
+
+
+def test_an_epoch_that_makes_no_step_says_how_many_samples_it_has() -> None:
+    source = ["data.sources.camera=null", "data.sources.actions.expected_samples=57", "data.root=/nowhere"]
+    recipe = load_recipe("demo", [*source, "batch.samples=128", "batch.micro=64"])
+    with pytest.raises(RecipeError, match=r"takes 128 samples, more than an epoch has \(56\)"):
+        dry_run(method_of(recipe))

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -230,8 +231,11 @@ def _from_list(source: str, wanted: _Wanted) -> list[Item]:
             f"{source}:{line}: not text in UTF-8 ({error.reason} {error.object[error.start]:#04x}); convert the list, "
             f"with iconv -f latin1 -t utf-8 for example, and files that are named so as well (convmv)"
         ) from error
-    root = wanted.data_root or posixpath.dirname(source)
+    # A shell expands ~ only where a word begins with it: not in --data-root=~/videos, and not in a list.
+    root = os.path.expanduser(wanted.data_root) or posixpath.dirname(source)
     rows = read_rows(source, text)
+    if rows is not None and not rows:
+        raise RecipeError(f"{source}: names no video; one a line is expected, in a csv below its header")
     if rows is None:
         lines = [_rooted(Item(**vars(line)), root) for line in parse_list(source, text, wanted.list_format)]
         return _completed(source, lines, root, wanted)
@@ -297,6 +301,8 @@ def _rooted(item: Item, root: str) -> Item:
 
 def _under(root: str, path: str) -> str:
     """Let a list's path start at `root` where it is relative; `root` may be a zip archive."""
+    if path.startswith("~/"):
+        return os.path.expanduser(path)
     if "://" in path or path.startswith("/") or not root:
         return path
     return zip_source.entry_path(root, path) if zip_source.is_archive(root) else storage.join(root, path)
