@@ -140,9 +140,12 @@ def predict_video(
         decoder: library that decodes; None: the model's.
 
     Raises:
-        DataError: the file is no video or image that can be read, or the decoder is not installed.
-        StorageError: there is no such file.
+        DataError: a folder, no such file, no video or image that can be read, or the decoder is not installed.
+        StorageError: a store does not answer.
     """
+    if "://" not in video and not Path(video).is_file():
+        found = "a folder" if Path(video).is_dir() else "no such file"
+        raise DataError(f"{video}: {found}; one video or image is expected, of many labelled ones: launch/evaluate.py")
     make = EvaluationViews(predictor.size, decoder or predictor.decoder, clips, crops, validation=clips * crops == 1)
     content = storage.read_bytes(video)
     still = is_of_kind(video, "image")

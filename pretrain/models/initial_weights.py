@@ -33,6 +33,6 @@ def read_weights(path: str, averaged: bool = True) -> dict[str, Tensor]:
 
 def weights_source(path: str | Path) -> Path:
     """Find a run's newest checkpoint that verifies, fetched where it was uploaded; anything else is what it is."""
-    place = local_copy(path)
+    place = local_copy(Path(path).expanduser() if str(path).startswith("~") else path)
     checkpoints = RunFolder(place).checkpoints
     return newest_checkpoint(checkpoints) if checkpoints.is_dir() else place

@@ -84,9 +84,27 @@ def suggestion(found: str, allowed: Sequence[str]) -> str:
     return "; there is: " + ", ".join(allowed) if allowed else ""
 
 
+#: What other programs call our keys, with and without a section.
+NAMES_ELSEWHERE = {
+    "batch.size": "batch.samples",
+    "batch_size": "batch.samples",
+    "num_workers": "data.workers",
+    "num_frames": "input.frames",
+    "sampling_rate": "input.stride",
+    "num_classes": "model.classes",
+    "lr": "optim.base_lr",
+    "learning_rate": "optim.base_lr",
+    "output_dir": "run.dir",
+}
+
+
 def key_suggestion(key: str, siblings: Sequence[str], keys: Sequence[str]) -> str:
-    """Suggest the same for a dotted key: a sibling of nearly its name, then the same last part in other sections."""
+    """Suggest the same for a dotted key: what other programs call so, a sibling of nearly its name, then the same last
+    part in other sections."""
     last = key.rpartition(".")[2]
+    ours = NAMES_ELSEWHERE.get(key) or NAMES_ELSEWHERE.get(last)
+    if ours in keys:
+        return f"; did you mean {ours!r}?"
     near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"

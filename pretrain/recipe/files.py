@@ -115,7 +115,8 @@ def recipe_path(name_or_path: str, beside: Path | None = None, folder: str = "")
         )
     path = (beside or Path()) / Path(name_or_path).expanduser()
     if not path.is_file():
-        raise RecipeError(f"--recipe: no file {path}; names without a slash are looked up in {RECIPES / folder}")
+        elsewhere = f"; names without a slash and .yaml are looked up in {RECIPES / folder}"
+        raise RecipeError(f"--recipe: no file {path}{'' if '/' in name_or_path else elsewhere}")
     return path
 
 

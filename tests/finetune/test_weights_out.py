@@ -304,7 +304,8 @@ def test_an_image_is_opened_as_training_does(toy: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("video", "words", "text"),
     [
-        ("nowhere.mp4", [], "nowhere.mp4"),
+        ("nowhere.mp4", [], "nowhere.mp4: no such file"),
+        (".", [], ".: a folder"),
         ("text.mp4", [], "can't be read as a video"),
         ("text.jpg", [], "can't be read as a video or an image"),
         ("clip", ["--labels", "two.txt"], "2 names, but the model has 3 classes"),

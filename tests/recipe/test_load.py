@@ -69,7 +69,7 @@ def test_every_problem_is_reported_at_once_with_its_line(write) -> None:
         "optim: 3\n"
         "zero: {stage: '${nope.there}'}\n"
     )
-    found = problems(path, "compute.dtype=fp8", "run.seed=null", "foo", "learning_rate=1", "batch.base_lr=1")
+    found = problems(path, "compute.dtype=fp8", "run.seed=null", "foo", "quality=1", "batch.base_lr=1")
     text = "\n".join(found)
     for expected in (
         ":1: model.sise: no such key; did you mean 'size'?",
@@ -83,7 +83,7 @@ def test_every_problem_is_reported_at_once_with_its_line(write) -> None:
         "command line: compute.dtype: found 'fp8', allowed: one of bf16, fp16, fp32",
         "command line: run.seed: found None, allowed: a whole number",
         "command line: 'foo' is neither an option nor key=value",
-        "command line: learning_rate: no such key; there is: program, model, objective, input, data",
+        "command line: quality: no such key; there is: program, model, objective, input, data",
         "command line: batch.base_lr: no such key; did you mean 'optim.base_lr'?",
     ):
         assert expected in text
@@ -121,6 +121,14 @@ def test_a_name_that_leads_nowhere_is_a_problem_although_the_folder_is_made_of_i
 def test_missing_component_lists_what_there_is(write) -> None:
     (found,) = problems(write("model: {name: videomae}\ndata: {sources: {a: {shards: x}}}\n"))
     assert "objective.name: missing" in found and "videomae" in found
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [("batch.size", "batch.samples"), ("learning_rate", "optim.base_lr"), ("model.num_frames", "input.frames")],
+)
+def test_what_other_programs_call_so(key: str, ours: str) -> None:
+    assert f"{key}: no such key; did you mean {ours!r}?" in "".join(problems("demo", f"{key}=4"))
 
 
 def test_unknown_recipe_lists_near_names() -> None:
