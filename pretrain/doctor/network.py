@@ -9,7 +9,7 @@ from pretrain.runtime.findings import Finding
 
 CHECK = "network of NCCL"
 
-#: Lines in which NCCL tells its choice (src/init.cc, src/plugin/net.cc): 2.26 and before, and after.
+#: Lines in which NCCL tells its choice (src/init.cc, src/plugin/net.cc).
 CHOICE = re.compile(r"(?:Using network|Assigned NET plugin) (\w+)")
 
 #: NCCL's name for TCP.

@@ -82,12 +82,15 @@ def test_a_rank_that_hangs_is_named_and_both_leave_with_their_stacks(pair: Any) 
     assert "1 of 2 ranks are behind" in said[0] and "rank 1 (host " in said[0] and "forward of step 8" in said[0]
     names = sorted(path.name for path in (hung.folder / "stacks").iterdir())
     assert names == [
+        "collectives_step_00000008",
         *("rank_00000_step_00000008.txt", "rank_00000_worker_0.txt"),
         *("rank_00001_step_00000008.txt", "rank_00001_worker_0.txt"),
     ]
-    assert ": data: " in (hung.folder / "stacks" / names[1]).read_text(), "which sample the worker is at"
+    assert ": data: " in (hung.folder / "stacks" / names[3]).read_text(), "which sample the worker is at"
     assert "in accident" in (hung.folder / "stacks" / names[2]).read_text()
-    assert "in agree" in (hung.folder / "stacks" / names[0]).read_text()
+    assert "in agree" in (hung.folder / "stacks" / names[1]).read_text()
+    last = [json.loads(path.read_text())["entries"][-1] for path in sorted((hung.folder / "stacks" / names[0]).iterdir())]
+    assert len(last) == 2, "the last collective of each rank"
     assert json.loads((hung.folder / "hangs.jsonl").read_text())["step"] == 8
     wait_until(lambda: not hung.alive(0) and not hung.alive(1))
 
