@@ -172,9 +172,9 @@ def test_each_source_is_judged_by_its_own_losses() -> None:
     for step in range(1, 17):
         source, level = ("easy", 1.0) if step % 2 else ("hard", 50.0)
         loss = level + 0.01 * float(rng.standard_normal())
-        assert guard.spike(loss, source) is None, "the harder source is no spike of the easier one"
+        assert guard.limit(source).spike(loss) is None, "the harder source is no spike of the easier one"
         assert guard.decide(step, StepResult({"loss": loss}, {source: loss})) is None
-    assert guard.spike(50.0, "easy") is not None and guard.spike(50.0, "hard") is None
+    assert guard.limit("easy").spike(50.0) is not None and guard.limit("hard").spike(50.0) is None
     restored = StepGuard(Guard(window=8, z=5.0))
     restored.state = type(guard.state)(**json.loads(json.dumps(guard.saved())))
-    assert restored.spike(50.0, "easy") is not None, "the histories are in checkpoints"
+    assert restored.limit("easy").spike(50.0) is not None, "the histories are in checkpoints"

@@ -86,9 +86,9 @@ def test_a_rank_that_hangs_is_named_and_both_leave_with_their_stacks(pair: Any) 
         *("rank_00000_step_00000008.txt", "rank_00000_worker_0.txt"),
         *("rank_00001_step_00000008.txt", "rank_00001_worker_0.txt"),
     ]
-    assert ": data: " in (hung.folder / "stacks" / names[3]).read_text(), "which sample the worker is at"
-    assert "in accident" in (hung.folder / "stacks" / names[2]).read_text()
-    assert "in agree" in (hung.folder / "stacks" / names[1]).read_text()
+    assert ": data: " in (hung.folder / "stacks" / names[2]).read_text(), "which sample the worker is at"
+    assert "in accident" in (hung.folder / "stacks" / names[3]).read_text()
+    assert "agreement.py" in (hung.folder / "stacks" / names[1]).read_text()
     records = [json.loads(path.read_text()) for path in (hung.folder / "stacks" / names[0]).iterdir()]
     assert len(records) == 2 and all(record["entries"] for record in records), "the last collectives of each rank"
     assert json.loads((hung.folder / "hangs.jsonl").read_text())["step"] == 8
