@@ -94,8 +94,8 @@ def in_worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found
 
 
 @pytest.fixture(scope="session")
-def in_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
-    """Findings in DeepSpeed's engines on two ranks."""
+def in_engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
+    """Findings in DeepSpeed's engines on two ranks, of the rooms whose tests run in this session."""
     modules = (
         "tests.engine.communication_program",
         "tests.engine.optimiser_program",
@@ -105,6 +105,8 @@ def in_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Foun
         "tests.runtime.timeouts_program",
         "tests.models.frozen_program",
     )
+    rooms = {item.path.parent.name for item in request.session.items}
+    modules = tuple(name for name in modules if name.split(".")[1] in rooms)
     return findings(tmp_path_factory.mktemp("engines"), "engines", (2,), modules)
 
 
