@@ -5,18 +5,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := .ci/constraints.txt
-# Rooms whose tests start several ranks, which fill two cores by themselves, or watch the clock: one test at a time. Those
-# of all other rooms run in as many processes as WORKERS says.
-ALONE := tests/data tests/engine tests/faults tests/launch tests/slurm
-WORKERS ?= 2
-# What a variable selects from outside, in one process: make test TESTS=tests/models
-TESTS ?=
+# Tests and tools that a variable selects from outside: make test TESTS=tests/models
+TESTS ?= tests
+# Processes that run tests, 0: this one. Launches of two ranks fill two cores by themselves; with four or more, WORKERS=2
+# is faster.
+WORKERS ?= 0
 
 .PHONY: help install demo test faults soak lint types bench clean
 
 help:
 	@echo "make demo   run the main job end to end on this machine (about 10 minutes)"
-	@echo "make test   ruff, mypy, pytest (TESTS=path to select, WORKERS=processes of rooms that can share a machine)"
+	@echo "make test   ruff, mypy, pytest (TESTS=path to select, WORKERS=processes)"
 	@echo "make faults all faults in all phases, then the tests that take minutes each; writes docs/reliability.md (an hour)"
 	@echo "make soak   half an hour of training with a fault about every minute"
 	@echo "make bench  benchmarks that need no GPU, and a table of their ratios (below 15 minutes, on an idle machine)"
@@ -39,9 +38,7 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 test: lint types
-	PATH="$(CURDIR)/$(BIN):$$PATH"; export PATH; if [ -n "$(TESTS)" ]; then exec $(BIN)/python -m pytest $(TESTS); fi; \
-	$(BIN)/python -m pytest -n $(WORKERS) tests $(ALONE:%=--ignore=%); together=$$?; \
-	$(BIN)/python -m pytest $(ALONE); exit $$((together + $$?))
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 # The results of both lie in FAULTS; each writes the page anew from all that is there.
 FAULTS ?= .cache/faults
