@@ -172,7 +172,8 @@ def find(url: str, deadline_s: float = 600.0) -> dict[str, int]:
 
 
 def find_linked(url: str, deadline_s: float = 600.0) -> dict[str, int]:
-    """List all files below a folder as `find` does, those in folders that are linked there too.
+    """List all files below a folder as `find` does, those in folders that are linked there too; links to nothing have 0
+    bytes.
 
     People put data sets together of links, and fsspec passes linked folders over without a word.
     """
@@ -190,9 +191,10 @@ def find_linked(url: str, deadline_s: float = 600.0) -> dict[str, int]:
         for name in names:
             path = os.path.join(folder, name)
             try:
-                found[os.path.relpath(path, root)] = os.stat(path).st_size
-            except OSError as error:
-                logger.warning("%s: left out: %s", path, error)
+                size = os.stat(path).st_size
+            except OSError:  # a link to nothing: whoever wants that file is to say so
+                size = 0
+            found[os.path.relpath(path, root)] = size
     return dict(sorted(found.items()))
 
 

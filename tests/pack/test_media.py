@@ -252,6 +252,18 @@ def test_zip_archive_with_a_map(archive: Path, images: Path, capsys: pytest.Capt
     assert load_index(str(again)).fingerprint == load_index(str(out)).fingerprint
 
 
+def test_what_a_folder_names_and_does_not_hold_is_listed(images: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    shutil.copytree(next(path for path in images.iterdir() if path.is_dir()), folder / "class")
+    (folder / "class" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(folder / "class" / "pipe.png")
+    assert main([str(folder), str(out), "--kind", "image", *ALONE]) == 0
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    told = {Path(line["path"]).name: line for line in lines}
+    assert told.keys() == {"gone.png", "pipe.png"} and {line["reason"] for line in lines} == {"missing"}
+    assert "nowhere.png" in json.dumps(told["gone.png"]) and "no regular file" in json.dumps(told["pipe.png"])
+
+
 def test_images_and_archives_on_an_object_store(archive: Path, images: Path) -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/media/train.zip", archive.read_bytes())

@@ -34,8 +34,12 @@ def fetch_whole(path: str) -> bytes:
 
 def check_local(path: str) -> None:
     """Raise SampleError("missing") for a local path without a file; URLs are asked for when they are read."""
-    if "://" not in path and not os.path.isfile(path):
-        raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
+    if "://" in path or os.path.isfile(path):
+        return
+    if os.path.lexists(path):
+        target = f"a link to {os.readlink(path)}, where no file is" if os.path.islink(path) else "no regular file"
+        raise SampleError("missing", target)
+    raise SampleError("missing", "no such file; relative paths in lists start at --data-root")
 
 
 def size(path: str) -> int:
