@@ -111,6 +111,19 @@ def test_closing_ends_the_thread() -> None:
     assert batches._prefetcher is not None and not batches._prefetcher._thread.is_alive()
 
 
+def test_the_end_does_not_wait_for_a_stream_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "LEAVE_S", 0.1)
+    stream = Stream()
+    stream.may_go_on = threading.Semaphore(1)
+    ahead = Prefetcher(stream, copying)
+    next(ahead)
+    closing = threading.Thread(target=ahead.close, daemon=True)
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive()
+    stream.may_go_on.release()
+
+
 def test_a_stream_that_was_never_asked_is_closed() -> None:
     stream = Stream()
     micro_batches(stream).close()
