@@ -28,6 +28,7 @@ SYSTEMS = {
     "AdaptFormer": "adaptformer",
     "EViT": "evit",
     "AVA frame-mAP": "ava_map",
+    "frame-mAP and video-mAP": "video_map",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
