@@ -112,7 +112,8 @@ def test_a_rendered_video_has_every_frame_and_the_boxes(tmp_path: Path) -> None:
 
 def test_odd_sides_and_boxes_over_the_border_are_drawn() -> None:
     picture = np.zeros((35, 51, 3), np.uint8)
-    drawn = draw_persons(picture, [Sighting(0, 0, (-0.2, -0.1, 1.3, 0.6), ("ä",)), Sighting(0, 1, (0.5, 0.5, 0.5, 0.5), ())])
+    persons = [Sighting(0, 0, (-0.2, -0.1, 1.3, 0.6), ("ä",)), Sighting(0, 1, (0.5, 0.5, 0.5, 0.5), ())]
+    drawn = draw_persons(picture, persons)
     assert drawn.shape == picture.shape and drawn.any() and not picture.any()
 
 
