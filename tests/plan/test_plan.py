@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from pretrain.commands.plan import main
 from pretrain.engine.model_states import ModelSize, checkpoint_bytes, model_states
@@ -18,7 +19,7 @@ from pretrain.objectives.videomae import VideoMAEObjective
 from pretrain.plan.estimate import Planner
 from pretrain.plan.feeding import Resources
 from pretrain.plan.hardware import SHEETS, find_gpu
-from pretrain.plan.peak_memory import Memory, memory_of
+from pretrain.plan.peak_memory import OVERHEAD, USABLE, Memory, memory_of
 from pretrain.plan.recomputation import recomputation_advice
 from pretrain.plan.trace import BACKWARD, trace_step
 from pretrain.plan.traffic import seconds_of, traffic_of
@@ -208,6 +209,20 @@ def test_a_plan_and_a_dry_run_count_alike() -> None:
                 assert getattr(memory, part.kind) == part.size
 
 
+def test_the_micro_batch_that_is_copied_ahead_is_counted() -> None:
+    gpu = SHEETS["h100"]
+    planner = Planner(short_method("input.views=1", "batch.samples=64", "batch.micro=2"), gpu, Resources(), [], None)
+    plan, two = planner.estimate(32), planner.trace(2)
+    example = planner.method.example(2)
+    assert two.batch_bytes == sum(value.nbytes for value in example.values() if isinstance(value, Tensor))
+    assert two.batch_bytes > 2 * 16 * 224 * 224 * 3, "pixels, and the masks beside them"
+    alone = memory_of(planner.recipe, planner.size, 32, two.peak_bytes)
+    assert plan.memory.total - alone.total == plan.memory.buffers - alone.buffers == two.batch_bytes
+    # A device that would just hold two videos without it holds one.
+    planner.gpu = replace(gpu, memory=(alone.total + OVERHEAD + two.batch_bytes / 2) / USABLE)
+    assert planner.estimate(32).largest_micro == 1
+
+
 @pytest.mark.faults
 def test_a_recipe_is_planned_whole() -> None:
     recipe = load_recipe("vit_g_dual")
@@ -219,8 +234,8 @@ def test_a_recipe_is_planned_whole() -> None:
     assert plan.hours == pytest.approx(plan.steps * plan.times.total / 3600)
     # The largest micro-batch fits, and one more does not.
     for micro, fits in ((plan.largest_micro, True), (plan.largest_micro + 8, False)):
-        peak = planner.trace(micro).peak_bytes
-        held = memory_of(recipe, planner.size, 64, peak).total + 2.5e9
+        trace = planner.trace(micro)
+        held = memory_of(recipe, planner.size, 64, trace.peak_bytes, trace.batch_bytes).total + 2.5e9
         assert (held <= 0.94 * SHEETS["h100"].memory) == fits
 
 
