@@ -6,7 +6,7 @@ The same command starts and continues a run: what is done next follows from what
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from pretrain.engine.assemble import (
     keep_every,
     open_stream,
 )
+from pretrain.engine.demand import demand_of
 from pretrain.engine.evaluation import Best
 from pretrain.engine.evaluation import every_steps as evaluate_every_steps
 from pretrain.engine.optimiser import set_weight_decay
@@ -89,8 +90,9 @@ def _train(
     method: Method, resume: str, ranks: Ranks, folder: RunFolder, hold: Hold, stop: StopWatch, watchdog: Watchdog
 ) -> int:
     recipe = method.recipe
-    check_hosts(method, ranks)
-    plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
+    demand = demand_of(method, ranks)
+    check_hosts(method, ranks, demand)
+    plan = open_plan(replace(recipe.data, workers=demand.workers), recipe.batch, recipe.run.seed)
     check_data(fingerprints(plan.sources), ranks)
     tell_unhashed(plan.sources, ranks)
     schedule = build_schedule(recipe, plan.steps_per_epoch)

@@ -124,7 +124,7 @@ def test_harmless_differences_are_named() -> None:
     lines = check_same_run(asdict(recipe()), other, "x")
     assert lines == [
         "data.sources.toy.shards: 'here' -> 'there'",
-        "data.workers: 8 -> 3",
+        "data.workers: None -> 3",
         "log.every_steps: 10 -> 7",
     ]
 

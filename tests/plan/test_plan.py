@@ -17,7 +17,7 @@ from pretrain.errors import RecipeError
 from pretrain.objectives.base import Method, Rule, method_of
 from pretrain.objectives.videomae import VideoMAEObjective
 from pretrain.plan.estimate import Planner
-from pretrain.plan.feeding import Resources
+from pretrain.plan.feeding import Resources, feeding_of, shortages
 from pretrain.plan.hardware import SHEETS, find_gpu
 from pretrain.plan.peak_memory import OVERHEAD, USABLE, Memory, memory_of
 from pretrain.plan.recomputation import recomputation_advice
@@ -288,6 +288,26 @@ def test_starving_accelerators_are_named() -> None:
     *_, cores, store = Planner(method, SHEETS["h100"], resources, [], None).estimate(64).problems
     assert "cores for each accelerator, 4 are there" in cores and "input.views" in cores
     assert "0.5 are there" in store and "data.cache_dir" in store
+
+
+@pytest.mark.parametrize(
+    ("words", "busy", "workers", "advice"),
+    [
+        ([], 9.0, 12, None),  # one for each core
+        ([], 12.4, 12, None),  # as many as there are whole cores
+        (["data.workers=8"], 9.0, 8, "set data.workers=11"),
+        (["data.workers=8"], 11.0, 8, "set data.workers=null"),
+        (["data.workers=8"], 7.0, 8, None),
+    ],
+)
+def test_workers_are_planned_by_the_cores_that_are_there(
+    words: list[str], busy: float, workers: int, advice: str | None
+) -> None:
+    recipe, there = load_recipe("vit_b_dual", [*words, "input.views=1"]), Resources(decode_ms=10, cores=12.5)
+    found = feeding_of(recipe, busy * 100 * 64, 64, there, [])
+    assert (found.cores, found.workers) == (pytest.approx(busy), workers)
+    said = shortages(recipe, found, there)
+    assert len(said) == (advice is not None) and (advice is None or said[0].endswith(advice))
 
 
 def test_traffic_of_stages() -> None:
