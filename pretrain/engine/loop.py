@@ -39,6 +39,7 @@ from pretrain.guards.results import StepResult
 from pretrain.models.frozen import frozen_notes
 from pretrain.objectives.base import Method, Objective
 from pretrain.recipe.show import show_recipe
+from pretrain.runtime.cores import bind_to_device
 from pretrain.runtime.disk import advice
 from pretrain.runtime.environment import versions
 from pretrain.runtime.logging import set_up_logging
@@ -71,6 +72,7 @@ def train(method: Method, resume: str = "auto") -> int:
     ranks = join(timeout_s=recipe.watchdog.join_s)
     folder, hold = open_folder(recipe.run.dir, ranks, recipe.watchdog.beat_s)
     set_up_logging(ranks.rank, folder.logs)
+    bind_to_device(ranks, recipe.data.affinity)
     stop = StopWatch(folder.root, ranks.first, recipe.run.time_limit_minutes)
     watchdog = Watchdog(recipe.watchdog, recipe.data.deadline_s, folder.root, ranks, hold.check)
     try:

@@ -74,6 +74,9 @@ class Data:
     workers: int | None = None
     """data worker processes of each rank; null: one for each core that falls to the rank, but no more than /dev/shm has
     room for; 0 decodes in the training process"""
+    affinity: Literal["device", "none"] = "device"
+    """device: a rank and its data workers keep to the cores of the NUMA node of its GPU, where a host's GPUs are spread
+    over several; none: anywhere"""
     prefetch: int = 2
     """micro-batches that each worker prepares ahead"""
     readahead: int = 16
