@@ -7,7 +7,7 @@ def data_workers(data: Data, cores: int, room: int | None = None) -> int:
     """Count the data workers of a rank: the recipe's number, else one for each core that falls to the rank.
 
     Not fewer, where a plan says that fewer would do: what a sample costs to decode is known only of shards as pack.py
-    makes them, others take four times as long (docs/performance.md), and a worker with nothing to do costs memory
+    makes them, others take up to four times as long (docs/performance.md), and a worker with nothing to do costs memory
     alone. Order and content of the batches don't depend on it.
 
     Args:
