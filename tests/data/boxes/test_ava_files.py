@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.data.boxes.ava_files import read_ava, read_keyframes
 from pretrain.data.boxes.action_list import AVA_GROUPS, AVA_LEFT_OUT, is_ava, parse_groups, read_action_list
+from pretrain.data.boxes.ava_files import read_ava, read_keyframes
 from pretrain.data.boxes.records import NONE
 from pretrain.errors import RecipeError
 
@@ -100,7 +100,8 @@ def test_the_evaluation_list_of_ava(tmp_path: Path) -> None:
 
 
 def test_label_maps_in_text(tmp_path: Path) -> None:
-    assert read_action_list(written(tmp_path / "a.txt", "run\n2 people dance\n")).names == {1: "run", 2: "2 people dance"}
+    found = read_action_list(written(tmp_path / "a.txt", "run\n2 people dance\n"))
+    assert found.names == {1: "run", 2: "2 people dance"}
     assert read_action_list(written(tmp_path / "b.txt", "3 jump\n1,run\n")).names == {1: "run", 3: "jump"}
 
 
