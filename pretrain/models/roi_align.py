@@ -1,0 +1,115 @@
+"""RoIAlign: a fixed grid of features for each box of a map (He et al., Mask R-CNN, section 3).
+
+torchvision's operator where its compiled part loads, else the same sums from tensors; both follow the border rule of
+Detectron's kernel: samples outside the map count as zeros in the mean, those within a pixel of it take the border.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from pretrain.runtime.vision_ops import ensure_torchvision
+
+#: Samples that are looked up at once; what exceeds it is computed box by box, for memory's sake.
+SAMPLES_AT_ONCE = 4_000_000
+
+
+def roi_align(
+    features: Tensor, boxes: Tensor, images: Tensor, size: int, scale: float, samples: int = 0, aligned: bool = False
+) -> Tensor:
+    """Pool the features of boxes.
+
+    Args:
+        features: maps [B, C, H, W].
+        boxes: x1, y1, x2, y2 in pixels of the pictures [N, 4]; they may reach over the border.
+        images: number of each box's map, int64 [N].
+        size: bins along each side, P.
+        scale: of the map, its side divided by the picture's.
+        samples: along each side of a bin; 0: as many as the bin has map pixels, rounded up.
+        aligned: shift by half a pixel, so that pixel centres lie at halves (SlowFast, EVAD); else boxes have a side of
+            at least one map pixel (VideoMAE's detector, CycleACR).
+
+    Returns:
+        [N, C, P, P], of the features' type. Boxes get no gradient, as in torchvision.
+    """
+    if compiled_operator():
+        from torchvision.ops import roi_align as compiled
+
+        rois = torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1).to(features.dtype)
+        pooled: Tensor = compiled(features, rois, size, scale, samples if samples > 0 else -1, aligned)
+        return pooled
+    return roi_align_by_tensors(features, boxes, images, size, scale, samples, aligned)
+
+
+@functools.cache
+def compiled_operator() -> bool:
+    """Tell whether torchvision's compiled operator is there for this build of torch."""
+    ensure_torchvision()
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::roi_align", "CPU"))
+    except RuntimeError:
+        # No such operator: a torchvision built for CUDA beside a torch without it (runtime/vision_ops.py).
+        return False
+
+
+def roi_align_by_tensors(
+    features: Tensor, boxes: Tensor, images: Tensor, size: int, scale: float, samples: int = 0, aligned: bool = False
+) -> Tensor:
+    """Pool as `roi_align` does, from tensors alone."""
+    if not len(boxes):
+        # Still in the graph: a map on which no box falls gets zero gradients, not missing ones.
+        return features.new_zeros(0, features.shape[1], size, size) + features.sum() * 0
+    # Coordinates in float32 at least: half types can't tell neighbouring pixels of a large picture apart.
+    exact = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32)) * scale
+    start = exact[:, :2] - (0.5 if aligned else 0.0)
+    sides = exact[:, 2:] - exact[:, :2]
+    if not aligned:
+        sides = sides.clamp(min=1.0)
+    height, width = features.shape[-2:]
+    rows = _axis(start[:, 1], sides[:, 1], size, samples, height)
+    columns = _axis(start[:, 0], sides[:, 0], size, samples, width)
+    maps = features.permute(0, 2, 3, 1)
+    each = max(1, SAMPLES_AT_ONCE // max(1, rows[0].shape[1] * columns[0].shape[1] * features.shape[1]))
+    parts = [slice(first, first + each) for first in range(0, len(boxes), each)]
+    return torch.cat([_pooled(maps, images[one], _of(rows, one), _of(columns, one), size) for one in parts])
+
+
+def _of(axis: tuple[Tensor, Tensor], part: slice) -> tuple[Tensor, Tensor]:
+    return axis[0][part], axis[1][part]
+
+
+def _axis(start: Tensor, side: Tensor, size: int, samples: int, length: int) -> tuple[Tensor, Tensor]:
+    """Find the map rows that the bins of each box read along one axis, and with which weights.
+
+    Interpolation is separable, so an axis is done by itself, and the mean over a bin's samples is in the weights.
+
+    Returns:
+        int64 and float [N, P * g * 2], g the largest number of samples in a bin of any box.
+    """
+    counts = (torch.full_like(side, samples) if samples > 0 else torch.ceil(side / size)).clamp(min=0)
+    grid = max(int(counts.max()), 1)
+    bins = torch.arange(size, device=side.device, dtype=side.dtype)[None, :, None]
+    steps = torch.arange(grid, device=side.device, dtype=side.dtype)[None, None, :]
+    share = (side / size)[:, None, None]
+    at = start[:, None, None] + bins * share + (steps + 0.5) * share / counts.clamp(min=1)[:, None, None]
+    counted = (steps < counts[:, None, None]) & (at >= -1.0) & (at <= length)
+    at = at.clamp(min=0.0)
+    low = at.floor().clamp(max=length - 1)
+    high = (low + 1).clamp(max=length - 1)
+    # Behind the last pixel's centre there is nothing to interpolate with: the sample is that pixel.
+    upper = torch.where(low >= length - 1, torch.zeros_like(at), at - low)
+    weight = counted / counts.clamp(min=1)[:, None, None]
+    places = torch.stack((low, high), dim=-1).long()
+    weights = torch.stack((weight * (1 - upper), weight * upper), dim=-1)
+    return places.flatten(1), weights.flatten(1)
+
+
+def _pooled(
+    maps: Tensor, images: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], size: int
+) -> Tensor:
+    """Pool boxes [n] of maps [B, H, W, C] to [n, C, P, P]."""
+    read = maps[images[:, None, None], rows[0][:, :, None], columns[0][:, None, :]]
+    weighted = read * rows[1][:, :, None, None].to(maps.dtype) * columns[1][:, None, :, None].to(maps.dtype)
+    binned = weighted.unflatten(2, (size, -1)).sum(3).unflatten(1, (size, -1)).sum(2)
+    return binned.permute(0, 3, 1, 2)
