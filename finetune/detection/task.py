@@ -7,7 +7,7 @@ from the annotation in training, and from a person detector in the test.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -68,8 +68,8 @@ class DetectionTask(Method):
     """Training of a detector of actions."""
 
     INPUT = "boxes"
-    MODEL = Classifier
-    SECTIONS = ("tune", "ema", "evaluate", "start")
+    MODEL: ClassVar[type[Any]] = Classifier
+    SECTIONS: ClassVar[tuple[str, ...]] = ("tune", "ema", "evaluate", "start")
     recipe: TuneRecipe
 
     def problems(self) -> list[str]:

@@ -10,19 +10,18 @@ from finetune.evad.set_matching import (
     BOX_WEIGHT,
     GIOU_WEIGHT,
     PERSON_WEIGHT,
+    AnnotatedPersons,
     Matches,
-    Persons,
     giou_continuous,
     match_all,
 )
 from pretrain.models.evad.context import ActorPredictions
-from pretrain.models.evad.localisation import NOTHING, PERSON, frame_scale
-
-#: Weight of proposals without a person in the cross entropy.
-NOTHING_WEIGHT = 0.1
+from pretrain.models.evad.localisation import NOTHING, NOTHING_WEIGHT, PERSON, frame_scale
 
 
-def set_losses(found: ActorPredictions, persons: Persons, expected: Tensor, action_weight: float) -> dict[str, Tensor]:
+def set_losses(
+    found: ActorPredictions, persons: AnnotatedPersons, expected: Tensor, action_weight: float
+) -> dict[str, Tensor]:
     """Compute all weighted terms; the loss is their mean.
 
     Args:
@@ -69,7 +68,7 @@ def person_loss(logits: Tensor, matches: Matches) -> Tensor:
     return (each * weights).sum() / weights.sum()
 
 
-def box_losses(boxes: Tensor, persons: Persons, matches: Matches) -> tuple[Tensor, Tensor]:
+def box_losses(boxes: Tensor, persons: AnnotatedPersons, matches: Matches) -> tuple[Tensor, Tensor]:
     """Sum over matches the distance of corners, as shares of the frame, and 1 - GIoU; of boxes [B, P, 4]."""
     own, theirs = boxes[matches.clips, matches.proposals], persons.boxes[matches.persons]
     scale = frame_scale(persons.sizes)[matches.clips]

@@ -21,7 +21,7 @@ NOT_FINITE = 1e6
 
 
 @dataclass(frozen=True)
-class Persons:
+class AnnotatedPersons:
     """Annotated persons of a batch.
 
     Attributes:
@@ -67,7 +67,7 @@ def assignment_problems() -> list[str]:
 
 
 @torch.no_grad()
-def match_all(logits: Sequence[Tensor], boxes: Sequence[Tensor], persons: Persons) -> list[Matches]:
+def match_all(logits: Sequence[Tensor], boxes: Sequence[Tensor], persons: AnnotatedPersons) -> list[Matches]:
     """Match each localisation head's proposals with the persons of their clips, by the Hungarian algorithm.
 
     Args:
@@ -86,7 +86,7 @@ def match_all(logits: Sequence[Tensor], boxes: Sequence[Tensor], persons: Person
     return [Matches(clips[rows], columns, rows) for columns, rows in (_tensors(pair, clips.device) for pair in pairs)]
 
 
-def cost_of(logits: Tensor, boxes: Tensor, persons: Persons, clips: Tensor) -> Tensor:
+def cost_of(logits: Tensor, boxes: Tensor, persons: AnnotatedPersons, clips: Tensor) -> Tensor:
     """Compute the cost float32 [N, P] of each proposal of a person's own clip.
 
     2 x -p(person) + 5 x the distance of the corners as shares of the frame + 2 x -GIoU.

@@ -29,6 +29,7 @@ SYSTEMS = {
     "EViT": "evit",
     "VideoMAE action detection baseline": "videomae_ava",
     "AVA frame-mAP": "ava_map",
+    "EVAD": "evad",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"

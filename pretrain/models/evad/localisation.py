@@ -19,6 +19,8 @@ from pretrain.runtime.tensors import has_content
 
 #: Person and no object, in this order.
 PERSON, NOTHING = 0, 1
+#: Weight of proposals without a person in the loss.
+NOTHING_WEIGHT = 0.1
 #: Divisor of the predicted shifts of a box's centre; those of its sides are taken as they are.
 SHIFT_WEIGHT = 2.0
 #: A head changes a side by at most this factor's logarithm.
