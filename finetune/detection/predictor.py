@@ -2,10 +2,9 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +17,10 @@ from finetune.detection.rendering import Sighting, render
 from finetune.detection.tracks import link_tracks
 from finetune.prediction import Answer, Question, default_out
 from pretrain.data.decoders import VideoReader, open_video
+from pretrain.data.samples import Batch
 from pretrain.errors import DataError, SampleError
 from pretrain.runtime import storage
-from pretrain.samples.box_facts import Keyframe
+from pretrain.samples.box_facts import KeyframeFacts
 from pretrain.samples.boxes import BoxSamples, Config
 
 #: Actions that are written at a box.
@@ -36,14 +36,16 @@ class DetectionPredictor:
     """A trained detector of actions.
 
     Attributes:
-        objective: has `detect(batch)`; on its device, in evaluation mode.
+        detect: answers of a batch that lies on `device`.
+        device: of the model.
         input: the recipe's input section.
         names: of the actions, in the order of the outputs.
         finds_persons: the model finds the persons itself; else a person detector does.
         source: where it was read from.
     """
 
-    objective: Any
+    detect: Callable[[Batch], list[Detections]]
+    device: torch.device
     input: Config
     names: list[str]
     finds_persons: bool
@@ -97,19 +99,16 @@ class DetectionPredictor:
             batch = samples.judged(reader, keyframe)
             yield from self._detect(batch)
 
-    @torch.no_grad()
-    def _detect(self, batch: dict[str, Any]) -> list[Detections]:
-        device = next(self.objective.parameters()).device
-        moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        found: list[Detections] = self.objective.detect(moved)
-        return found
+    def _detect(self, batch: Batch) -> list[Detections]:
+        moved = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        return self.detect(moved)
 
 
 def _keyframe(
     name: str, time: float, classes: int, reader: VideoReader, detector: PersonDetector | None
-) -> Keyframe:
+) -> KeyframeFacts:
     nobody = np.zeros((0, 4), np.float32)
-    empty = Keyframe(name, time, time, nobody, np.zeros((0, classes), np.float32), np.zeros(0, np.int64))
+    empty = KeyframeFacts(name, time, time, nobody, np.zeros((0, classes), np.float32), np.zeros(0, np.int64))
     if detector is None:
         return empty
     persons = detector(reader.frames([int(reader.indices_at(time))])[0])

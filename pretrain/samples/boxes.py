@@ -157,7 +157,7 @@ class BoxSamples(Samples):
         frames, _ = self._decode(members, keyframe, source.options.stride, None)
         return self._judged(frames, keyframe)
 
-    def judged(self, reader: VideoReader, keyframe: Keyframe) -> Batch:
+    def judged(self, reader: VideoReader, keyframe: KeyframeFacts) -> Batch:
         """Make the batch of a single keyframe of a video that is open already, as `without_chance` makes its rows.
 
         Raises:
@@ -166,7 +166,7 @@ class BoxSamples(Samples):
         arrays = self._judged(reader.frames(keyframe_indices(reader, keyframe, self._options)), keyframe)
         return self.collate(made_up_samples(1, lambda place: arrays))
 
-    def _judged(self, frames: Clip, keyframe: Keyframe) -> Arrays:
+    def _judged(self, frames: Clip, keyframe: KeyframeFacts) -> Arrays:
         clip, truth = _resized(frames, keyframe.boxes, self._options, mirrored=False)
         arrays = _arrays(keyframe, clip, (frames.shape[1], frames.shape[2])) | {
             "truth_boxes": truth,
