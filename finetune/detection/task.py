@@ -28,6 +28,7 @@ from finetune.recipe import TuneRecipe
 from finetune.tuned import TunedObjective, build_tuned
 from pretrain.data.media import MEAN, STD
 from pretrain.data.samples import Batch
+from pretrain.errors import RecipeError
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.pixels import PixelNormalization, unit_pixels
@@ -81,8 +82,19 @@ class DetectionTask(Method):
             with torch.device("meta"):
                 found = tuning_problems(self.architecture.build(), self.recipe.tune)
         if not found:
-            self.architecture.token_grid(*self.recipe.input.size)  # raises where there is none
+            found = self._grid_problems()
         return found + check_detection(self.recipe)
+
+    def _grid_problems(self) -> list[str]:
+        """Say why tokens don't lie on a grid, of training clips or of whole frames, whatever sides these have."""
+        given = self.recipe.input
+        self.architecture.token_grid(*given.size)  # raises where there is none
+        try:
+            self.architecture.token_grid(given.frames, given.pad, given.pad)
+        except RecipeError as error:
+            # Training crops may fit by chance; the first validation, of whole frames, would end the run.
+            return [f"input.pad: found {given.pad}, allowed: multiples of the model's patches ({error})"]
+        return []
 
     def warnings(self) -> list[str]:
         return detection_warnings(self.recipe)
