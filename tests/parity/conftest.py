@@ -27,6 +27,7 @@ SYSTEMS = {
     "Hugging Face VideoMAEForVideoClassification": "videomae_hf_classification",
     "AdaptFormer": "adaptformer",
     "EViT": "evit",
+    "AVA frame-mAP": "ava_map",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
