@@ -69,7 +69,7 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True)
-class Keyframes:
+class SeenKeyframes:
     """Persons of some keyframes, B keyframes with n persons in all; on the host.
 
     Attributes:
@@ -89,7 +89,7 @@ class Keyframes:
     scores: Tensor
 
     @classmethod
-    def join(cls, parts: Sequence["Keyframes"]) -> "Keyframes":
+    def join(cls, parts: Sequence["SeenKeyframes"]) -> "SeenKeyframes":
         """Put some together."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
@@ -138,7 +138,7 @@ class MemoryBank:
         """Forget everything."""
         self._videos.clear()
 
-    def put(self, keyframes: Keyframes, ranks: Ranks) -> None:
+    def put(self, keyframes: SeenKeyframes, ranks: Ranks) -> None:
         """Store what all ranks bring, each keyframe at its owner, in the order of positions: the last one counts."""
         table = torch.stack(
             # A double's bits as a whole number: one gather serves all four.
@@ -162,7 +162,7 @@ class MemoryBank:
         features, scores = routed(keyframes.features.to(self.dtype)), routed(keyframes.scores)
         received = torch.cat(mine)
         videos, seconds, counts, bits = received.t().contiguous()
-        arrived = Keyframes(videos, seconds, counts, bits.view(torch.float64), features, scores)
+        arrived = SeenKeyframes(videos, seconds, counts, bits.view(torch.float64), features, scores)
         # Slot after slot, rank after rank in each: as samples are dealt to ranks (runtime/collectives.py).
         slots = [(slot, rank) for rank, found in enumerate(tables) for slot in _slots(found, ranks)]
         self._store(arrived, sorted(range(len(slots)), key=slots.__getitem__))
@@ -216,9 +216,9 @@ class MemoryBank:
             own = (found.videos % world_size == rank).tolist()
             self._store(found, [index for index, mine in enumerate(own) if mine])
 
-    def _read(self, content: Tensor) -> Keyframes:
+    def _read(self, content: Tensor) -> SeenKeyframes:
         try:
-            found = Keyframes(**safetensors.torch.load(content.contiguous().numpy().tobytes()))
+            found = SeenKeyframes(**safetensors.torch.load(content.contiguous().numpy().tobytes()))
         except (safetensors.SafetensorError, TypeError) as error:
             raise CheckpointError(f"memory bank in the checkpoint: not the file that a run writes ({error})") from error
         if found.features.dtype != self.dtype or found.features.shape[1:] != (self.dim,):
@@ -229,7 +229,7 @@ class MemoryBank:
             )
         return found
 
-    def _store(self, keyframes: Keyframes, order: Sequence[int]) -> None:
+    def _store(self, keyframes: SeenKeyframes, order: Sequence[int]) -> None:
         rows, most = keyframes.rows(), self.options.video_seconds
         for index in order:
             seconds = self._videos.setdefault(int(keyframes.videos[index]), {})

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.cycleacr.memory_bank import Keyframes, MemoryBank, MemoryOptions, video_number
+from finetune.cycleacr.memory_bank import SeenKeyframes, MemoryBank, MemoryOptions, video_number
 from pretrain.data.compose import slots_of
 from pretrain.runtime.collectives import exchange, gather_ragged
 from pretrain.runtime.process_group import Ranks
@@ -18,11 +18,11 @@ def options(**changed: Any) -> MemoryOptions:
     return MemoryOptions(**{"past": 2, "future": 1, "max_per_second": 2, "dtype": "float32"} | changed)
 
 
-def keyframes(step: int, positions: list[int]) -> Keyframes:
-    """Keyframes at positions of a step: the same whoever makes them. Some videos and seconds come again."""
+def keyframes(step: int, positions: list[int]) -> SeenKeyframes:
+    """SeenKeyframes at positions of a step: the same whoever makes them. Some videos and seconds come again."""
     numbers = [step * SAMPLES + position for position in positions]
     counts = [number % 4 for number in numbers]
-    return Keyframes(
+    return SeenKeyframes(
         torch.tensor([VIDEOS[number % 3 if number % 7 else 4] for number in numbers]),
         torch.tensor([900 + number % 5 for number in numbers]),
         torch.tensor(counts),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.cycleacr.memory_bank import Keyframes, MemoryBank, MemoryOptions, penalty
+from finetune.cycleacr.memory_bank import SeenKeyframes, MemoryBank, MemoryOptions, penalty
 from pretrain.checkpoint.rank_state import RankState, load_rank_state, write_rank_state
 from pretrain.errors import CheckpointError
 from pretrain.runtime.process_group import Ranks
@@ -76,11 +76,11 @@ def test_a_checkpoint_is_exact_on_any_number_of_ranks(before: int, now: int, fou
         assert set(bank._videos) <= set(own)
 
 
-def entry(second: int, values: list[float], scores: list[float], tag: float = 2.0) -> Keyframes:
+def entry(second: int, values: list[float], scores: list[float], tag: float = 2.0) -> SeenKeyframes:
     """Persons of one keyframe of video 7, whose features are one number each."""
     rows = torch.tensor(values)[:, None].expand(-1, DIM).contiguous()
     numbers = (torch.tensor([number]) for number in (7, second, len(values)))
-    return Keyframes(*numbers, torch.tensor([tag], dtype=torch.float64), rows, torch.tensor(scores))
+    return SeenKeyframes(*numbers, torch.tensor([tag], dtype=torch.float64), rows, torch.tensor(scores))
 
 
 def window(bank: MemoryBank, second: int, loss: float | None = None) -> list[float]:
