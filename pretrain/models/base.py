@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from pretrain.errors import RecipeError
+from pretrain.models.cubes import Grid
 from pretrain.models.recompute import Recompute
 from pretrain.recipe.components import load_component
 from pretrain.recipe.schema import Recipe
@@ -112,6 +113,18 @@ class Classifier(Architecture):
 
         0 is the embedding; the head and what stands behind the blocks belong to the last layer.
         """
+
+    def token_grid(self, frames: int, height: int, width: int) -> Grid:
+        """Tell where the tokens lie that `forward_features(pixels, pooled=False)` gives of a clip: the last ones, in
+        the order (t, y, x), behind class tokens.
+
+        Raises:
+            RecipeError: this kind of model has no tokens on a grid, or the size does not fit.
+        """
+        raise RecipeError(
+            f"model.name={self.config.name}: has no tokens on a grid, which this task pools from; take classifier or "
+            "image_vit, or give your architecture a `token_grid`"
+        )
 
 
 @dataclass(frozen=True)

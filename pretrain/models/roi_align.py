@@ -16,8 +16,9 @@ SAMPLES_AT_ONCE = 4_000_000
 
 
 def roi_align(
-    features: Tensor, boxes: Tensor, images: Tensor, size: int, scale: float, samples: int = 0, aligned: bool = False
-) -> Tensor:
+    features: Tensor, boxes: Tensor, images: Tensor, size: int, scale: float, samples: int = 0, aligned: bool = False,
+    within: bool = False,
+) -> Tensor:  # fmt: skip
     """Pool the features of boxes.
 
     Args:
@@ -29,6 +30,8 @@ def roi_align(
         samples: along each side of a bin; 0: as many as the bin has map pixels, rounded up.
         aligned: shift by half a pixel, so that pixel centres lie at halves (SlowFast, EVAD); else boxes have a side of
             at least one map pixel (VideoMAE's detector, CycleACR).
+        within: no box reaches over the border, so that the number of samples is known from the map's size: else the
+            host waits for the device to tell, where there is no compiled operator.
 
     Returns:
         [N, C, P, P], of the features' type. Boxes get no gradient, as in torchvision.
@@ -39,7 +42,7 @@ def roi_align(
         rois = torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1).to(features.dtype)
         pooled: Tensor = compiled(features, rois, size, scale, samples if samples > 0 else -1, aligned)
         return pooled
-    return roi_align_by_tensors(features, boxes, images, size, scale, samples, aligned)
+    return roi_align_by_tensors(features, boxes, images, size, scale, samples, aligned, within)
 
 
 @functools.cache
@@ -54,8 +57,9 @@ def compiled_operator() -> bool:
 
 
 def roi_align_by_tensors(
-    features: Tensor, boxes: Tensor, images: Tensor, size: int, scale: float, samples: int = 0, aligned: bool = False
-) -> Tensor:
+    features: Tensor, boxes: Tensor, images: Tensor, size: int, scale: float, samples: int = 0, aligned: bool = False,
+    within: bool = False,
+) -> Tensor:  # fmt: skip
     """Pool as `roi_align` does, from tensors alone."""
     if not len(boxes):
         # Still in the graph: a map on which no box falls gets zero gradients, not missing ones.
@@ -67,8 +71,8 @@ def roi_align_by_tensors(
     if not aligned:
         sides = sides.clamp(min=1.0)
     height, width = features.shape[-2:]
-    rows = _axis(start[:, 1], sides[:, 1], size, samples, height)
-    columns = _axis(start[:, 0], sides[:, 0], size, samples, width)
+    rows = _axis(start[:, 1], sides[:, 1], size, samples, height, within)
+    columns = _axis(start[:, 0], sides[:, 0], size, samples, width, within)
     maps = features.permute(0, 2, 3, 1)
     each = max(1, SAMPLES_AT_ONCE // max(1, rows[0].shape[1] * columns[0].shape[1] * features.shape[1]))
     parts = [slice(first, first + each) for first in range(0, len(boxes), each)]
@@ -79,7 +83,9 @@ def _of(axis: tuple[Tensor, Tensor], part: slice) -> tuple[Tensor, Tensor]:
     return axis[0][part], axis[1][part]
 
 
-def _axis(start: Tensor, side: Tensor, size: int, samples: int, length: int) -> tuple[Tensor, Tensor]:
+def _axis(
+    start: Tensor, side: Tensor, size: int, samples: int, length: int, within: bool
+) -> tuple[Tensor, Tensor]:
     """Find the map rows that the bins of each box read along one axis, and with which weights.
 
     Interpolation is separable, so an axis is done by itself, and the mean over a bin's samples is in the weights.
@@ -88,7 +94,8 @@ def _axis(start: Tensor, side: Tensor, size: int, samples: int, length: int) -> 
         int64 and float [N, P * g * 2], g the largest number of samples in a bin of any box.
     """
     counts = (torch.full_like(side, samples) if samples > 0 else torch.ceil(side / size)).clamp(min=0)
-    grid = max(int(counts.max()), 1)
+    most = samples if samples > 0 else -(-length // size) if within else int(counts.max())
+    grid = max(most, 1)
     bins = torch.arange(size, device=side.device, dtype=side.dtype)[None, :, None]
     steps = torch.arange(grid, device=side.device, dtype=side.dtype)[None, None, :]
     share = (side / size)[:, None, None]

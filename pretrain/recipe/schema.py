@@ -31,6 +31,9 @@ class Source:
 class Input:
     """Rows of a batch that a sample becomes; each kind of sample adds its own keys."""
 
+    #: Whether clips of two batches may differ in height and width: models must then take any size.
+    VARIES: ClassVar[bool] = False
+
     name: str = "clip"
     """kind of sample: pretrain/samples/<name>.py"""
     views: int = 1

@@ -6,7 +6,7 @@ sampling rules: systems/action_detection.md sections 2.3, 2.4 and 3.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,8 @@ MADE_UP_PERSONS = 3
 @dataclass
 class Config(Input):
     """Clips around keyframes: sampling, geometry, colour, persons."""
+
+    VARIES: ClassVar[bool] = True
 
     name: str = "boxes"
     """kind of sample: pretrain/samples/<name>.py"""
