@@ -143,3 +143,9 @@ class InteractionBlock(nn.Module):
 
 
 _normal = partial(nn.init.normal_, std=INIT_STD)
+
+
+def block_macs(dim: int, outputs: int, queries: int, keys: int) -> int:
+    """Count a block's multiply-accumulates for one person of `queries` tokens that looks at `keys` others."""
+    shortcut = queries * dim * outputs if outputs != dim else 0
+    return queries * dim * (dim + outputs) + 2 * keys * dim * dim + 2 * queries * keys * dim + shortcut

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.cycleacr.memory_bank import SeenKeyframes, MemoryBank, MemoryOptions, video_number
+from finetune.cycleacr.memory_bank import MemoryBank, MemoryOptions, SeenKeyframes, video_number
 from pretrain.data.compose import slots_of
 from pretrain.runtime.collectives import exchange, gather_ragged
 from pretrain.runtime.process_group import Ranks

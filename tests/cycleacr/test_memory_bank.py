@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.cycleacr.memory_bank import SeenKeyframes, MemoryBank, MemoryOptions, penalty
+from finetune.cycleacr.memory_bank import MemoryBank, MemoryOptions, SeenKeyframes, penalty
 from pretrain.checkpoint.rank_state import RankState, load_rank_state, write_rank_state
 from pretrain.errors import CheckpointError
 from pretrain.runtime.process_group import Ranks
