@@ -10,12 +10,12 @@ from finetune.adapters.attach import apply_tuning, detach
 from finetune.recipe import TuneRecipe
 from pretrain.models.averages import WeightAverage
 from pretrain.models.backbone import Backbone
-from pretrain.models.base import Classifier
+from pretrain.models.base import Classifier, Detector
 from pretrain.models.pixels import PixelNormalization
 from pretrain.objectives.base import Objective, Rule, decays
 
 
-def build_tuned(architecture: Classifier, recipe: TuneRecipe) -> Any:
+def build_tuned(architecture: Classifier | Detector, recipe: TuneRecipe) -> Any:
     """Build a recipe's model with the parts that its `tune:` section trains."""
     recompute: Any = recipe.compute.activation_checkpointing  # checked to be one of the three
     model: Any = architecture.build(recompute)
@@ -34,11 +34,16 @@ class TunedObjective(Objective):
     """
 
     def __init__(
-        self, model: Any, recipe: TuneRecipe, architecture: Classifier, normalization: PixelNormalization | None = None
+        self,
+        model: Any,
+        recipe: TuneRecipe,
+        architecture: Classifier | Detector,
+        normalization: PixelNormalization | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.recipe, self.architecture = recipe, architecture
+        self.recipe = recipe
+        self.architecture: Any = architecture
         self.normalization = PixelNormalization() if normalization is None else normalization
         self.average = self._new_average()
 

@@ -33,7 +33,10 @@ def check_head(recipe: TuneRecipe, maps: MapsShape, has_maps: bool) -> list[str]
     ]
     if has_maps and recipe.optim.layer_decay != 1:
         found.append(
-            f"optim.layer_decay={recipe.optim.layer_decay:g}, allowed with model.name={recipe.model.name}: 1 (it has no "
-            "layers by which rates could fall)"
+            f"optim.layer_decay={recipe.optim.layer_decay:g}, allowed with model.name={recipe.model.name}: 1 (it "
+            "has no layers by which rates could fall)"
         )
+    if recipe.zero.stage == 3:
+        # Ranks with fewer keyframes would have to take part in others' passes, and in exchanges of the memory besides.
+        found.append("zero.stage=3, allowed with objective cycleacr: 0 to 2")
     return found + options.memory.problems()

@@ -40,7 +40,7 @@ class CycleACRTask(DetectionTask):
             found += check_head(self.recipe, self._maps(model), isinstance(self.architecture, MapsBackbone))
         return found + check_detection(self.recipe)
 
-    def samples(self) -> MomentSamples:
+    def _samples(self) -> MomentSamples:
         recipe = self.recipe
         detected = recipe.objective.test_boxes == "detections"
         return MomentSamples(recipe.input, recipe.run.seed, recipe.model.classes, detected)

@@ -1,4 +1,4 @@
-"""Weights that CycleACR starts from: a backbone's, or those of a whole model, released ones too (systems/cycleacr.md, 7).
+"""Weights that CycleACR starts from: a backbone's, or a whole model's, released ones too (systems/cycleacr.md, 7).
 
 Released names are ours behind prefixes: `backbone.` or nothing before the backbone's, `roi_heads.action.` where ours
 are `head.`; their 1x1 convolutions have three axes of one element more. A released memory is not taken over: it is of

@@ -1,1 +1,1 @@
-"""Spatio-temporal action detection: what persons on a keyframe do."""
+"""Spatio-temporal action detection: who does what, where and when."""

@@ -15,7 +15,7 @@ FOCAL_CLASSES = 80
 
 def check_detection(recipe: TuneRecipe) -> list[str]:
     """List what can't work, beyond each component's own checks."""
-    objective, model, evaluate = recipe.objective, recipe.model, recipe.evaluate
+    objective, model = recipe.objective, recipe.model
     problems = []
     if model.classes < 1:
         problems.append(f"model.classes: found {model.classes}, allowed: 1 or more actions")
@@ -24,6 +24,14 @@ def check_detection(recipe: TuneRecipe) -> list[str]:
     if "pooling" in {field.name for field in dataclasses.fields(model)} and model.pooling != "token0":
         # fc_norm is behind a pooling that boxes don't take, and without gradient.
         problems.append(f"model.pooling: found {model.pooling}, allowed: token0 (its norm is of all tokens)")
+    if any(one <= -1 for one in objective.extension):
+        problems.append(f"objective.extension: found {list(objective.extension)}, allowed: more than -1 each")
+    return problems + check_judging(recipe)
+
+
+def check_judging(recipe: TuneRecipe) -> list[str]:
+    """List what can't work with any task whose answers are boxes with actions."""
+    evaluate, problems = recipe.evaluate, []
     if recipe.ema.decay is not None and not 0 <= recipe.ema.decay <= 1:
         problems.append(f"ema.decay: found {recipe.ema.decay}, allowed: a share from 0 to 1")
     positive = {"evaluate.every_epochs": evaluate.every_epochs, "evaluate.micro": evaluate.micro,
@@ -31,8 +39,6 @@ def check_detection(recipe: TuneRecipe) -> list[str]:
     problems += [f"{key}: found {value}, allowed: more than 0" for key, value in positive.items() if value <= 0]
     if evaluate.workers < 0:
         problems.append(f"evaluate.workers: found {evaluate.workers}, allowed: 0 or more")
-    if any(one <= -1 for one in objective.extension):
-        problems.append(f"objective.extension: found {list(objective.extension)}, allowed: more than -1 each")
     if evaluate.test == "best" and not any(source.val for source in recipe.data.sources.values()):
         problems.append("evaluate.test: best needs a validation; give data.sources.<name>.val, or evaluate.test=last")
     if recipe.health.shards is not None:

@@ -4,17 +4,23 @@ The plain VideoMAE detector (systems/action_detection.md section 6, from MCG-NJU
 from the annotation in training, and from a person detector in the test.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from finetune.adapters.attach import tuning_problems
 from finetune.adapters.config import check as check_tuning
+from finetune.classification.testing import wants_test
+from finetune.detection.actions import CLASSES, action_list
 from finetune.detection.answers import Detections, answers_of
 from finetune.detection.detection_checks import check_detection, detection_warnings
+from finetune.detection.final_test import run_detection_test
+from finetune.detection.held_out_keyframes import keyframe_sets
+from finetune.detection.judging import DetectionValidation
 from finetune.detection.losses import GROUP_WEIGHTS, LossName, binary_loss, grouped_focal_loss, softmax_loss
 from finetune.detection.roi_head import clip_of_box, extend_boxes_inclusive, feature_map, pad_with_zeros, pool_boxes
 from finetune.recipe import TuneRecipe
@@ -24,7 +30,8 @@ from pretrain.data.samples import Batch
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.pixels import PixelNormalization, unit_pixels
-from pretrain.objectives.base import Method, Output
+from pretrain.objectives.base import Method, Objective, Output
+from pretrain.runtime.process_group import Ranks
 from pretrain.samples.box_transforms import CONVENTIONS
 from pretrain.samples.boxes import BoxSamples
 
@@ -53,16 +60,16 @@ class Config:
     """shares of width and height by which boxes grow for pooling in the test; negative: shrink"""
     detector_score: bool = True
     """multiply the score of a person's box into those of its actions"""
-    metric: Literal["activitynet", "slowfast", "alphaction", "act", "annotated", "voc"] = "activitynet"
-    """frame-mAP that chooses the best step; the test reports the three of AVA"""
+    metric: Literal["activitynet", "slowfast", "alphaction", "voc"] = "activitynet"
+    """variant of frame-mAP that chooses the best step; the test reports AVA's three besides"""
 
 
 class DetectionTask(Method):
     """Training of a detector of actions."""
 
     INPUT = "boxes"
-    MODEL = Classifier
-    SECTIONS = ("tune", "ema", "evaluate", "start")
+    MODEL: ClassVar[type[Any]] = Classifier
+    SECTIONS: ClassVar[tuple[str, ...]] = ("tune", "ema", "evaluate", "start")
     recipe: TuneRecipe
 
     def problems(self) -> list[str]:
@@ -78,6 +85,17 @@ class DetectionTask(Method):
         return detection_warnings(self.recipe)
 
     def samples(self) -> BoxSamples:
+        # A class list that does not fit the model would otherwise be found out one refused sample at a time.
+        action_list(self.recipe)
+        if wants_test(self.recipe):
+            keyframe_sets(self.recipe, test=True)  # a wrong folder here ends a run that has trained
+        return self._samples()
+
+    def example(self, count: int) -> Batch:
+        # Without reading classes: plan and doctor run where the shards are not.
+        return self._samples().example(count)
+
+    def _samples(self) -> BoxSamples:
         recipe = self.recipe
         detected = recipe.objective.test_boxes == "detections"
         return BoxSamples(recipe.input, recipe.run.seed, recipe.model.classes, detected)
@@ -88,6 +106,25 @@ class DetectionTask(Method):
     def cost(self) -> Cost:
         cost: Cost = self.architecture.cost()
         return cost
+
+    def evaluation(self, ranks: Ranks) -> DetectionValidation | None:
+        if not any(source.val for source in self.recipe.data.sources.values()):
+            return None
+        return DetectionValidation(self.recipe, ranks, self._samples())
+
+    def test(self, ranks: Ranks, which: str | None = None) -> dict[str, float] | None:
+        if which is None and not wants_test(self.recipe):
+            return None
+        return run_detection_test(self, self._samples(), ranks, which or self.recipe.evaluate.test)
+
+    def take_export(self, objective: Objective, source: Path) -> None:
+        super().take_export(objective, source)
+        assert isinstance(objective, TunedObjective), "what `build` made"
+        # Exported weights are the evaluated ones; averages that still hold the first weights must not replace them.
+        objective.average = None
+
+    def describe(self, source: Path) -> dict[str, bytes]:
+        return {CLASSES: action_list(self.recipe).to_json()}
 
 
 METHOD = DetectionTask
@@ -124,9 +161,10 @@ class DetectionObjective(TunedObjective):
         features = self.maps(batch)
         clips = clip_of_box(batch["counts"], len(boxes))
         # Height alone: patches are square.
-        pooled = pool_boxes(features, boxes, clips, features.shape[2] / batch["video"].shape[2])
+        pooled = pool_boxes(features.float(), boxes, clips, features.shape[2] / batch["video"].shape[2])
         # In float32: sigmoids of bfloat16 logits would be rounded to 8 bits.
-        return self.model.forward_head(pooled).float()
+        logits: Tensor = self.model.forward_head(pooled.to(features.dtype)).float()
+        return logits
 
     def maps(self, batch: Batch) -> Tensor:
         """Compute the feature map of each clip, [B, C, h, w]."""
@@ -149,6 +187,10 @@ class DetectionObjective(TunedObjective):
             scores = scores * batch["box_scores"][:, None]
         rules = CONVENTIONS[self.recipe.input.convention]
         return answers_of(batch, batch["boxes"].cpu().numpy(), scores.cpu().numpy(), counts.tolist(), rules)
+
+    def detect_all(self, batches: Iterable[Batch]) -> list[Detections]:
+        """Judge all keyframes that are this rank's; batches of judged clips on the model's device."""
+        return [answer for batch in batches for answer in self.detect(batch)]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turn logits [N, K] into probabilities."""

@@ -164,6 +164,22 @@ class MapsBackbone(Architecture):
         return 1
 
 
+class Detector(Architecture):
+    """A model that finds persons and tells their actions: forward(pixels, sizes of the frames) -> predictions.
+
+    Its boxes come from itself; a backbone for boxes that are given is a `Classifier`. Rows of a batch may have frames
+    of any size, padded to the largest.
+    """
+
+    @abc.abstractmethod
+    def cost(self) -> Cost:
+        """Count the work of one row's forward pass, at the size that the input section names."""
+
+    @abc.abstractmethod
+    def layer_of(self, name: str) -> tuple[int, int]:
+        """Tell a parameter's layer and the last layer's number, see `Classifier`."""
+
+
 def architecture_of(recipe: Recipe, kind: Any = Architecture) -> Any:
     """Look up the architecture that a recipe names.
 

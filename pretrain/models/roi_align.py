@@ -23,7 +23,8 @@ def roi_align(
 
     Args:
         features: maps [B, C, H, W].
-        boxes: x1, y1, x2, y2 in pixels of the pictures [N, 4]; they may reach over the border.
+        boxes: x1, y1, x2, y2 in pixels of the pictures [N, 4]; they may reach over the border. What is pooled of boxes
+            that are not finite is finite: whatever else depends on them has to tell.
         images: number of each box's map, int64 [N].
         size: bins along each side, P.
         scale: of the map, its side divided by the picture's.
@@ -36,6 +37,8 @@ def roi_align(
     Returns:
         [N, C, P, P], of the features' type. Boxes get no gradient, as in torchvision.
     """
+    # A place that is no number is looked up outside of the map: an error here, and on a GPU the end of the process.
+    boxes = boxes.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     if compiled_operator():
         from torchvision.ops import roi_align as compiled
 

@@ -45,6 +45,8 @@ class Config:
     """frames of the fast pathway for each of the slow one"""
     beta: int = 8
     """channels of the slow pathway for each of the fast one"""
+    classes: int = 80
+    """actions that the task's head tells apart; the network itself has no head"""
     slow_jitter: bool = True
     """training: the slow pathway's first frame is drawn from the first tau, else it is the fourth as at the test"""
 

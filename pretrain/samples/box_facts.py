@@ -18,7 +18,7 @@ def _none() -> npt.NDArray[np.float32]:
 
 
 @dataclass(frozen=True)
-class Keyframe:
+class KeyframeFacts:
     """Persons of one picture of a video.
 
     Attributes:
@@ -44,12 +44,12 @@ class Keyframe:
     def __str__(self) -> str:
         return f"keyframe {self.video},{self.time:g}"
 
-    def take(self, rows: npt.NDArray[np.int64]) -> "Keyframe":
+    def take(self, rows: npt.NDArray[np.int64]) -> "KeyframeFacts":
         """Return it with some of its annotated persons."""
         return replace(self, boxes=self.boxes[rows], labels=self.labels[rows], persons=self.persons[rows])
 
 
-def read_keyframe(members: Members, classes: int) -> Keyframe:
+def read_keyframe(members: Members, classes: int) -> KeyframeFacts:
     """Read and check a sample's `boxes.json`.
 
     Args:
@@ -79,7 +79,7 @@ def read_keyframe(members: Members, classes: int) -> Keyframe:
     labels = np.zeros((len(persons), classes), np.float32)
     for row, ones in enumerate(named):
         labels[row, ones] = 1
-    return Keyframe(video, time, seconds, boxes, labels, np.array(numbers, np.int64), detected, scores)
+    return KeyframeFacts(video, time, seconds, boxes, labels, np.array(numbers, np.int64), detected, scores)
 
 
 def _label(value: Any, classes: int, where: str) -> int:

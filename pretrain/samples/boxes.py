@@ -18,7 +18,7 @@ from pretrain.data.samples import Arrays, Batch, Draw, Place, Sample, Samples, S
 from pretrain.errors import SampleError
 from pretrain.recipe.schema import Input, Source
 from pretrain.samples import box_transforms as geometry
-from pretrain.samples.box_facts import Keyframe, read_keyframe
+from pretrain.samples.box_facts import KeyframeFacts, read_keyframe
 from pretrain.samples.box_transforms import CONVENTIONS, BoxArray, Convention, ConventionName
 from pretrain.samples.transforms import Clip, resize
 
@@ -199,13 +199,13 @@ class BoxSamples(Samples):
             labels = np.zeros((MADE_UP_PERSONS, self._classes), np.float32)
             labels[np.arange(MADE_UP_PERSONS), rng.integers(self._classes, size=MADE_UP_PERSONS)] = 1
             numbers = np.arange(MADE_UP_PERSONS, dtype=np.int64)
-            keyframe = Keyframe("made_up", float(place.position), 0.0, boxes, labels, numbers)
+            keyframe = KeyframeFacts("made_up", float(place.position), 0.0, boxes, labels, numbers)
             return _arrays(keyframe, clip, (height, width)) | _persons(boxes, labels, numbers)
 
         return self.collate(made_up_samples(count, arrays))
 
     def _decode(
-        self, members: Members, keyframe: Keyframe, stride: int | None, draw: Draw | None
+        self, members: Members, keyframe: KeyframeFacts, stride: int | None, draw: Draw | None
     ) -> tuple[Clip, tuple[int, int]]:
         """Decode the clip's frames; also height and width of a frame."""
         options = self._options if stride is None else replace(self._options, stride=stride)
@@ -234,7 +234,7 @@ def clip_offsets(frames: int, stride: int, keyframe: str, phase: int | None = No
 
 
 def keyframe_indices(
-    reader: VideoReader, keyframe: Keyframe, options: Config, phase: int | None = None
+    reader: VideoReader, keyframe: KeyframeFacts, options: Config, phase: int | None = None
 ) -> npt.NDArray[np.int64]:
     """Find the frames of a clip in the segment; before its start the first one is repeated, after its end the last.
 
@@ -269,8 +269,8 @@ def _mirrored(clip: Clip, boxes: BoxArray, rules: Convention) -> tuple[Clip, Box
 
 
 def _cropped(
-    clip: Clip, boxes: BoxArray, keyframe: Keyframe, options: Config, rng: np.random.Generator
-) -> tuple[Clip, BoxArray, Keyframe]:
+    clip: Clip, boxes: BoxArray, keyframe: KeyframeFacts, options: Config, rng: np.random.Generator
+) -> tuple[Clip, BoxArray, KeyframeFacts]:
     """Cut a random square; persons that it leaves too little of are dropped.
 
     Raises:
@@ -300,7 +300,7 @@ def _some(count: int, most: int, rng: np.random.Generator) -> npt.NDArray[np.int
     return np.sort(rng.choice(count, most, replace=False))
 
 
-def _arrays(keyframe: Keyframe, clip: Clip, original: tuple[int, int]) -> Arrays:
+def _arrays(keyframe: KeyframeFacts, clip: Clip, original: tuple[int, int]) -> Arrays:
     return {
         "video": np.ascontiguousarray(clip)[None],
         "sizes": np.array([clip.shape[1:3]], np.int64),

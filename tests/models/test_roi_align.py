@@ -92,3 +92,12 @@ def test_torchvision_gives_the_same(aligned: bool) -> None:
     images = torch.arange(len(BOXES)) % 2
     ours = roi_align_by_tensors(features, boxes, images, 7, 1 / 16, 0, aligned)
     torch.testing.assert_close(roi_align(features, boxes, images, 7, 1 / 16, 0, aligned), ours, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_boxes_that_are_not_finite_end_nothing(value: str) -> None:
+    boxes = torch.tensor([[0.0, 0.0, float(value), 4.0], [1.0, 1.0, 3.0, 3.0]])
+    features, images = torch.randn(1, 2, 8, 8), torch.zeros(2, dtype=torch.int64)
+    found = roi_align(features, boxes, images, 2, 1.0, 2, aligned=True)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[1:], roi_align(features, boxes[1:], images[1:], 2, 1.0, 2, aligned=True))
