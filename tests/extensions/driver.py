@@ -1,7 +1,7 @@
 """Several runs in one set of processes: [deepspeed] driver.py PLAN.json, in the root of a copy of the checkout.
 
-The plan is a list of {"program", "recipe", "overrides", "planned"}; the last is whether it is planned, too. What each run ended with, [exit code, scores of its test] or
-an error, is printed as a JSON line.
+The plan is a list of {"program", "recipe", "overrides", "planned"}; the last is whether it is planned, too. What each
+run ended with, [exit code, scores of its test] or an error, is printed as a JSON line.
 """
 
 import json
