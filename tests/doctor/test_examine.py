@@ -99,9 +99,9 @@ def test_the_host_that_differs_is_named_by_the_doctor_and_refused_by_a_start(toy
 
 
 def test_limits_that_are_too_low() -> None:
-    free = check_shared_memory(1 << 62)
-    assert free.status == "fail" and "--shm-size" in free.advice
-    assert check_shared_memory(1).status == "ok"
+    free = check_shared_memory(2, 1 << 61)
+    assert free.status == "fail" and "--shm-size" in free.advice and "lower data.prefetch or batch.micro" in free.advice
+    assert check_shared_memory(1, 1).status == check_shared_memory(0, 1 << 62).status == "ok"
     assert check_descriptors(10**6, 2).status == "fail"
 
 
