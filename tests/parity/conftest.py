@@ -31,6 +31,8 @@ SYSTEMS = {
     "AVA frame-mAP": "ava_map",
     "frame-mAP and video-mAP": "video_map",
     "EVAD": "evad",
+    "CycleACR head": "cycleacr",
+    "CycleACR on a VideoMAE ViT": "cycleacr_videomae",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
