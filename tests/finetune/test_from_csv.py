@@ -44,16 +44,23 @@ def test_the_official_variant_takes_no_exclusions(tmp_path: Path, capsys: pytest
     assert "activitynet knows no excluded keyframes" in capsys.readouterr().err
 
 
-def scored(tmp_path: Path, found: str = FOUND, truth: str = TRUTH, labels: str = LABELS) -> int:
+def scored(tmp_path: Path, found: str = FOUND, truth: str = TRUTH, labels: str = LABELS, *more: str) -> int:
     for name, text in (("found.csv", found), ("truth.csv", truth), ("labels.pbtxt", labels)):
         (tmp_path / name).write_text(text)
     return main(["--from-csv", str(tmp_path / "found.csv"), "--truth", str(tmp_path / "truth.csv"),
-                 "--labels", str(tmp_path / "labels.pbtxt")])  # fmt: skip
+                 "--labels", str(tmp_path / "labels.pbtxt"), *more])  # fmt: skip
 
 
 def test_seconds_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scored(tmp_path, FOUND.replace("0902", "902").replace("0903", "903.0")) == 0
     assert "frame-mAP@0.5 100.00 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("variant", "mean"), [("activitynet", 50), ("alphaction", 100)])
+def test_parts_of_seconds(variant: str, mean: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The official evaluator tells 902.4 from 902, the others cut it."""
+    assert scored(tmp_path, FOUND.replace("0902", "902.4"), TRUTH, LABELS, "--variant", variant) == 0
+    assert f"frame-mAP@0.5 {mean}.00 %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

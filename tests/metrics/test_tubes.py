@@ -137,9 +137,9 @@ def test_a_tube_takes_the_candidate_of_the_highest_score_not_of_the_best_overlap
 
 
 def test_the_better_tube_chooses_first() -> None:
-    rows = [(1, BOX, 0.2), (1, shifted(10), 0.9), (2, shifted(5), 0.6)]
+    rows = [(1, BOX, 0.2), (1, shifted(12), 0.9), (2, shifted(6), 0.6)]
     longest = max(link_class(frames(*rows), 0, SHORT), key=lambda one: len(one.boxes))
-    assert longest.boxes.tolist() == [shifted(10), shifted(5)]
+    assert longest.boxes.tolist() == [shifted(12), shifted(6)]
 
 
 @pytest.mark.parametrize(("close_after", "pieces"), [(1, 2), (2, 2), (3, 1)])
@@ -178,8 +178,9 @@ def test_tubelets_are_compared_on_the_frames_that_both_have() -> None:
     tubes = link_class(Tubelets("v", np.array([1, 2]), np.array([first, second]), np.full((2, 1), 0.5)), 0, SHORT)
     assert [len(one.boxes) for one in tubes] == [4]
     # Behind the end of the first, its last box is compared with the first of the second.
-    tubes = link_class(Tubelets("v", np.array([1, 4]), np.array([first, [shifted(42)] * 3]), np.full((2, 1), 0.5)), 0,
-                       replace(SHORT, close_after=3))  # fmt: skip
+    third = [shifted(42), shifted(80), shifted(120)]
+    tubes = link_class(Tubelets("v", np.array([1, 4]), np.array([first, third]), np.full((2, 1), 0.5)), 0,
+                       replace(SHORT, close_after=3, link_iou=0.5))  # fmt: skip
     assert [len(one.boxes) for one in tubes] == [6]
 
 
