@@ -4,7 +4,7 @@ The plain VideoMAE detector (systems/action_detection.md section 6, from MCG-NJU
 from the annotation in training, and from a person detector in the test.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,13 +15,14 @@ from torch import Tensor
 from finetune.adapters.attach import tuning_problems
 from finetune.adapters.config import check as check_tuning
 from finetune.classification.testing import wants_test
-from finetune.detection.actions import CLASSES, action_list
+from finetune.detection.actions import CLASSES, action_list, actions_of_weights
 from finetune.detection.answers import Detections, answers_of
 from finetune.detection.detection_checks import check_detection, detection_warnings
 from finetune.detection.final_test import run_detection_test
 from finetune.detection.held_out_keyframes import keyframe_sets
 from finetune.detection.judging import DetectionValidation
 from finetune.detection.losses import GROUP_WEIGHTS, LossName, binary_loss, grouped_focal_loss, softmax_loss
+from finetune.detection.predictor import DetectionPredictor
 from finetune.detection.roi_head import clip_of_box, extend_boxes_inclusive, feature_map, pad_with_zeros, pool_boxes
 from finetune.recipe import TuneRecipe
 from finetune.tuned import TunedObjective, build_tuned
@@ -70,6 +71,8 @@ class DetectionTask(Method):
 
     INPUT = "boxes"
     MODEL: ClassVar[type[Any]] = Classifier
+    #: Whether the model finds the persons itself, so that predictions need no person detector.
+    FINDS_PERSONS: ClassVar[bool] = False
     SECTIONS: ClassVar[tuple[str, ...]] = ("tune", "ema", "evaluate", "start")
     recipe: TuneRecipe
 
@@ -134,6 +137,19 @@ class DetectionTask(Method):
         if which is None and not wants_test(self.recipe):
             return None
         return run_detection_test(self, self._samples(), ranks, which or self.recipe.evaluate.test)
+
+    def predictor(self, objective: Any, source: Path) -> DetectionPredictor:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        actions = actions_of_weights(self.recipe, source)
+        names = [actions.name(output) for output in range(actions.outputs)]
+        return DetectionPredictor(
+            self._detect_of(objective.to(device)), device, self.recipe.input, names, self.FINDS_PERSONS, str(source)
+        )
+
+    def _detect_of(self, objective: Any) -> Callable[[Batch], list[Detections]]:
+        """Give what answers launch/predict.py for a batch."""
+        detect: Callable[[Batch], list[Detections]] = objective.detect
+        return detect
 
     def take_export(self, objective: Objective, source: Path) -> None:
         super().take_export(objective, source)
