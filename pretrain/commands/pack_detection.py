@@ -41,9 +41,13 @@ class DetectionData:
     def finish(self, dest: str) -> None:
         """Write the classes, and the rows that were left out, beside the index."""
         storage.write_bytes(storage.join(dest, CLASSES_NAME), self.annotations.classes.to_json())
+        where = storage.join(dest, REFUSED_NAME)
         if self.annotations.refused:
             lines = "".join(f"{line}\n" for line in self.annotations.refused)
-            storage.write_bytes(storage.join(dest, REFUSED_NAME), lines.encode())
+            storage.write_bytes(where, lines.encode())
+        elif storage.exists(where):
+            # Of an earlier packing, before its annotations were corrected.
+            storage.remove(where)
 
 
 def read_detection_data(args: argparse.Namespace) -> DetectionData:
