@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from finetune.cycleacr.grouped_loss import grouped_loss
+from finetune.cycleacr.head_weights import load_start
 from finetune.cycleacr.maps import time_map
 from finetune.cycleacr.memory_bank import MemoryBank, SeenKeyframes, video_number
-from finetune.cycleacr.released_weights import load_start
 from finetune.detection.answers import Detections, answers_of
 from finetune.detection.roi_head import extend_boxes_inclusive
 from finetune.detection.task import DetectionObjective

@@ -1,7 +1,7 @@
-"""FoundPersons in pictures: detectors that a two-stage model is given its boxes by.
+"""Persons in pictures: detectors that a two-stage model is given its boxes by.
 
-A detector is any function from a picture to `FoundPersons`; `person_detector` finds one by what the user typed. OpenCV's
-needs no weights, torchvision's those of a file, and one of one's own is named `module:function`.
+A detector is any function from a picture to `FoundPersons`; `person_detector` finds one by what the user typed.
+OpenCV's needs no weights, torchvision's those of a file, and one of one's own is named `module:function`.
 """
 
 import importlib
@@ -31,7 +31,7 @@ PERSON = 1
 
 @dataclass(frozen=True)
 class FoundPersons:
-    """FoundPersons of one picture.
+    """Persons of one picture.
 
     Attributes:
         boxes: x1, y1, x2, y2 as shares of width and height, float32 [n, 4].

@@ -78,9 +78,15 @@ class DetectionTask(Method):
 
     def problems(self) -> list[str]:
         found = super().problems() + check_tuning(self.recipe.tune)
-        if not found and self.recipe.tune.method != "full":
+        if not found:
             with torch.device("meta"):
-                found = tuning_problems(self.architecture.build(), self.recipe.tune)
+                found = tuning_problems(model := self.architecture.build(), self.recipe.tune)
+            if any(name.startswith("fc_norm.") for name, _ in model.named_parameters()):
+                # It would be without gradient.
+                found.append(
+                    "model.pooling: this one has an fc_norm behind a pooling that boxes don't take; allowed: one with "
+                    "a norm of all tokens, token0 of classifier or class of image_vit"
+                )
         if not found:
             found = self._grid_problems()
         return found + check_detection(self.recipe)

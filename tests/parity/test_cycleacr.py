@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.cycleacr.grouped_loss import grouped_loss
+from finetune.cycleacr.head_weights import official_names
 from finetune.cycleacr.memory_bank import MemoryBank, MemoryOptions, SeenKeyframes, video_number
 from finetune.cycleacr.objective import MOMENTS, CycleACRObjective
-from finetune.cycleacr.released_weights import official_names
 from finetune.detection.roi_head import extend_boxes_inclusive
 from finetune.recipe import load_tune_recipe
 from pretrain.models.cycleacr import CycleACRHead, HeadShape
