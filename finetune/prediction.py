@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from pretrain.errors import WeightsError
 
@@ -46,8 +46,10 @@ class Answer:
 class VideoPredictor(Protocol):
     """A trained model that answers."""
 
-    #: Options that it reads; others are refused, since they would have no effect.
-    OPTIONS: ClassVar[frozenset[str]]
+    @property
+    def understood(self) -> frozenset[str]:
+        """Names of the options that it reads; others are refused, since they would have no effect."""
+        ...
 
     def answer(self, video: str, question: Question) -> Answer:
         """Look at a video, any fsspec URL, and write a picture or a video of the answer."""
@@ -67,9 +69,9 @@ def ask(predictor: VideoPredictor, task: str, video: str, question: Question) ->
         WeightsError: an option has no meaning for the task.
     """
     given = [one.name for one in fields(question) if getattr(question, one.name) is not None and one.name != "out"]
-    if foreign := [name for name in given if name not in predictor.OPTIONS]:
+    if foreign := [name for name in given if name not in predictor.understood]:
         options = ", ".join("--" + name.replace("_", "-").removesuffix("-s") for name in foreign)
-        allowed = ", ".join("--" + name.replace("_", "-").removesuffix("-s") for name in sorted(predictor.OPTIONS))
+        allowed = ", ".join("--" + name.replace("_", "-").removesuffix("-s") for name in sorted(predictor.understood))
         raise WeightsError(f"{options}: without a meaning for the task {task}; allowed with it: {allowed}, --out")
     return predictor.answer(video, question)
 

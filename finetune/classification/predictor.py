@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +70,7 @@ class Predictor:
     average: Literal["probabilities", "logits"]
     decoder: str
     source: str
-    OPTIONS: ClassVar[frozenset[str]] = frozenset({"labels", "top", "clips", "crops", "decoder"})
+    understood: frozenset[str] = frozenset({"labels", "top", "clips", "crops", "decoder"})
 
     def answer(self, video: str, question: Question) -> Answer:
         """Tell the classes of a video, and draw the frames that were looked at.

@@ -1,6 +1,7 @@
 """Names of a run's actions, and which of them count: `classes.json` beside its shards."""
 
 import logging
+from pathlib import Path
 
 from finetune.recipe import TuneRecipe
 from pretrain.data.boxes.action_list import ActionList, make_action_list, read_action_list
@@ -47,3 +48,9 @@ def numbered_actions(classes: int) -> ActionList:
 def evaluated_outputs(actions: ActionList) -> list[int]:
     """List the outputs that count in the mean."""
     return [number - actions.first for number in sorted(actions.evaluated)]
+
+
+def actions_of_weights(recipe: TuneRecipe, source: Path) -> ActionList:
+    """Read the actions of trained weights: beside exported ones, else where the run has them from."""
+    beside = source / CLASSES
+    return read_action_list(str(beside)) if beside.is_file() else action_list(recipe)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +38,11 @@ class Sighting:
     lines: tuple[str, ...]
 
 
-def render(video: str, sightings: Sequence[Sighting], every_s: float, out: Path) -> int:
+def render(video: str | BinaryIO, sightings: Sequence[Sighting], every_s: float, out: Path) -> int:
     """Write a video with boxes, labels and tracks drawn in; between two keyframes a person's box moves evenly.
 
     Args:
-        video: file that was looked at.
+        video: file that was looked at, its path or itself.
         sightings: persons of all keyframes.
         every_s: seconds between two keyframes.
         out: .mp4 to write, H.264 without sound.

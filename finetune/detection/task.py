@@ -4,7 +4,7 @@ The plain VideoMAE detector (systems/action_detection.md section 6, from MCG-NJU
 from the annotation in training, and from a person detector in the test.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,18 +15,20 @@ from torch import Tensor
 from finetune.adapters.attach import tuning_problems
 from finetune.adapters.config import check as check_tuning
 from finetune.classification.testing import wants_test
-from finetune.detection.actions import CLASSES, action_list
+from finetune.detection.actions import CLASSES, action_list, actions_of_weights
 from finetune.detection.answers import Detections, answers_of
 from finetune.detection.detection_checks import check_detection, detection_warnings
 from finetune.detection.final_test import run_detection_test
 from finetune.detection.held_out_keyframes import keyframe_sets
 from finetune.detection.judging import DetectionValidation
 from finetune.detection.losses import GROUP_WEIGHTS, LossName, binary_loss, grouped_focal_loss, softmax_loss
+from finetune.detection.predictor import DetectionPredictor
 from finetune.detection.roi_head import clip_of_box, extend_boxes_inclusive, feature_map, pad_with_zeros, pool_boxes
 from finetune.recipe import TuneRecipe
 from finetune.tuned import TunedObjective, build_tuned
 from pretrain.data.media import MEAN, STD
 from pretrain.data.samples import Batch
+from pretrain.errors import RecipeError
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.classifier_weights import load_pretrained
 from pretrain.models.pixels import PixelNormalization, unit_pixels
@@ -69,6 +71,8 @@ class DetectionTask(Method):
 
     INPUT = "boxes"
     MODEL: ClassVar[type[Any]] = Classifier
+    #: Whether the model finds the persons itself, so that predictions need no person detector.
+    FINDS_PERSONS: ClassVar[bool] = False
     SECTIONS: ClassVar[tuple[str, ...]] = ("tune", "ema", "evaluate", "start")
     recipe: TuneRecipe
 
@@ -78,8 +82,19 @@ class DetectionTask(Method):
             with torch.device("meta"):
                 found = tuning_problems(self.architecture.build(), self.recipe.tune)
         if not found:
-            self.architecture.token_grid(*self.recipe.input.size)  # raises where there is none
+            found = self._grid_problems()
         return found + check_detection(self.recipe)
+
+    def _grid_problems(self) -> list[str]:
+        """Say why tokens don't lie on a grid, of training clips or of whole frames, whatever sides these have."""
+        given = self.recipe.input
+        self.architecture.token_grid(*given.size)  # raises where there is none
+        try:
+            self.architecture.token_grid(given.frames, given.pad, given.pad)
+        except RecipeError as error:
+            # Training crops may fit by chance; the first validation, of whole frames, would end the run.
+            return [f"input.pad: found {given.pad}, allowed: multiples of the model's patches ({error})"]
+        return []
 
     def warnings(self) -> list[str]:
         return detection_warnings(self.recipe)
@@ -116,6 +131,19 @@ class DetectionTask(Method):
         if which is None and not wants_test(self.recipe):
             return None
         return run_detection_test(self, self._samples(), ranks, which or self.recipe.evaluate.test)
+
+    def predictor(self, objective: Any, source: Path) -> DetectionPredictor:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        actions = actions_of_weights(self.recipe, source)
+        names = [actions.name(output) for output in range(actions.outputs)]
+        return DetectionPredictor(
+            self._detect_of(objective.to(device)), device, self.recipe.input, names, self.FINDS_PERSONS, str(source)
+        )
+
+    def _detect_of(self, objective: Any) -> Callable[[Batch], list[Detections]]:
+        """Give what answers launch/predict.py for a batch."""
+        detect: Callable[[Batch], list[Detections]] = objective.detect
+        return detect
 
     def take_export(self, objective: Objective, source: Path) -> None:
         super().take_export(objective, source)

@@ -11,7 +11,7 @@ from pretrain.models.evad.localisation import PERSON, frame_scale
 
 @dataclass(frozen=True)
 class SelectedPersons:
-    """AnnotatedPersons found, clip after clip.
+    """Persons found, clip after clip.
 
     Attributes:
         boxes: float32 [n, 4] in pixels, inside the frames.
@@ -24,17 +24,19 @@ class SelectedPersons:
     counts: list[int]
 
 
-def select_persons(found: ActorPredictions, sizes: Tensor, threshold: float) -> SelectedPersons:
+def select_persons(found: ActorPredictions, sizes: Tensor, threshold: float, empty: bool = False) -> SelectedPersons:
     """Take the proposals that are persons with this probability or more; of a clip without any, all of them.
 
     Args:
         found: by the model; the last head's and the last block's answers count.
         sizes: height and width of frames before padding, int64 [B, 2].
         threshold: probability.
+        empty: of a clip without any, none.
     """
     chosen = person_scores(found) >= threshold
-    # Officially so: a keyframe is never without an answer, and a wrong one costs less than a missing person.
-    chosen = chosen | ~chosen.any(dim=1, keepdim=True)
+    if not empty:
+        # Officially so: a keyframe is never without an answer, and a wrong one costs less than a missing person.
+        chosen = chosen | ~chosen.any(dim=1, keepdim=True)
     boxes, scores = clipped_boxes(found, sizes), found.action_logits[-1].sigmoid()
     return SelectedPersons(boxes[chosen], scores[chosen], chosen.sum(1).tolist())
 

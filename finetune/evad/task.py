@@ -3,8 +3,9 @@
 The loss is the mean of all terms, each localisation head and decoder block having its own; see set_losses.py.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,7 @@ class EVADTask(DetectionTask):
     """Training of a detector that finds the persons itself."""
 
     MODEL = Detector
+    FINDS_PERSONS = True
     SECTIONS = ("ema", "evaluate", "start")
 
     def problems(self) -> list[str]:
@@ -82,6 +84,10 @@ class EVADTask(DetectionTask):
 
     def build(self) -> "EVADObjective":  # type: ignore[override]
         return EVADObjective(build_tuned(self.architecture, self.recipe), self.recipe, self.architecture)
+
+    def _detect_of(self, objective: Any) -> Callable[[Batch], list[Detections]]:
+        # Of a keyframe without persons the published answer is all proposals: nothing to draw into a video.
+        return partial(objective.detect, empty=True)
 
     def exports(self, source: Path) -> dict[str, Export]:
         return super().exports(source) | {"evad": Export(_write_official, OFFICIAL_USAGE, ".pth")}
@@ -120,9 +126,14 @@ class EVADObjective(TunedObjective):
         return Output(mean_of_terms(terms), shown)
 
     @torch.no_grad()
-    def detect(self, batch: Batch) -> list[Detections]:
-        """Find persons and their actions on the keyframes of a batch, which lies on the model's device."""
-        answer = select_persons(self.predictions(batch), batch["sizes"], self.recipe.objective.person_threshold)
+    def detect(self, batch: Batch, empty: bool = False) -> list[Detections]:
+        """Find persons and their actions on the keyframes of a batch, which lies on the model's device.
+
+        Args:
+            batch: of samples/boxes.py.
+            empty: a keyframe may be without an answer; officially all proposals are given then.
+        """
+        answer = select_persons(self.predictions(batch), batch["sizes"], self.recipe.objective.person_threshold, empty)
         rules = CONVENTIONS[self.recipe.input.convention]
         return answers_of(batch, answer.boxes.cpu().numpy(), answer.scores.cpu().numpy(), answer.counts, rules)
 

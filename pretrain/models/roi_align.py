@@ -9,10 +9,11 @@ import functools
 import torch
 from torch import Tensor
 
+from pretrain.runtime.tensors import has_content
 from pretrain.runtime.vision_ops import ensure_torchvision
 
-#: Samples that are looked up at once; what exceeds it is computed box by box, for memory's sake.
-SAMPLES_AT_ONCE = 4_000_000
+#: Values of an intermediate result at most; more boxes are pooled part by part.
+VALUES_AT_ONCE = 50_000_000
 
 
 def roi_align(
@@ -31,8 +32,8 @@ def roi_align(
         samples: along each side of a bin; 0: as many as the bin has map pixels, rounded up.
         aligned: shift by half a pixel, so that pixel centres lie at halves (SlowFast, EVAD); else boxes have a side of
             at least one map pixel (VideoMAE's detector, CycleACR).
-        within: no box reaches over the border, so that the number of samples is known from the map's size: else the
-            host waits for the device to tell, where there is no compiled operator.
+        within: no box reaches over the border, so that the number of samples is known from the map's size: else it is
+            looked up in the boxes where there is no compiled operator, which a plan's don't have.
 
     Returns:
         [N, C, P, P], of the features' type. Boxes get no gradient, as in torchvision.
@@ -74,27 +75,27 @@ def roi_align_by_tensors(
     if not aligned:
         sides = sides.clamp(min=1.0)
     height, width = features.shape[-2:]
-    rows = _axis(start[:, 1], sides[:, 1], size, samples, height, within)
-    columns = _axis(start[:, 0], sides[:, 0], size, samples, width, within)
-    maps = features.permute(0, 2, 3, 1)
-    each = max(1, SAMPLES_AT_ONCE // max(1, rows[0].shape[1] * columns[0].shape[1] * features.shape[1]))
-    parts = [slice(first, first + each) for first in range(0, len(boxes), each)]
-    return torch.cat([_pooled(maps, images[one], _of(rows, one), _of(columns, one), size) for one in parts])
+    rows = _axis(start[:, 1], sides[:, 1], size, samples, height, within).to(features.dtype)
+    columns = _axis(start[:, 0], sides[:, 0], size, samples, width, within).to(features.dtype)
+    each = max(1, VALUES_AT_ONCE // (size * width * features.shape[1]))
+    pooled = features.new_zeros(len(boxes), features.shape[1], size, size)
+    for image, one in enumerate(features.permute(0, 2, 3, 1)):
+        for chosen in _boxes_of(images, image).split(each):
+            pooled = pooled.index_copy(0, chosen, _pooled(one, rows[chosen], columns[chosen]))
+    return pooled
 
 
-def _of(axis: tuple[Tensor, Tensor], part: slice) -> tuple[Tensor, Tensor]:
-    return axis[0][part], axis[1][part]
+def _boxes_of(images: Tensor, image: int) -> Tensor:
+    """List the boxes of a map, int64 [n]; of a plan's boxes, which have no content, all are of the first."""
+    if has_content(images):
+        return torch.nonzero(images == image)[:, 0]
+    return torch.arange(0 if image else len(images), device=images.device)
 
 
-def _axis(
-    start: Tensor, side: Tensor, size: int, samples: int, length: int, within: bool
-) -> tuple[Tensor, Tensor]:
-    """Find the map rows that the bins of each box read along one axis, and with which weights.
+def _axis(start: Tensor, side: Tensor, size: int, samples: int, length: int, within: bool) -> Tensor:
+    """Compute with which weights the bins of each box read a map's rows (or columns), [N, P, length].
 
     Interpolation is separable, so an axis is done by itself, and the mean over a bin's samples is in the weights.
-
-    Returns:
-        int64 and float [N, P * g * 2], g the largest number of samples in a bin of any box.
     """
     counts = (torch.full_like(side, samples) if samples > 0 else torch.ceil(side / size)).clamp(min=0)
     most = samples if samples > 0 else -(-length // size) if within else int(counts.max())
@@ -104,22 +105,17 @@ def _axis(
     share = (side / size)[:, None, None]
     at = start[:, None, None] + bins * share + (steps + 0.5) * share / counts.clamp(min=1)[:, None, None]
     counted = (steps < counts[:, None, None]) & (at >= -1.0) & (at <= length)
-    at = at.clamp(min=0.0)
-    low = at.floor().clamp(max=length - 1)
-    high = (low + 1).clamp(max=length - 1)
     # Behind the last pixel's centre there is nothing to interpolate with: the sample is that pixel.
-    upper = torch.where(low >= length - 1, torch.zeros_like(at), at - low)
+    distance = at.clamp(min=0.0, max=length - 1)[..., None] - torch.arange(length, device=at.device)
     weight = counted / counts.clamp(min=1)[:, None, None]
-    places = torch.stack((low, high), dim=-1).long()
-    weights = torch.stack((weight * (1 - upper), weight * upper), dim=-1)
-    return places.flatten(1), weights.flatten(1)
+    return ((1 - distance.abs()).clamp(min=0) * weight[..., None]).sum(2)
 
 
-def _pooled(
-    maps: Tensor, images: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], size: int
-) -> Tensor:
-    """Pool boxes [n] of maps [B, H, W, C] to [n, C, P, P]."""
-    read = maps[images[:, None, None], rows[0][:, :, None], columns[0][:, None, :]]
-    weighted = read * rows[1][:, :, None, None].to(maps.dtype) * columns[1][:, None, :, None].to(maps.dtype)
-    binned = weighted.unflatten(2, (size, -1)).sum(3).unflatten(1, (size, -1)).sum(2)
-    return binned.permute(0, 3, 1, 2)
+def _pooled(picture: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pool boxes [n] of a map [H, W, C] to [n, C, P, P], by products of matrices.
+
+    Reading four pixels a sample takes a hundred times as long where channels are many, and keeps them all for the
+    backward pass.
+    """
+    across = (rows.flatten(0, 1) @ picture.flatten(1)).unflatten(0, rows.shape[:2]).unflatten(2, picture.shape[1:])
+    return (columns[:, None] @ across).permute(0, 3, 1, 2)

@@ -154,9 +154,21 @@ class BoxSamples(Samples):
         the annotation besides in `truth_boxes`, `truth_labels`, `truth_counts`. Rows differ in size: join by `collate`.
         """
         keyframe = read_keyframe(members, self._classes)
-        frames, original = self._decode(members, keyframe, source.options.stride, None)
+        frames, _ = self._decode(members, keyframe, source.options.stride, None)
+        return self._judged(frames, keyframe)
+
+    def judged(self, reader: VideoReader, keyframe: KeyframeFacts) -> Batch:
+        """Make the batch of a single keyframe of a video that is open already, as `without_chance` makes its rows.
+
+        Raises:
+            SampleError: "keyframe" or "decode".
+        """
+        arrays = self._judged(reader.frames(keyframe_indices(reader, keyframe, self._options)), keyframe)
+        return self.collate(made_up_samples(1, lambda place: arrays))
+
+    def _judged(self, frames: Clip, keyframe: KeyframeFacts) -> Arrays:
         clip, truth = _resized(frames, keyframe.boxes, self._options, mirrored=False)
-        arrays = _arrays(keyframe, clip, original) | {
+        arrays = _arrays(keyframe, clip, (frames.shape[1], frames.shape[2])) | {
             "truth_boxes": truth,
             "truth_labels": keyframe.labels,
             "truth_counts": np.array([len(truth)], np.int64),

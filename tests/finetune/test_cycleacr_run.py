@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.cycleacr.head_weights import load_start
 from finetune.cycleacr.objective import CycleACRObjective, MomentSamples
-from finetune.cycleacr.weights import load_start
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.errors import WeightsError
@@ -84,6 +84,10 @@ def test_answers_depend_on_the_seconds_around(boxed: Toy) -> None:
 def test_a_stream_that_knows_no_future_is_the_two_phases(boxed: Toy) -> None:
     objective = built(boxed, "objective.memory.future=0").eval()
     made = batches(objective)
+    # As samples without moments come: seconds and videos are then read from the batch itself.
+    for number, batch in enumerate(made):
+        del batch["moments"]
+        batch |= {"videos": ["film"] * 2, "times": torch.tensor([900.0, 901.0]) + 2 * number}
     streamed = [answer for batch in made for answer in objective.detect(batch)]
     objective.forget()
     for one, two in zip(objective.detect_all(made), streamed, strict=True):

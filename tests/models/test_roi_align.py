@@ -71,7 +71,7 @@ def test_boxes_done_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     features, boxes = torch.randn(1, 4, 9, 7), torch.tensor(BOXES)
     images = torch.zeros(len(BOXES), dtype=torch.int64)
     whole = roi_align_by_tensors(features, boxes, images, 7, 1 / 16)
-    monkeypatch.setattr(module, "SAMPLES_AT_ONCE", 1)
+    monkeypatch.setattr(module, "VALUES_AT_ONCE", 1)
     assert torch.equal(roi_align_by_tensors(features, boxes, images, 7, 1 / 16), whole)
 
 

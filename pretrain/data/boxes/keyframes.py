@@ -18,7 +18,7 @@ Grouping = Literal["id", "box"]
 
 
 @dataclass(slots=True)
-class Person:
+class AnnotatedPerson:
     """A person on a keyframe: box in shares, xyxy; outputs of its labels, ascending; number of its track or None."""
 
     box: Box
@@ -27,7 +27,7 @@ class Person:
 
 
 @dataclass(slots=True)
-class Keyframe:
+class AnnotatedKeyframe:
     """A keyframe.
 
     Attributes:
@@ -40,7 +40,7 @@ class Keyframe:
 
     video: str
     time: float
-    persons: list[Person] = field(default_factory=list)
+    persons: list[AnnotatedPerson] = field(default_factory=list)
     detections: list[tuple[Box, float]] = field(default_factory=list)
     place: str = ""
 
@@ -58,7 +58,7 @@ class Film:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RowLimits:
     """What rows are held against.
 
     Attributes:
@@ -91,7 +91,7 @@ class Annotations:
         refused: faulty rows, with their places, as far as they were left out.
     """
 
-    keyframes: list[Keyframe]
+    keyframes: list[AnnotatedKeyframe]
     classes: ActionList
     unit: Literal["second", "frame"]
     counts: Counter[str]
@@ -106,7 +106,7 @@ class Annotations:
 def collect_keyframes(
     records: Sequence[BoxRecords],
     classes: ActionList,
-    limits: Limits,
+    limits: RowLimits,
     detections: Sequence[BoxRecords] = (),
     excluded: Iterable[Key] = (),
     films: Mapping[str, Film] | None = None,
@@ -144,13 +144,13 @@ class _Maker:
     """Keyframes in the making."""
 
     def __init__(
-        self, classes: ActionList, limits: Limits, excluded: frozenset[Key], films: Mapping[str, Film] | None
+        self, classes: ActionList, limits: RowLimits, excluded: frozenset[Key], films: Mapping[str, Film] | None
     ) -> None:
         self.classes, self.limits, self.excluded, self.films = classes, limits, excluded, films
-        self.keyframes: dict[Key, Keyframe] = {}
+        self.keyframes: dict[Key, AnnotatedKeyframe] = {}
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
-        self._persons: dict[tuple[Any, ...], Person] = {}
+        self._persons: dict[tuple[Any, ...], AnnotatedPerson] = {}
         self._absent: set[str] = set()
         # Ids of AVA's that are trained and not evaluated are known; of other lists a gap may be a wrong list.
         self._known = set(classes.ids) if limits.unnamed or is_ava(classes) else set(classes.names)
@@ -180,13 +180,13 @@ class _Maker:
                 continue
             self._keyframe(video, time, records, place)
 
-    def _add_label(self, keyframe: Keyframe, box: Box, records: BoxRecords, row: int, output: int) -> None:
+    def _add_label(self, keyframe: AnnotatedKeyframe, box: Box, records: BoxRecords, row: int, output: int) -> None:
         """Add a row's label to its person."""
         number = int(records.persons[row])
         group = (keyframe.video, keyframe.time, box, number if self.limits.grouping == "id" else NONE)
         person = self._persons.get(group)
         if person is None:
-            person = self._persons[group] = Person(box, [], None if number == NONE else number)
+            person = self._persons[group] = AnnotatedPerson(box, [], None if number == NONE else number)
             keyframe.persons.append(person)
         elif output in person.labels or output == NONE:
             self.counts["rows that repeat another"] += 1
@@ -195,7 +195,7 @@ class _Maker:
             person.labels.append(output)
             person.labels.sort()
 
-    def _add_detection(self, keyframe: Keyframe, box: Box, records: BoxRecords, row: int, output: int) -> None:
+    def _add_detection(self, keyframe: AnnotatedKeyframe, box: Box, records: BoxRecords, row: int, output: int) -> None:
         """Add a detector's box; one that stands in a row for each of its labels is one box."""
         score = float(records.scores[row])
         found = (box, 1.0 if np.isnan(score) else score)
@@ -216,10 +216,10 @@ class _Maker:
                     self.counts["persons refused"] += len(one.persons) - self.limits.max_persons
                     del one.persons[self.limits.max_persons :]
 
-    def _keyframe(self, video: str, time: float, records: BoxRecords, place: int | str) -> Keyframe:
+    def _keyframe(self, video: str, time: float, records: BoxRecords, place: int | str) -> AnnotatedKeyframe:
         found = self.keyframes.get((video, time))
         if found is None:
-            found = self.keyframes[video, time] = Keyframe(video, time, place=place_of(records.source, place))
+            found = self.keyframes[video, time] = AnnotatedKeyframe(video, time, place=place_of(records.source, place))
         return found
 
     def _taken(self, video: str, time: float, what: str) -> bool:

@@ -10,8 +10,8 @@ import pytest
 
 from pretrain.data.boxes.alphaction_files import read_alphaction, read_alphaction_detections
 from pretrain.data.boxes.box_csv import read_box_csv
+from pretrain.data.boxes.box_formats import ReadingOptions, format_of, read_box_files, read_detections
 from pretrain.data.boxes.foreign_pickle import read_pickle
-from pretrain.data.boxes.formats import Reading, format_of, read_box_files, read_detections
 from pretrain.data.boxes.records import NONE
 from pretrain.data.boxes.slowfast_files import read_frame_list
 from pretrain.data.boxes.tube_files import read_act, read_mmaction, read_pyannot
@@ -204,18 +204,19 @@ def test_formats_are_told_apart(tmp_path: Path) -> None:
     annotations, detections = alphaction()
     ava = write(tmp_path / "a.csv", AVA)
     frames = write(tmp_path / "f.csv", HEADER + 'a 0 0 a/1.jpg ""\n')
-    found = read_box_files([ava, frames], Reading())
+    found = read_box_files([ava, frames], ReadingOptions())
     assert found.records[0].persons.tolist() == [3] and found.pictures["a"].count == 1
-    assert np.isnan(read_box_files([ava], Reading("ava")).records[0].scores).all()
+    assert np.isnan(read_box_files([ava], ReadingOptions("ava")).records[0].scores).all()
     scored = write(tmp_path / "s.csv", "a,902,0,0,1,1,7,1\na,902,0,0,1,1,7,0.5\n")
-    assert read_box_files([scored, frames], Reading("slowfast", 0.9)).records[0].scores.tolist() == [1]
-    (people,) = read_detections([scored], {}, Reading("ava"))
+    assert read_box_files([scored, frames], ReadingOptions("slowfast", 0.9)).records[0].scores.tolist() == [1]
+    (people,) = read_detections([scored], {}, ReadingOptions("ava"))
     assert people.scores.tolist() == [1, 0.5]
     path, boxes = write(tmp_path / "a.json", as_json(annotations)), write(tmp_path / "d.json", as_json(detections))
-    both = read_box_files([path], Reading())
-    assert len(read_detections([boxes], both.images, Reading())[0]) == 2
-    assert "--annotations" in refused(read_detections, [frames], {}, Reading())
+    both = read_box_files([path], ReadingOptions())
+    assert len(read_detections([boxes], both.images, ReadingOptions())[0]) == 2
+    assert "--annotations" in refused(read_detections, [frames], {}, ReadingOptions())
     gt = write(tmp_path / "gt.pkl", act({"a": 6}))
-    assert "counted in different ways" in refused(read_box_files, [ava, gt], Reading())
-    text = refused(read_box_files, [str(tmp_path / "none.csv"), write(tmp_path / "w.csv", "a,1\nb,x,y\n")], Reading())
+    assert "counted in different ways" in refused(read_box_files, [ava, gt], ReadingOptions())
+    paths = [str(tmp_path / "none.csv"), write(tmp_path / "w.csv", "a,1\nb,x,y\n")]
+    text = refused(read_box_files, paths, ReadingOptions())
     assert "none.csv: no such file" in text and "w.csv:2: 3 columns" in text

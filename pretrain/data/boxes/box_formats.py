@@ -23,7 +23,7 @@ FORMATS: tuple[Format, ...] = ("auto", "ava", "slowfast", "alphaction", "mmactio
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingOptions:
     """How to read files.
 
     Attributes:
@@ -58,7 +58,7 @@ class BoxFiles:
     images: dict[int, Image] = field(default_factory=dict)
 
 
-def read_box_files(sources: Sequence[str], how: Reading) -> BoxFiles:
+def read_box_files(sources: Sequence[str], how: ReadingOptions) -> BoxFiles:
     """Read annotation files of one data set.
 
     Args:
@@ -83,7 +83,7 @@ def read_box_files(sources: Sequence[str], how: Reading) -> BoxFiles:
     return found
 
 
-def _add(found: BoxFiles, source: str, how: Reading) -> None:
+def _add(found: BoxFiles, source: str, how: ReadingOptions) -> None:
     kind = how.format if how.format != "auto" else format_of(source)
     if kind != "yowo" and storage.is_folder(source):
         raise RecipeError(f"{source}: a folder; annotations are files, and a folder only of YOWO's texts")
@@ -106,7 +106,7 @@ def _add(found: BoxFiles, source: str, how: Reading) -> None:
     found.records.append(_records(source, kind, how))
 
 
-def _records(source: str, kind: Format, how: Reading, last: Literal["auto", "score"] = "auto") -> BoxRecords:
+def _records(source: str, kind: Format, how: ReadingOptions, last: Literal["auto", "score"] = "auto") -> BoxRecords:
     if kind == "csv":
         return read_box_csv(source, how.box_unit, how.first_frame, how.min_score)
     if kind == "pyannot":
@@ -121,7 +121,7 @@ def _records(source: str, kind: Format, how: Reading, last: Literal["auto", "sco
     return read_ava(source, "person" if how.format == "ava" and last == "auto" else last, how.min_score)
 
 
-def read_detections(sources: Sequence[str], images: Mapping[int, Image], how: Reading) -> list[BoxRecords]:
+def read_detections(sources: Sequence[str], images: Mapping[int, Image], how: ReadingOptions) -> list[BoxRecords]:
     """Read boxes of a person detector; labels in them are not looked at.
 
     Args:
