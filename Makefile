@@ -31,7 +31,7 @@ install: .venv/installed
 		{ echo "Python >= 3.11 is needed, $$($(PYTHON) --version) found: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch torchvision
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,s3,hf,language,arrays,raster,torchcodec,onnx,plot]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,s3,hf,language,arrays,raster,torchcodec,onnx,plot,detection]'
 	@touch $@
 
 demo: install

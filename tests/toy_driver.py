@@ -54,6 +54,21 @@ def accident(what: str, output, module, run_dir: Path):
     return output
 
 
+def decode_once() -> None:
+    """Keep every clip that a run has decoded for the runs after it: they are about the engine, and see the same."""
+    from pretrain.samples.clip import ClipSamples
+
+    plain, known = ClipSamples._videos, {}
+
+    def videos(self, place, source, members, each):
+        what = (self._seed, repr(self._options), place, source.options.stride, members.files["mp4"])
+        if what not in known:
+            known[what] = plain(self, place, source, members, each)
+        return known[what]
+
+    ClipSamples._videos = videos
+
+
 def drive(recipe_path: str, plan: list[dict]) -> list:
     """Train run after run."""
     from pretrain.engine.loop import train
@@ -63,6 +78,7 @@ def drive(recipe_path: str, plan: list[dict]) -> list:
     from pretrain.recipe.load import load_recipe
     from pretrain.runtime.process_group import join
 
+    decode_once()
     rank = join().rank
     plain_forward, plain_rule, plain_turns = VideoMAEObjective.forward, VideoMAEObjective.rule, VideoMAEObjective.turns
 

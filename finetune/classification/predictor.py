@@ -15,6 +15,7 @@ from finetune.classification.graphs import read_graph
 from finetune.classification.labels import LabelMap, Task, read_names
 from finetune.classification.predictions import Predictions
 from finetune.classification.views import EvaluationViews, SourceRules
+from finetune.prediction import Answer, Question, default_out
 from pretrain.data.linked_video import StillImage
 from pretrain.data.media import is_of_kind
 from pretrain.errors import DataError, SampleError
@@ -25,6 +26,8 @@ from pretrain.samples.transforms import Clip
 
 #: Views in one forward pass.
 MICRO = 4
+#: Classes that are told.
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,31 @@ class Predictor:
     average: Literal["probabilities", "logits"]
     decoder: str
     source: str
+    understood: frozenset[str] = frozenset({"labels", "top", "clips", "crops", "decoder"})
+
+    def answer(self, video: str, question: Question) -> Answer:
+        """Tell the classes of a video, and draw the frames that were looked at.
+
+        Raises:
+            DataError: the video, the file of names or the picture's place can't be used.
+        """
+        named = with_names(self, question.labels) if question.labels else self
+        found = predict_video(named, video, question.clips or 1, question.crops or 1, question.decoder)
+        views, frames, height, width = found.views.shape[:4]
+        lines = [f"{video}: {views} x {frames} frames of {height} x {width} pixels, {named.source}"]
+        best = found.top(1)[0]
+        if named.task == "regression":
+            caption = ""
+            lines += [f"  {value:10.4g}  {name}" for value, name in zip(found.values, named.names, strict=True)]
+        else:
+            caption = f"{named.names[best]} {100 * float(found.values[best]):.1f} %"
+            lines += [
+                f"  {100 * float(found.values[number]):5.1f} %  {named.names[number]}"
+                for number in found.top(question.top or SHOWN)
+            ]
+        out = question.out or default_out(video, "_prediction.png")
+        save_frames(found, caption, out)
+        return Answer(lines, {"picture": out})
 
 
 def predictor_of(tuned: FineTuned) -> Predictor:

@@ -3,9 +3,8 @@
 Specification: systems/videomae.md section 8, from run_class_finetuning.py of OpenGVLab/VideoMAEv2.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.adapters.attach import apply_tuning, detach, tuning_problems
+from finetune.adapters.attach import tuning_problems
 from finetune.adapters.config import check as check_tuning
 from finetune.classification.exports import class_files, export_formats
 from finetune.classification.fine_tuned import FineTuned, names_of
@@ -27,15 +26,14 @@ from finetune.classification.testing import run_test, wants_test
 from finetune.classification.validation import Validation, labelled, video_sets
 from finetune.classification.views import TrainingViews
 from finetune.recipe import TuneRecipe
+from finetune.tuned import TunedObjective, build_tuned
 from pretrain.data.samples import Batch
 from pretrain.metrics.ranking import predicted
-from pretrain.models.averages import WeightAverage
-from pretrain.models.backbone import Backbone
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.classifier_weights import classifier_state, load_pretrained, read_label_map
-from pretrain.models.pixels import PixelNormalization, unit_pixels
+from pretrain.models.pixels import unit_pixels
 from pretrain.models.weights import LoadReport, load_state, read_state
-from pretrain.objectives.base import Export, Method, Objective, Output, Rule, decays
+from pretrain.objectives.base import Export, Method, Objective, Output
 from pretrain.runtime.process_group import Ranks
 
 logger = logging.getLogger(__name__)
@@ -92,10 +90,7 @@ class ClassificationTask(Method):
 
     def build_model(self) -> Any:
         """Build the model with the parts that are trained."""
-        recompute: Any = self.recipe.compute.activation_checkpointing  # checked to be one of the three
-        model: Any = self.architecture.build(recompute)
-        apply_tuning(model, self.recipe.tune)
-        return model
+        return build_tuned(self.architecture, self.recipe)
 
     def cost(self) -> Cost:
         return self.architecture.cost()
@@ -130,7 +125,7 @@ class ClassificationTask(Method):
 METHOD = ClassificationTask
 
 
-class ClassificationObjective(Objective):
+class ClassificationObjective(TunedObjective):
     """A classifier with its loss, mixing, and averaged weights.
 
     A batch holds `video` uint8 [B, T, H, W, 3] and `target`: int64 [B] (single), float32 [B, classes] (multi,
@@ -143,17 +138,13 @@ class ClassificationObjective(Objective):
     """
 
     def __init__(self, model: Any, recipe: TuneRecipe, architecture: Classifier) -> None:
-        super().__init__()
-        self.model = model
-        self.recipe, self.architecture = recipe, architecture
-        self.normalization = PixelNormalization()
+        super().__init__(model, recipe, architecture)
         options, augment = recipe.objective, recipe.augment
         self.task: Task = options.task
         self.smoothing = options.smoothing
         mixes = augment.mixup > 0 or augment.cutmix > 0
         classes = recipe.model.classes
         self.mixing = Mixing(augment, classes, self.smoothing, self.task == "multi") if mixes else None
-        self.average = self._new_average()
 
     def forward(self, batch: Batch) -> Output:
         video, target = self._normalized(batch["video"]), batch["target"]
@@ -179,46 +170,15 @@ class ClassificationObjective(Objective):
         features: Tensor = self.model.forward_features(self._normalized(batch["video"]), pooled=pooled).float()
         return features
 
-    def evaluated_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Open a context in which the model has the weights that are evaluated: averages where there are any."""
-        return contextlib.nullcontext() if self.average is None else self.average.applied(self.model)
-
-    def keep_evaluated_weights(self) -> None:
-        with self.evaluated_weights():
-            # Clones: leaving the context writes the live weights back into the same tensors.
-            state = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(state)
-        self.average = None
-
-    def rule(self, name: str, shape: Iterable[int]) -> Rule:
-        """Scale the learning rate by layer_decay ^ (last layer - layer)."""
-        layer, last = self.architecture.layer_of(name.removeprefix("model."))
-        return Rule(float(self.recipe.optim.layer_decay ** (last - layer)), decays(name, shape))
-
-    def load_pretrained(self, path: str, raw: Mapping[str, Tensor]) -> None:
-        """Take over an encoder or a classifier, ours, official or Hugging Face's, with a report."""
+    def take_start(self, path: str, raw: Mapping[str, Tensor]) -> None:
+        """Take over an encoder or a classifier."""
         start = self.recipe.start
         label_map = None if start.label_map is None else read_label_map(start.label_map)
-        detach(self.model)  # adapters are no part of a backbone's file
         load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, raw)
-        apply_tuning(self.model, self.recipe.tune)
-        self.average = self._new_average()  # of what is trained now, from what was loaded
-
-    def before_step(self, step: int, steps_per_epoch: int, total: int) -> None:
-        if isinstance(self.model, Backbone) and self.model.reorganisation is not None:
-            self.model.reorganisation.set_step(step, steps_per_epoch)
-
-    def after_step(self) -> None:
-        if self.average is not None:
-            self.average.update(self.model)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Give the clips as the model is given them, before mixing."""
         return {"augmented": batch["video"]}
-
-    def _new_average(self) -> WeightAverage | None:
-        ema = self.recipe.ema
-        return None if ema.decay is None else WeightAverage(self.model, ema.decay, ema.warmup)
 
     def _normalized(self, video: Tensor) -> Tensor:
         normalized: Tensor = self.normalization(unit_pixels(video))

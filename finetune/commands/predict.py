@@ -1,22 +1,24 @@
 """Command line of launch/predict.py."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.errors import TubeletError, WeightsError
 from pretrain.runtime.terminal import take_any_name
 
 if TYPE_CHECKING:
-    from finetune.classification.predictor import Predictor
+    from finetune.prediction import VideoPredictor
 
 #: Files that hold a graph with its facts, without recipe and checkpoint.
 GRAPHS = (".onnx", ".pt2")
 
 DESCRIPTION = """\
-Print the classes that a fine-tuned model sees in a video, and draw the frames that it was given.
+Print what a fine-tuned model sees in a video. Of a classifier: the classes, and a picture of the frames that it was
+given. Of a detector: who does what and when, and the video with boxes, tracks and actions drawn in.
 """
 EPILOG = """\
 examples:
@@ -24,6 +26,7 @@ examples:
   python launch/predict.py clip.mp4 --weights weights/vit_b_k400 --labels k400.txt --clips 5 --crops 3
   python launch/predict.py clip.mp4 --weights weights/vit_b_k400.onnx
   python launch/predict.py clip.mp4 --weights runs/vit_b_k400 --keep-rate 0.7
+  python launch/predict.py street.mp4 --weights runs/vit_b_ava --persons hog --out street_actions.mp4
 """
 
 
@@ -40,29 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from finetune.classification.predictor import predict_video, save_frames, with_names
+    from finetune.prediction import Question, ask
 
-    predictor = _predictor(arguments)
-    predictor = with_names(predictor, arguments.labels) if arguments.labels else predictor
-    found = predict_video(predictor, arguments.video, arguments.clips, arguments.crops, arguments.decoder)
-    views, frames, height, width = found.views.shape[:4]
-    print(f"{arguments.video}: {views} x {frames} frames of {height} x {width} pixels, {predictor.source}")
-    regression = predictor.task == "regression"
-    for number in range(len(found.values)) if regression else found.top(arguments.top):
-        value = float(found.values[number])
-        print(
-            f"  {value:10.4g}  {predictor.names[number]}"
-            if regression
-            else f"  {100 * value:5.1f} %  {predictor.names[number]}"
-        )
-    best = found.top(1)[0]
-    caption = "" if regression else f"{predictor.names[best]} {100 * float(found.values[best]):.1f} %"
-    out = arguments.out or Path(f"{PurePosixPath(arguments.video).stem}_prediction.png")
-    save_frames(found, caption, out)
-    print(f"picture: {out}")
+    task, predictor = _predictor(arguments)
+    options = {one.name: getattr(arguments, one.name) for one in dataclasses.fields(Question)}
+    answer = ask(predictor, task, arguments.video, Question(**options))
+    print("\n".join(answer.lines))
+    for what, path in answer.files.items():
+        print(f"{what}: {path}")
 
 
-def _predictor(arguments: argparse.Namespace) -> "Predictor":
+def _predictor(arguments: argparse.Namespace) -> "tuple[str, VideoPredictor]":
+    """Open what was trained: its task and its predictor."""
     from finetune.classification.fine_tuned import load_task, set_keep_rate
     from finetune.classification.predictor import predictor_of_graph
 
@@ -71,17 +63,17 @@ def _predictor(arguments: argparse.Namespace) -> "Predictor":
             raise WeightsError(
                 f"--keep-rate: {arguments.weights} is a graph of one rate; give the run or an export folder"
             )
-        return predictor_of_graph(Path(arguments.weights))
+        return "classification", predictor_of_graph(Path(arguments.weights))
     trained = load_task(arguments.weights)
     if arguments.keep_rate is not None:
         set_keep_rate(trained, arguments.keep_rate)
-    predictor: Predictor | None = trained.method.predictor(trained.objective, trained.source)
+    task, predictor = trained.recipe.objective.name, trained.method.predictor(trained.objective, trained.source)
     if predictor is None:
         raise WeightsError(
-            f"{arguments.weights}: objective {trained.recipe.objective.name} predicts no classes of a video; "
-            "classification does, tasks that inherit from it, and those that define Method.predictor"
+            f"{arguments.weights}: objective {task} has no answer about a video; classification and detection do, "
+            "tasks that inherit from them, and those that define Method.predictor"
         )
-    return predictor
+    return task, predictor
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,12 +87,25 @@ def _parser() -> argparse.ArgumentParser:
         ".onnx or a .pt2 file",
     )  # fmt: skip
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line or JSON (default: the run's)")
-    parser.add_argument("--top", type=_count, default=5, help="classes to print (default 5)")
-    parser.add_argument("--clips", type=_count, default=1, help="clips of the video (default 1: the middle)")
-    parser.add_argument("--crops", type=_count, default=1, help="crops of each clip (default 1: the centre)")
+    parser.add_argument("--top", type=_count, help="classes to print (default 5); actions at a box (default 3)")
+    parser.add_argument("--clips", type=_count, help="clips of the video (default 1: the middle)")
+    parser.add_argument("--crops", type=_count, help="crops of each clip (default 1: the centre)")
     parser.add_argument("--keep-rate", type=float, metavar="R", help="share of tokens that three blocks keep (EViT)")
     parser.add_argument("--decoder", help="decord, pyav or torchcodec (default: the recipe's)")
-    parser.add_argument("--out", type=Path, help="picture to write (default: VIDEO's name with _prediction.png, here)")
+    parser.add_argument(
+        "--persons", metavar="DETECTOR",
+        help="what finds the persons for a detector that is given boxes: hog (default; OpenCV's, no weights needed), "
+        "torchvision:MODEL:WEIGHTS_FILE, or MODULE:FUNCTION of your own",
+    )  # fmt: skip
+    parser.add_argument("--person-score", type=float, metavar="S", help="least score of a person (default 0.7)")
+    parser.add_argument(
+        "--every", type=float, dest="every_s", metavar="SECONDS", help="seconds between two keyframes (default 1)"
+    )
+    parser.add_argument("--csv", type=Path, help="file to write what was detected to, as launch/evaluate.py reads it")
+    parser.add_argument(
+        "--out", type=Path,
+        help="picture or video to write (default: VIDEO's name with _prediction.png or _actions.mp4, here)",
+    )  # fmt: skip
     return parser
 
 

@@ -15,6 +15,7 @@ HARMLESS = (
     "compute.activation_checkpointing",
     "compute.compile",
     "compute.matmul",
+    "data.affinity",
     "data.bad_attempts",
     "data.bad_minimum",
     "data.bad_rate",

@@ -58,6 +58,7 @@ def _examine(arguments: argparse.Namespace, kind: type[Recipe]) -> int:
     from pretrain.doctor.examine import examine
     from pretrain.doctor.network import listen
     from pretrain.objectives.base import method_of
+    from pretrain.runtime.cores import bind_to_device
     from pretrain.runtime.process_group import join, leave
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -66,6 +67,7 @@ def _examine(arguments: argparse.Namespace, kind: type[Recipe]) -> int:
     nccl = listen(os.environ)
     ranks = join(timeout_s=recipe.watchdog.join_s)
     try:
+        bind_to_device(ranks, recipe.data.affinity)
         lines = examine(method_of(recipe), ranks, nccl)
         if ranks.first:
             print(as_json(lines) if arguments.json else as_table(lines, ranks.world_size))

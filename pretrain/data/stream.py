@@ -31,8 +31,10 @@ from pretrain.data.fetch import RawSample, SampleReader, read_ahead
 from pretrain.data.handover import Handover, hand_over
 from pretrain.data.samples import Batch, Place, Sample, SampleMaker, Samples, SourceInfo
 from pretrain.data.stream_plan import StreamPlan
+from pretrain.data.workers import data_workers
 from pretrain.errors import DataError, TubeletError
 from pretrain.runtime import stacks
+from pretrain.runtime.cores import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ class TrainStream:
         rank: This rank.
         world_size: Number of ranks.
         start_step: Optimiser step (over all epochs) that the stream starts at.
-        workers: Data workers; None: as many as the plan's data section says.
+        workers: Data workers; None: as many as the plan's data section says, or this process has cores.
 
     Raises:
         RecipeError: batch.samples does not divide into micro-batches of the ranks.
@@ -128,7 +130,7 @@ class TrainStream:
         self.plan = plan
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.accumulation = self.plan.accumulation(world_size)
-        self._workers = plan.data.workers if workers is None else workers
+        self._workers = data_workers(plan.data, usable_cores()) if workers is None else workers
         if self._workers:
             _check_picklable(samples)
         _warn_of_small_cache(plan)

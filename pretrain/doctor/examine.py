@@ -20,6 +20,7 @@ from pretrain.data.stream_plan import OpenSource, open_sources
 from pretrain.doctor.links import check_links
 from pretrain.doctor.network import judge_network
 from pretrain.doctor.nvml import check_gpu
+from pretrain.engine.demand import demand_of
 from pretrain.engine.start_checks import check_clock, check_limits, check_same_everywhere, compare
 from pretrain.objectives.base import Method
 from pretrain.recipe.schema import Recipe
@@ -47,7 +48,7 @@ def examine(method: Method, ranks: Ranks, nccl: Path | None = None) -> list[Line
     recipe = method.recipe
     hosts = gather_objects(ranks, platform.node())
     findings = [
-        *check_limits(method, hosts, ranks),
+        *check_limits(method, ranks, demand_of(method, ranks)),
         *check_same_everywhere(recipe, ranks),
         compare(gather_objects(ranks, commit() or "no git checkout"), ranks.rank, "commit", essential=True),
         check_clock(ranks),

@@ -26,7 +26,7 @@ LEAST_CAPABILITY = (8, 9)
 
 
 class Fp8Product:
-    """Tokens [..., inputs] times a weight [outputs, inputs], plus a bias [outputs], in FP8; result in the tokens' format.
+    """A product in FP8: tokens [..., inputs], weight [outputs, inputs], bias [outputs]; result in the tokens' format.
 
     Args:
         kind: torchao's recipe, tensorwise or rowwise.

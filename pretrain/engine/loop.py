@@ -6,7 +6,7 @@ The same command starts and continues a run: what is done next follows from what
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from pretrain.engine.assemble import (
     keep_every,
     open_stream,
 )
+from pretrain.engine.demand import demand_of
 from pretrain.engine.evaluation import Best
 from pretrain.engine.evaluation import every_steps as evaluate_every_steps
 from pretrain.engine.optimiser import set_weight_decay
@@ -38,6 +39,7 @@ from pretrain.guards.results import StepResult
 from pretrain.models.frozen import frozen_notes
 from pretrain.objectives.base import Method, Objective
 from pretrain.recipe.show import show_recipe
+from pretrain.runtime.cores import bind_to_device
 from pretrain.runtime.disk import advice
 from pretrain.runtime.environment import versions
 from pretrain.runtime.logging import set_up_logging
@@ -70,6 +72,7 @@ def train(method: Method, resume: str = "auto") -> int:
     ranks = join(timeout_s=recipe.watchdog.join_s)
     folder, hold = open_folder(recipe.run.dir, ranks, recipe.watchdog.beat_s)
     set_up_logging(ranks.rank, folder.logs)
+    bind_to_device(ranks, recipe.data.affinity)
     stop = StopWatch(folder.root, ranks.first, recipe.run.time_limit_minutes)
     watchdog = Watchdog(recipe.watchdog, recipe.data.deadline_s, folder.root, ranks, hold.check)
     try:
@@ -89,8 +92,9 @@ def _train(
     method: Method, resume: str, ranks: Ranks, folder: RunFolder, hold: Hold, stop: StopWatch, watchdog: Watchdog
 ) -> int:
     recipe = method.recipe
-    check_hosts(method, ranks)
-    plan = open_plan(recipe.data, recipe.batch, recipe.run.seed)
+    demand = demand_of(method, ranks)
+    check_hosts(method, ranks, demand)
+    plan = open_plan(replace(recipe.data, workers=demand.workers), recipe.batch, recipe.run.seed)
     check_data(fingerprints(plan.sources), ranks)
     tell_unhashed(plan.sources, ranks)
     schedule = build_schedule(recipe, plan.steps_per_epoch)

@@ -21,6 +21,7 @@ from pretrain.checkpoint.same_run import differences, flat
 from pretrain.data.index import describe_unhashed
 from pretrain.data.stream_plan import OpenSource
 from pretrain.engine.build import count_model
+from pretrain.engine.demand import Demand
 from pretrain.engine.model_states import checkpoint_bytes
 from pretrain.errors import TrainingError
 from pretrain.objectives.base import Method
@@ -45,20 +46,26 @@ SKEW_S, REFUSED_SKEW_S = 2.0, 600.0
 PLACES = ("data.root", "data.cache_dir", "health.shards", "run.init_weights")
 
 
-def examine_start(method: Method, ranks: Ranks) -> list[Line]:
+def examine_start(method: Method, ranks: Ranks, demand: Demand) -> list[Line]:
     """Make the checks of every start: seconds, and nothing is written."""
     hosts = gather_objects(ranks, platform.node())
-    findings = [*check_limits(method, hosts, ranks), *check_same_everywhere(method.recipe, ranks), check_clock(ranks)]
+    limits = check_limits(method, ranks, demand)
+    findings = [*limits, *check_same_everywhere(method.recipe, ranks), check_clock(ranks)]
     return merge(gather_objects(ranks, findings), hosts)
 
 
-def check_hosts(method: Method, ranks: Ranks) -> None:
+def check_hosts(method: Method, ranks: Ranks, demand: Demand) -> None:
     """Make the checks of a start: warn of what is odd, refuse what would end or spoil the run.
+
+    Args:
+        method: The run.
+        ranks: This process among all.
+        demand: What its data workers take.
 
     Raises:
         TrainingError: some check failed; all of them are in the message.
     """
-    _judge(examine_start(method, ranks), ranks)
+    _judge(examine_start(method, ranks, demand), ranks)
 
 
 def check_data(fingerprints: Mapping[str, str], ranks: Ranks) -> None:
@@ -98,15 +105,13 @@ def _judge(lines: list[Line], ranks: Ranks) -> None:
         raise TrainingError("\n  - ".join([f"{len(failed)} checks of the hosts failed ({more}):", *failed]))
 
 
-def check_limits(method: Method, hosts: list[str], ranks: Ranks) -> Iterator[Finding]:
+def check_limits(method: Method, ranks: Ranks, demand: Demand) -> Iterator[Finding]:
     """Check this host's limits against what the run will ask of it."""
-    recipe, data = method.recipe, method.recipe.data
-    yield host_checks.check_descriptors(data.workers, data.prefetch)
-    yield host_checks.check_temporary_folder(data.workers)
+    recipe = method.recipe
+    yield host_checks.check_descriptors(demand.workers, recipe.data.prefetch)
+    yield host_checks.check_temporary_folder(demand.workers)
     yield host_checks.check_address_space()
-    local_ranks = hosts.count(hosts[ranks.rank])
-    row = sum(value.nbytes for value in method.example(1).values() if isinstance(value, torch.Tensor))
-    yield host_checks.check_shared_memory(local_ranks * data.workers * data.prefetch * recipe.batch.micro * row)
+    yield host_checks.check_shared_memory(demand.workers, demand.bytes_each)
     if ranks.first and storage.is_local(recipe.run.dir):
         size, kept = checkpoint_bytes(recipe, count_model(method)), recipe.checkpoint.keep_last
         yield host_checks.check_disk_space(Path(recipe.run.dir).absolute(), size, kept)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from pretrain.errors import RecipeError
+from pretrain.models.cubes import Grid
 from pretrain.models.recompute import Recompute
 from pretrain.recipe.components import load_component
 from pretrain.recipe.schema import Recipe
@@ -112,6 +113,34 @@ class Classifier(Architecture):
 
         0 is the embedding; the head and what stands behind the blocks belong to the last layer.
         """
+
+    def token_grid(self, frames: int, height: int, width: int) -> Grid:
+        """Tell where the tokens lie that `forward_features(pixels, pooled=False)` gives of a clip: the last ones, in
+        the order (t, y, x), behind class tokens.
+
+        Raises:
+            RecipeError: this kind of model has no tokens on a grid, or the size does not fit.
+        """
+        raise RecipeError(
+            f"model.name={self.config.name}: has no tokens on a grid, which this task pools from; take classifier or "
+            "image_vit, or give your architecture a `token_grid`"
+        )
+
+
+class Detector(Architecture):
+    """A model that finds persons and tells their actions: forward(pixels, sizes of the frames) -> predictions.
+
+    Its boxes come from itself; a backbone for boxes that are given is a `Classifier`. Rows of a batch may have frames
+    of any size, padded to the largest.
+    """
+
+    @abc.abstractmethod
+    def cost(self) -> Cost:
+        """Count the work of one row's forward pass, at the size that the input section names."""
+
+    @abc.abstractmethod
+    def layer_of(self, name: str) -> tuple[int, int]:
+        """Tell a parameter's layer and the last layer's number, see `Classifier`."""
 
 
 def architecture_of(recipe: Recipe, kind: Any = Architecture) -> Any:

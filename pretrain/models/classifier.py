@@ -133,6 +133,13 @@ def check(config: Config, frames: int, height: int, width: int) -> list[str]:
     return problems
 
 
+def varying_problems(config: Config, varies: bool) -> list[str]:
+    """List what keeps a model from taking clips of any size."""
+    if not varies or config.positions == "interpolate":
+        return []
+    return [f"model.positions: found {config.positions}, allowed with clips that vary in size: interpolate"]
+
+
 class VideoClassifier(Backbone):
     """Space-time ViT with a head.
 
@@ -140,6 +147,7 @@ class VideoClassifier(Backbone):
         config: model section of the recipe.
         frames, height, width: size of a clip, pixels.
         activation_checkpointing: recompute each block in the backward pass.
+        varies: take clips of any size, for which positions are stretched.
 
     Raises:
         RecipeError: the configuration can't be built for this clip size.
@@ -150,15 +158,16 @@ class VideoClassifier(Backbone):
     added_class: AddedClass | None
 
     def __init__(
-        self, config: Config, frames: int, height: int, width: int, activation_checkpointing: Recompute = False
-    ) -> None:
-        problems = check(config, frames, height, width)
+        self, config: Config, frames: int, height: int, width: int, activation_checkpointing: Recompute = False,
+        varies: bool = False,
+    ) -> None:  # fmt: skip
+        problems = check(config, frames, height, width) + varying_problems(config, varies)
         if problems:
             raise RecipeError(problems)
         full, shape = resolve(config), shape_of(config)
         added = full.tokens.score == "added_class"
         super().__init__(shape.dim, int(added), activation_checkpointing)
-        self.config, self.shape = full, shape
+        self.config, self.shape, self.varies = full, shape, varies
         self.grid = grid_of(frames, height, width, shape.tubelet, shape.patch_size)
         self.patch_embed = CubeEmbedding(shape.dim, shape.tubelet, shape.patch_size)
         self.positions = _positions(full, shape, self.grid)
@@ -186,14 +195,14 @@ class VideoClassifier(Backbone):
         """Compute features of clips.
 
         Args:
-            video: ImageNet-normalised pixels [B, T, H, W, 3] of the size that the model was built for; cast to the
-                weights' type here.
+            video: ImageNet-normalised pixels [B, T, H, W, 3] of the size that the model was built for (of any where
+                it `varies`); cast to the weights' type here.
             pooled: one vector a clip, [B, C]; else those of all tokens, [B, N, C] in the order (t, y, x), behind
                 the last block (and `norm`, where the model has it). Where tokens are dropped, `encode` tells which.
             keep_rate: run-time keep rate, where the model drops tokens.
         """
         tokens = self.encode(video, keep_rate)
-        return self.pool(tokens) if pooled else self._normed(tokens.x)[:, self.class_tokens :]
+        return self.pool(tokens) if pooled else self.normed(tokens.x)[:, self.class_tokens :]
 
     def encode(
         self,
@@ -202,31 +211,39 @@ class VideoClassifier(Backbone):
         counts: int | Sequence[int | None] | None = None,
     ) -> Tokens:
         """Compute the tokens behind the last block, with their origins where some were dropped."""
-        return self.run(self.embed(video), self.grid.time, keep_rate, counts)
+        return self.run(self.embed(video), video.shape[1] // self.shape.tubelet, keep_rate, counts)
 
     def embed(self, video: Tensor) -> Tensor:
         """Embed clips as tokens [B, c+N, C] with positions, as they enter the first block."""
-        found, expected = tuple(video.shape[1:4]), self._size()
+        frames, height, width = video.shape[1:4]
+        found, expected = (frames, height, width), self._size()
         # The position table is for one grid: another clip with as many tokens would run and mean other places.
-        if found != expected:
+        if found != expected and not self.varies:
             raise RecipeError(f"clips of {found} (frames, height, width) for a model built for {expected}")
         cubes = cut_cubes(video, self.shape.tubelet, self.shape.patch_size)
         tokens = self.patch_embed(cubes.to(self.patch_embed.proj.weight.dtype))
-        tokens = tokens + self.positions.table.to(tokens.dtype)
+        tokens = tokens + self._table(found).to(tokens.dtype)
         return self.dropout(tokens if self.added_class is None else self.added_class(tokens))
 
     def pool(self, tokens: Tokens) -> Tensor:
         """Pool to features [B, C]: `fc_norm` of the mean or of the class token, or token 0 behind `norm`."""
         if self.fc_norm is None:
-            return self._normed(tokens.x)[:, self.class_tokens]
+            return self.normed(tokens.x)[:, self.class_tokens]
         return self.fc_norm(tokens.x[:, 0] if self.config.pooling == "class" else self.mean_tokens(tokens))
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Compute logits [B, classes] of features [B, C]."""
         return self.head(self.head_dropout(features))
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def normed(self, x: Tensor) -> Tensor:
+        """Apply the norm behind the last block to tokens, where the model has one there."""
         return x if self.norm is None else self.norm(x)
+
+    def _table(self, size: tuple[int, int, int]) -> Tensor:
+        if size == self._size():
+            return self.positions.table
+        assert isinstance(self.positions, InterpolatedPositions), "checked when it was built"
+        return self.positions.table_of(grid_of(*size, self.shape.tubelet, self.shape.patch_size))
 
     def _size(self) -> tuple[int, int, int]:
         grid, patch = self.grid, self.shape.patch_size
@@ -250,11 +267,15 @@ class VideoClassifierArchitecture(Classifier):
         return resolve(config)
 
     def problems(self) -> list[str]:
-        return check(self.config, *self.input.size)
+        return check(self.config, *self.input.size) + varying_problems(self.config, self.input.VARIES)
 
     def build(self, activation_checkpointing: Recompute = False) -> VideoClassifier:
         frames, height, width = self.input.size
-        return VideoClassifier(self.config, frames, height, width, activation_checkpointing)
+        return VideoClassifier(self.config, frames, height, width, activation_checkpointing, self.input.VARIES)
+
+    def token_grid(self, frames: int, height: int, width: int) -> Grid:
+        shape = shape_of(self.config)
+        return grid_of(frames, height, width, shape.tubelet, shape.patch_size)
 
     @property
     def grid(self) -> Grid:

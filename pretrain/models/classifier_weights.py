@@ -38,6 +38,7 @@ def load_pretrained(
     head: Literal["match", "new"] = "match",
     label_map: Sequence[int] | None = None,
     raw: Mapping[str, Tensor] | None = None,
+    fresh_norm: bool = False,
 ) -> LoadReport:
     """Start a classifier from a checkpoint, with a report.
 
@@ -49,6 +50,8 @@ def load_pretrained(
         head: `match` takes the file's head where its shape fits, `new` never.
         label_map: file's class of each of the model's classes (`read_label_map`): the head is cut out by it.
         raw: the weights, where the caller has read them; `path` then only names them.
+        fresh_norm: a model with a norm of all tokens (`norm`) may start from a mean-pooled classifier, whose `fc_norm`
+            is another one: it is left out, and `norm` keeps its first values (VideoMAE's action detector).
 
     Raises:
         WeightsError: the backbone is incomplete, has another shape, or a config.json contradicts the model.
@@ -67,6 +70,9 @@ def load_pretrained(
     # A fine-tuned file must bring its fc_norm; an encoder has none, and the head is looked at by `_fit_head`.
     allowed = ["head.*", "added_class.*"] + (["fc_norm.*"] if pretrained else [])
     dropped = () if "norm.weight" in own else ("norm.*",)
+    if fresh_norm and "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:
+        logger.warning("the checkpoint's fc_norm is left out: it is of pooled features, and norm starts fresh")
+        allowed, dropped = [*allowed, "norm.*"], ("fc_norm.*",)
     problems = _config_problems(model, path)
     return weights.load_state(model, state, report, allowed, (*IGNORED[:3], *dropped), problems)
 

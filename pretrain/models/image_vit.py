@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pretrain.errors import RecipeError
 from pretrain.models.backbone import Backbone, build_head, layer_id
 from pretrain.models.base import Classifier, Cost
-from pretrain.models.cubes import Grid, grid_problems
+from pretrain.models.cubes import Grid, grid_of, grid_problems
 from pretrain.models.dropout import drop_path_rates
 from pretrain.models.encoder import attention_macs, mlp_macs, size_problems
 from pretrain.models.linear import truncated_normal
@@ -126,7 +126,7 @@ class ImageViT(Backbone):
     ) -> Tensor:
         """Compute features [B, C], or with `pooled` false those of all tokens, the class token first, [B, 1+N, C]."""
         tokens = self.encode(images, keep_rate, counts)
-        return self.pool(tokens) if pooled else self._normed(tokens.x)
+        return self.pool(tokens) if pooled else self.normed(tokens.x)
 
     def encode(
         self,
@@ -161,7 +161,7 @@ class ImageViT(Backbone):
     def pool(self, tokens: Tokens) -> Tensor:
         """Pool to features [B, C]: the class token behind `norm`, or `fc_norm` of the other tokens' mean."""
         if self.fc_norm is None:
-            return self._normed(tokens.x)[:, 0]
+            return self.normed(tokens.x)[:, 0]
         return self.fc_norm(self.mean_tokens(tokens))
 
     def forward_head(self, features: Tensor) -> Tensor:
@@ -169,7 +169,8 @@ class ImageViT(Backbone):
         logits: Tensor = self.head(features)
         return logits
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def normed(self, x: Tensor) -> Tensor:
+        """Apply the norm behind the last block to tokens, where the model has one there."""
         return x if self.norm is None else self.norm(x)
 
 
@@ -216,6 +217,9 @@ class ImageViTArchitecture(Classifier):
 
     def layer_of(self, name: str) -> tuple[int, int]:
         return layer_id(name, self.config.depth), self.config.depth + 1
+
+    def token_grid(self, frames: int, height: int, width: int) -> Grid:
+        return grid_of(frames, height, width, 1, self.config.patch_size)
 
     @property
     def _tokens(self) -> int:

@@ -1,6 +1,6 @@
-"""Pixels as networks take them: float32 in [0, 1], normalised by ImageNet's statistics."""
+"""Pixels as networks take them: float32 in [0, 1], normalised by ImageNet's statistics or others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,22 +11,30 @@ from pretrain.data.media import MEAN, STD
 
 
 class PixelNormalization(nn.Module):
-    """ImageNet normalisation of pixels in [0, 1] with channels last; stays float32 when the model is cast."""
+    """Normalisation of pixels in [0, 1] with channels last; stays float32 when the model is cast.
+
+    Args:
+        mean: of red, green and blue; default: ImageNet's.
+        std: deviation of each.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
         super().__init__()
-        # From NumPy: deepspeed.zero.Init rounds what torch's constructors make to the weights' type.
-        self.register_buffer("mean", torch.from_numpy(np.array(MEAN, np.float32)), persistent=False)
-        self.register_buffer("std", torch.from_numpy(np.array(STD, np.float32)), persistent=False)
+        self._statistics = {"mean": np.array(mean, np.float32), "std": np.array(std, np.float32)}
+        for name, values in self._statistics.items():
+            # From NumPy: deepspeed.zero.Init rounds what torch's constructors make to the weights' type.
+            self.register_buffer(name, torch.from_numpy(values.copy()), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         # A cast to bfloat16 would leave 8 bits of the statistics; only the device is followed.
-        self.mean = torch.from_numpy(np.array(MEAN, np.float32)).to(self.mean.device)
-        self.std = torch.from_numpy(np.array(STD, np.float32)).to(self.std.device)
+        self.mean, self.std = (
+            torch.from_numpy(values.copy()).to(getattr(self, name).device)
+            for name, values in self._statistics.items()
+        )
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:

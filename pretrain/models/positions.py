@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from pretrain.models.cubes import Grid
 
+#: Tables of other sizes than a model was built for that are kept; of ViT-L on films one takes 15 MB.
+KEPT_GRIDS = 8
+
 
 def sinusoid_table(tokens: int, dim: int) -> Tensor:
     """Compute the 1-D sinusoid of VideoMAE, float32 [tokens, dim].
@@ -70,12 +73,27 @@ class InterpolatedPositions(SinCosPositions):
 
     def __init__(self, grid: Grid, source: Grid, dim: int) -> None:
         self.grid, self.source = grid, source  # before the base class, whose constructor calls make_table
+        self._others: dict[Grid, Tensor] = {}
         super().__init__(grid.tokens, dim)
 
     def make_table(self) -> Tensor:
         """Compute the stretched table, float32 on the CPU."""
-        table = sinusoid_table(self.source.tokens, self.shape[1])
-        return stretch_table(table, self.source, self.grid)
+        return self._stretched(self.grid)
+
+    def table_of(self, grid: Grid) -> Tensor:
+        """Give the table [tokens, dim] of any grid, where clips vary in size; the last few sizes are kept."""
+        if grid == self.grid:
+            return self.table
+        if grid not in self._others:
+            if len(self._others) >= KEPT_GRIDS:
+                self._others.pop(next(iter(self._others)))
+            self._others[grid] = self._stretched(grid)
+        # Another device since: a model that has moved.
+        self._others[grid] = self._others[grid].to(self.table.device)
+        return self._others[grid]
+
+    def _stretched(self, grid: Grid) -> Tensor:
+        return stretch_table(sinusoid_table(self.source.tokens, self.shape[1]), self.source, grid)
 
 
 def stretch_table(table: Tensor, source: Grid, grid: Grid) -> Tensor:

@@ -31,7 +31,7 @@ class Step:
     score: Tensor
     """[B, n]"""
     kept: Tensor
-    """[B, k], highest score first (with `per_frame`: slice by slice)"""
+    """[B, k], highest score first (with `per_frame`: slice by slice; with `in_order`: ascending)"""
     dropped: Tensor
     """[B, n-k], ascending"""
 
@@ -47,6 +47,8 @@ class Tokens:
     origin: Tensor | None = None
     """[B, n] index of the original token, -1 for a fused one; None: all are there, in order"""
     steps: list[Step] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    """tokens behind the blocks that were asked for"""
 
 
 class TokenReorganisation:
@@ -56,15 +58,17 @@ class TokenReorganisation:
         rates: keep rate of each block, 1 where nothing is dropped.
         score: `class` needs exactly one class token in front; `received` takes any model, `keyframe` one with slices.
         config: fusing and stratification; its rate and blocks are not read, `rates` says them.
+        in_order: kept tokens stay in the order of their places instead of coming highest score first.
 
     Attributes:
         rate: keep rate of the dropping blocks from now on; None: as constructed. Set by a schedule while training.
     """
 
-    def __init__(self, rates: Sequence[float], score: Kind, config: Reorganisation) -> None:
+    def __init__(self, rates: Sequence[float], score: Kind, config: Reorganisation, in_order: bool = False) -> None:
         self.rates = tuple(float(rate) for rate in rates)
         self.score = score
         self.config = config
+        self.in_order = in_order
         self.rate: float | None = None
 
     def set_step(self, step: int, steps_per_epoch: int) -> None:
@@ -81,6 +85,7 @@ class TokenReorganisation:
         keep_rate: float | Sequence[float] | None = None,
         counts: int | Sequence[int | None] | None = None,
         recompute: Recompute = False,
+        outputs: Sequence[int] = (),
     ) -> Tokens:
         """Run tokens [B, c+n, C] through all blocks.
 
@@ -92,6 +97,7 @@ class TokenReorganisation:
             keep_rate: of this call, one number or one a block; acts only in dropping blocks and only below 1.
             counts: tokens to keep, one number or one a block (None: by rate); acts in any block.
             recompute: activation checkpointing.
+            outputs: blocks, ascending, whose tokens are returned too.
         """
         if self.score == "class" and class_tokens != 1:
             raise RecipeError("token reorganisation by class attention needs a class token; use score `received`")
@@ -105,14 +111,18 @@ class TokenReorganisation:
             kept = self._kept(index, tokens - (fused if self.config.per_frame else 0), slices, keep_rate, counts)
             if kept is None:
                 state.x = maybe_recompute(recompute, block, state.x)
-                continue
-            if kept <= held:
+            elif kept <= held:
                 raise RecipeError(f"block {index}: {kept} of {tokens} tokens leave none beside the keyframe's {held}")
-            strata = slices if self.config.per_frame else 1
-            reduction = _Reduction(self.config, self.score, index, class_tokens, strata, fused, kept, held)
-            state.x, step = maybe_recompute(recompute, block, state.x, reduction)
-            self._account(state, step)
-            fused = int(self.config.fuse)
+            else:
+                strata = slices if self.config.per_frame else 1
+                reduction = _Reduction(
+                    self.config, self.score, index, class_tokens, strata, fused, kept, held, self.in_order
+                )
+                state.x, step = maybe_recompute(recompute, block, state.x, reduction)
+                self._account(state, step)
+                fused = int(self.config.fuse)
+            if index in outputs:
+                state.outputs.append(state.x)
         return state
 
     def _start(self, x: Tensor, class_tokens: int, slices: int) -> Tokens:
@@ -180,6 +190,7 @@ class _Reduction:
     fused: int
     kept: int
     held: int = 0
+    in_order: bool = False
 
     def score(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """Score tokens [B, c+n], float32: in half precision ties are common, and their order depends on the device."""
@@ -213,12 +224,17 @@ class _Reduction:
     def _choose(self, score: Tensor) -> Tensor:
         """Choose the kept tokens [B, k]. In slices, a fused token from before is fused again: it belongs to none."""
         if self.held:
-            best = score[:, self.held :].topk(self.kept - self.held, dim=1, sorted=True).indices + self.held
+            best = self._best(score[:, self.held :], self.kept - self.held) + self.held
             first = torch.arange(self.held, device=score.device).expand(len(score), -1)
             return torch.cat((first, best), dim=1)
         if self.slices == 1:
-            return score.topk(self.kept, dim=1, sorted=True).indices
+            return self._best(score, self.kept)
         sliced = score[:, : score.shape[1] - self.fused].unflatten(1, (self.slices, -1))
         best = sliced.topk(self.kept // self.slices, dim=2, sorted=True).indices
         first = torch.arange(self.slices, device=score.device)[:, None] * sliced.shape[2]
         return (best + first).flatten(1)
+
+    def _best(self, score: Tensor, count: int) -> Tensor:
+        """Choose the `count` highest scores of [B, n]."""
+        best = score.topk(count, dim=1, sorted=True).indices
+        return best.sort(dim=1).values if self.in_order else best

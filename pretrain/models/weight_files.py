@@ -17,8 +17,9 @@ from pretrain.models.torchscript import is_torchscript, read_torchscript
 from pretrain.runtime import storage
 from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, foreign_objects, inner_name, parse_json
 
-#: Where checkpoints keep the weights, in the order of preference (official fine-tuning code looks in the same order).
-CONTAINERS = ("model", "module", "state_dict")
+#: Where checkpoints keep the weights, in the order of preference (official fine-tuning code looks in the same order;
+#: `model_state` is SlowFast's, and so EVAD's).
+CONTAINERS = ("model", "module", "state_dict", "model_state")
 #: Files in a folder, best first.
 FOLDER_FILES = (
     "model.safetensors",

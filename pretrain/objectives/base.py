@@ -258,7 +258,7 @@ class Method(abc.ABC):
         return None
 
     def predictor(self, objective: Objective, source: Path) -> Any:
-        """Give what launch/predict.py asks about one video, a finetune.classification.predictor.Predictor.
+        """Give what launch/predict.py asks about one video, a finetune.prediction.VideoPredictor.
 
         Args:
             objective: trained, in evaluation mode.

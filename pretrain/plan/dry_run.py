@@ -24,6 +24,7 @@ from pretrain.objectives.base import Method, Objective
 from pretrain.plan.indices import epoch_of, find_indices, source_size
 from pretrain.recipe.rates import actual_rates, rate_scales
 from pretrain.recipe.schema import Recipe, Source
+from pretrain.runtime.cores import usable_cores
 from pretrain.runtime.dtypes import DTYPES
 
 #: A forward pass costs one, a backward pass two of it; recomputing activations adds another.
@@ -140,6 +141,7 @@ def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]
         unusable.append((f"  {name}", f"no index.json in {place}" if absent else told))
     for name, share in _shares(recipe, indices).items():
         section.add(name, _found(recipe.data.sources[name], indices[name]), share)
+    section.add("data workers", *_workers(recipe))
     if unusable:
         section.add("MISSING", f"{len(unusable)} of {len(indices)}", "training needs every source")
         section.rows += [(name, problem, "") for name, problem in unusable]
@@ -149,6 +151,13 @@ def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]
         section.add("  if they lie elsewhere", "data.root=FOLDER_OR_URL, or TUBELET_DATA in the environment")
         section.add("  to do without one", f"data.sources.{unusable[-1][0].strip()}=null")
     return section, indices
+
+
+def _workers(recipe: Recipe) -> tuple[str, str]:
+    """Say how many data workers a rank has, and why."""
+    if recipe.data.workers is not None:
+        return f"{recipe.data.workers} for each rank", "data.workers"
+    return "one for each core", f"that falls to a rank, as /dev/shm has room; {usable_cores()} cores on this host"
 
 
 def _found(source: Source, index: ShardIndex | None) -> str:

@@ -122,7 +122,7 @@ class Planner:
         recipe, gpu = self.recipe, self.gpu
         if gpus < 1 or recipe.batch.samples % gpus:
             raise RecipeError(f"--gpus {gpus}: must divide batch.samples={recipe.batch.samples}")
-        states = self._memory(gpus, activations=0.0)
+        states = self._memory(gpus)
         largest = self._largest_micro(gpus, states)
         micro, problems = self._choose_micro(gpus, largest, states)
         # Only where the ranks divide the lanes has each rank lanes of its own, which keeps its reads close together.
@@ -150,7 +150,7 @@ class Planner:
             accumulation=accumulation,
             trace=trace,
             published_macs=self.method.cost().macs,
-            memory=self._memory(gpus, trace.peak_bytes),
+            memory=self._memory(gpus, trace.peak_bytes, trace.batch_bytes),
             traffic=traffic,
             communication_s=seconds_of(traffic.total, gpu, gpus),
             times=times,
@@ -162,8 +162,8 @@ class Planner:
             problems=problems + shortages(recipe, feeding, self.resources),
         )
 
-    def _memory(self, gpus: int, activations: float) -> Memory:
-        return memory_of(self.recipe, self.size, gpus, activations)
+    def _memory(self, gpus: int, activations: float = 0.0, ahead: float = 0.0) -> Memory:
+        return memory_of(self.recipe, self.size, gpus, activations, ahead)
 
     def _steps(self) -> int | None:
         if self.epoch_steps is None:
@@ -193,7 +193,8 @@ class Planner:
 
     def _largest_micro(self, gpus: int, states: Memory) -> int:
         """Count the videos whose activations fit beside the states: they grow by the same amount with each one."""
-        one, two = self.trace(1).peak_bytes, self.trace(2).peak_bytes
+        # Each video's own bytes twice: the next micro-batch is copied while this one is trained on.
+        one, two = (trace.peak_bytes + trace.batch_bytes for trace in (self.trace(1), self.trace(2)))
         room = self.gpu.memory * USABLE - OVERHEAD
         if states.total > room:
             return 0

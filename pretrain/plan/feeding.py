@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pretrain.data.index import ShardIndex
+from pretrain.data.workers import data_workers
 from pretrain.recipe.schema import Recipe
 
 #: Milliseconds of one core to fetch, decode, crop and mask one clip; bench/loader.py measures it.
@@ -35,6 +36,7 @@ class Feeding:
     Attributes:
         videos_per_s: decoded videos a second, whole job.
         cores: busy decoding cores for each accelerator.
+        workers: data workers for each accelerator, as the recipe says or by the cores that are there.
         store_gbs: GB/s from the store, whole job.
         video_bytes: bytes of one packed video.
         measured_bytes: whether that comes from the data's index.
@@ -42,6 +44,7 @@ class Feeding:
 
     videos_per_s: float
     cores: float
+    workers: int
     store_gbs: float
     video_bytes: float
     measured_bytes: bool
@@ -54,7 +57,14 @@ def feeding_of(
     samples = sum(index.samples for index in indices)
     size = sum(shard.bytes for index in indices for shard in index.shards) / samples if samples else VIDEO_BYTES
     seconds = (resources.decode_ms + resources.view_ms * (recipe.input.views - 1)) / 1e3
-    return Feeding(videos_per_s, videos_per_s * seconds / ranks, videos_per_s * size / 1e9, size, bool(samples))
+    return Feeding(
+        videos_per_s=videos_per_s,
+        cores=videos_per_s * seconds / ranks,
+        workers=data_workers(recipe.data, int(resources.cores)),
+        store_gbs=videos_per_s * size / 1e9,
+        video_bytes=size,
+        measured_bytes=bool(samples),
+    )
 
 
 def shortages(recipe: Recipe, feeding: Feeding, resources: Resources) -> list[str]:
@@ -67,10 +77,11 @@ def shortages(recipe: Recipe, feeding: Feeding, resources: Resources) -> list[st
             f"{recipe.input.views}; further views of a decoded clip are nearly free), pack with the default stream "
             "(docs/data.md), or take nodes with more cores"
         )
-    elif feeding.cores > recipe.data.workers:
+    elif recipe.data.workers is not None and feeding.cores > recipe.data.workers:
+        enough = int(feeding.cores * 1.2) + 1
         found.append(
             f"decoding needs {feeding.cores:.1f} busy workers for each accelerator, data.workers="
-            f"{recipe.data.workers}: set data.workers={int(feeding.cores * 1.2) + 1}"
+            f"{recipe.data.workers}: set data.workers={enough if enough <= resources.cores else 'null'}"
         )
     if resources.store_gbs is not None and feeding.store_gbs > resources.store_gbs:
         found.append(

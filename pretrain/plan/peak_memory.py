@@ -29,7 +29,8 @@ class Memory:
         weights: in the computing format, sharded at ZeRO 3; and frozen towers, whole.
         gradients: as far as they are kept at that moment.
         optimiser: float32 weights where they are not the weights themselves, and moments; sharded from ZeRO 1 on.
-        buffers: the model's own, communication buckets, gathered weights, copies of gradients, temporaries.
+        buffers: the model's own, communication buckets, gathered weights, copies of gradients, temporaries, and the
+            micro-batch that is copied ahead.
         activations: what the backward pass needs, and temporaries.
         host: states offloaded to host memory, not part of the sum.
     """
@@ -61,7 +62,9 @@ class MemoryMoment:
         return self.gradients + self.buffers + self.activations
 
 
-def memory_of(recipe: Recipe, size: ModelSize, ranks: int, activations: float, on_cpu: bool = False) -> Memory:
+def memory_of(
+    recipe: Recipe, size: ModelSize, ranks: int, activations: float, ahead: float = 0.0, on_cpu: bool = False
+) -> Memory:
     """Compute the memory of one rank.
 
     Args:
@@ -69,6 +72,7 @@ def memory_of(recipe: Recipe, size: ModelSize, ranks: int, activations: float, o
         size: of the model.
         ranks: over which ZeRO shards.
         activations: peak bytes of a micro-batch.
+        ahead: bytes of the next one, which lies on the device while this one is trained on (engine/prefetch.py).
         on_cpu: communication does not overlap there, and the optimiser's update is no fused kernel.
     """
     states = model_states(recipe, size, ranks)
@@ -82,7 +86,7 @@ def memory_of(recipe: Recipe, size: ModelSize, ranks: int, activations: float, o
         weights=held("weights"),
         gradients=moment.gradients,
         optimiser=held("optimiser"),
-        buffers=held("buffers") + moment.buffers,
+        buffers=held("buffers") + moment.buffers + ahead,
         activations=moment.activations,
         host=held("optimiser", host=True) + held("gradients", host=True),
     )

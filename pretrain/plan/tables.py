@@ -25,7 +25,7 @@ def sections(recipe: Recipe, plan: Estimate, resources: Resources) -> list[Secti
         _work(plan),
         _memory(recipe, plan),
         _step(recipe, plan),
-        _feeding(plan, resources),
+        _feeding(recipe, plan, resources),
         _run(plan),
         _problems(plan),
     ]
@@ -85,11 +85,13 @@ def _step(recipe: Recipe, plan: Estimate) -> Section:
     return section
 
 
-def _feeding(plan: Estimate, resources: Resources) -> Section:
+def _feeding(recipe: Recipe, plan: Estimate, resources: Resources) -> Section:
     section, need = Section("feeding it"), plan.feeding
     section.add("videos", f"{need.videos_per_s:,.0f} a second", "decoded once, for all their views")
     remark = f"{resources.decode_ms:g} ms a video; {resources.cores:g} there"
     section.add("decoding cores", f"{need.cores:.1f} for each accelerator", remark)
+    asked = "one for each core" if recipe.data.workers is None else "data.workers"
+    section.add("data workers", f"{need.workers} for each accelerator", asked)
     origin = "from the index" if need.measured_bytes else "assumed, no shards found"
     there = "" if resources.store_gbs is None else f"; {resources.store_gbs:g} GB/s there"
     remark = f"{need.video_bytes / 1e6:.2f} MB a video, {origin}{there}"

@@ -66,12 +66,14 @@ class Trace:
         operations: kernels in their order; those of the backward pass have the part `backward`.
         peak_bytes: most memory held at once beside weights and accumulated gradients: activations and temporaries.
         largest_bytes: largest single tensor.
+        batch_bytes: the micro-batch itself, as it comes from the data workers; part of `peak_bytes`.
     """
 
     clips: int
     operations: list[Operation]
     peak_bytes: int
     largest_bytes: int
+    batch_bytes: int
 
     def flops(self, part: str | None = None) -> float:
         """Count the operations of one part, or of all."""
@@ -131,7 +133,8 @@ def trace_step(method: Method, micro: int, on_cpu: bool = False) -> Trace:
                     counter.part = BACKWARD
                     loss.backward()
                     del loss  # a turn's graph is gone when the next one begins
-    return Trace(micro * method.recipe.input.views, counter.operations, counter.peak, counter.largest)
+    size = sum(_size(value) for value in made_up.values() if isinstance(value, Tensor))
+    return Trace(micro * method.recipe.input.views, counter.operations, counter.peak, counter.largest, size)
 
 
 @contextmanager

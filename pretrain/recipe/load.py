@@ -1,5 +1,7 @@
 """Reading of a recipe: from its name and `key=value` words to a typed Recipe, all that is wrong reported at once."""
 
+import copy
+import functools
 import os
 import types
 from dataclasses import dataclass, field, is_dataclass
@@ -70,7 +72,7 @@ def read_recipe(name_or_path: str, overrides: list[str] | None = None, schema: t
     elsewhere = _other_program(layers, schema)
     if elsewhere:  # nearly every other line would be wrong too, and none of them is the reason
         return Reading(problems=[elsewhere])
-    config = OmegaConf.structured(schema)
+    config = _structured(schema)
     modules = _open_components(config, schema, layers, reading)
     for layer in layers:
         _Merge(config, layer, reading).mapping("", layer.content)
@@ -122,8 +124,18 @@ def _open_components(
             reading.add(section, f"{where}: {error}")
             continue
         # Before the layers are merged: until then the section's type is Any, and a misspelt key would pass.
-        config[section] = OmegaConf.structured(modules[section].Config)
+        config[section] = _structured(modules[section].Config)
     return modules
+
+
+def _structured(schema: type) -> DictConfig:
+    """Return a new configuration with the defaults of a dataclass; copied, which costs a fifth of building it."""
+    return copy.deepcopy(_built(schema))
+
+
+@functools.cache
+def _built(schema: type) -> DictConfig:
+    return OmegaConf.structured(schema)
 
 
 def _mapping(content: Any) -> dict[str, Any]:
@@ -178,7 +190,7 @@ class _Merge:
         if name not in self.config.data.sources:
             data: Any = OmegaConf.get_type(self.config.data)
             entry = get_args(field_types(data)["sources"])[1]
-            self.config.data.sources[name] = OmegaConf.structured(entry)
+            self.config.data.sources[name] = _structured(entry)
         self.mapping(key, value)
 
     def leaf(self, key: str, value: Any) -> None:

@@ -31,6 +31,9 @@ class Source:
 class Input:
     """Rows of a batch that a sample becomes; each kind of sample adds its own keys."""
 
+    #: Whether clips of two batches may differ in height and width: models must then take any size.
+    VARIES: ClassVar[bool] = False
+
     name: str = "clip"
     """kind of sample: pretrain/samples/<name>.py"""
     views: int = 1
@@ -71,8 +74,12 @@ class Data:
     """virtual lanes of the epoch order; part of the order, so never change it in a running job"""
     shuffle_window: int = 1024
     """neighbouring samples of a lane that are shuffled among each other"""
-    workers: int = 8
-    """data worker processes of each rank; 0 decodes in the training process"""
+    workers: int | None = None
+    """data worker processes of each rank; null: one for each core that falls to the rank, but no more than /dev/shm has
+    room for; 0 decodes in the training process"""
+    affinity: Literal["device", "none"] = "device"
+    """device: a rank and its data workers keep to the cores of the NUMA node of its GPU, where a host's GPUs are spread
+    over several; none: anywhere"""
     prefetch: int = 2
     """micro-batches that each worker prepares ahead"""
     readahead: int = 16

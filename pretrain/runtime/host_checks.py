@@ -32,6 +32,9 @@ ADDRESS_SPACE = 32 << 30
 
 SHARED_MEMORY = Path("/dev/shm")
 
+#: Shared memory to have for each byte that is needed: other programs have segments there too.
+SHARED_SPARE = 1.25
+
 
 def check_descriptors(workers: int, prefetch: int) -> Finding:
     """Check that `ulimit -n` is enough for what the data workers keep open in their rank."""
@@ -64,18 +67,28 @@ def check_address_space() -> Finding:
     return Finding("address space", "fail" if limit < ADDRESS_SPACE else "warn", f"limited to {_gb(limit)}", advice)
 
 
-def check_shared_memory(needed: int, folder: Path = SHARED_MEMORY) -> Finding:
-    """Check that the micro-batches that wait on this host, `needed` bytes, find room in shared memory."""
-    if not needed:
+def check_shared_memory(workers: int, bytes_each: int, folder: Path = SHARED_MEMORY) -> Finding:
+    """Check that the micro-batches that wait on this host find room in shared memory.
+
+    Args:
+        workers: data workers of each rank.
+        bytes_each: what one more of them takes, on all ranks of this host together.
+        folder: shared memory.
+    """
+    if not workers:
         return Finding("shared memory", "ok", "not used: data.workers=0")
-    free = shutil.disk_usage(folder).free
-    value = f"{_gb(free)} free in {folder}, {_gb(needed)} needed by the data workers"
+    needed, free = workers * bytes_each, shutil.disk_usage(folder).free
+    value = f"{_gb(free)} free in {folder}, {_gb(needed)} needed by {workers} data workers of each rank"
     if free >= needed:
         return Finding("shared memory", "ok", value)
-    # Other programs have segments there too.
-    room = math.ceil(1.25 * needed / 2**30)
-    advice = f"docker run --shm-size={room}g (or --ipc=host), or lower data.workers, data.prefetch or batch.micro"
-    return Finding("shared memory", "fail", value, advice)
+    room, fitting = math.ceil(SHARED_SPARE * needed / 2**30), workers_with_room(bytes_each, folder)
+    fewer = f"data.workers={fitting}" if fitting else "lower data.prefetch or batch.micro"
+    return Finding("shared memory", "fail", value, f"docker run --shm-size={room}g (or --ipc=host), or {fewer}")
+
+
+def workers_with_room(bytes_each: int, folder: Path = SHARED_MEMORY) -> int:
+    """Count the data workers of each rank whose micro-batches fit into shared memory; arguments as for the check."""
+    return int(shutil.disk_usage(folder).free / SHARED_SPARE // max(bytes_each, 1))
 
 
 def check_disk_space(folder: Path, checkpoint: int, kept: int) -> Finding:

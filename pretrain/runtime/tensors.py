@@ -1,4 +1,4 @@
-"""Small things that several rooms ask of tensors: the format to add up in, and a hash of their values."""
+"""Small things that several rooms ask of tensors: the format to add up in, content, and a hash of their values."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,6 +10,13 @@ from torch import Tensor
 def sum_type(tensor: Tensor) -> torch.dtype:
     """Return the type to add up in: half types would lose a small share beside the others."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def has_content(tensor: Tensor) -> bool:
+    """Tell whether a tensor has values: on the meta device, and where a plan traces a step, it has a shape alone."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

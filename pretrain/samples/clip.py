@@ -4,7 +4,6 @@ Sizes and crops: systems/videomae.md sections 5 and 6, from the datasets of Open
 """
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.data.decoders import DECODERS, Decoder, VideoReader, open_video
+from pretrain.data.decoders import Decoder, VideoReader, open_video, why_missing
 from pretrain.data.decoders.crops import Box
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
@@ -46,7 +45,8 @@ class Config(Input):
     crop: Literal["multiscale", "center"] = "multiscale"
     """multiscale: the official MultiScaleCrop; center: short side resized, centre cut"""
     decoder: Decoder = "pyav"
-    """library that decodes video"""
+    """library that decodes video; torchcodec_cuda: on the GPU, where each data worker takes memory of its own; give
+    data.workers a number (not measured yet: bench/loader_decoders.py)"""
     grid: Literal["auto", "off"] = "auto"
     """auto: clips of a video that pack.py encoded begin on its grid of reference frames (random phase for each video),
     which decodes faster; off: at any frame, as published"""
@@ -58,11 +58,8 @@ class Config(Input):
             for name in ("frames", "stride", "fps", "height", "width", "views")
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf
         ]
-        module, hint = DECODERS[self.decoder]
-        # Not imported: torchcodec needs FFmpeg's libraries, and a recipe may be checked where nothing is decoded.
-        if importlib.util.find_spec(module) is None:
-            found.append(f"input.decoder: {self.decoder} is not installed here; {hint}")
-        return found
+        missing = why_missing(self.decoder)
+        return [*found, f"input.decoder: {missing}"] if missing else found
 
     def source_problems(self, name: str, source: Source) -> list[str]:
         """Say what in a source's section can't work beside this one."""

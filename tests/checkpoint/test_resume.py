@@ -121,10 +121,12 @@ def test_keys_that_came_later_continue_at_their_defaults() -> None:
 def test_harmless_differences_are_named() -> None:
     other = recipe()
     other.data.workers, other.log.every_steps, other.data.sources["toy"].shards = 3, 7, "there"
+    other.data.affinity = "none"
     lines = check_same_run(asdict(recipe()), other, "x")
     assert lines == [
+        "data.affinity: 'device' -> 'none'",
         "data.sources.toy.shards: 'here' -> 'there'",
-        "data.workers: 8 -> 3",
+        "data.workers: None -> 3",
         "log.every_steps: 10 -> 7",
     ]
 

@@ -100,15 +100,19 @@ def arithmetic(known: dict[str, list[str]], make_recipe: MakeRecipe, two_sources
     return known["keys"]
 
 
-FAULTS: dict[str, dict[str, Any]] = {
+#: Each by itself is for `make faults`; a stream that any of them spoils is spoilt by all at once.
+ALONE: dict[str, dict[str, Any]] = {
     "latency": {"latency_s": (0.0, 0.3)},
     "throttling": {"throttled": 0.3},
     "resets in mid-object": {"cut": 0.25, "cut_after": 3000, "only": r"GET .*\.tar"},
-    "all at once": {"latency_s": (0.0, 0.1), "throttled": 0.2, "cut": 0.2},
 }
+FAULTS = [
+    *(pytest.param(faults, id=name, marks=pytest.mark.faults) for name, faults in ALONE.items()),
+    pytest.param({"latency_s": (0.0, 0.1), "throttled": 0.2, "cut": 0.2}, id="all at once"),
+]
 
 
-@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS.keys())
+@pytest.mark.parametrize("faults", FAULTS)
 def test_the_order_is_that_of_arithmetic(
     faults: dict[str, Any], on_s3: str, proxy: FaultProxy, make_recipe: MakeRecipe, arithmetic: list[str]
 ) -> None:
@@ -119,6 +123,7 @@ def test_the_order_is_that_of_arithmetic(
     assert proxy.seen["throttled"] + proxy.seen["cut"] > 0 or "latency_s" in faults
 
 
+@pytest.mark.faults
 def test_a_server_killed_and_restarted_in_mid_epoch(
     on_s3: str,
     server: servers.S3Server,
@@ -126,6 +131,7 @@ def test_a_server_killed_and_restarted_in_mid_epoch(
     arithmetic: list[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Its quicker kind is the hung server below, which is gone and comes back as well."""
     stream = open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=120.0))
     found = keys(stream, steps=2)
 
@@ -170,7 +176,9 @@ def test_a_store_that_stays_away_is_one_clear_error(on_s3: str, proxy: FaultProx
     assert "Traceback" not in str(error.value)
 
 
+@pytest.mark.faults
 def test_throttling_without_end_is_one_clear_error(on_s3: str, proxy: FaultProxy, make_recipe: MakeRecipe) -> None:
+    """Its quicker kind is the store that stays away, above: the same deadline."""
     stream = open_stream(make_recipe({"b": on_s3}, samples=4, deadline_s=3.0))
     keys(stream, steps=1)
     proxy.throttled = 1.0

@@ -130,8 +130,8 @@ def test_a_thread_that_is_one_ahead_changes_nothing(
     ten_steps: Batches, make_recipe: MakeRecipe, two_sources: dict[str, str]
 ) -> None:
     """Ranks with an accelerator: the thread starts the workers, and a resumed run has what was given out, no more."""
-    for start in (0, 2):
-        opened = training_stream(recipe_of(make_recipe, two_sources, workers=1), start=start)
+    for start, workers in ((0, 0), (2, 1)):
+        opened = training_stream(recipe_of(make_recipe, two_sources, workers=workers), start=start)
         ahead = Prefetcher(opened, lambda: dict)
         assert_same(clips(list(itertools.islice(ahead, 8))), clips(ten_steps[start * 4 : start * 4 + 8]))
         ahead.close()
@@ -152,7 +152,7 @@ def test_workers_change_nothing(make_recipe: MakeRecipe, two_sources: dict[str, 
 
 
 #: Ranks and workers of the stretches of one run that stops and goes on elsewhere.
-STRETCHES = [(1, 0), (1, 3), (4, 0), (2, 1), (2, 0)]
+STRETCHES = [(1, 0), (1, 2), (4, 0), (2, 1), (2, 0)]
 
 
 def test_a_run_that_moves_between_ranks_and_workers_sees_the_same_global_batches(
@@ -495,7 +495,7 @@ def test_a_killed_worker_is_one_clear_error(make_recipe: MakeRecipe, two_sources
     worker.suspend()
     killer = threading.Timer(1.0, worker.kill)
     killer.start()
-    with pytest.raises(DataError, match="a data worker died"):
+    with pytest.raises(DataError, match="a data worker died .* Killed for memory"):
         for _ in range(50):
             next(opened)
     killer.join()

@@ -112,6 +112,8 @@ def entries(folder: str, *overrides: str, only: Iterable[str] = RUNS) -> list[di
             "program": RUNS[name],
             "recipe": name,
             "overrides": [*SHORT, *OWN.get(name, ()), f"run.dir={folder}/{name}", *overrides],
+            # Once is enough, and each takes as long as the run itself.
+            "planned": folder == "one",
         }
         for name in only
     ]

@@ -1,4 +1,9 @@
-"""Rows of the fault matrix that CI runs: one or two of each family. `make faults` runs all (tests/faults/matrix.py)."""
+"""Rows of the fault matrix that CI runs. `make faults` runs all (tests/faults/matrix.py).
+
+Chosen are those of which no quicker test has the kind with real processes. Kills and stops of ranks are in
+tests/engine (test_recovery.py, test_watchdog.py, test_ranks.py, test_kill.py), stores that fail in
+tests/data/test_store_faults.py and tests/checkpoint/test_remote.py.
+"""
 
 import pytest
 
@@ -7,22 +12,10 @@ from tests.faults.matrix import Matrix, impossible
 
 CASES = {case.name: case for case in all_cases()}
 CHOSEN = (
-    "SIGKILL of rank 1, save, 2 ranks",
-    "SIGKILL of all processes, upload, 1 rank",
-    "SIGKILL of all processes, resume, 1 rank",
-    "SIGTERM to a rank, epoch border, 1 rank",
-    "SIGUSR1 to rank 1 alone, first step, 2 ranks",
-    "stop file, start, 1 rank",
-    "NaN loss, once; policy stop, mid-epoch, 1 rank",
     "newest checkpoint, manifest cut, resume, 1 rank",
     "checkpoint half published, resume, 1 rank",
     "disk full until a save has failed, mid-epoch, 1 rank",
-    "data: connections reset in a third of the answers, mid-epoch, 1 rank",
-    "data: server refuses connections for longer than data.deadline_s, mid-epoch, 1 rank",
-    "data: a bit flipped in a third of the answers, mid-epoch, 1 rank",
-    "upload: server killed, back after 3 s, upload, 1 rank",
     "host lost with its disk, mid-epoch, 1 rank",
-    "run folder renamed, mid-epoch, 1 rank",
 )
 
 

@@ -60,8 +60,9 @@ def test_script_as_a_file(script: str, where: str, tmp_path: Path) -> None:
     ],
 )
 def test_pretrain_started_from_the_root(command: list[str]) -> None:
-    result = run(sys.executable, *command, *CHECK, cwd=ROOT)
-    assert (result.returncode, result.stdout) == (0, "demo: no problems found\n"), result.stderr
+    """--help comes from the package: nothing of it is in the script."""
+    result = run(sys.executable, *command, "--help", cwd=ROOT)
+    assert (result.returncode, "--dry-run" in result.stdout) == (0, True), result.stderr
 
 
 def test_pretrain_from_another_folder_with_that_folder_on_the_path(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ SYSTEMS = {
     "Hugging Face VideoMAEForVideoClassification": "videomae_hf_classification",
     "AdaptFormer": "adaptformer",
     "EViT": "evit",
+    "VideoMAE action detection baseline": "videomae_ava",
+    "AVA frame-mAP": "ava_map",
+    "EVAD": "evad",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from pretrain.commands.plan import main
 from pretrain.engine.model_states import ModelSize, checkpoint_bytes, model_states
@@ -16,9 +17,9 @@ from pretrain.errors import RecipeError
 from pretrain.objectives.base import Method, Rule, method_of
 from pretrain.objectives.videomae import VideoMAEObjective
 from pretrain.plan.estimate import Planner
-from pretrain.plan.feeding import Resources
+from pretrain.plan.feeding import Resources, feeding_of, shortages
 from pretrain.plan.hardware import SHEETS, find_gpu
-from pretrain.plan.peak_memory import Memory, memory_of
+from pretrain.plan.peak_memory import OVERHEAD, USABLE, Memory, memory_of
 from pretrain.plan.recomputation import recomputation_advice
 from pretrain.plan.trace import BACKWARD, trace_step
 from pretrain.plan.traffic import seconds_of, traffic_of
@@ -208,6 +209,20 @@ def test_a_plan_and_a_dry_run_count_alike() -> None:
                 assert getattr(memory, part.kind) == part.size
 
 
+def test_the_micro_batch_that_is_copied_ahead_is_counted() -> None:
+    gpu = SHEETS["h100"]
+    planner = Planner(short_method("input.views=1", "batch.samples=64", "batch.micro=2"), gpu, Resources(), [], None)
+    plan, two = planner.estimate(32), planner.trace(2)
+    example = planner.method.example(2)
+    assert two.batch_bytes == sum(value.nbytes for value in example.values() if isinstance(value, Tensor))
+    assert two.batch_bytes > 2 * 16 * 224 * 224 * 3, "pixels, and the masks beside them"
+    alone = memory_of(planner.recipe, planner.size, 32, two.peak_bytes)
+    assert plan.memory.total - alone.total == plan.memory.buffers - alone.buffers == two.batch_bytes
+    # A device that would just hold two videos without it holds one.
+    planner.gpu = replace(gpu, memory=(alone.total + OVERHEAD + two.batch_bytes / 2) / USABLE)
+    assert planner.estimate(32).largest_micro == 1
+
+
 @pytest.mark.faults
 def test_a_recipe_is_planned_whole() -> None:
     recipe = load_recipe("vit_g_dual")
@@ -219,8 +234,8 @@ def test_a_recipe_is_planned_whole() -> None:
     assert plan.hours == pytest.approx(plan.steps * plan.times.total / 3600)
     # The largest micro-batch fits, and one more does not.
     for micro, fits in ((plan.largest_micro, True), (plan.largest_micro + 8, False)):
-        peak = planner.trace(micro).peak_bytes
-        held = memory_of(recipe, planner.size, 64, peak).total + 2.5e9
+        trace = planner.trace(micro)
+        held = memory_of(recipe, planner.size, 64, trace.peak_bytes, trace.batch_bytes).total + 2.5e9
         assert (held <= 0.94 * SHEETS["h100"].memory) == fits
 
 
@@ -273,6 +288,26 @@ def test_starving_accelerators_are_named() -> None:
     *_, cores, store = Planner(method, SHEETS["h100"], resources, [], None).estimate(64).problems
     assert "cores for each accelerator, 4 are there" in cores and "input.views" in cores
     assert "0.5 are there" in store and "data.cache_dir" in store
+
+
+@pytest.mark.parametrize(
+    ("words", "busy", "workers", "advice"),
+    [
+        ([], 9.0, 12, None),  # one for each core
+        ([], 12.4, 12, None),  # as many as there are whole cores
+        (["data.workers=8"], 9.0, 8, "set data.workers=11"),
+        (["data.workers=8"], 11.0, 8, "set data.workers=null"),
+        (["data.workers=8"], 7.0, 8, None),
+    ],
+)
+def test_workers_are_planned_by_the_cores_that_are_there(
+    words: list[str], busy: float, workers: int, advice: str | None
+) -> None:
+    recipe, there = load_recipe("vit_b_dual", [*words, "input.views=1"]), Resources(decode_ms=10, cores=12.5)
+    found = feeding_of(recipe, busy * 100 * 64, 64, there, [])
+    assert (found.cores, found.workers) == (pytest.approx(busy), workers)
+    said = shortages(recipe, found, there)
+    assert len(said) == (advice is not None) and (advice is None or said[0].endswith(advice))
 
 
 def test_traffic_of_stages() -> None:

@@ -165,6 +165,18 @@ def test_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in problem and "pip install 'tubelet[torchcodec]'" in problem
 
 
+@pytest.mark.parametrize(("version", "told"), [(None, True), ("13.0", False)])
+def test_decoder_on_a_gpu_needs_a_torch_for_gpus(
+    version: str | None, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("torch.version.cuda", version)
+    problems = problems_of(method_of(load_recipe("demo", ["input.decoder=torchcodec_cuda"])))
+    assert len(problems) == told
+    for problem in problems:
+        assert "built without CUDA" in problem and "tubelet[torchcodec]" in problem and "libnvcuvid" in problem
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

@@ -48,8 +48,13 @@ def test_usr1_with_a_launcher_on_each_node(site: Any, undisturbed: list[float], 
     assert (tmp_path / "container.log").read_text() == "image\n" * 6  # a check and two launchers, twice
 
 
+@pytest.mark.faults
 def test_usr1_a_killed_rank_and_scontrol_requeue(site: Any, undisturbed: list[float]) -> None:
-    """One srun task a rank, and one job to which all of it happens."""
+    """One srun task a rank, and one job to which all of it happens.
+
+    What Slurm and job.sh do is in `make test` with stand-ins for ranks (test_job_control.py), what ranks do without
+    Slurm (tests/engine/test_ranks.py, test_recovery.py).
+    """
     job = disturbed(site, "three")
     site.cluster.run("scancel", "--batch", "--signal=USR1", job)
     again(site, "three", job, restarts=1, step=65)

@@ -7,6 +7,7 @@ only what the asked frames need: from the key frame before them.
 
 import abc
 import importlib
+import importlib.util
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -18,7 +19,7 @@ from pretrain.data.linked_video import Footage, LinkedVideo, StillImage, tell_wh
 from pretrain.data.time_segment import ROUNDING_S, Segment
 from pretrain.errors import DataError, SampleError
 
-Decoder = Literal["decord", "pyav", "torchcodec"]
+Decoder = Literal["decord", "pyav", "torchcodec", "torchcodec_cuda"]
 
 #: Module that tells whether each decoder is installed, and how to get it.
 DECODERS: dict[str, tuple[str, str]] = {
@@ -29,7 +30,27 @@ DECODERS: dict[str, tuple[str, str]] = {
         "pip install 'tubelet[torchcodec]' and FFmpeg's shared libraries (apt-get install ffmpeg), or set "
         "input.decoder=pyav",
     ),
+    "torchcodec_cuda": (
+        "torchcodec",
+        "it needs a GPU with NVDEC, its driver's libnvcuvid (in containers NVIDIA_DRIVER_CAPABILITIES=compute,video), "
+        "and torch and the extra tubelet[torchcodec] both built for CUDA (https://download.pytorch.org/whl/cuXXX); or "
+        "set input.decoder=pyav",
+    ),
 }
+
+
+def why_missing(decoder: str) -> str:
+    """Say why one of `DECODERS` can't work here, as far as that shows without loading it; empty: nothing is known."""
+    module, hint = DECODERS[decoder]
+    # Not imported: torchcodec needs FFmpeg's libraries, and a recipe may be checked where nothing is decoded.
+    if importlib.util.find_spec(module) is None:
+        return f"{decoder} is not installed here; {hint}"
+    if decoder == "torchcodec_cuda":
+        import torch
+
+        if torch.version.cuda is None:
+            return f"{decoder} can't work with torch {torch.__version__}, which is built without CUDA; {hint}"
+    return ""
 
 
 class VideoReader(abc.ABC):
@@ -164,7 +185,7 @@ def open_video(data: Footage, decoder: str = "decord", stamps: range | None = No
 
     Args:
         data: The whole file; or a linked one, of which PyAV reads what it needs, and other decoders all.
-        decoder: "decord", "pyav" or "torchcodec".
+        decoder: one of `DECODERS`.
         stamps: Time stamps of all frames as the packer promises them, in the stream's time base: spares PyAV reading
             the whole file. Frames are the same with and without, and where the promise is wrong.
 

@@ -13,14 +13,20 @@ from pretrain.errors import SampleError
 
 
 class TorchCodecReader(UntimedReader):
-    """Reader by torchcodec.decoders.VideoDecoder."""
+    """Reader by torchcodec.decoders.VideoDecoder.
+
+    Attributes:
+        device: where it decodes.
+    """
+
+    device = "cpu"
 
     def __init__(self, data: bytes, stamps: range | None = None) -> None:
         super().__init__(data, stamps)
         try:
             # Approximate seeking gave 240 of 240 wrong frames at a variable frame rate (measured, 0.13.0).
             self._decoder: torchcodec.decoders.VideoDecoder | None = torchcodec.decoders.VideoDecoder(
-                data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
+                data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact", device=self.device
             )
         except (RuntimeError, ValueError, IndexError) as error:
             raise SampleError("open", _first_line(error)) from error
@@ -30,7 +36,7 @@ class TorchCodecReader(UntimedReader):
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         assert self._decoder is not None, "the reader is closed"
         try:
-            frames: npt.NDArray[np.uint8] = self._decoder.get_frames_at(wanted).data.numpy()
+            frames: npt.NDArray[np.uint8] = self._decoder.get_frames_at(wanted).data.cpu().numpy()
         except (RuntimeError, ValueError, IndexError) as error:
             raise SampleError("decode", _first_line(error)) from error
         return cut_all(frames, boxes)

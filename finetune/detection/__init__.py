@@ -1,0 +1,1 @@
+"""Spatio-temporal action detection: who does what, where and when."""

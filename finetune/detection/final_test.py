@@ -1,0 +1,98 @@
+"""Test of a trained detector: every held-out keyframe once, frame-mAP in AVA's variants, detections.csv."""
+
+import csv
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from finetune.classification.testing import find, load_objective
+from finetune.detection.actions import action_list
+from finetune.detection.answers import Detections
+from finetune.detection.held_out_keyframes import keyframe_sets
+from finetune.detection.judging import HEADLINE, Judgement, judge, score
+from pretrain.data.boxes.action_list import ActionList
+from pretrain.errors import DataError
+from pretrain.metrics.detection import FrameMap
+from pretrain.objectives.base import Method
+from pretrain.runtime.process_group import Ranks, from_first
+from pretrain.samples.boxes import BoxSamples
+
+logger = logging.getLogger(__name__)
+
+#: AVA's variants of frame-mAP; their numbers are not comparable.
+VARIANTS = ("activitynet", "slowfast", "alphaction")
+#: Scores that 5 decimals would show as 0 are left out of the csv.
+LEAST_SCORE = 5e-6
+SHOWN_CLASSES = 5
+
+
+def run_detection_test(method: Method, samples: BoxSamples, ranks: Ranks, which: str) -> dict[str, float]:
+    """Test a run's checkpoint on all ranks.
+
+    Args:
+        method: the run.
+        samples: makes the clips.
+        ranks: this process among all.
+        which: "last", "best", or the folder of a checkpoint.
+
+    Raises:
+        DataError: the recipe names no test shards.
+        CheckpointError: no such checkpoint, or it does not verify.
+    """
+    recipe = method.recipe
+    sets = keyframe_sets(recipe, test=True)
+    if not sets:
+        raise DataError("test: no source has test or val shards; give data.sources.<name>.test=FOLDER")
+    root = Path(recipe.run.dir).absolute()
+    # One rank chooses: hosts may see different newest checkpoints on a shared file system.
+    checkpoint = Path(from_first(ranks, str(find(root, which)) if ranks.first else ""))
+    actions = action_list(recipe)
+    judged = judge(load_objective(method, ranks, checkpoint), recipe, ranks, sets, samples)
+    folder = root / "predictions" / checkpoint.name
+    return from_first(ranks, _report(judged, actions, recipe.objective.metric, folder) if ranks.first else {})
+
+
+def _report(judged: Judgement, actions: ActionList, metric: str, folder: Path) -> dict[str, float]:
+    """Write scores, classes and detections, on rank 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {variant: score(judged, actions, variant) for variant in dict.fromkeys((metric, *VARIANTS))}
+    result = {HEADLINE: 100 * found[metric].mean, "keyframes": float(len(judged.truth))}
+    result |= {f"{HEADLINE} ({variant})": 100 * one.mean for variant, one in found.items()}
+    (folder / "scores.json").write_text(json.dumps(result | {"metric": metric}, indent=1) + "\n", encoding="utf-8")
+    write_detections(judged.answers, actions, folder / "detections.csv")
+    write_class_precision(found[metric], actions, folder / "per_class.csv")
+    logger.info("%s: %d keyframes, %d boxes", folder, len(judged.truth), sum(len(one.boxes) for one in judged.answers))
+    for variant, one in found.items():
+        logger.info("  frame-mAP@0.5 (%s) %.2f", variant, 100 * one.mean)
+    return result
+
+
+def write_detections(answers: Iterable[Detections], actions: ActionList, path: Path) -> None:
+    """Write `video,second,x1,y1,x2,y2,action_id,score`, a row a box and action, as AVA's evaluation reads it.
+
+    Boxes and scores have five decimals, so scores below half of the last one have no row.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        for one in answers:
+            for box, scores in zip(one.boxes, one.scores, strict=True):
+                corners = [f"{value:.5f}" for value in box]
+                for output in np.flatnonzero(scores >= LEAST_SCORE):
+                    identity = output + actions.first
+                    rows.writerow([one.video, f"{one.time:g}", *corners, identity, f"{scores[output]:.5f}"])
+
+
+def write_class_precision(found: FrameMap, actions: ActionList, path: Path) -> None:
+    """Write per_class.csv, and a line about the classes that are hardest."""
+    known = {output: value for output, value in found.by_class.items() if value is not None}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["id", "class", "persons", "average_precision"])
+        for output, count in found.truths.items():
+            precision = f"{100 * known[output]:.2f}" if output in known else ""
+            rows.writerow([output + actions.first, actions.name(output), count, precision])
+    hardest = sorted(known, key=lambda output: known[output])[:SHOWN_CLASSES]
+    logger.info("  hardest classes: %s", ", ".join(f"{actions.name(one)} {100 * known[one]:.0f} %" for one in hardest))

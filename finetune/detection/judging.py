@@ -1,0 +1,141 @@
+"""Judgement of held-out keyframes by a detector while training: all ranks share them, each is judged once."""
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from finetune.detection.actions import action_list, evaluated_outputs
+from finetune.detection.answers import Detections, table_of, truth_of
+from finetune.detection.held_out_keyframes import Keyframes, KeyframeSet, keyframe_loader, keyframe_sets
+from finetune.recipe import TuneRecipe
+from pretrain.data.boxes.action_list import ActionList
+from pretrain.engine.transfers import to_device
+from pretrain.errors import DataError
+from pretrain.metrics.detection import FrameMap, frame_map
+from pretrain.runtime.process_group import Ranks, gather_objects
+from pretrain.samples.box_transforms import CONVENTIONS
+from pretrain.samples.boxes import BoxSamples
+
+logger = logging.getLogger(__name__)
+
+#: Metric whose largest value makes a step the best one.
+HEADLINE = "mAP"
+SHOWN_UNREADABLE = 5
+
+
+@dataclass
+class Judgement:
+    """Answers to some keyframes beside what was annotated, one of each for a keyframe.
+
+    Attributes:
+        answers: of the detector.
+        truth: of the annotation; scores are 1 for each label of a person.
+        unreadable: `key: reason` of keyframes that are in no score.
+    """
+
+    answers: list[Detections] = field(default_factory=list)
+    truth: list[Detections] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+class DetectionValidation:
+    """Evaluation for the engine: frame-mAP on all sources' validation keyframes.
+
+    Args:
+        recipe: the run.
+        ranks: this process among all; the keyframes are dealt out.
+        samples: makes the clips.
+    """
+
+    best_by = HEADLINE
+
+    def __init__(self, recipe: TuneRecipe, ranks: Ranks, samples: BoxSamples) -> None:
+        self.every_epochs = recipe.evaluate.every_epochs
+        self._recipe, self._ranks, self._samples = recipe, ranks, samples
+        self._sets, self._actions = keyframe_sets(recipe, test=False), action_list(recipe)
+
+    def __call__(self, objective: Any) -> dict[str, float]:
+        """Compute metrics in percent, equal on all ranks."""
+        judged = judge(objective, self._recipe, self._ranks, self._sets, self._samples)
+        found = score(judged, self._actions, self._recipe.objective.metric)
+        return {HEADLINE: 100 * found.mean, "keyframes": float(len(judged.truth))}
+
+
+def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeSet], samples: BoxSamples) -> Judgement:
+    """Judge the keyframes of all sets. All ranks call it, with `objective` in evaluation mode, and get all of it.
+
+    Raises:
+        DataError: more unreadable keyframes than data.bad_rate allows, or a keyframe that occurs twice.
+    """
+    evaluate = recipe.evaluate
+    keyframes = Keyframes(sets, samples, ranks.rank, ranks.world_size, evaluate.micro, recipe.data.deadline_s)
+    mine, rules, passes = Judgement(), CONVENTIONS[recipe.input.convention], 0
+    with objective.evaluated_weights(), torch.no_grad():
+        for one in keyframe_loader(keyframes, evaluate.workers):
+            mine.unreadable += one.unreadable
+            if one.batch is None:
+                continue
+            batch = to_device(one.batch, ranks.device)
+            mine.answers += objective.detect(batch)
+            mine.truth += truth_of(batch, rules)
+            passes += 1
+        # With sharded weights every rank takes part in every forward pass, also one that has fewer keyframes.
+        missing = keyframes.batches(evaluate.workers) - passes if recipe.zero.stage == 3 else 0
+        for _ in range(missing):
+            objective.detect(to_device(samples.example(1), ranks.device))
+    parts = gather_objects(ranks, mine)
+    judged = Judgement(*(list(itertools.chain.from_iterable(vars(part)[name] for part in parts))
+                         for name in ("answers", "truth", "unreadable")))  # fmt: skip
+    _report_unreadable(judged, recipe)
+    return _in_order(judged)
+
+
+def score(judged: Judgement, actions: ActionList, variant: str) -> FrameMap:
+    """Compute frame-mAP at IoU 0.5 over the actions that count."""
+    truth, found = table_of(judged.truth, truth=True), table_of(judged.answers)
+    return frame_map(truth, found, evaluated_outputs(actions), variant)
+
+
+def _in_order(judged: Judgement) -> Judgement:
+    """Sort by keyframe, so that nothing depends on how many ranks there were.
+
+    Raises:
+        DataError: a keyframe occurs twice: its persons would count twice.
+    """
+    twice = [key for key, count in Counter(map(_key, judged.truth)).items() if count > 1]
+    if twice:
+        video, time = twice[0]
+        raise DataError(
+            f"evaluation: {len(twice)} keyframes occur twice (the first is {video},{time:g}); a keyframe may be in the "
+            "held-out shards once: name each folder once, and pack a video's annotations together"
+        )
+    return Judgement(sorted(judged.answers, key=_key), sorted(judged.truth, key=_key), sorted(judged.unreadable))
+
+
+def _key(one: Detections) -> tuple[str, float]:
+    return one.video, one.time
+
+
+def _report_unreadable(judged: Judgement, recipe: TuneRecipe) -> None:
+    unreadable, every = judged.unreadable, len(judged.unreadable) + len(judged.truth)
+    if not judged.truth:
+        raise DataError(f"evaluation: none of {every} keyframes could be read: {_some(unreadable)}")
+    if not unreadable:
+        return
+    # bad_minimum: of few keyframes a single bad one is already more than the rate.
+    if len(unreadable) >= recipe.data.bad_minimum and len(unreadable) > recipe.data.bad_rate * every:
+        raise DataError(
+            f"evaluation: {len(unreadable)} of {every} keyframes can't be read, more than data.bad_rate="
+            f"{recipe.data.bad_rate:g}: {_some(unreadable)}"
+        )
+    logger.warning("evaluation: %d of %d keyframes can't be read and are in no score: %s",
+                   len(unreadable), every, _some(unreadable))  # fmt: skip
+
+
+def _some(lines: Iterable[str]) -> str:
+    return "; ".join(itertools.islice(lines, SHOWN_UNREADABLE))
