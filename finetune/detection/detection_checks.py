@@ -1,7 +1,5 @@
 """Checks of a detection recipe."""
 
-import dataclasses
-
 from finetune.recipe import Evaluate, LabelledSource, Start, TuneRecipe
 
 #: Keys of classification that detection has nothing for.
@@ -21,9 +19,6 @@ def check_detection(recipe: TuneRecipe) -> list[str]:
         problems.append(f"model.classes: found {model.classes}, allowed: 1 or more actions")
     if objective.loss == "focal" and model.classes != FOCAL_CLASSES:
         problems.append(f"objective.loss=focal: model.classes={model.classes}; it is of AVA's {FOCAL_CLASSES} outputs")
-    if "pooling" in {field.name for field in dataclasses.fields(model)} and model.pooling != "token0":
-        # fc_norm is behind a pooling that boxes don't take, and without gradient.
-        problems.append(f"model.pooling: found {model.pooling}, allowed: token0 (its norm is of all tokens)")
     if any(one <= -1 for one in objective.extension):
         problems.append(f"objective.extension: found {list(objective.extension)}, allowed: more than -1 each")
     return problems + check_judging(recipe)

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from finetune.detection.answers import Detections, table_of, truth_of
 from finetune.detection.held_out_keyframes import Keyframes, KeyframeSet, keyframe_loader, keyframe_sets
 from finetune.recipe import TuneRecipe
 from pretrain.data.boxes.action_list import ActionList
+from pretrain.data.samples import Batch
 from pretrain.engine.transfers import to_device
 from pretrain.errors import DataError
 from pretrain.metrics.detection import FrameMap, frame_map
@@ -75,15 +76,21 @@ def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeS
     evaluate = recipe.evaluate
     keyframes = Keyframes(sets, samples, ranks.rank, ranks.world_size, evaluate.micro, recipe.data.deadline_s)
     mine, rules, passes = Judgement(), CONVENTIONS[recipe.input.convention], 0
-    with objective.evaluated_weights(), torch.no_grad():
+
+    def batches() -> Iterator[Batch]:
+        nonlocal passes
         for one in keyframe_loader(keyframes, evaluate.workers):
             mine.unreadable += one.unreadable
             if one.batch is None:
                 continue
             batch = to_device(one.batch, ranks.device)
-            mine.answers += objective.detect(batch)
             mine.truth += truth_of(batch, rules)
             passes += 1
+            yield batch
+
+    with objective.evaluated_weights(), torch.no_grad():
+        # All at once: a detector with a memory describes every keyframe before it judges the first.
+        mine.answers += objective.detect_all(batches())
         # With sharded weights every rank takes part in every forward pass, also one that has fewer keyframes.
         missing = keyframes.batches(evaluate.workers) - passes if recipe.zero.stage == 3 else 0
         for _ in range(missing):

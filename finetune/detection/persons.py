@@ -1,7 +1,7 @@
 """Persons in pictures: detectors that a two-stage model is given its boxes by.
 
-A detector is any function from a picture to `Persons`; `person_detector` finds one by what the user typed. OpenCV's
-needs no weights, torchvision's those of a file, and one of one's own is named `module:function`.
+A detector is any function from a picture to `FoundPersons`; `person_detector` finds one by what the user typed.
+OpenCV's needs no weights, torchvision's those of a file, and one of one's own is named `module:function`.
 """
 
 import importlib
@@ -30,7 +30,7 @@ PERSON = 1
 
 
 @dataclass(frozen=True)
-class Persons:
+class FoundPersons:
     """Persons of one picture.
 
     Attributes:
@@ -42,7 +42,7 @@ class Persons:
     scores: npt.NDArray[np.float32]
 
 
-PersonDetector = Callable[[Picture], Persons]
+PersonDetector = Callable[[Picture], FoundPersons]
 
 
 def person_detector(name: str) -> PersonDetector:
@@ -50,7 +50,7 @@ def person_detector(name: str) -> PersonDetector:
 
     Args:
         name: `hog`; `torchvision:MODEL:FILE`, a builder of torchvision.models.detection and a file of its weights; or
-            `MODULE:FUNCTION`, of one's own, which takes a picture uint8 [H, W, 3] in RGB and returns `Persons`.
+            `MODULE:FUNCTION`, of one's own, which takes a picture uint8 [H, W, 3] in RGB and returns `FoundPersons`.
 
     Raises:
         DataError: no such detector, or a library that it needs is missing.
@@ -96,7 +96,7 @@ class HogDetector:
         self._hog = cv2.HOGDescriptor()
         self._hog.setSVMDetector(np.array(cv2.HOGDescriptor.getDefaultPeopleDetector(), np.float32))
 
-    def __call__(self, picture: Picture) -> Persons:
+    def __call__(self, picture: Picture) -> FoundPersons:
         height, width = picture.shape[:2]
         scale = max(1.0, HOG_HEIGHT / height)
         enlarged = self._resize(self._grey(picture), None, fx=scale, fy=scale)
@@ -105,7 +105,7 @@ class HogDetector:
         x, y, w, h = corners.T
         inner = (x + MARGIN_X * w, y + MARGIN_Y * h, x + (1 - MARGIN_X) * w, y + (1 - MARGIN_Y) * h)
         scores = (1 / (1 + np.exp(-np.array(margins).ravel()))).astype(np.float32)
-        return distinct(Persons(in_shares(np.stack(inner, axis=1), width, height), scores))
+        return distinct(FoundPersons(in_shares(np.stack(inner, axis=1), width, height), scores))
 
 
 class TorchvisionDetector:
@@ -138,7 +138,7 @@ class TorchvisionDetector:
             raise WeightsError(f"{file}: no weights of torchvision's {model} ({error})") from error
         self._model.to(self._device).eval()
 
-    def __call__(self, picture: Picture) -> Persons:
+    def __call__(self, picture: Picture) -> FoundPersons:
         import torch
 
         height, width = picture.shape[:2]
@@ -153,7 +153,7 @@ class TorchvisionDetector:
                 ) from error
         of_persons = found["labels"] == PERSON
         boxes = found["boxes"][of_persons].cpu().numpy()
-        return Persons(in_shares(boxes, width, height), found["scores"][of_persons].cpu().numpy())
+        return FoundPersons(in_shares(boxes, width, height), found["scores"][of_persons].cpu().numpy())
 
 
 def in_shares(boxes: npt.NDArray[np.floating[Any]], width: int, height: int) -> npt.NDArray[np.float32]:
@@ -162,7 +162,7 @@ def in_shares(boxes: npt.NDArray[np.floating[Any]], width: int, height: int) -> 
     return shares.clip(0, 1).astype(np.float32)
 
 
-def distinct(persons: Persons) -> Persons:
+def distinct(persons: FoundPersons) -> FoundPersons:
     """Leave of boxes that overlap by more than `SAME_PERSON` the one with the highest score, best first."""
     order = np.argsort(-persons.scores, kind="stable")
     kept: list[int] = []
@@ -170,7 +170,7 @@ def distinct(persons: Persons) -> Persons:
         overlaps = overlap(persons.boxes[number : number + 1], persons.boxes[kept])
         if not (overlaps > SAME_PERSON).any():
             kept.append(number)
-    return Persons(persons.boxes[kept], persons.scores[kept])
+    return FoundPersons(persons.boxes[kept], persons.scores[kept])
 
 
 def overlap(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

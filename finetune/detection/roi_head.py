@@ -53,7 +53,8 @@ def feature_map(model: Any, video: Tensor, grid: Grid) -> Tensor:
     """Compute the mean over time of a clip's tokens at each place, [B, C, h, w].
 
     Where a model drops tokens on the way, the mean at a place is over those that are left there. A place that has lost
-    all of them is given the fused token, which stands for them, or else the mean of the clip's tokens.
+    all of them is given the fused token, which stands for them (the mean of several, by how many they stand for), or
+    else the mean of the clip's tokens.
 
     Args:
         model: a classifier's module.
@@ -69,15 +70,17 @@ def feature_map(model: Any, video: Tensor, grid: Grid) -> Tensor:
 
 def _map_of_survivors(model: Any, tokens: Tokens, grid: Grid) -> Tensor:
     x = model.normed(tokens.x)[:, model.class_tokens :]
-    assert tokens.origin is not None, "tokens were dropped"
+    assert tokens.origin is not None and tokens.sizes is not None, "tokens were dropped"
     there = tokens.origin >= 0
-    # A fused token has no place: it goes into a row of its own. No two tokens have one place, so nothing is summed in
-    # an order that differs from run to run.
+    # A fused token has no place: it goes into a row that is cut off. No two others have one place, so nothing is
+    # summed in an order that differs from run to run.
     rows = torch.where(there, tokens.origin, grid.tokens)
     index = rows[:, :, None].expand_as(x)
     placed = x.new_zeros(len(x), grid.tokens + 1, x.shape[2]).scatter(1, index, x)
     left = x.new_zeros(len(x), grid.tokens + 1, 1).scatter(1, index[:, :, :1], torch.ones_like(x[:, :, :1]))
-    others = placed[:, -1:] if model.reorganisation.config.fuse else x.mean(1, keepdim=True)
+    # There may be several: one that a block fused and a later one kept.
+    fused = tokens.sizes.masked_fill(there, 0) if model.reorganisation.config.fuse else torch.ones_like(tokens.sizes)
+    others = (fused / fused.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)[:, None] @ x
     sums, counts = (one[:, :-1].unflatten(1, (grid.time, -1)).sum(1) for one in (placed, left))
     means = torch.where(counts > 0, sums / counts.clamp(min=1), others)
     return means.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)

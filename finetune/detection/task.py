@@ -4,7 +4,7 @@ The plain VideoMAE detector (systems/action_detection.md section 6, from MCG-NJU
 from the annotation in training, and from a person detector in the test.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,8 +22,8 @@ from finetune.detection.final_test import run_detection_test
 from finetune.detection.held_out_keyframes import keyframe_sets
 from finetune.detection.judging import DetectionValidation
 from finetune.detection.losses import GROUP_WEIGHTS, LossName, binary_loss, grouped_focal_loss, softmax_loss
-from finetune.detection.predictor import DetectionPredictor
 from finetune.detection.roi_head import clip_of_box, extend_boxes_inclusive, feature_map, pad_with_zeros, pool_boxes
+from finetune.detection.video_answers import DetectionPredictor
 from finetune.recipe import TuneRecipe
 from finetune.tuned import TunedObjective, build_tuned
 from pretrain.data.media import MEAN, STD
@@ -78,9 +78,15 @@ class DetectionTask(Method):
 
     def problems(self) -> list[str]:
         found = super().problems() + check_tuning(self.recipe.tune)
-        if not found and self.recipe.tune.method != "full":
+        if not found:
             with torch.device("meta"):
-                found = tuning_problems(self.architecture.build(), self.recipe.tune)
+                found = tuning_problems(model := self.architecture.build(), self.recipe.tune)
+            if any(name.startswith("fc_norm.") for name, _ in model.named_parameters()):
+                # It would be without gradient.
+                found.append(
+                    "model.pooling: this one has an fc_norm behind a pooling that boxes don't take; allowed: one with "
+                    "a norm of all tokens, token0 of classifier or class of image_vit"
+                )
         if not found:
             found = self._grid_problems()
         return found + check_detection(self.recipe)
@@ -215,6 +221,10 @@ class DetectionObjective(TunedObjective):
             scores = scores * batch["box_scores"][:, None]
         rules = CONVENTIONS[self.recipe.input.convention]
         return answers_of(batch, batch["boxes"].cpu().numpy(), scores.cpu().numpy(), counts.tolist(), rules)
+
+    def detect_all(self, batches: Iterable[Batch]) -> list[Detections]:
+        """Judge all keyframes that are this rank's; batches of judged clips on the model's device."""
+        return [answer for batch in batches for answer in self.detect(batch)]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turn logits [N, K] into probabilities."""

@@ -137,6 +137,10 @@ class EVADObjective(TunedObjective):
         rules = CONVENTIONS[self.recipe.input.convention]
         return answers_of(batch, answer.boxes.cpu().numpy(), answer.scores.cpu().numpy(), answer.counts, rules)
 
+    def detect_all(self, batches: Iterable[Batch]) -> list[Detections]:
+        """Find the persons of all keyframes that are this rank's; batches on the model's device."""
+        return [answer for batch in batches for answer in self.detect(batch)]
+
     def predictions(self, batch: Batch) -> ActorPredictions:
         """Compute the model's predictions for a batch."""
         video = pad_with_zeros(self.normalization(unit_pixels(batch["video"])), batch["sizes"])

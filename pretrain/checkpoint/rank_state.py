@@ -7,7 +7,7 @@ On the number of ranks that wrote them they are restored bit for bit; on another
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 FOLDER = "rank_state"
 
 #: What becomes of a tensor on another number of ranks.
-Reshape = Literal["same_on_all", "concatenate_positions", "start_anew"]
+Reshape = Literal["same_on_all", "concatenate_positions", "by_owner", "start_anew"]
 
-SAME, BY_POSITION, ANEW = "same_on_all", "concatenate_positions", "start_anew"
+SAME, BY_POSITION, BY_OWNER, ANEW = "same_on_all", "concatenate_positions", "by_owner", "start_anew"
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,22 @@ class RankState:
       Counters belong here, counted over all ranks (samples put into a queue, say), never in rows of one rank.
     - concatenate_positions: row j of rank r of R is row j * R + r of the whole, as samples are dealt to ranks; the
       whole is dealt out again in the same way. Rows of all ranks must add up to the same number.
+    - by_owner: what the tensor holds, of any size, says itself which rank it belongs to. Nothing is copied into it:
+      `take` is given what this rank wrote, or on another number of ranks what each of them wrote, in their order, with
+      this rank and the number of ranks now, and keeps what is this rank's.
     - start_anew: it stays as it was built, and a line at WARNING says so.
     """
 
     tensor: Tensor
     reshape: Reshape
+    take: Callable[[Sequence[Tensor], int, int], None] | None = None
+
+    def restore(self, values: Tensor, rank: int, world_size: int) -> None:
+        """Take back what `tensor` held before, on this rank of `world_size`."""
+        if self.take is not None:
+            self.take([values], rank, world_size)
+        else:
+            self.tensor.copy_(values)
 
 
 def write_rank_state(folder: Path, states: Mapping[str, RankState], rank: int) -> list[str]:
@@ -98,6 +109,10 @@ def load_rank_state(folder: Path, states: Mapping[str, RankState], before: int, 
         what = f"{_file(folder, rank)}: {name}"
         if state.reshape == SAME:
             _copy(first[name]["tensor"], state.tensor, what)
+        elif state.reshape == BY_OWNER:
+            assert state.take is not None, f"rank state {name}: {BY_OWNER} needs `take`"
+            written = enumerate(parts) if parts else [(rank, own)]
+            state.take([_of_rank(part, name, folder, number) for number, part in written], rank, world_size)
         elif before == world_size:
             _copy(_of_rank(own, name, folder, rank), state.tensor, what)
         elif state.reshape == BY_POSITION:

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from pretrain.commands.detection_arguments import misplaced
 from pretrain.commands.pack_arguments import VIDEO_SHORT_SIDE, make_parser
 from pretrain.data.media import kind_of_ending, plural_of
 from pretrain.data.pack.companions import beside
@@ -26,12 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     try:
+        if args.task is None and (given := misplaced(args)):
+            raise RecipeError(f"{', '.join(given)}: only with --task detection")
         if args.index_only:
             return _index(args.paths)
         if args.check:
             return _check(args.paths, args.workers, None if args.hashes_only else args.check_decoders)
         if args.merge:
             return _merge(args.paths)
+        if args.task == "detection":
+            return _detection(args)
         return _link(args) if args.in_place else _pack(args)
     except RecipeError as error:
         for problem in error.problems[:SHOWN_PROBLEMS]:
@@ -52,10 +57,12 @@ def _pack(args: argparse.Namespace) -> int:
     if len(args.paths) < 2:
         raise RecipeError("give at least one SOURCE and a DEST (see --help)")
     *sources, dest = args.paths
-    options, part = _options(args), args.part
-    if args.overwrite and part.count > 1:
-        raise RecipeError("--overwrite with --part would delete what the other parts write; empty DEST first")
-    plan = _plan(args, sources, part)
+    options = _options(args)
+    return _pack_plan(args, _plan(args, sources, args.part), dest, options)
+
+
+def _pack_plan(args: argparse.Namespace, plan: Plan, dest: str, options: Options) -> int:
+    part = args.part
     noun = plural_of(item.kind for item in plan.items)
     _say(f"pack: {len(plan.items)} {noun} found" + (f", {len(plan.part(part))} in this part" if part.count > 1 else ""))
     # Class folders of images look like folders of frames: taken for videos silently, they would be packed wrongly.
@@ -65,6 +72,25 @@ def _pack(args: argparse.Namespace) -> int:
         report = pack(plan, dest, options, part, args.workers, args.overwrite, progress)
     # Rejected videos are no failure: every large data set has some, and a job array must not stop for them.
     _say(report_text(report, dest))
+    return DONE
+
+
+def _detection(args: argparse.Namespace) -> int:
+    from pretrain.commands.pack_detection import read_detection_data
+    from pretrain.data.pack.linked_shards import write_links
+
+    if len(args.paths) != 1:
+        raise RecipeError("--task detection takes DEST alone: videos are named by --annotations, below --data-root")
+    (dest,), options = args.paths, _options(args)
+    data = read_detection_data(args)
+    data.check_dest(dest, args.overwrite)
+    plan = make_plan(with_sizes(data.items), shuffle=args.order == "shuffled")
+    if args.in_place:
+        index = write_links(list(plan.items), dest, data.indexes)
+        _say(f"pack: {dest}: {index.samples} keyframes of videos that stay where they are, {index.fingerprint}")
+    else:
+        _pack_plan(args, plan, dest, options)
+    data.finish(dest)
     return DONE
 
 
@@ -117,6 +143,8 @@ def _selected(item: Item, conditions: list[tuple[str, str]]) -> bool:
 
 def _options(args: argparse.Namespace) -> Options:
     problems = []
+    if args.overwrite and args.part.count > 1:
+        problems.append("--overwrite with --part would delete what the other parts write; empty DEST first")
     if args.copy and args.fps:
         problems.append("--copy keeps the time stamps, --fps changes them: choose one")
     if args.codec == "av1" and "decord" in args.check_decoders:

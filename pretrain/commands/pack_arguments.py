@@ -4,6 +4,7 @@ import argparse
 import os
 from fractions import Fraction
 
+from pretrain.commands.detection_arguments import add_detection_options
 from pretrain.data.media import KINDS
 from pretrain.data.pack.frame_folders import template_pattern
 from pretrain.data.pack.options import ENCODERS
@@ -19,6 +20,8 @@ Pack videos, images, sound, arrays, rasters or texts into tar shards with an ind
   pack.py --index-only URL [URL ...]  index WebDataset shards that are already there, in place
   pack.py --in-place SOURCE [SOURCE ...] DEST
                                       pack nothing: small shards that name the files where they lie
+  pack.py --task detection --annotations FILE --data-root VIDEOS DEST
+                                      pack the video around every annotated keyframe, with its boxes
   pack.py --check URL [URL ...]       verify hashes, member tables, and that every member decodes
   pack.py --merge URL                 write the index of a job array whose parts are all done
 
@@ -63,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     modes.add_argument("--check", action="store_true", help="verify shards; lists all problems")
     modes.add_argument("--merge", action="store_true", help="write the index of a finished job array")
     _add_source_options(parser.add_argument_group("what to pack"))
+    add_detection_options(parser.add_argument_group("boxes of people and their actions (--task detection)"))
     _add_video_options(parser.add_argument_group("video"))
     _add_image_options(parser.add_argument_group("image"))
     _add_check_options(parser.add_argument_group("checks"))

@@ -127,6 +127,43 @@ class Classifier(Architecture):
         )
 
 
+@dataclass(frozen=True)
+class MapsShape:
+    """Maps of a backbone.
+
+    Attributes:
+        channels: of each pathway, slow before fast.
+        times: time steps of each.
+        scale: side of a map divided by that of the pictures.
+    """
+
+    channels: tuple[int, ...]
+    times: tuple[int, ...]
+    scale: float
+
+
+class MapsBackbone(Architecture):
+    """A backbone of maps over time: forward_features(pixels) -> maps [B, C, T, H, W] of each pathway.
+
+    It has no tokens and no head, and takes clips of any height and width.
+    """
+
+    @abc.abstractmethod
+    def maps(self) -> MapsShape:
+        """Tell the sizes of its maps."""
+
+    @abc.abstractmethod
+    def cost(self) -> Cost:
+        """Count the work of one row's forward pass."""
+
+    def start_choices(self) -> int:
+        """Tell among how many first frames training draws one for each clip.
+
+        Above 1 `forward_features(pixels, starts)` takes what was drawn, int64 [B].
+        """
+        return 1
+
+
 class Detector(Architecture):
     """A model that finds persons and tells their actions: forward(pixels, sizes of the frames) -> predictions.
 

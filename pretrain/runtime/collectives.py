@@ -10,6 +10,7 @@ computes all of it and returns the same number, or every rank averages over its 
 All ranks must make the same calls in the same order. One rank alone makes none.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -74,6 +75,45 @@ def own_rows(count: int, ranks: Ranks, views: int = 1) -> Tensor:
     row = torch.arange(count, device=ranks.device)
     slot, view = row // views, row % views
     return (slot * ranks.world_size + ranks.rank) * views + view
+
+
+def gather_ragged(tensor: Tensor, ranks: Ranks) -> list[Tensor]:
+    """Gather the rows of all ranks where these have different numbers of them, without gradient.
+
+    Args:
+        tensor: This rank's rows [B, ...], on its device; the shape behind B is the same on every rank.
+        ranks: This process among all.
+
+    Returns:
+        The rows of each rank, in the order of ranks.
+    """
+    if ranks.world_size == 1:
+        return [tensor.detach()]
+    counts = gather(torch.tensor([len(tensor)], device=tensor.device), ranks).tolist()
+    # Padded to the most that any rank has: collectives of one size know no other.
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor.detach()
+    by_rank = gather(padded, ranks).unflatten(0, (-1, ranks.world_size)).transpose(0, 1)
+    return [rows[:count] for rows, count in zip(by_rank, counts, strict=True)]
+
+
+def exchange(tensor: Tensor, sends: Sequence[int], receives: Sequence[int], ranks: Ranks) -> Tensor:
+    """Send each rank rows of its own, without gradient; every rank knows beforehand how many it is sent.
+
+    Args:
+        tensor: Rows [sum(sends), ...], those for rank 0 first, on this rank's device.
+        sends: How many go to each rank.
+        receives: How many come from each rank.
+        ranks: This process among all.
+
+    Returns:
+        [sum(receives), ...], those of rank 0 first.
+    """
+    if ranks.world_size == 1:
+        return tensor.detach()
+    received = tensor.new_empty(sum(receives), *tensor.shape[1:])
+    dist.all_to_all_single(received, tensor.detach().contiguous(), list(receives), list(sends))
+    return received
 
 
 def sum_with_gradient(tensor: Tensor, ranks: Ranks) -> Tensor:

@@ -97,9 +97,10 @@ class Progress:
         if late_enough and not self._hinted and record["speed/data_wait_share"] > DATA_WAIT_LIMIT:
             self._hinted = True
             logger.warning(
-                "the device waits for data %.0f %% of the time: raise data.workers, read what launch/pack.py encoded "
-                "(its reference frames at every fourth frame decode fastest) with input.decoder=pyav, draw more "
-                "input.views from each clip, or read from nearer (data.cache_dir)",
+                "the device waits for data %.0f %% of the time: give each rank more cores and set data.workers=null, "
+                "which takes all of them, read what launch/pack.py encoded (its reference frames at every fourth frame "
+                "decode fastest) with input.decoder=pyav, draw more input.views from each clip, or read from nearer "
+                "(data.cache_dir)",
                 100 * record["speed/data_wait_share"],
             )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import folders
 from pretrain.checkpoint.manifest import problems, write_durably
-from pretrain.checkpoint.rank_state import load_rank_state
+from pretrain.checkpoint.rank_state import BY_OWNER, load_rank_state
 from pretrain.checkpoint.save import STATE
 from pretrain.data.samples import Batch
 from pretrain.data.stream_plan import open_plan
@@ -190,7 +190,7 @@ def _restore_rank_state(objective: Objective, place: StepPlace, rank: int, first
         load_rank_state(place.checkpoint, states, place.state["world_size"], rank, place.world_size)
         return
     for name, state in states.items():
-        state.tensor.copy_(first[name])
+        state.restore(first[name], rank, place.world_size)
 
 
 def warn_of_losses(objective: Objective, recipe: Recipe, world_size: int) -> None:
@@ -199,6 +199,8 @@ def warn_of_losses(objective: Objective, recipe: Recipe, world_size: int) -> Non
         looks = "the loss looks across the whole batch"
     elif objective.cross_rank_batch_norm and world_size > 1:
         looks = "batch norms look across all ranks"
+    elif world_size > 1 and any(state.reshape == BY_OWNER for state in objective.rank_state().values()):
+        looks = "what the objective remembers lies on all ranks"
     else:
         return
     logger.warning("%s, and each micro-batch is replayed alone: losses and gradients differ from the run's", looks)

@@ -1,4 +1,4 @@
-"""Persons found on real video, linked to tracks, and drawn into a video that others can play."""
+"""FoundPersons found on real video, linked to tracks, and drawn into a video that others can play."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from finetune.detection.persons import Persons, distinct, overlap, person_detector
+from finetune.detection.persons import FoundPersons, distinct, overlap, person_detector
 from finetune.detection.rendering import Sighting, at_time, draw_persons, render
 from finetune.detection.tracks import link_tracks
 from pretrain.data.decoders import open_video
@@ -72,7 +72,7 @@ def test_hog_without_opencv_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_of_boxes_that_overlap_the_best_is_left() -> None:
     boxes = boxes_of((0, 0, 0.5, 0.5), (0, 0, 0.5, 0.45), (0.5, 0.5, 0.5, 0.9), (0.6, 0, 1, 0.5))
-    left = distinct(Persons(boxes, np.float32([0.5, 0.9, 0.3, 0.9])))
+    left = distinct(FoundPersons(boxes, np.float32([0.5, 0.9, 0.3, 0.9])))
     assert left.scores.tolist() == pytest.approx([0.9, 0.9, 0.3])
     assert np.array_equal(left.boxes, boxes[[1, 3, 2]])
 

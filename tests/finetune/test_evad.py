@@ -3,6 +3,9 @@
 import builtins
 import dataclasses
 import json
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from finetune.commands.finetune import main as finetune_main
 from finetune.evad import set_matching, task
 from finetune.evad.selection import select_persons
 from finetune.evad.set_losses import action_loss, mean_of_terms, person_loss, set_losses
@@ -17,13 +21,14 @@ from finetune.evad.set_matching import AnnotatedPersons, assign, giou_continuous
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.errors import RecipeError
 from pretrain.models.evad.context import ActorPredictions
+from pretrain.models.weight_files import read_raw
 from pretrain.objectives.base import method_of, problems_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.plan.trace import trace_step
 from pretrain.runtime.process_group import Ranks
 from tests.finetune.conftest import Toy
 from tests.finetune.test_detection_run import keyframe
-from tests.toy_shards import index, write_shard
+from tests.toy_shards import ROOT, index, write_shard
 
 RECIPE = """\
 model: {name: evad, size: custom, patch_size: 8, dim: 48, depth: 4, heads: 2, mlp_ratio: 2, classes: 3, drop_path: 0,
@@ -269,3 +274,23 @@ def test_plan_counts_a_step_without_content(found: Toy) -> None:
     trace, cost = trace_step(method, 2), method.cost()
     # Scores of tokens are computed beside fused attention, and pooling is no part of published counts.
     assert 2 * cost.published <= trace.forward_flops / 2 <= 2.6 * cost.published
+
+
+def test_commands_of_the_guide(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/systems/evad.md").read_text(), re.DOTALL)
+    for line in block.splitlines():
+        program, script, *words = shlex.split(line)
+        assert (program, script) == ("python", "launch/finetune.py") and finetune_main(words) == 0
+    assert "520.6 GMAC" in capsys.readouterr().out
+
+
+def test_released_layout_of_a_run(found: Toy, tmp_path: Path) -> None:
+    """What the guide's export writes starts a detector again."""
+    objective, _ = one_batch(found)
+    path = str(tmp_path / "evad.pth")
+    method_of(recipe_of(found)).exports(tmp_path)["evad"].write(objective, path)
+    other, _ = one_batch(found)
+    with torch.no_grad():
+        other.model.norm.weight.fill_(5)
+    other.load_pretrained(path, read_raw(path))
+    assert torch.equal(other.model.norm.weight, objective.model.norm.weight)

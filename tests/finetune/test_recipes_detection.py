@@ -58,7 +58,7 @@ def test_the_plan_of_a_detector() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["model.pooling=mean"], "model.pooling: found mean, allowed: token0"),
+        (["model.pooling=mean"], "model.pooling: this one has an fc_norm"),
         (["model.positions=rebuild"], "allowed with clips that vary in size: interpolate"),
         (["objective.loss=focal", "model.classes=24"], "objective.loss=focal: model.classes=24"),
         (["input.crop_size=300"], "input.crop_size: found 300"),

@@ -75,6 +75,18 @@ def test_boxes_done_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(roi_align_by_tensors(features, boxes, images, 7, 1 / 16), whole)
 
 
+@pytest.mark.parametrize("aligned", [False, True])
+def test_boxes_inside_need_no_look_at_their_sizes(aligned: bool) -> None:
+    """The samples of the largest box that there can be: the others' weights are zero."""
+    features, generator = torch.randn(2, 3, 5, 16), torch.Generator().manual_seed(4)
+    corners = torch.rand(12, 2, 2, generator=generator).sort(1).values * torch.tensor([16 * 16 - 1.0, 5 * 16 - 1.0])
+    boxes = torch.cat((corners.flatten(1), torch.tensor([[0.0, 0, 255, 79], [9, 9, 9, 9]])))
+    images = torch.arange(len(boxes)) % 2
+    exact = roi_align_by_tensors(features, boxes, images, 7, 1 / 16, 0, aligned)
+    found = roi_align_by_tensors(features, boxes, images, 7, 1 / 16, 0, aligned, within=True)
+    torch.testing.assert_close(found, exact)
+
+
 def test_gradient_is_that_of_the_sums_and_an_empty_set_keeps_the_graph() -> None:
     features = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     boxes, images = torch.tensor(BOXES[:3], dtype=torch.float64), torch.zeros(3, dtype=torch.int64)

@@ -30,6 +30,8 @@ SYSTEMS = {
     "VideoMAE action detection baseline": "videomae_ava",
     "AVA frame-mAP": "ava_map",
     "EVAD": "evad",
+    "CycleACR head": "cycleacr",
+    "CycleACR on a VideoMAE ViT": "cycleacr_videomae",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"

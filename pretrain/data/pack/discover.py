@@ -44,6 +44,7 @@ class Item:
         kind: what the sample mainly is.
         companions: further members of the sample.
         segment: the piece of the video that is meant, None for all of it.
+        distinct: samples of the same pixels are told apart by their keys: keyframes of one short video, say.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Item:
     kind: Kind = "video"
     companions: tuple[Companion, ...] = ()
     segment: Segment | None = None
+    distinct: bool = False
 
 
 @dataclass(frozen=True)

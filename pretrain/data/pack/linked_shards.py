@@ -24,6 +24,7 @@ from pretrain.data.index import (
 from pretrain.data.linked_video import Span
 from pretrain.data.media import LINK_ENDING, SPAN_ENDING, kind_of
 from pretrain.data.pack import zip_source
+from pretrain.data.pack.companions import read_companion
 from pretrain.data.pack.discover import Item
 from pretrain.data.pack.film_index import FilmIndex, read_index
 from pretrain.data.pack.scan import scan_shard
@@ -101,6 +102,8 @@ def _samples(items: list[Item], indexes: dict[str, FilmIndex]) -> Iterator[dict[
             facts["segment"] = item.segment._asdict()
         content = json.dumps(facts, sort_keys=True).encode()
         sample: dict[str, object] = {"__key__": item.key, "json": content, LINK_ENDING: name_bytes(where)}
+        # Values that were given; files beside the video are not copied in place (--with is refused).
+        sample |= {one.ending: read_companion(one) for one in item.companions}
         if item.path in indexes:
             sample[SPAN_ENDING] = indexes[item.path].span(item.segment).to_json()
         elif item.segment is not None:

@@ -14,7 +14,9 @@ from pretrain.runtime.untrusted import name_bytes
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/-]+")
 _LONGEST_KEY = 180
 #: Fields of items that a first release did not have, with what says nothing.
-_NOTHING: tuple[tuple[str, object], ...] = (("segment", None), ("kind", "video"), ("companions", ()))
+_NOTHING: tuple[tuple[str, object], ...] = (
+    ("segment", None), ("kind", "video"), ("companions", ()), ("distinct", False),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def _without_repeats(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
 
 
 def _identity(item: Item) -> str:
-    return f"{item.path}\x1f{item.frames}{_bounds(item)}"
+    return f"{item.path}\x1f{item.frames}{_bounds(item)}" + (f"\x1f{item.key}" if item.distinct else "")
 
 
 def _bounds(item: Item) -> str:

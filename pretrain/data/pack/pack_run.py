@@ -153,7 +153,7 @@ class _Packer:
     def _take(self, item: Item, result: Packed | Rejected) -> None:
         if isinstance(result, Packed):
             self.bytes_read += result.bytes_read
-            sha256 = result.facts["sha256"]
+            sha256 = result.facts["sha256"] + (f" {item.key}" if item.distinct else "")
             # Also of shards that an earlier start has finished: the journal holds the hashes of their originals.
             if sha256 in self.seen:
                 result.discard()

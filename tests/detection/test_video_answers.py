@@ -1,4 +1,4 @@
-"""launch/predict.py on real video with people: persons are found, followed, judged, and drawn; of both kinds of model."""
+"""launch/predict.py on real video with people: persons are found, followed, judged, and drawn; two kinds of model."""
 
 import csv
 from pathlib import Path
