@@ -11,6 +11,7 @@ from torch import nn
 from pretrain.checkpoint.deepspeed_files import Groups
 from pretrain.engine.compiled_parts import compile_parts, fetch_by_part
 from pretrain.engine.deepspeed_config import Config, builds_sharded, deepspeed_config
+from pretrain.engine.fp8 import check_fp8, multiply_in_fp8
 from pretrain.engine.model_states import ModelSize, size_of
 from pretrain.engine.optimiser import build_optimizer, forget_steps
 from pretrain.engine.turns import Turn, turns_of
@@ -86,6 +87,7 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
     on_cpu = ranks.device.type == "cpu"
     if on_cpu and recipe.compute.dtype == "fp16":
         raise RecipeError("compute.dtype: found fp16, allowed on a CPU: bf16, fp32 (DeepSpeed has no fp16 there)")
+    check_fp8(recipe.compute.fp8, ranks.device)
     config = deepspeed_config(recipe, accumulation, parameters, on_cpu)
     torch.set_float32_matmul_precision(recipe.compute.matmul)
     compute_alike(ranks.device, recipe.compute.deterministic)
@@ -107,6 +109,7 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
     move_buffers(engine.module, ranks.device)
     forget_steps(engine.basic_optimizer)
+    multiply_in_fp8(objective, recipe.compute.fp8)
     if recipe.compute.compile:
         compile_parts(objective)
     return Built(engine, config, parameters, groups, turns, cache, rows)

@@ -8,6 +8,9 @@ from torch.nn import functional as F
 #: Fills a weight in place.
 Initializer = Callable[[Tensor], Tensor]
 
+#: Tokens [..., inputs] times a weight [outputs, inputs], plus a bias [outputs].
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 
 def xavier(weight: Tensor) -> Tensor:
     """Fill Xavier-uniform: the official pre-training models."""
@@ -20,9 +23,10 @@ def truncated_normal(weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Linear layer with zero bias and a slot `update` whose output is added to its own."""
+    """Linear layer with zero bias, a slot `update` whose output is added to its own, and another `product` if given."""
 
     update: nn.Module | None
+    product: Product | None = None
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, init: Initializer = xavier) -> None:
         self.init = init  # before the base class, whose constructor calls reset_parameters
@@ -35,7 +39,11 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._updated(x, F.linear(x, self.weight, self.bias))
+        return self._updated(x, self._multiply(x, self.weight, self.bias))
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # F.linear is looked up at each call: deepspeed.zero.Init puts a function of its own there.
+        return F.linear(x, weight, bias) if self.product is None else self.product(x, weight, bias)
 
     def _updated(self, x: Tensor, y: Tensor) -> Tensor:
         # The update's module is called, not its weights read: stage 3 gathers them only there.
@@ -49,7 +57,7 @@ class WidenedLinear(Linear):
         if not inputs and not outputs:
             return super().forward(x)
         bias = None if self.bias is None else F.pad(self.bias, (0, outputs))
-        return F.linear(x, F.pad(self.weight, (0, inputs, 0, outputs)), bias)
+        return self._multiply(x, F.pad(self.weight, (0, inputs, 0, outputs)), bias)
 
 
 class JointProjection(Linear):
@@ -59,4 +67,4 @@ class JointProjection(Linear):
         super().__init__(dim, 3 * dim, bias, init)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._updated(x, F.linear(x, self.weight, self.bias if bias is None else bias))
+        return self._updated(x, self._multiply(x, self.weight, self.bias if bias is None else bias))

@@ -184,13 +184,14 @@ class Mlp(nn.Module):
         self.dropout = dropout_layer(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        more = self._surplus(x.device)
+        more = self.surplus(x.device.type)
         return self.dropout(self.fc2(self.activation(self.fc1(x, outputs=more)), inputs=more))
 
-    def _surplus(self, device: torch.device) -> int:
+    def surplus(self, device: str) -> int:
+        """Count the channels that are added inside on a kind of device."""
         # Low-rank updates are made for the width itself.
         updated = self.fc1.update is not None or self.fc2.update is not None
-        return 0 if updated or device.type in UNALIGNED_DEVICES else -self.fc1.out_features % ALIGNED
+        return 0 if updated or device in UNALIGNED_DEVICES else -self.fc1.out_features % ALIGNED
 
 
 class Block(nn.Module):

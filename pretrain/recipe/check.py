@@ -35,6 +35,7 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> list[str]:
         *_check_ranges(recipe),
         *_check_sources(recipe),
         *_check_batch(recipe, ranks),
+        *_check_fp8(recipe),
         *optim_problems(recipe),
         *schedule_problems(recipe),
     ]
@@ -153,6 +154,23 @@ def _check_ranges(recipe: Recipe) -> list[str]:
     if recipe.data.bad_rate > 1:
         problems.append(f"data.bad_rate: found {recipe.data.bad_rate}, allowed: a share from 0 to 1")
     return problems
+
+
+def _check_fp8(recipe: Recipe) -> list[str]:
+    """List what FP8 does not go with."""
+    compute = recipe.compute
+    if compute.fp8 == "none":
+        return []
+    beside = []
+    if compute.dtype != "bf16":
+        beside.append(f"compute.dtype={compute.dtype}, allowed: bf16, which sums and weights stay in")
+    if not compute.compile:
+        # By themselves, casts and the search for the largest value read and write every activation once more.
+        beside.append("compute.compile=false, allowed: true, else casting takes more time than products save")
+    if recipe.zero.stage == 3:
+        # The product keeps the gathered weight for its backward pass, and nothing would be sharded.
+        beside.append("zero.stage=3, allowed: 0, 1 or 2")
+    return [f"compute.fp8: found {compute.fp8} with {found}" for found in beside]
 
 
 def unusable_numbers(recipe: Recipe) -> list[str]:

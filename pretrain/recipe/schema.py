@@ -193,6 +193,9 @@ class Compute:
     """true: recompute each block in the backward pass; selective: all but its matrix products and attention"""
     compile: bool = False
     """torch.compile each block of the model, and the loss; not with selective recomputation"""
+    fp8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """experimental, not measured yet: format of the products of blocks, scaled as a whole or row by row (torchao);
+    with bf16, compute.compile and zero.stage 0 to 2, on GPUs of compute capability 8.9 or more"""
     deterministic: bool = False
     """the same bits again on the same accelerators: torch's deterministic algorithms and one attention back end, slower
     (on a CPU it is always so)"""
