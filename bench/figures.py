@@ -163,11 +163,11 @@ def make_person(rng: np.random.Generator, x: float, size: float, actions: list[s
 
 
 def alone(rng: np.random.Generator) -> Film:
-    """One to three people; each does something else each second."""
-    count, seconds = int(rng.integers(1, 4)), 4
-    places = rng.permutation([0.2, 0.5, 0.8])[:count] * WIDTH + rng.uniform(-6, 6, count)
+    """One or two people; each does something else each second."""
+    count, seconds = int(rng.integers(1, 3)), 4
+    places = rng.permutation([0.27, 0.73])[:count] * WIDTH + rng.uniform(-8, 8, count)
     people = [
-        make_person(rng, float(x), float(rng.uniform(34, 50)), rng.choice(list(ACTIONS), seconds).tolist())
+        make_person(rng, float(x), float(rng.uniform(48, 66)), rng.choice(list(ACTIONS), seconds).tolist())
         for x in places
     ]
     return Film(people, seconds, [[[person.actions[second]] for person in people] for second in range(seconds)])
@@ -178,7 +178,7 @@ def others(rng: np.random.Generator) -> Film:
     seconds = 4
     doing = [rng.choice(["wave", "squat"], seconds).tolist() for _ in range(2)]
     people = [
-        make_person(rng, x * WIDTH, float(rng.uniform(38, 48)), each)
+        make_person(rng, x * WIDTH, float(rng.uniform(48, 60)), each)
         for x, each in zip((0.14, 0.86), doing, strict=True)
     ]
     labels = [["together"] if one == two else ["apart"] for one, two in zip(*doing, strict=True)]
@@ -189,7 +189,7 @@ def before(rng: np.random.Generator) -> Film:
     """One person for 40 seconds: what did it do 20 seconds ago?"""
     seconds = 2 * BACK
     doing = rng.choice(["wave", "squat"], seconds).tolist()
-    person = make_person(rng, float(rng.uniform(0.3, 0.7)) * WIDTH, float(rng.uniform(38, 48)), doing)
+    person = make_person(rng, float(rng.uniform(0.3, 0.7)) * WIDTH, float(rng.uniform(48, 60)), doing)
     past = {"wave": "waved", "squat": "squatted"}
     labels = [[[past[doing[second - BACK]]] if second >= BACK else []] for second in range(seconds)]
     return Film([person], seconds, labels)

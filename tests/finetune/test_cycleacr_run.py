@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finetune.cycleacr.head_weights import load_start
-from finetune.cycleacr.objective import CycleACRObjective, MomentSamples
+from finetune.cycleacr.objective import CycleACRObjective, MomentSamples, moments_of
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.errors import WeightsError
@@ -108,6 +108,12 @@ def test_training_remembers_what_was_applied(boxed: Toy, words: tuple[str, ...])
     loss = objective(batch).loss
     objective.after_step()
     assert len(objective.bank) == 6 and float(objective.last_loss) == pytest.approx(float(loss.detach()))
+
+
+def test_keyframes_between_whole_seconds_have_a_second_each() -> None:
+    times = torch.tensor([0.5, 1.5, 2.5, 902.0, 903.96], dtype=torch.float64)
+    batch = {"times": times, "videos": ["a"] * 5, "counts": torch.ones(5, dtype=torch.int64)}
+    assert moments_of(batch).seconds == [0, 1, 2, 902, 903]
 
 
 def test_rates_and_decay_of_the_iteration_trainer(boxed: Toy) -> None:
