@@ -26,6 +26,8 @@ LIBRARIES = (
     *("torch", "deepspeed", "torch._dynamo", "torch._inductor", "numpy", "sympy", "networkx", "av", "webdataset"),
     *("omegaconf", "pydantic", "einops", "tenacity", "safetensors.torch", "setuptools", "msgpack", "PIL.Image"),
     *("fsspec.implementations.local", "s3fs", "multiprocessing.spawn", "concurrent.futures.thread"),
+    # DeepSpeed imports the first while it builds an engine, timm the second: longer than a run of ten steps takes.
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "wandb"),
 )
 
 #: Beginnings of variables that libraries look at while they are loaded: with others than the forge's a process is

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ examples (the recipe says model, clip size and labelled data; the network stays 
       the same to runs/<name>/features/{train,held_out}/*.tar, which webdataset reads: one .npy and .json a video
   python launch/evaluate.py --recipe vit_g_k710 --method windows --step 4 run.init_weights=model.pth
       sliding windows over whole test videos, one .npy each, as published for temporal detection
+  python launch/evaluate.py --from-csv detections.csv --truth ava_val_v2.2.csv --labels action_list.pbtxt
+      no recipe: mAP of action detections in a file; --from-csv X --help tells more, docs/detection_metrics.md
 
 exit codes: 0 done, 1 failed, 2 wrong recipe or usage
 guide: docs/finetuning.md
@@ -41,6 +44,12 @@ guide: docs/finetuning.md
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    # Files are scored without a recipe.
+    if any(word.partition("=")[0] == "--from-csv" for word in words):
+        from finetune.detection import from_csv
+
+        return from_csv.main(words)
     return run_program(PROGRAM, argv)
 
 

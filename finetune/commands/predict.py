@@ -33,7 +33,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     take_any_name()
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         _predict(arguments)
     except TubeletError as error:
@@ -76,7 +76,8 @@ def _predictor(arguments: argparse.Namespace) -> "tuple[str, VideoPredictor]":
     return task, predictor
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser; every option's help states its default."""
     parser = argparse.ArgumentParser(
         "predict.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

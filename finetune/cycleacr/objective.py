@@ -20,7 +20,7 @@ from pretrain.data.samples import Batch, Sample
 from pretrain.models.base import MapsBackbone
 from pretrain.models.cycleacr import Actors
 from pretrain.models.dropout import ROW_KEYS
-from pretrain.models.interaction import Persons
+from pretrain.models.interaction import PersonPlaces
 from pretrain.objectives.base import Output, Rule
 from pretrain.runtime.collectives import gather_ragged, mean
 from pretrain.runtime.process_group import Ranks, present_ranks
@@ -44,10 +44,16 @@ class MomentSamples(BoxSamples):
 
     def collate(self, samples: list[Sample]) -> Batch:
         batch = super().collate(samples)
-        seconds = [round(time) for time in batch["times"].tolist()]
-        videos = [video_number(name) for name in batch["videos"]]
         # A plain tuple of lists: batches travel between processes.
-        return batch | {MOMENTS: (videos, seconds, batch["counts"].tolist())}
+        return batch | {MOMENTS: tuple(moments_of(batch))}
+
+
+def moments_of(batch: Batch) -> Moments:
+    """Tell a batch's keyframes; waits for the device where `MomentSamples` has not told before."""
+    if MOMENTS in batch:
+        return Moments(*batch[MOMENTS])
+    seconds = [round(time) for time in batch["times"].tolist()]
+    return Moments([video_number(name) for name in batch["videos"]], seconds, batch["counts"].tolist())
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,8 @@ class CycleACRObjective(DetectionObjective):
         self._judged = self._new_bank()
 
     def forward(self, batch: Batch) -> Output:
-        moments, ranks = self._moments(batch), present_ranks(batch["video"].device)
-        persons = Persons.of(batch["counts"], len(batch["boxes"]))
+        moments, ranks = moments_of(batch), present_ranks(batch["video"].device)
+        persons = PersonPlaces.of(batch["counts"], len(batch["boxes"]))
         # Before the backbone: what is exchanged with other ranks travels while it computes nothing yet.
         window = self._window(self.bank, moments, ranks)
         actors = self.actors(batch, batch["boxes"], persons)
@@ -101,12 +107,14 @@ class CycleACRObjective(DetectionObjective):
         metrics |= {"boxes": batch["counts"].sum().float(), "remembered": loss.new_tensor(float(len(self.bank)))}
         return Output(loss, metrics)
 
-    def actors(self, batch: Batch, boxes: Tensor, persons: Persons) -> Actors:
+    def actors(self, batch: Batch, boxes: Tensor, persons: PersonPlaces) -> Actors:
         """Compute phase 0 of boxes [n, 4], which lie inside their frames."""
         actors: Actors = self.model.head.actors(self._maps(batch), boxes, persons)
         return actors
 
-    def classify(self, actors: Actors, persons: Persons, window: Tensor, moments: Moments, scores: Tensor) -> Tensor:
+    def classify(
+        self, actors: Actors, persons: PersonPlaces, window: Tensor, moments: Moments, scores: Tensor
+    ) -> Tensor:
         """Compute phase 1: logits float32 [n, K].
 
         Args:
@@ -247,7 +255,7 @@ class CycleACRObjective(DetectionObjective):
 
     def _phase0(self, batch: Batch) -> _Judged:
         counts, boxes = batch["counts"], batch["boxes"]
-        persons = Persons.of(counts, len(boxes))
+        persons = PersonPlaces.of(counts, len(boxes))
         # For pooling alone: what is reported is the box that was given.
         extended = extend_boxes_inclusive(boxes, self.recipe.objective.extension, batch["sizes"][persons.clips])
         features, pooled = self.actors(batch, extended, persons)
@@ -255,21 +263,18 @@ class CycleACRObjective(DetectionObjective):
             name: batch[name] for name in ("videos", "times", "sizes", "originals", "boxes", "box_scores", "counts")
         }
         on_host = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in facts.items()}
-        return _Judged(on_host, self._moments(batch), Actors(features.cpu(), pooled.cpu()))
+        return _Judged(on_host, moments_of(batch), Actors(features.cpu(), pooled.cpu()))
 
     def _phase1(self, one: _Judged, bank: MemoryBank, ranks: Ranks) -> list[Detections]:
         facts, device = one.facts, ranks.device
         window = self._window(bank, one.moments, ranks, judged=True)
-        persons = Persons.of(facts["counts"].to(device), len(facts["boxes"]))
+        persons = PersonPlaces.of(facts["counts"].to(device), len(facts["boxes"]))
         actors, scores = Actors(*(value.to(device) for value in one.actors)), facts["box_scores"].to(device)
         found = self.probabilities(self.classify(actors, persons, window, one.moments, scores))
         if self.recipe.objective.detector_score:
             found = found * scores[:, None]
         rules = CONVENTIONS[self.recipe.input.convention]
         return answers_of(facts, facts["boxes"].numpy(), found.cpu().numpy(), list(one.moments.counts), rules)
-
-    def _moments(self, batch: Batch) -> Moments:
-        return Moments(*batch[MOMENTS])
 
     def _new_bank(self) -> MemoryBank:
         options = self.recipe.objective

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.models.interaction import INIT_STD, InteractionBlock, PersonDropout, Persons
+from pretrain.models.interaction import INIT_STD, InteractionBlock, PersonDropout, PersonPlaces
 from pretrain.models.linear import Linear
 from pretrain.models.roi_align import roi_align
 
@@ -112,7 +112,7 @@ class InstanceInteraction(nn.Module):
         self.m_blocks = nn.ModuleList(InteractionBlock(dim, width, shape.dropout, seconds) for width in widths)
         self.max_persons = shape.max_persons
 
-    def forward(self, x: Tensor, persons: Persons, memory: Tensor, priority: Tensor) -> Tensor:
+    def forward(self, x: Tensor, persons: PersonPlaces, memory: Tensor, priority: Tensor) -> Tensor:
         """Transform persons [n, D] to [n, outputs]; see `CycleACRHead.classify`."""
         for person_block, memory_block in zip(self.p_blocks, self.m_blocks, strict=True):
             table = persons.table(x, self.max_persons, priority)
@@ -134,7 +134,7 @@ class CycleACRModule(nn.Module):
         self.cycle_modeling = CycleModeling(shape)
         self.instance_interaction = InstanceInteraction(shape)
 
-    def forward(self, pooled: Tensor, context: Tensor, local: Tensor, persons: Persons) -> Tensor:
+    def forward(self, pooled: Tensor, context: Tensor, local: Tensor, persons: PersonPlaces) -> Tensor:
         """Compute the memory's features [n, D].
 
         Args:
@@ -183,7 +183,7 @@ class CycleACRHead(nn.Module):
         self.feature_extractor = FeatureExtractor(shape)
         self.predictor = ActionPredictor(shape)
 
-    def actors(self, maps: list[Tensor], boxes: Tensor, persons: Persons) -> Actors:
+    def actors(self, maps: list[Tensor], boxes: Tensor, persons: PersonPlaces) -> Actors:
         """Describe persons by the cycle of actor and context.
 
         Args:
@@ -200,7 +200,7 @@ class CycleACRHead(nn.Module):
         features = module(pooled, context_of(maps).transpose(1, 2), local.transpose(1, 2), persons)
         return Actors(features, pooled)
 
-    def classify(self, actors: Actors, persons: Persons, memory: Tensor, priority: Tensor) -> Tensor:
+    def classify(self, actors: Actors, persons: PersonPlaces, memory: Tensor, priority: Tensor) -> Tensor:
         """Compute logits [n, classes].
 
         Args:
@@ -217,7 +217,7 @@ class CycleACRHead(nn.Module):
         logits: Tensor = self.predictor(F.relu(extractor.fc2(F.relu(extractor.fc1(fused)))))
         return logits
 
-    def _set(self, persons: Persons) -> None:
+    def _set(self, persons: PersonPlaces) -> None:
         for layer in self.modules():
             if isinstance(layer, PersonDropout):
                 layer.persons = persons

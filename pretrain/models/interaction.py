@@ -1,6 +1,6 @@
 """Interaction of persons with what is around them: CycleACR's only building block (systems/cycleacr.md, 2.2).
 
-Rows of all tensors here are persons, not clips; `Persons` says which clip each belongs to. From MCG-NJU/CycleACR
+Rows of all tensors here are persons, not clips; `PersonPlaces` says which clip each belongs to. From MCG-NJU/CycleACR
 (alphaction/modeling/roi_heads/action_head/cycleacr.py), whose 1x1 convolutions are linear layers here.
 """
 
@@ -21,7 +21,7 @@ _STEP = 0x9E3779B97F4A7C15 - 2**64
 
 
 @dataclass(frozen=True)
-class Persons:
+class PersonPlaces:
     """Persons of a batch of clips.
 
     Attributes:
@@ -35,7 +35,7 @@ class Persons:
     count: int
 
     @classmethod
-    def of(cls, counts: Tensor, total: int) -> "Persons":
+    def of(cls, counts: Tensor, total: int) -> "PersonPlaces":
         """Number the `total` persons of clips with `counts` int64 [B] persons each, without waiting for the device."""
         numbers = torch.arange(len(counts), device=counts.device)
         clips = numbers.repeat_interleave(counts, output_size=total)
@@ -76,7 +76,7 @@ class PersonDropout(Dropout):
     `persons` are those of the forward pass under way, set by the head that holds the layer.
     """
 
-    persons: Persons | None = None
+    persons: PersonPlaces | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,9 @@ class Oracle:
 
     def evaluated_weights(self) -> Any:
         return torch.no_grad()
+
+    def detect_all(self, batches: Iterable[dict[str, Any]]) -> Any:
+        return [answer for batch in batches for answer in self.detect(batch)]
 
     def detect(self, batch: dict[str, Any]) -> Any:
         from finetune.detection.answers import truth_of

@@ -65,6 +65,8 @@ def parse(script: str, arguments: list[str]) -> None:
         from pretrain.commands.pack_arguments import make_parser
     elif script == "export":
         from finetune.commands.export import make_parser
+    elif script == "predict":
+        from finetune.commands.predict import make_parser
     else:
         from pretrain.commands.reconstruct import make_parser
     make_parser().parse_args(arguments)

@@ -5,7 +5,7 @@ import torch
 
 from pretrain.models.cycleacr import CycleACRHead, HeadShape
 from pretrain.models.dropout import Rows, draw_by_position
-from pretrain.models.interaction import InteractionBlock, Persons
+from pretrain.models.interaction import InteractionBlock, PersonPlaces
 
 COUNTS = torch.tensor([2, 0, 3, 1])
 
@@ -16,8 +16,8 @@ def shape(**changed: object) -> HeadShape:
     return HeadShape(**{**sizes, **places, **changed})  # type: ignore[arg-type]
 
 
-def persons() -> Persons:
-    return Persons.of(COUNTS, int(COUNTS.sum()))
+def persons() -> PersonPlaces:
+    return PersonPlaces.of(COUNTS, int(COUNTS.sum()))
 
 
 def test_persons_know_their_clip_and_place() -> None:
@@ -84,7 +84,7 @@ def dropped(order: list[int]) -> torch.Tensor:
     rows = draw_by_position(head)
     assert isinstance(rows, Rows)
     counts = COUNTS[order]
-    some = Persons.of(counts, int(counts.sum()))
+    some = PersonPlaces.of(counts, int(counts.sum()))
     rows.keys = torch.tensor([11, 22, 33, 44])[order]
     head._set(some)
     zeros = (head.predictor.dropout(torch.ones(6, 30)) == 0).split(counts.tolist())

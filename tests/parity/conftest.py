@@ -29,6 +29,7 @@ SYSTEMS = {
     "EViT": "evit",
     "VideoMAE action detection baseline": "videomae_ava",
     "AVA frame-mAP": "ava_map",
+    "frame-mAP and video-mAP": "video_map",
     "EVAD": "evad",
     "CycleACR head": "cycleacr",
     "CycleACR on a VideoMAE ViT": "cycleacr_videomae",

@@ -14,7 +14,7 @@ from finetune.detection.roi_head import extend_boxes_inclusive
 from finetune.recipe import load_tune_recipe
 from pretrain.models.cycleacr import CycleACRHead, HeadShape
 from pretrain.models.initial_weights import read_weights
-from pretrain.models.interaction import Persons
+from pretrain.models.interaction import PersonPlaces
 from pretrain.models.weights import LoadReport, load_state, read_state
 from pretrain.objectives.base import method_of, problems_of
 from pretrain.runtime.process_group import Ranks
@@ -37,9 +37,9 @@ def flat(value: Tensor) -> Tensor:
     return value.flatten(2) if value.dim() == 5 and value.shape[2] > 1 else value.reshape(value.shape[0], -1)
 
 
-def persons_of(case: Any) -> Persons:
+def persons_of(case: Any) -> PersonPlaces:
     counts = torch.tensor(case.meta["config"]["nb"])
-    return Persons.of(counts, int(counts.sum()))
+    return PersonPlaces.of(counts, int(counts.sum()))
 
 
 def memory_options(config: dict[str, Any], penalty: bool = True) -> MemoryOptions:

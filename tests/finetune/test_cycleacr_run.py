@@ -1,0 +1,185 @@
+"""CycleACR as a user runs it: trained, judged, stopped and resumed with its memory; two pathways; released weights."""
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.cycleacr.head_weights import load_start
+from finetune.cycleacr.objective import CycleACRObjective, MomentSamples
+from finetune.recipe import TuneRecipe, load_tune_recipe
+from pretrain.checkpoint.consolidate import consolidated_state
+from pretrain.errors import WeightsError
+from pretrain.objectives.base import method_of, problems_of
+from tests.finetune.conftest import Toy
+from tests.finetune.test_detection_run import boxed, losses
+
+__all__ = ["boxed"]
+
+HEAD = ("objective.name=cycleacr", "objective.dim=8", "objective.hidden=16", "objective.memory.past=2",
+        "objective.memory.future=1", "objective.max_persons=4", "objective.memory.max_per_second=2")  # fmt: skip
+MODEL = "model: {name: slowfast, depth: 50, width: 8, beta: 4, classes: 3, tau: 2, alpha: 2}\n"
+#: Words by which the toy recipe gets the backbone of two pathways.
+SLOWFAST = ("optim.layer_decay=1", "input.stride=1", "input.pad=16")
+
+
+def recipe_of(boxed: Toy, *words: str) -> TuneRecipe:
+    path = boxed.recipe
+    if words[: len(SLOWFAST)] == SLOWFAST:
+        path = boxed.folder / "slowfast.yaml"
+        path.write_text(MODEL + boxed.recipe.read_text().partition("pretrain_width: 32}\n")[2])
+    return load_tune_recipe(str(path), [*HEAD, *words])
+
+
+def built(boxed: Toy, *words: str) -> CycleACRObjective:
+    """The objective of the toy recipe, with weights of which none is zero."""
+    recipe = recipe_of(boxed, *words)
+    method = method_of(recipe)
+    assert not problems_of(method)
+    torch.manual_seed(1)
+    objective = method.build()
+    assert isinstance(objective, CycleACRObjective)
+    for name, value in objective.model.head.named_parameters():
+        torch.nn.init.normal_(value, std=0.3 if name.endswith("weight") else 0.1)
+    return objective
+
+
+def batches(objective: CycleACRObjective, count: int = 3) -> list[dict[str, Any]]:
+    """Made-up clips of neighbouring seconds of one video."""
+    samples = MomentSamples(objective.recipe.input, 0, 3)
+    made = [samples.example(2) for _ in range(count)]
+    for number, batch in enumerate(made):
+        batch["moments"] = ([7, 7], [900 + 2 * number, 901 + 2 * number], batch["moments"][2])
+    return made
+
+
+def test_a_stopped_run_goes_on_with_its_memory(boxed: Toy) -> None:
+    words = (*HEAD, "evaluate.test=none", "checkpoint.every_steps=1")
+    boxed.run("whole", *words)
+    boxed.run("parts", *words, "schedule.max_steps=3")
+    boxed.run("parts", *words)
+    assert losses(boxed, "parts") == losses(boxed, "whole") and len(losses(boxed, "whole")) == 6
+    judged = [record for record in boxed.records("whole") if "eval/mAP" in record]
+    assert len(judged) == 2 and all(record["eval/keyframes"] == 11 for record in judged)
+    folders = [boxed.folder / name / "checkpoints" / "step_00000006" for name in ("whole", "parts")]
+    one, two = map(consolidated_state, folders)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (torch.load(folder / "rank_state" / "rank_00000.pt") for folder in folders)
+    assert first.keys() == {"memory", "last_loss"} and len(first["memory"]["tensor"]) > 2000
+    assert all(torch.equal(first[name]["tensor"], second[name]["tensor"]) for name in first)
+
+
+def test_answers_depend_on_the_seconds_around(boxed: Toy) -> None:
+    objective = built(boxed).eval()
+    made = batches(objective)
+    together = objective.detect_all(made)
+    assert len(together) == 6
+    alone = [answer for batch in made for answer in objective.detect_all([batch])]
+    assert any((abs(one.scores - two.scores) > 1e-4).any() for one, two in zip(together, alone, strict=True))
+
+
+def test_a_stream_that_knows_no_future_is_the_two_phases(boxed: Toy) -> None:
+    objective = built(boxed, "objective.memory.future=0").eval()
+    made = batches(objective)
+    # As samples without moments come: seconds and videos are then read from the batch itself.
+    for number, batch in enumerate(made):
+        del batch["moments"]
+        batch |= {"videos": ["film"] * 2, "times": torch.tensor([900.0, 901.0]) + 2 * number}
+    streamed = [answer for batch in made for answer in objective.detect(batch)]
+    objective.forget()
+    for one, two in zip(objective.detect_all(made), streamed, strict=True):
+        torch.testing.assert_close(torch.from_numpy(one.scores), torch.from_numpy(two.scores))
+
+
+@pytest.mark.parametrize("words", [SLOWFAST, ("model.tokens.keep_rate=0.5", "model.tokens.blocks=[1]"), ()])
+def test_training_remembers_what_was_applied(boxed: Toy, words: tuple[str, ...]) -> None:
+    objective = built(boxed, *words).train()
+    (batch,) = batches(objective, 1)
+    objective.before_step(0, 1, 1)
+    objective(batch).loss.backward()
+    without = [name for name, value in objective.named_parameters() if value.grad is None]
+    assert not [name for name in without if "head" in name], without
+    objective.before_step(0, 1, 1)
+    objective.after_step()
+    assert len(objective.bank) == 0, "the step was left out"
+    loss = objective(batch).loss
+    objective.after_step()
+    assert len(objective.bank) == 6 and float(objective.last_loss) == pytest.approx(float(loss.detach()))
+
+
+def test_rates_and_decay_of_the_iteration_trainer(boxed: Toy) -> None:
+    words = ("objective.head_scale=10", "objective.bias_scale=2", "objective.decay_positions=false")
+    objective = built(boxed, *SLOWFAST, *words)
+    rules = {name: objective.rule(name, value.shape) for name, value in objective.named_parameters()}
+    module = "model.head.feature_extractor.cycleacr_module."
+    found = {
+        name: (rules[name].lr_scale, rules[name].decays)
+        for name in (
+            f"{module}actor_dim_reduce.weight", f"{module}actor_dim_reduce.bias",
+            f"{module}cycle_modeling.local_temporal_position", "model.head.feature_extractor.fc1.weight",
+            "model.head.predictor.cls_score.bias", "model.slow.conv1.weight", "model.fast.Tconv1.conv.bias",
+        )
+    }  # fmt: skip
+    assert list(found.values()) == [(10, True), (20, False), (10, False), (1, True), (2, False), (1, True), (2, False)]
+
+
+class _Pool:
+    """Stands for the memory in released files."""
+
+
+def released(objective: CycleACRObjective, path: Path, name: str) -> None:
+    """Write weights as they are released, a pickled memory beside them."""
+    state = {}
+    for key, value in objective.model.state_dict().items():
+        key = key.replace("head.", "roi_heads.action.", 1) if key.startswith("head.") else f"backbone.{key}"
+        state[key] = value.clone()[..., None, None, None] if "cycleacr_module" in key else value.clone()
+    _Pool.__module__ = name
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        sys.modules[".".join(parts[:count])] = types.ModuleType(".".join(parts[:count]))
+    sys.modules[name]._Pool = _Pool  # type: ignore[attr-defined]
+    torch.save({"model": state, "iteration": 3, "person_pool": _Pool()}, path)
+    for count in range(1, len(parts) + 1):
+        del sys.modules[".".join(parts[:count])]
+
+
+def test_released_weights_are_taken_without_their_memory(boxed: Toy, tmp_path: Path) -> None:
+    first, second = built(boxed, *SLOWFAST), built(boxed, *SLOWFAST)
+    for value in (*second.model.parameters(), *second.model.buffers()):
+        value.data.zero_()
+    released(first, tmp_path / "official.pth", "alphaction.structures.memory_pool")
+    load_start(second.model, str(tmp_path / "official.pth"))
+    other = second.model.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in first.model.state_dict().items())
+    released(first, tmp_path / "foreign.pth", "somebody.else_s")
+    with pytest.raises(WeightsError, match="somebody.else_s"):
+        load_start(second.model, str(tmp_path / "foreign.pth"))
+    deeper = built(boxed, *SLOWFAST, "objective.depth=2")
+    with pytest.raises(WeightsError, match="without head.*depth"):
+        load_start(deeper.model, str(tmp_path / "official.pth"))
+    load_start(deeper.model, str(tmp_path / "official.pth"), "new")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("objective.outputs=7",), "objective.outputs=7, allowed with objective.fusion=add: 48"),
+        (("objective.depth=0",), "objective.depth=0, allowed: 1 or more"),
+        (("objective.memory.rate=0",), "objective.memory.rate=0, allowed: 1 or more"),
+        (("zero.stage=3",), "zero.stage=3, allowed with objective cycleacr"),
+        ((*SLOWFAST, "optim.layer_decay=0.9"), "optim.layer_decay=0.9, allowed with model.name=slowfast: 1"),
+    ],
+)
+def test_options_that_can_not_be_are_named(boxed: Toy, words: tuple[str, ...], told: str) -> None:
+    found = problems_of(method_of(recipe_of(boxed, *words)))
+    assert any(told in one for one in found), found
+
+
+@pytest.mark.parametrize("name", ["vit_l_cycleacr_ava", "slowfast_r101_cycleacr_ava"])
+def test_the_recipes_can_be_built(name: str) -> None:
+    method = method_of(load_tune_recipe(name))
+    assert not problems_of(method)
+    assert method.cost().macs["head"] > 1e7

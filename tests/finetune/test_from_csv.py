@@ -1,0 +1,159 @@
+"""Detections in files: the numbers of the goldens, tubes, and everything that can't match refused with a reason."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.commands.evaluate import main
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "ava_map"
+LABELS = 'item {\n  name: "walk"\n  id: 12\n}\nitem {\n  name: "run"\n  id: 10\n}\n'
+TRUTH = "film,0902,0.1,0.1,0.5,0.9,12,0\nfilm,0903,0.1,0.1,0.5,0.9,10,0\n"
+FOUND = "film,0902,0.100,0.1,0.5,0.9,12,0.9\nfilm,0903,0.1,0.1,0.5,0.9,10,0.8\n"
+
+
+def golden(variant: str, out: Path, *more: str) -> int:
+    return main(["--from-csv", str(GOLDEN / "detections.csv"), "--truth", str(GOLDEN / "groundtruth.csv"),
+                 "--labels", str(GOLDEN / "labelmap.pbtxt"), "--variant", variant, "--out", str(out),
+                 *more])  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["activitynet", "slowfast", "alphaction"])
+def test_numbers_of_the_official_evaluators(variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exclude = [] if variant == "activitynet" else ["--exclude", str(GOLDEN / "excluded.csv")]
+    assert golden(variant, tmp_path / "out.json", *exclude) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    assert result["mAP"] == pytest.approx(expected[variant]["mAP"], abs=1e-9)
+    assert {one["name"]: one["AP"] for one in result["classes"]} == pytest.approx(expected[variant]["per_class"])
+    shown = capsys.readouterr().out
+    assert f"variant {variant} (numbers of other variants are not comparable)" in shown
+    assert "detection keyframes unlisted" in shown and "excluded keyframes unmatched" in shown
+    assert f"frame-mAP@0.5 {100 * result['mAP']:.2f} % ({variant}, 9 classes, 1 without truth left out)" in shown
+    if variant == "slowfast":
+        assert result["strict_percent"] == pytest.approx(expected["evad_strict"])
+
+
+def test_the_official_variant_takes_no_exclusions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert golden("activitynet", tmp_path / "out.json", "--exclude", str(GOLDEN / "excluded.csv")) == 2
+    assert "activitynet knows no excluded keyframes" in capsys.readouterr().err
+
+
+def scored(tmp_path: Path, found: str = FOUND, truth: str = TRUTH, labels: str = LABELS, *more: str) -> int:
+    for name, text in (("found.csv", found), ("truth.csv", truth), ("labels.pbtxt", labels)):
+        (tmp_path / name).write_text(text)
+    return main(["--from-csv", str(tmp_path / "found.csv"), "--truth", str(tmp_path / "truth.csv"),
+                 "--labels", str(tmp_path / "labels.pbtxt"), *more])  # fmt: skip
+
+
+def test_seconds_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scored(tmp_path, FOUND.replace("0902", "902").replace("0903", "903.0")) == 0
+    assert "frame-mAP@0.5 100.00 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("variant", "mean"), [("activitynet", 50), ("alphaction", 100)])
+def test_parts_of_seconds(variant: str, mean: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The official evaluator tells 902.4 from 902, the others cut it."""
+    assert scored(tmp_path, FOUND.replace("0902", "902.4"), TRUTH, LABELS, "--variant", variant) == 0
+    assert f"frame-mAP@0.5 {mean}.00 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (FOUND.replace("0.5,0.9", "320,200"), r"found.csv:1: box .* and 2 of 2 like it: shares"),
+        (FOUND.replace(",12,", ",0,"), "class id 0, and the label map counts from 1: write ids"),
+        (FOUND.replace(",12,", ",3,").replace(",10,", ",4,"), "none of its class ids [3, 4] ... is in the label map"),
+        (FOUND.replace("film", "movie"), "2 of 2 keyframes are not among the 2 of"),
+        (FOUND.replace("film", "movie"), "1 of its videos are not in the truth, ['movie']; there they are called like"),
+        (FOUND.replace("0902", "2").replace("0903", "3"), "its seconds are 2 to 3, the truth's 902 to 903"),
+        ("film,0902,0.1,0.1,0.5,0.9,12\n", "found.csv:1: no score"),
+        ("film,0902,0.1,0.1,0.5,0.9,12,nan\n", "found.csv:1: last column 'nan': a number is expected"),
+        ("film,0902\n", "found.csv: holds no box"),
+    ],
+)
+def test_what_cannot_match_is_refused(
+    found: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scored(tmp_path, found) == 2
+    output = capsys.readouterr()
+    assert "frame-mAP" not in output.out
+    assert all(part in output.err for part in message.split(".*"))
+
+
+def test_a_label_map_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--from-csv", "found.csv", "--truth", "truth.csv"]) == 2
+    assert "--labels is missing" in capsys.readouterr().err
+
+
+def test_neither_recipe_nor_torch(tmp_path: Path) -> None:
+    scored(tmp_path)
+    program = ("import sys; from finetune.commands.evaluate import main; "
+               "code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)")  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "--from-csv=found.csv",
+        "--truth",
+        "truth.csv",
+        "--labels",
+        "labels.pbtxt",
+    ]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def tube_files(tmp_path: Path, name: str = "run/a", label: int = 2, scale: float = 1.0) -> list[str]:
+    """Truth of one video, 20 frames of class 1 (from 0), in a picture that is no square; boxes found exactly there."""
+    boxes = np.tile(np.array([[20.0, 30.0, 60.0, 110.0]], dtype=np.float32), (20, 1)) + np.arange(20)[:, None]
+    tube = np.column_stack([np.arange(1, 21), boxes]).astype(np.float32)
+    content = {"labels": ["jump", "run"], "train_videos": [[]], "test_videos": [["run/a"]], "nframes": {"run/a": 25},
+               "resolution": {"run/a": (240, 320)}, "gttubes": {"run/a": {1: [tube]}}}  # fmt: skip
+    (tmp_path / "truth.pkl").write_bytes(pickle.dumps(content, protocol=2))
+    lines = [
+        f"{name},{int(row[0])},{','.join(f'{value * scale:.4f}' for value in row[1:])},{label},0.9\n" for row in tube
+    ]
+    (tmp_path / "found.csv").write_text("".join(lines))
+    return ["--from-csv", str(tmp_path / "found.csv"), "--truth", str(tmp_path / "truth.pkl"), "--tubes",
+            "--out", str(tmp_path / "out.json")]  # fmt: skip
+
+
+@pytest.mark.parametrize("linking", ["act", "moc"])
+def test_tubes(linking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*tube_files(tmp_path), "--linking", linking]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {name: one["mAP"] for name, one in result["frame_map"].items()} == pytest.approx(
+        {"act": 1, "moc": 1, "annotated": 1, "voc": 1}
+    )
+    for one in result["video_map"].values():
+        assert one["by_threshold"] == {"0.2": 1, "0.5": 1, "0.75": 1} and one["0.5:0.95"] == pytest.approx(1)
+    shown = capsys.readouterr().out
+    assert "1 videos, 1 true tubes, 1 detected; 20 boxes" in shown
+    assert "video-mAP @0.2 100.00, @0.5 100.00, @0.75 100.00, @0.5:0.95 100.00 % (act)" in shown
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"label": 3}, "class id 3; "),
+        ({"name": "run/b"}, "1 of 1 videos are not in this test split"),
+        ({"scale": 0.003}, "no coordinate is above 2; pixels are expected"),
+    ],
+)
+def test_tubes_that_cannot_match_are_refused(
+    files: dict, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tube_files(tmp_path, **files)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_linking_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*tube_files(tmp_path), "--linking", "road"]) == 2
+    assert "--linking: found 'road', allowed: act, moc" in capsys.readouterr().err
