@@ -53,18 +53,21 @@ def main() -> None:
         Path(folder, "s3", "bucket").mkdir(parents=True)
         with s3_server(Path(folder, "s3")):
             run_ranks(options, folder)
-        text = report(options, json.loads(Path(folder, "measured.json").read_text(encoding="utf-8")))
+        measured = json.loads(Path(folder, "measured.json").read_text(encoding="utf-8"))
+        text = report(options, measured)
     print(text)
+    if options.json:
+        options.json.write_text(json.dumps(measured, indent=1), encoding="utf-8")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text, encoding="utf-8")
 
 
 def run_ranks(options: argparse.Namespace, folder: str) -> None:
-    """Two processes of this file."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    """Processes of this file; on a machine with GPUs one of them each, unless DS_ACCELERATOR=cpu says otherwise."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(options.ranks)]
     own = [__file__, "--layers", str(options.layers), "--rounds", str(options.rounds), "--folder", folder]
-    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environ = os.environ | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
     subprocess.run([*launcher, "--master_port", str(free_port()), *own], env=environ, check=True)
 
 
@@ -75,7 +78,7 @@ def measure(options: argparse.Namespace) -> None:
     from pretrain.runtime.process_group import join, leave
 
     ranks = join()
-    engine = build(options.layers)
+    engine = build(options.layers, ranks.world_size)
     step = stepper(engine)
     savers = {}
     measured: dict[str, Any] = defaultdict(list)
@@ -100,14 +103,14 @@ def measure(options: argparse.Namespace) -> None:
     leave(ranks)
 
 
-def build(layers: int) -> Any:
+def build(layers: int, ranks: int) -> Any:
     """A DeepSpeed engine around linear layers, with optimiser states."""
     import deepspeed
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
     config = {
-        "train_batch_size": 2,
+        "train_batch_size": ranks,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 2},
         "zero_force_ds_cpu_optimizer": False,
@@ -119,7 +122,7 @@ def build(layers: int) -> Any:
 
 def stepper(engine: Any) -> Callable[[], float]:
     """A training step; returns its seconds."""
-    clips = torch.randn(1, WIDTH, dtype=torch.bfloat16)
+    clips = torch.randn(1, WIDTH, dtype=torch.bfloat16, device=engine.device)
 
     def step() -> float:
         started = time.perf_counter()
@@ -156,7 +159,7 @@ def one_save(
     dist.barrier()
     pause = time.perf_counter() - started
     beside = []
-    while not agreed(arrived.exists()):
+    while not agreed(arrived.exists(), engine.device):
         beside.append(step())
     measured[f"{variant} pause"].append(pause)
     measured[f"{variant} total"].append(time.perf_counter() - started)
@@ -175,11 +178,11 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-def agreed(value: bool) -> bool:
+def agreed(value: bool, device: torch.device) -> bool:
     """Rank 0's word, so that all make the same number of steps."""
     import torch.distributed as dist
 
-    flag = torch.tensor([float(value)])
+    flag = torch.tensor([float(value)], device=device)
     dist.broadcast(flag, 0)
     return bool(flag)
 
@@ -258,13 +261,14 @@ def size_of(folder: Path) -> int:
 
 def report(options: argparse.Namespace, measured: dict[str, Any]) -> str:
     """The table, in Markdown."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     megabytes, quiet = measured["bytes"] / 1e6, statistics.median(measured["quiet steps"])
     lines = [
         f"# Checkpoints, {time.strftime('%Y-%m-%d')}",
         "",
-        f"{os.cpu_count()} cores ({processor()}), no GPU, torch {torch.__version__}, 2 ranks, ZeRO 2 in bf16, "
-        f"{megabytes / 1e3:.2f} GB of state; medians of {options.rounds} rounds, variants taking turns; "
-        "`python bench/checkpoint.py`.",
+        f"{os.cpu_count()} cores ({processor()}), {device}, torch {torch.__version__}, {options.ranks} ranks, "
+        f"ZeRO 2 in bf16, {megabytes / 1e3:.2f} GB of state; medians of {options.rounds} rounds, variants taking "
+        "turns; `python bench/checkpoint.py`.",
         "",
         "| variant | pause, s (each round) | of sync | first save, s | complete after, s | MB/s | steps meanwhile, s |",
         "|---|---|---|---|---|---|---|",
@@ -305,6 +309,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=22, help=f"linear layers of {WIDTH} x {WIDTH}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints are written (default: /tmp)")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file to write all that was measured to")
     parser.add_argument("--out", type=Path, help="file to write the table to")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -19,7 +19,7 @@ EPILOG = """\
 examples:
   python launch/plan.py --recipe vit_g_dual --gpus 64 --gpu h100
   python launch/plan.py --recipe vit_g_dual --gpu a100 --sweep gpus=8,16,32,64,128 --plot scaling.png
-  python launch/plan.py --recipe vit_b_dual --gpus 8 --gpu h100 --rates bench/results/gpu.json compute.compile=true
+  python launch/plan.py --recipe vit_b_dual --gpu h100 --rates bench/results/gpu/rates.json compute.compile=true
   python launch/plan.py --recipe demo --gpus 2 --gpu here
 """
 
@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a value of the recipe")
     parser.add_argument("--gpus", type=int, help="accelerators (default: the recipe's batch.ranks, or 8)")
     parser.add_argument("--gpu", default="h100", help="v100, a100-40, a100, l40s, h100, h200, b200, or here: measured")
-    parser.add_argument("--rates", type=Path, help="JSON with measured rates, such as bench/gpu.py writes")
+    parser.add_argument("--rates", type=Path, help="JSON with measured rates, as `bench/gpu.py rates` writes")
     parser.add_argument("--recomputation", action="store_true", help="say whether recomputing less fits and pays")
     parser.add_argument("--sweep", metavar="gpus=8,16,…", help="one line for each number of accelerators")
     parser.add_argument("--decode-ms", type=float, default=DECODE_MS, help="a core's time for a clip (bench/loader.py)")

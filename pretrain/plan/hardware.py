@@ -89,7 +89,7 @@ def _read_rates(path: Path) -> dict[str, Any]:
         content = parse_json(path.read_text(encoding="utf-8"))
         found = {key: float(content[key]) for key in allowed if key in content}
     except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"--rates {path}: unreadable ({error}); expected JSON such as bench/gpu.py writes") from error
+        raise RecipeError(f"--rates {path}: unreadable ({error}); expected what `bench/gpu.py rates` writes") from error
     if not found:
         raise RecipeError(f"--rates {path}: none of {', '.join(allowed)} in it")
     return found
