@@ -151,7 +151,8 @@ class BoxSamples(Samples):
 
     def without_chance(self, source: SourceInfo, members: Members) -> Arrays:
         """Make the whole clip by which a keyframe is judged: boxes of the detector or of the annotation in `boxes`,
-        the annotation besides in `truth_boxes`, `truth_labels`, `truth_counts`. Rows differ in size: join by `collate`.
+        the annotation besides in `truth_boxes`, `truth_labels`, `truth_counts`, `annotated`. Rows differ in size: join
+        by `collate`.
         """
         keyframe = read_keyframe(members, self._classes)
         frames, _ = self._decode(members, keyframe, source.options.stride, None)
@@ -172,6 +173,7 @@ class BoxSamples(Samples):
             "truth_boxes": truth,
             "truth_labels": keyframe.labels,
             "truth_counts": np.array([len(truth)], np.int64),
+            "annotated": np.array([keyframe.annotated]),
         }
         if not self._detected:
             return arrays | _persons(truth, keyframe.labels, keyframe.persons)
@@ -189,8 +191,8 @@ class BoxSamples(Samples):
             `originals` int64 [B, 2], those of the decoded frame; `boxes` float32 [N, 4], x1 y1 x2 y2 in pixels, of clip
             after clip, `counts` int64 [B] of each; `labels` float32 [N, K], 1 for each action; `box_scores` float32
             [N], 1 where a person was annotated; `persons` int64 [N], -1 where a person has no number; `times` float64
-            [B]; `videos`, a list of B names; of judged clips `truth_boxes`, `truth_labels`, `truth_counts` as well;
-            and the columns of every batch.
+            [B]; `videos`, a list of B names; of judged clips `truth_boxes`, `truth_labels`, `truth_counts` as well,
+            and `annotated` bool [B], true where the annotation lists the keyframe; and the columns of every batch.
         """
         most = [max(int(sample.arrays["sizes"][0, side]) for sample in samples) for side in (0, 1)]
         height, width = (-(-side // self._options.pad) * self._options.pad for side in most)

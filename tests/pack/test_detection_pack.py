@@ -72,6 +72,7 @@ def test_own_videos(place: str, videos: Path, tmp_path: Path, capsys: pytest.Cap
     boxes = by_time[0.2][1]
     assert (boxes["keyframe_s"], boxes["width"], boxes["height"], boxes["unit"]) == (0.2, WIDTH, HEIGHT, "second")
     assert boxes["persons"] == [{"box": [0.1, 0.2, 0.5, 1.0], "labels": [0, 1], "person": 0}]
+    assert all(facts["annotated"] is True for _, facts in by_time.values())
     assert by_time[9.9][1]["persons"] == [] and by_time[5][1]["keyframe_s"] == 1.52
     assert json.loads((dest / "classes.json").read_text())["names"] == ["a jump", "wave"]
 
@@ -110,6 +111,7 @@ def test_ava_with_all_its_files(videos: Path, tmp_path: Path, capsys: pytest.Cap
     found = {boxes["time"]: (number, boxes) for number, boxes in samples(tmp_path / "out").values()}
     assert {time: number for time, (number, _) in found.items()} == {900: 0, 902: 20, 903: 30}
     assert found[903][1]["detections"] == [{"box": [0, 0, 0.5, 1], "score": 0.9}] and not found[903][1]["persons"]
+    assert {time: boxes["annotated"] for time, (_, boxes) in found.items()} == {900: True, 902: True, 903: False}
     assert json.loads((tmp_path / "out/classes.json").read_text())["evaluated"] == [0, 2]
 
 

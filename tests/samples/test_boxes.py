@@ -183,9 +183,12 @@ def test_judged_clips(film: bytes) -> None:
     np.testing.assert_allclose(found["boxes"], [[8, 9.6, 40, 28.8]], rtol=1e-6)
     assert found["box_scores"].tolist() == [np.float32(0.97)] and found["counts"].tolist() == [1]
     assert found["truth_counts"].tolist() == [2] and found["truth_labels"].shape == (2, 5)
-    nobody = detected.without_chance(SOURCE, members(film, persons=[], detections=[]))
+    nobody = detected.without_chance(SOURCE, members(film, persons=[], detections=[], annotated=True))
     batch = detected.collate([Sample(Place(0, n, 0, 0, n), "", one) for n, one in enumerate((found, nobody))])
     assert batch["counts"].tolist() == [1, 0] and batch["truth_counts"].tolist() == [2, 0]
+    assert batch["annotated"].tolist() == [True, True]
+    assert not read_keyframe(members(film, annotated=False), 5).annotated
+    assert not read_keyframe(members(film, persons=[]), 5).annotated, "packed before there was the entry"
     assert batch["truth_boxes"].shape == (2, 4) and batch["labels"].shape == (1, 5)
 
 
@@ -223,6 +226,7 @@ def box(**change: Any) -> dict[str, Any]:
         ({"time": "soon"}, "boxes", "no usable entry"),
         ({"detections": [{"box": PERSON}]}, "boxes", "KeyError('score')"),
         ({"persons": 3}, "boxes", "no usable entry"),
+        ({"annotated": "no"}, "boxes", "keyframe film,902: annotated 'no', allowed: true, false"),
     ],
 )
 def test_what_is_refused(film: bytes, facts: dict[str, Any], reason: str, said: str) -> None:
