@@ -154,6 +154,13 @@ def describe_annotations(annotations: Annotations) -> list[str]:
         f"{sum(not one.labels for one in persons)} of them without a label, "
         f"{sum(len(one.detections) for one in frames)} detections"
     ]
+    if empty:
+        looked_at = sum(one.annotated for one in frames if not one.persons)
+        lines.append(
+            f"  without a person: {looked_at} that the annotations list and {empty - looked_at} of a detector alone; "
+            "an evaluation counts false alarms on them, training takes them for bad samples (no_persons): pack "
+            "training sets with --drop-empty, or train EVAD with input.empty=keep"
+        )
     lines += [f"  {count} {what}" for what, count in sorted(annotations.counts.items()) if count]
     by_class = Counter(dict(enumerate(annotations.by_class())))
     shown = [f"{annotations.classes.name(output)} {count}" for output, count in by_class.most_common(SHOWN_CLASSES)]

@@ -68,6 +68,9 @@ class Config(Input):
     """training: sides of boxes are moved at random, outwards more than inwards"""
     max_boxes: int = 100
     """training: most persons of a clip, a random choice where there are more"""
+    empty: Literal["refuse", "keep"] = "refuse"
+    """training: keyframes that were annotated with nobody on them are bad samples (no_persons), or kept for a detector
+    that finds persons itself (objective.name=evad); those of a person detector alone are bad samples either way"""
     min_score: float = 0.8
     """a person detector's boxes below this score are left out"""
     pad: int = 16
@@ -135,8 +138,9 @@ class BoxSamples(Samples):
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
         options = self._options
         keyframe = read_keyframe(members, self._classes)
-        if not len(keyframe.boxes):
-            raise SampleError("no_persons", f"{keyframe}: training needs a person; pack keyframes that have some")
+        # What only a detector's boxes brought in may have persons: trained as empty it would teach not to see them.
+        if not len(keyframe.boxes) and not (options.empty == "keep" and keyframe.annotated):
+            raise SampleError("no_persons", f"{keyframe}: training needs a person; pack with --drop-empty")
         (draw,) = draws(self._seed, place, 1)
         frames, original = self._decode(members, keyframe, source.options.stride, draw)
         clip, boxes = _resized(frames, keyframe.boxes, options, mirrored=draw("flip").random() < options.flip)
@@ -297,7 +301,7 @@ def _cropped(
     x, y = int(rng.integers(clip.shape[2] - width + 1)), int(rng.integers(clip.shape[1] - height + 1))
     box = Box(x, y, width, height)
     inside = geometry.crop_boxes(boxes, box, CONVENTIONS[options.convention])
-    if options.min_remaining > 0:
+    if options.min_remaining > 0 and len(boxes):
         # Continuous whatever the convention: an inclusive box without area at the border still counts a column.
         remaining = (inside[:, 2:] - inside[:, :2]).prod(1) / np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(1), 1e-6)
         kept = np.flatnonzero(remaining >= options.min_remaining)

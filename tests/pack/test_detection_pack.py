@@ -64,6 +64,7 @@ def test_own_videos(place: str, videos: Path, tmp_path: Path, capsys: pytest.Cap
     how = FAST if place == "packed" else ["--in-place"]
     text = pack(capsys, "--annotations", own, "--data-root", videos, dest, *how)
     assert "4 keyframes of 1 videos, 1 of them without a person; 3 persons" in text
+    assert "without a person: 1 that the annotations list and 0 of a detector alone" in text
     assert "2 boxes clipped" in text and "wave 3, a jump 1" in text
     found = samples(dest)
     assert [number for number, _ in found.values()] and len(found) == 4
@@ -88,6 +89,7 @@ def test_keyframes_of_one_short_video_are_samples_of_their_own(
     dest = tmp_path / "out"
     text = pack(capsys, *common, "--span", "2", "--drop-empty", "--videos", tmp_path / "videos.txt", dest, *FAST)
     found = samples(dest)
+    assert "training sets with --drop-empty" not in text
     assert len(found) == 5 and "rejected" in text and ", 0 rejected" in text
     for number, boxes in found.values():
         assert number == boxes["time"] - 1 and boxes["unit"] == "frame" and boxes["persons"][0]["person"] == 0

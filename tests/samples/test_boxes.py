@@ -169,6 +169,19 @@ def test_a_batch_of_different_sizes(film: bytes) -> None:
     assert rows[2].arrays["video"].shape == (1, 4, 67, 40, 3), "what was made stays as it is"
 
 
+def test_keyframes_with_nobody_on_them_are_kept_where_asked(film: bytes) -> None:
+    """Beside others in a batch; those of a detector alone are not, since nobody looked at them."""
+    options = {"empty": "keep", "crop": "random", "crop_size": 32, "min_remaining": 0.2, "jitter": True, "flip": 1.0}
+    samples = BoxSamples(Config(frames=4, stride=2, short_side=48, **options), 3, 5)  # type: ignore[arg-type]
+    place = Place(0, 0, 0, 0, 0)
+    nobody = samples(place, SOURCE, members(film, persons=[], annotated=True))
+    some = samples(place, SOURCE, members(film, persons=[{"box": [0, 0, 1, 1], "labels": [2]}]))
+    batch = samples.collate([Sample(place, "", one) for one in (nobody, some)])
+    assert batch["counts"].tolist() == [0, 1] and batch["boxes"].shape == (1, 4) and batch["labels"].shape == (1, 5)
+    with pytest.raises(SampleError, match="no_persons"):
+        samples(place, SOURCE, members(film, persons=[], annotated=False))
+
+
 def test_judged_clips(film: bytes) -> None:
     """No chance: whole frames, the detector's boxes above the threshold; the annotation beside them."""
     options = Config(
@@ -212,6 +225,7 @@ def box(**change: Any) -> dict[str, Any]:
     ("facts", "reason", "said"),
     [
         ({"persons": []}, "no_persons", "keyframe film,902: training needs a person"),
+        ({"persons": [], "annotated": True}, "no_persons", "pack with --drop-empty"),
         (box(labels=[5]), "label", "label 5, allowed: outputs 0 to 4 (model.classes)"),
         (box(labels=[-1]), "label", "label -1"),
         (box(labels=[True]), "label", "label True"),
