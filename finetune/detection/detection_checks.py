@@ -21,7 +21,17 @@ def check_detection(recipe: TuneRecipe) -> list[str]:
         problems.append(f"objective.loss=focal: model.classes={model.classes}; it is of AVA's {FOCAL_CLASSES} outputs")
     if any(one <= -1 for one in objective.extension):
         problems.append(f"objective.extension: found {list(objective.extension)}, allowed: more than -1 each")
-    return problems + check_judging(recipe)
+    return problems + check_given_boxes(recipe) + check_judging(recipe)
+
+
+def check_given_boxes(recipe: TuneRecipe) -> list[str]:
+    """List what can't work with any task that is given the boxes of its persons."""
+    if recipe.input.empty == "refuse":
+        return []
+    return [
+        f"input.empty: found {recipe.input.empty}, allowed: refuse; without a person objective.name="
+        f"{recipe.objective.name} has nothing to learn from a keyframe"
+    ]
 
 
 def check_judging(recipe: TuneRecipe) -> list[str]:

@@ -40,6 +40,10 @@ examples:
       as SlowFast and EVAD do, with EVAD's strict AP
   python launch/evaluate.py --from-csv detections.csv --truth JHMDB-GT.pkl --tubes
       frame-mAP and video-mAP of UCF101-24 and JHMDB, boxes linked to tubes
+  python launch/evaluate.py --from-csv 'found_{fold}.csv' --truth JHMDB-GT.pkl --tubes --fold all
+      of each fold and their mean, as JHMDB's numbers are published
+  python launch/evaluate.py --from-csv found.csv --truth pyannot.pkl --videos testlist01.txt --tubes
+      other truths: also own.csv (video,frame,x1,y1,x2,y2,label,person, pixels), a folder of YOWO's texts
 
 exit codes: 0 done, 1 failed, 2 wrong files or usage
 guide: docs/detection_metrics.md
@@ -75,19 +79,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from-csv", required=True, metavar="CSV", help="video, second, x1, y1, x2, y2, class id, score"
     )
-    parser.add_argument("--truth", required=True, metavar="FILE", help="annotations: AVA's csv; with --tubes a pickle")
+    parser.add_argument("--truth", required=True, metavar="FILE", help="annotations: AVA's csv; with --tubes see below")
     parser.add_argument("--labels", metavar="PBTXT", help="label map; its classes are those that are evaluated")
     parser.add_argument("--exclude", metavar="CSV", help="keyframes to leave out: video, second")
     parser.add_argument(
         "--variant", choices=AVA_VARIANTS, default="activitynet", help="evaluator (default activitynet)"
     )
     parser.add_argument("--tubes", action="store_true", help="UCF101-24, JHMDB: frames, pixels, tubes")
-    parser.add_argument("--fold", type=int, default=1, help="with --tubes: split of the data set, from 1 (default 1)")
+    parser.add_argument(
+        "--fold", type=_fold, default=1, help="with --tubes: split of ACT's pickle, from 1 (default 1), or all"
+    )
+    parser.add_argument("--videos", metavar="LIST", help="with --tubes: judge the videos of this list (testlist01.txt)")
+    parser.add_argument("--first-frame", type=int, choices=(0, 1), help="with --tubes: number of a csv's first frame")
     parser.add_argument(
         "--linking", default="act", help="with --tubes: parameters of linking, act or moc (default act)"
     )
     parser.add_argument("--out", metavar="JSON", help="write all numbers to this file as well")
     return parser
+
+
+def _fold(text: str) -> int | str:
+    return text if text == "all" else int(text)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from finetune.detection.answers import Detections, table_of, truth_of
 from finetune.detection.held_out_keyframes import Keyframes, KeyframeSet, keyframe_loader, keyframe_sets
 from finetune.recipe import TuneRecipe
 from pretrain.data.boxes.action_list import ActionList
+from pretrain.data.boxes.keyframes import Key
 from pretrain.data.samples import Batch
 from pretrain.engine.transfers import to_device
 from pretrain.errors import DataError
@@ -36,11 +37,13 @@ class Judgement:
     Attributes:
         answers: of the detector.
         truth: of the annotation; scores are 1 for each label of a person.
+        listed: (video, time) of keyframes that the annotation lists, also those with nobody on them.
         unreadable: `key: reason` of keyframes that are in no score.
     """
 
     answers: list[Detections] = field(default_factory=list)
     truth: list[Detections] = field(default_factory=list)
+    listed: list[Key] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
 
@@ -84,7 +87,9 @@ def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeS
             if one.batch is None:
                 continue
             batch = to_device(one.batch, ranks.device)
-            mine.truth += truth_of(batch, rules)
+            truth = truth_of(batch, rules)
+            mine.truth += truth
+            mine.listed += [_key(kept) for kept in itertools.compress(truth, batch["annotated"].tolist())]
             passes += 1
             yield batch
 
@@ -97,7 +102,7 @@ def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeS
             objective.detect(to_device(samples.example(1), ranks.device))
     parts = gather_objects(ranks, mine)
     judged = Judgement(*(list(itertools.chain.from_iterable(vars(part)[name] for part in parts))
-                         for name in ("answers", "truth", "unreadable")))  # fmt: skip
+                         for name in ("answers", "truth", "listed", "unreadable")))  # fmt: skip
     _report_unreadable(judged, recipe)
     return _in_order(judged)
 
@@ -105,7 +110,8 @@ def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeS
 def score(judged: Judgement, actions: ActionList, variant: str) -> FrameMap:
     """Compute frame-mAP at IoU 0.5 over the actions that count."""
     truth, found = table_of(judged.truth, truth=True), table_of(judged.answers)
-    return frame_map(truth, found, evaluated_outputs(actions), variant)
+    # A detector's keyframes that nobody annotated are left to the variant, which may ignore them.
+    return frame_map(truth, found, evaluated_outputs(actions), variant, listed=judged.listed)
 
 
 def _in_order(judged: Judgement) -> Judgement:
@@ -121,10 +127,11 @@ def _in_order(judged: Judgement) -> Judgement:
             f"evaluation: {len(twice)} keyframes occur twice (the first is {video},{time:g}); a keyframe may be in the "
             "held-out shards once: name each folder once, and pack a video's annotations together"
         )
-    return Judgement(sorted(judged.answers, key=_key), sorted(judged.truth, key=_key), sorted(judged.unreadable))
+    answers, truth = (sorted(part, key=_key) for part in (judged.answers, judged.truth))
+    return Judgement(answers, truth, sorted(judged.listed), sorted(judged.unreadable))
 
 
-def _key(one: Detections) -> tuple[str, float]:
+def _key(one: Detections) -> Key:
     return one.video, one.time
 
 

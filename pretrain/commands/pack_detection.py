@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pretrain.data.boxes.action_list import ActionList, make_action_list, named_classes, parse_groups, read_action_list
-from pretrain.data.boxes.ava_files import read_keyframes, selected
+from pretrain.data.boxes.ava_files import of_videos, read_keyframes, read_video_names
 from pretrain.data.boxes.box_formats import BoxFiles, ReadingOptions, read_box_files, read_detections
 from pretrain.data.boxes.keyframes import Annotations, RowLimits, collect_keyframes
-from pretrain.data.boxes.records import BoxRecords, read_text
+from pretrain.data.boxes.records import BoxRecords
 from pretrain.data.pack.detection_films import DetectionFilm, find_films
 from pretrain.data.pack.detection_items import detection_items
 from pretrain.data.pack.discover import Item
@@ -64,9 +64,10 @@ def read_detection_data(args: argparse.Namespace) -> DetectionData:
         raise RecipeError(f"{', '.join(args.annotations)}: frame lists only; give the annotations as well")
     people = read_detections(args.detections, files.images, how)
     excluded = [key for source in args.exclude for key in read_keyframes(source)]
-    wanted = _wanted(args.videos)
-    records = [_of_videos(one, wanted) for one in files.records]
-    people = [_of_videos(one, wanted) for one in people]
+    records = files.records
+    if args.videos:
+        wanted = read_video_names(args.videos)
+        records, people = ([of_videos(one, wanted) for one in part] for part in (records, people))
     root = args.data_root or storage.parent(args.annotations[0])
     films, broken = _films(args, files, [*records, *people], root)
     classes = _classes(args, files)
@@ -94,21 +95,6 @@ def _films(
     names = {name for one in records for name in one.videos}
     names |= {video for one in records for video, _, _ in one.empty}
     return find_films(names, root, files.pictures, args.image_fps, args.frames)
-
-
-def _wanted(source: str | None) -> frozenset[str] | None:
-    """Read a list of videos: the first word of each line, with or without an ending."""
-    if source is None:
-        return None
-    names = [line.split()[0] for line in read_text(source).splitlines() if line.strip()]
-    return frozenset(names) | {name.rpartition(".")[0] for name in names if "." in name}
-
-
-def _of_videos(records: BoxRecords, wanted: frozenset[str] | None) -> BoxRecords:
-    if wanted is None:
-        return records
-    kept = selected(records, [video in wanted for video in records.videos])
-    return replace(kept, empty=[one for one in records.empty if one[0] in wanted])
 
 
 def _classes(args: argparse.Namespace, files: BoxFiles) -> ActionList:
@@ -154,6 +140,13 @@ def describe_annotations(annotations: Annotations) -> list[str]:
         f"{sum(not one.labels for one in persons)} of them without a label, "
         f"{sum(len(one.detections) for one in frames)} detections"
     ]
+    if empty:
+        looked_at = sum(one.annotated for one in frames if not one.persons)
+        lines.append(
+            f"  without a person: {looked_at} that the annotations list and {empty - looked_at} of a detector alone; "
+            "an evaluation counts false alarms on them, training takes them for bad samples (no_persons): pack "
+            "training sets with --drop-empty, or train EVAD with input.empty=keep"
+        )
     lines += [f"  {count} {what}" for what, count in sorted(annotations.counts.items()) if count]
     by_class = Counter(dict(enumerate(annotations.by_class())))
     shown = [f"{annotations.classes.name(output)} {count}" for output, count in by_class.most_common(SHOWN_CLASSES)]

@@ -30,6 +30,7 @@ class KeyframeFacts:
         persons: numbers of tracks, -1 for none, int64 [n].
         detected: boxes of a person detector, float32 [m, 4].
         detected_scores: float32 [m].
+        annotated: the annotation lists the keyframe, maybe with nobody on it; else only a detector's boxes do.
     """
 
     video: str
@@ -40,6 +41,7 @@ class KeyframeFacts:
     persons: npt.NDArray[np.int64]
     detected: npt.NDArray[np.float32] = field(default_factory=_none)
     detected_scores: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    annotated: bool = True
 
     def __str__(self) -> str:
         return f"keyframe {self.video},{self.time:g}"
@@ -71,6 +73,8 @@ def read_keyframe(members: Members, classes: int) -> KeyframeFacts:
         detected = _boxes([one["box"] for one in found], f"{where}, detections")
         scores = np.array([float(one["score"]) for one in found], np.float32)
         numbers = [-1 if one.get("person") is None else int(one["person"]) for one in persons]
+        # Without the entry nothing tells a keyframe that was looked at and found empty from one of a detector alone.
+        annotated = _truth_value(facts.get("annotated", bool(persons)), where)
         named = [[_label(label, classes, where) for label in one.get("labels") or []] for one in persons]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SampleError("boxes", f"boxes.json has no usable entry ({error!r}); pack the data again") from error
@@ -79,7 +83,13 @@ def read_keyframe(members: Members, classes: int) -> KeyframeFacts:
     labels = np.zeros((len(persons), classes), np.float32)
     for row, ones in enumerate(named):
         labels[row, ones] = 1
-    return KeyframeFacts(video, time, seconds, boxes, labels, np.array(numbers, np.int64), detected, scores)
+    return KeyframeFacts(video, time, seconds, boxes, labels, np.array(numbers, np.int64), detected, scores, annotated)
+
+
+def _truth_value(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise SampleError("boxes", f"{where}: annotated {value!r}, allowed: true, false")
+    return value
 
 
 def _label(value: Any, classes: int, where: str) -> int:

@@ -68,6 +68,9 @@ class Config(Input):
     """training: sides of boxes are moved at random, outwards more than inwards"""
     max_boxes: int = 100
     """training: most persons of a clip, a random choice where there are more"""
+    empty: Literal["refuse", "keep"] = "refuse"
+    """training: keyframes that were annotated with nobody on them are bad samples (no_persons), or kept for a detector
+    that finds persons itself (objective.name=evad); those of a person detector alone are bad samples either way"""
     min_score: float = 0.8
     """a person detector's boxes below this score are left out"""
     pad: int = 16
@@ -135,8 +138,9 @@ class BoxSamples(Samples):
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
         options = self._options
         keyframe = read_keyframe(members, self._classes)
-        if not len(keyframe.boxes):
-            raise SampleError("no_persons", f"{keyframe}: training needs a person; pack keyframes that have some")
+        # What only a detector's boxes brought in may have persons: trained as empty it would teach not to see them.
+        if not len(keyframe.boxes) and not (options.empty == "keep" and keyframe.annotated):
+            raise SampleError("no_persons", f"{keyframe}: training needs a person; pack with --drop-empty")
         (draw,) = draws(self._seed, place, 1)
         frames, original = self._decode(members, keyframe, source.options.stride, draw)
         clip, boxes = _resized(frames, keyframe.boxes, options, mirrored=draw("flip").random() < options.flip)
@@ -151,7 +155,8 @@ class BoxSamples(Samples):
 
     def without_chance(self, source: SourceInfo, members: Members) -> Arrays:
         """Make the whole clip by which a keyframe is judged: boxes of the detector or of the annotation in `boxes`,
-        the annotation besides in `truth_boxes`, `truth_labels`, `truth_counts`. Rows differ in size: join by `collate`.
+        the annotation besides in `truth_boxes`, `truth_labels`, `truth_counts`, `annotated`. Rows differ in size: join
+        by `collate`.
         """
         keyframe = read_keyframe(members, self._classes)
         frames, _ = self._decode(members, keyframe, source.options.stride, None)
@@ -172,6 +177,7 @@ class BoxSamples(Samples):
             "truth_boxes": truth,
             "truth_labels": keyframe.labels,
             "truth_counts": np.array([len(truth)], np.int64),
+            "annotated": np.array([keyframe.annotated]),
         }
         if not self._detected:
             return arrays | _persons(truth, keyframe.labels, keyframe.persons)
@@ -189,8 +195,8 @@ class BoxSamples(Samples):
             `originals` int64 [B, 2], those of the decoded frame; `boxes` float32 [N, 4], x1 y1 x2 y2 in pixels, of clip
             after clip, `counts` int64 [B] of each; `labels` float32 [N, K], 1 for each action; `box_scores` float32
             [N], 1 where a person was annotated; `persons` int64 [N], -1 where a person has no number; `times` float64
-            [B]; `videos`, a list of B names; of judged clips `truth_boxes`, `truth_labels`, `truth_counts` as well;
-            and the columns of every batch.
+            [B]; `videos`, a list of B names; of judged clips `truth_boxes`, `truth_labels`, `truth_counts` as well,
+            and `annotated` bool [B], true where the annotation lists the keyframe; and the columns of every batch.
         """
         most = [max(int(sample.arrays["sizes"][0, side]) for sample in samples) for side in (0, 1)]
         height, width = (-(-side // self._options.pad) * self._options.pad for side in most)
@@ -295,7 +301,7 @@ def _cropped(
     x, y = int(rng.integers(clip.shape[2] - width + 1)), int(rng.integers(clip.shape[1] - height + 1))
     box = Box(x, y, width, height)
     inside = geometry.crop_boxes(boxes, box, CONVENTIONS[options.convention])
-    if options.min_remaining > 0:
+    if options.min_remaining > 0 and len(boxes):
         # Continuous whatever the convention: an inclusive box without area at the border still counts a column.
         remaining = (inside[:, 2:] - inside[:, :2]).prod(1) / np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(1), 1e-6)
         kept = np.flatnonzero(remaining >= options.min_remaining)

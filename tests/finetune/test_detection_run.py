@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from finetune.detection.held_out_keyframes import Keyframes, keyframe_loader, ke
 from finetune.detection.judging import judge, score
 from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
+from pretrain.commands.pack import main as pack
 from pretrain.errors import DataError
 from pretrain.objectives.base import method_of
 from pretrain.runtime.process_group import Ranks
@@ -181,6 +183,39 @@ def test_scores_of_who_knows_everything_and_of_who_errs(boxed: Toy, samples: Box
     assert score(wrong, action_list(recipe), "alphaction").mean < 0.6
     with pytest.raises(DataError, match=r"11 keyframes occur twice \(the first is film25,100\)"):
         judge(Oracle(True), recipe, alone, [*sets, *sets], samples)
+
+
+class Alarm(Oracle):
+    """A detector that answers each person surely, and besides sees a person who does everything on each keyframe."""
+
+    def detect(self, batch: dict[str, Any]) -> Any:
+        found = super().detect(batch)
+        box = np.array([[0, 0, 0.1, 0.1]], np.float32)
+        return [
+            type(one)(one.video, one.time, np.concatenate((one.boxes, box)),
+                      np.concatenate((one.scores, np.full((1, 3), 2 if not len(one.boxes) else 0.5, np.float32))))
+            for one in found
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("annotated", "mean"), [(True, 0.5), (False, 1)])
+def test_false_alarms_count_where_the_annotation_lists_nobody(
+    annotated: bool, mean: float, tmp_path: Path, samples: BoxSamples, boxed: Toy
+) -> None:
+    """ActivityNet ignores keyframes that only a detector's boxes brought in."""
+    key, members, video = keyframe(100)
+    persons = [members["boxes"]["persons"][0] | {"labels": [0, 1, 2]}]
+    busy = members["boxes"] | {"persons": persons}
+    empty = members["boxes"] | {"persons": [], "time": 101, "annotated": annotated}
+    write_shard(tmp_path / "s-000000.tar", [(key, {"boxes": busy}, video), ("0101", {"boxes": empty}, video)])
+    assert pack(["--index-only", str(tmp_path)]) == 0
+    recipe = load_tune_recipe(str(boxed.recipe), [f"data.sources.toy.val={tmp_path}"])
+    sets = keyframe_sets(recipe, test=True)
+    judged = judge(Alarm(True), recipe, Ranks(0, 1, 0, torch.device("cpu")), sets, samples)
+    assert [one.time for one in judged.truth] == [100, 101]
+    assert judged.listed == [("film25", 100.0)] + [("film25", 101.0)] * annotated
+    found = {name: score(judged, action_list(recipe), name).mean for name in ("activitynet", "slowfast")}
+    assert found == pytest.approx({"activitynet": mean, "slowfast": 0.5})
 
 
 def test_wrong_class_lists_are_told_at_the_start(boxed: Toy) -> None:

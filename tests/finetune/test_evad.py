@@ -121,6 +121,12 @@ def test_loss_of_a_batch_without_persons_has_a_gradient(found: Toy) -> None:
     assert all(one.grad is not None for one in objective.parameters())
 
 
+def test_keyframes_with_nobody_on_them_are_for_who_finds_persons(found: Toy) -> None:
+    assert not problems_of(method_of(recipe_of(found, "input.empty=keep")))
+    (problem,) = problems_of(method_of(load_tune_recipe("vit_s_ava", ["input.empty=keep"])))
+    assert problem.startswith("input.empty: found keep, allowed: refuse; without a person objective.name=detection")
+
+
 def test_boxes_are_measured_by_the_persons_of_all_ranks(found: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     objective, batch = one_batch(found)
     alone = objective(batch)

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +153,105 @@ def test_tubes_that_cannot_match_are_refused(
 ) -> None:
     assert main(tube_files(tmp_path, **files)) == 2
     assert message in capsys.readouterr().err
+
+
+#: Two tubes of run/a in pixels, ids 1 and 2, and a box of a training video.
+ROWS = [("run/a", frame, 20 + frame, 30, 60 + frame, 110, label, person)
+        for label, person in ((2, 0), (1, 1)) for frame in range(1, 21)]  # fmt: skip
+
+
+def other_truth(tmp_path: Path, form: str) -> list[str]:
+    """The same truth in another form, boxes found exactly there; words of the command."""
+    found = "".join(f"{','.join(map(str, row[:7]))},0.9\n" for row in ROWS)
+    (tmp_path / "found.csv").write_text(found)
+    (tmp_path / "list.txt").write_text("run/a.avi 1\n")
+    more: list[str] = []
+    if form == "pyannot":
+        tubes = [
+            {"label": label - 1, "sf": 0, "ef": 20, "boxes": np.array([[20 + f, 30, 40, 80] for f in range(1, 21)])}
+            for label in (2, 1)
+        ]
+        videos = {name: {"label": 1, "numf": 22, "annotations": tubes} for name in ("run/a", "run/train")}
+        (tmp_path / "truth").with_suffix(".pkl").write_bytes(pickle.dumps(videos))
+        return [str(tmp_path / "truth.pkl"), "--videos", str(tmp_path / "list.txt")]
+    if form == "yowo":
+        for frame in range(1, 21):
+            path = tmp_path / "texts" / "run" / "a" / f"{frame:05d}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [f"{row[6]} {row[2]} {row[3]} {row[4]} {row[5]}\n" for row in ROWS if row[1] == frame]
+            path.write_text("".join(lines))
+        return [str(tmp_path / "texts")]
+    names, start = {1: "a jump", 2: "b run"}, 1 if form == "names" else 0
+    rows = [(*row[:6], names[row[6]] if form == "names" else row[6], row[7]) for row in reversed(ROWS)]
+    text = "video,frame,x1,y1,x2,y2,label,person\n"
+    text += "".join(f"{row[0]},{row[1] - 1 + start},{','.join(map(str, row[2:]))}\n" for row in rows)
+    (tmp_path / "own.csv").write_text(text)
+    if form == "names":
+        more = ["--first-frame", "1"]
+    return [str(tmp_path / "own.csv"), *more]
+
+
+@pytest.mark.parametrize("form", ["pyannot", "yowo", "ids", "names"])
+def test_other_forms_of_true_tubes(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = other_truth(tmp_path, form)
+    out = tmp_path / "out.json"
+    assert main(["--from-csv", str(tmp_path / "found.csv"), "--tubes", "--out", str(out), "--truth", *truth]) == 0
+    result = json.loads(out.read_text())
+    assert {name: one["mAP"] for name, one in result["frame_map"].items()} == pytest.approx(
+        {"act": 1, "moc": 1, "annotated": 1, "voc": 1}
+    )
+    assert set(result["frame_map"]["voc"]["by_class"]) == {"1", "2"}
+    if form == "yowo":
+        assert "video_map" not in result and "so there is no video-mAP" in capsys.readouterr().out
+    else:
+        assert [one["0.5:0.95"] for one in result["video_map"].values()] == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("pyannot", ["--videos"], "name those of the test with --videos"),
+        ("names", ["--first-frame"], "do they count from 0 or from 1"),
+        ("ids", {",10,": ",11,"}, "tube 1 of run/a: frame 12 follows 10"),
+        ("ids", {"frame": "time"}, "a column `frame` is expected"),
+        ("ids", {",2,0": ",,0"}, "its label is not among the 1 classes of"),
+        ("pyannot", {}, "--fold is for ACT's pickle"),
+    ],
+)
+def test_other_forms_that_cannot_match_are_refused(
+    form: str, change: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = other_truth(tmp_path, form)
+    if isinstance(change, list):
+        words = words[:1]
+    elif not change:
+        words += ["--fold", "2"]
+    else:
+        text = Path(words[0]).read_text()
+        for old, new in change.items():
+            text = text.replace(old, new)
+        Path(words[0]).write_text(text)
+    assert main(["--from-csv", str(tmp_path / "found.csv"), "--tubes", "--truth", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_mean_of_all_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the second fold nothing is found in its place."""
+    words = tube_files(tmp_path)
+    content = pickle.loads((tmp_path / "truth.pkl").read_bytes())
+    (tmp_path / "truth.pkl").write_bytes(pickle.dumps(content | {"test_videos": [["run/a"]] * 2}))
+    found = (tmp_path / "found.csv").read_text()
+    (tmp_path / "found_1.csv").write_text(found)
+    (tmp_path / "found_2.csv").write_text("".join(f"run/a,{frame},1,1,9,9,2,0.9\n" for frame in range(1, 21)))
+    assert main([*words, "--fold", "all"]) == 2
+    assert "since folds share test videos; write {fold}" in capsys.readouterr().err
+    words[1] = str(tmp_path / "found_{fold}.csv")
+    assert main([*words, "--fold", "all"]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [result["folds"][fold]["frame_map"]["voc"]["mAP"] for fold in "12"] == pytest.approx([1, 0])
+    assert {one["mAP"] for one in result["frame_map"].values()} == {0.5}
+    assert [one["0.5:0.95"] for one in result["video_map"].values()] == pytest.approx([0.5, 0.5])
+    assert "mean of 2 folds\nframe-mAP@0.5 50.00 % (act)" in capsys.readouterr().out
 
 
 def test_an_unknown_linking_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,7 @@ def test_own_videos(place: str, videos: Path, tmp_path: Path, capsys: pytest.Cap
     how = FAST if place == "packed" else ["--in-place"]
     text = pack(capsys, "--annotations", own, "--data-root", videos, dest, *how)
     assert "4 keyframes of 1 videos, 1 of them without a person; 3 persons" in text
+    assert "without a person: 1 that the annotations list and 0 of a detector alone" in text
     assert "2 boxes clipped" in text and "wave 3, a jump 1" in text
     found = samples(dest)
     assert [number for number, _ in found.values()] and len(found) == 4
@@ -72,6 +73,7 @@ def test_own_videos(place: str, videos: Path, tmp_path: Path, capsys: pytest.Cap
     boxes = by_time[0.2][1]
     assert (boxes["keyframe_s"], boxes["width"], boxes["height"], boxes["unit"]) == (0.2, WIDTH, HEIGHT, "second")
     assert boxes["persons"] == [{"box": [0.1, 0.2, 0.5, 1.0], "labels": [0, 1], "person": 0}]
+    assert all(facts["annotated"] is True for _, facts in by_time.values())
     assert by_time[9.9][1]["persons"] == [] and by_time[5][1]["keyframe_s"] == 1.52
     assert json.loads((dest / "classes.json").read_text())["names"] == ["a jump", "wave"]
 
@@ -87,6 +89,7 @@ def test_keyframes_of_one_short_video_are_samples_of_their_own(
     dest = tmp_path / "out"
     text = pack(capsys, *common, "--span", "2", "--drop-empty", "--videos", tmp_path / "videos.txt", dest, *FAST)
     found = samples(dest)
+    assert "training sets with --drop-empty" not in text
     assert len(found) == 5 and "rejected" in text and ", 0 rejected" in text
     for number, boxes in found.values():
         assert number == boxes["time"] - 1 and boxes["unit"] == "frame" and boxes["persons"][0]["person"] == 0
@@ -110,6 +113,7 @@ def test_ava_with_all_its_files(videos: Path, tmp_path: Path, capsys: pytest.Cap
     found = {boxes["time"]: (number, boxes) for number, boxes in samples(tmp_path / "out").values()}
     assert {time: number for time, (number, _) in found.items()} == {900: 0, 902: 20, 903: 30}
     assert found[903][1]["detections"] == [{"box": [0, 0, 0.5, 1], "score": 0.9}] and not found[903][1]["persons"]
+    assert {time: boxes["annotated"] for time, (_, boxes) in found.items()} == {900: True, 902: True, 903: False}
     assert json.loads((tmp_path / "out/classes.json").read_text())["evaluated"] == [0, 2]
 
 

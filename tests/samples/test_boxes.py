@@ -169,6 +169,19 @@ def test_a_batch_of_different_sizes(film: bytes) -> None:
     assert rows[2].arrays["video"].shape == (1, 4, 67, 40, 3), "what was made stays as it is"
 
 
+def test_keyframes_with_nobody_on_them_are_kept_where_asked(film: bytes) -> None:
+    """Beside others in a batch; those of a detector alone are not, since nobody looked at them."""
+    options = {"empty": "keep", "crop": "random", "crop_size": 32, "min_remaining": 0.2, "jitter": True, "flip": 1.0}
+    samples = BoxSamples(Config(frames=4, stride=2, short_side=48, **options), 3, 5)  # type: ignore[arg-type]
+    place = Place(0, 0, 0, 0, 0)
+    nobody = samples(place, SOURCE, members(film, persons=[], annotated=True))
+    some = samples(place, SOURCE, members(film, persons=[{"box": [0, 0, 1, 1], "labels": [2]}]))
+    batch = samples.collate([Sample(place, "", one) for one in (nobody, some)])
+    assert batch["counts"].tolist() == [0, 1] and batch["boxes"].shape == (1, 4) and batch["labels"].shape == (1, 5)
+    with pytest.raises(SampleError, match="no_persons"):
+        samples(place, SOURCE, members(film, persons=[], annotated=False))
+
+
 def test_judged_clips(film: bytes) -> None:
     """No chance: whole frames, the detector's boxes above the threshold; the annotation beside them."""
     options = Config(
@@ -183,9 +196,12 @@ def test_judged_clips(film: bytes) -> None:
     np.testing.assert_allclose(found["boxes"], [[8, 9.6, 40, 28.8]], rtol=1e-6)
     assert found["box_scores"].tolist() == [np.float32(0.97)] and found["counts"].tolist() == [1]
     assert found["truth_counts"].tolist() == [2] and found["truth_labels"].shape == (2, 5)
-    nobody = detected.without_chance(SOURCE, members(film, persons=[], detections=[]))
+    nobody = detected.without_chance(SOURCE, members(film, persons=[], detections=[], annotated=True))
     batch = detected.collate([Sample(Place(0, n, 0, 0, n), "", one) for n, one in enumerate((found, nobody))])
     assert batch["counts"].tolist() == [1, 0] and batch["truth_counts"].tolist() == [2, 0]
+    assert batch["annotated"].tolist() == [True, True]
+    assert not read_keyframe(members(film, annotated=False), 5).annotated
+    assert not read_keyframe(members(film, persons=[]), 5).annotated, "packed before there was the entry"
     assert batch["truth_boxes"].shape == (2, 4) and batch["labels"].shape == (1, 5)
 
 
@@ -209,6 +225,7 @@ def box(**change: Any) -> dict[str, Any]:
     ("facts", "reason", "said"),
     [
         ({"persons": []}, "no_persons", "keyframe film,902: training needs a person"),
+        ({"persons": [], "annotated": True}, "no_persons", "pack with --drop-empty"),
         (box(labels=[5]), "label", "label 5, allowed: outputs 0 to 4 (model.classes)"),
         (box(labels=[-1]), "label", "label -1"),
         (box(labels=[True]), "label", "label True"),
@@ -223,6 +240,7 @@ def box(**change: Any) -> dict[str, Any]:
         ({"time": "soon"}, "boxes", "no usable entry"),
         ({"detections": [{"box": PERSON}]}, "boxes", "KeyError('score')"),
         ({"persons": 3}, "boxes", "no usable entry"),
+        ({"annotated": "no"}, "boxes", "keyframe film,902: annotated 'no', allowed: true, false"),
     ],
 )
 def test_what_is_refused(film: bytes, facts: dict[str, Any], reason: str, said: str) -> None:

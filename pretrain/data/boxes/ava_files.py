@@ -173,6 +173,18 @@ def selected(records: BoxRecords, rows: Any) -> BoxRecords:
     )  # fmt: skip
 
 
+def of_videos(records: BoxRecords, wanted: frozenset[str]) -> BoxRecords:
+    """Take the rows, and the keyframes without one, of some videos."""
+    kept = selected(records, [video in wanted for video in records.videos])
+    return replace(kept, empty=[one for one in records.empty if one[0] in wanted])
+
+
+def read_video_names(source: str) -> frozenset[str]:
+    """Read a list of videos: the first word of each line, as it stands and without its ending."""
+    names = [line.split()[0] for line in read_text(source).splitlines() if line.strip()]
+    return frozenset(names) | {name.rpartition(".")[0] for name in names if "." in name}
+
+
 def read_keyframes(source: str) -> list[tuple[str, float]]:
     """Read a list of keyframes, `video, second`, such as AVA's excluded time stamps.
 

@@ -35,6 +35,7 @@ class AnnotatedKeyframe:
         time: seconds, or number of the frame from 1.
         persons: annotated.
         detections: (box, score) of a person detector.
+        annotated: the annotations list it, with persons or with none; else only a detector's boxes brought it in.
         place: where the annotations name it first, for messages.
     """
 
@@ -42,6 +43,7 @@ class AnnotatedKeyframe:
     time: float
     persons: list[AnnotatedPerson] = field(default_factory=list)
     detections: list[tuple[Box, float]] = field(default_factory=list)
+    annotated: bool = False
     place: str = ""
 
 
@@ -170,7 +172,7 @@ class _Maker:
                 self.problems += [f"{records.where(row)}: {fault}"] if fault else []
                 self.counts["rows refused"] += 1
                 continue
-            keyframe = self._keyframe(video, time, records, records.places[row])
+            keyframe = self._keyframe(video, time, records, records.places[row], not detected)
             take(keyframe, tuple(box), records, row, int(outputs[row]))
         for video, time, place in records.empty:
             if not self._taken(video, time, "keyframes"):
@@ -178,7 +180,7 @@ class _Maker:
             if (fault := self._beyond(video, time, records.unit)) is not None:
                 self.problems += [f"{place_of(records.source, place)}: {fault}"] if fault else []
                 continue
-            self._keyframe(video, time, records, place)
+            self._keyframe(video, time, records, place, not detected)
 
     def _add_label(self, keyframe: AnnotatedKeyframe, box: Box, records: BoxRecords, row: int, output: int) -> None:
         """Add a row's label to its person."""
@@ -216,10 +218,13 @@ class _Maker:
                     self.counts["persons refused"] += len(one.persons) - self.limits.max_persons
                     del one.persons[self.limits.max_persons :]
 
-    def _keyframe(self, video: str, time: float, records: BoxRecords, place: int | str) -> AnnotatedKeyframe:
+    def _keyframe(
+        self, video: str, time: float, records: BoxRecords, place: int | str, annotated: bool
+    ) -> AnnotatedKeyframe:
         found = self.keyframes.get((video, time))
         if found is None:
             found = self.keyframes[video, time] = AnnotatedKeyframe(video, time, place=place_of(records.source, place))
+        found.annotated |= annotated
         return found
 
     def _taken(self, video: str, time: float, what: str) -> bool:

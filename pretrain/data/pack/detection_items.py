@@ -44,6 +44,7 @@ def _boxes(one: AnnotatedKeyframe, film: DetectionFilm, keyframe_s: float, annot
         "width": film.width,
         "height": film.height,
         "classes": annotations.classes.outputs,
+        "annotated": one.annotated,
         "persons": [
             {"box": _rounded(person.box), "labels": person.labels, "person": person.person} for person in one.persons
         ],

@@ -36,6 +36,17 @@ def test_rows_of_a_person_are_joined(tmp_path: Path) -> None:
     assert [(one.labels, one.person) for one in by_box] == [([0, 1, 3], 3)]
 
 
+def test_keyframes_of_a_detector_alone_are_told_from_annotated_ones(tmp_path: Path) -> None:
+    people = read_ava(write(tmp_path / "d.csv", "".join(f"a,{at},0,0,1,1,,0.9\n" for at in (902, 903, 904))), "score")
+    for rows in ("a,902,0,0,1,1,4,3\na,903\n", "a,903\na,902,0,0,1,1,,3\n"):
+        records = read_ava(write(tmp_path / "a.csv", rows))
+        found = collect_keyframes([records], CLASSES, RowLimits(), [people]).keyframes
+        assert [(one.time, one.annotated) for one in found] == [(902, True), (903, True), (904, False)]
+    refused = read_ava(write(tmp_path / "a.csv", "a,902,0,0,1,1,4,3\na,904,0,0,1,7,4,3\n"))
+    found = collect_keyframes([refused], CLASSES, RowLimits(skip=True), [people]).keyframes
+    assert [one.annotated for one in found] == [True, False, False], "of a refused row nothing is known"
+
+
 def test_boxes_are_clipped_within_the_tolerance(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "a,902,-0.001,0.2,1.001,0.6,4,3\na,902,0,0,1,1,4,4\n")
     found = collect_keyframes([read_ava(path)], CLASSES, RowLimits())
