@@ -7,13 +7,13 @@ from pretrain.models.base import MapsShape
 LEAST = {"dim": 1, "hidden": 1, "depth": 1, "instance_depth": 1, "max_persons": 1}
 
 
-def check_head(recipe: TuneRecipe, maps: MapsShape, has_maps: bool) -> list[str]:
+def check_head(recipe: TuneRecipe, maps: MapsShape, layers: int) -> list[str]:
     """List what keeps the head from being built or trained on a backbone's maps.
 
     Args:
         recipe: the run.
         maps: of the backbone.
-        has_maps: the backbone has maps and no layers that rates could follow.
+        layers: number of the backbone's last layer; 0: it has none that rates could follow.
     """
     options, inputs = recipe.objective, sum(maps.channels)
     found = [
@@ -31,7 +31,7 @@ def check_head(recipe: TuneRecipe, maps: MapsShape, has_maps: bool) -> list[str]
         for name in ("head_scale", "bias_scale")
         if getattr(options, name) <= 0
     ]
-    if has_maps and recipe.optim.layer_decay != 1:
+    if not layers and recipe.optim.layer_decay != 1:
         found.append(
             f"optim.layer_decay={recipe.optim.layer_decay:g}, allowed with model.name={recipe.model.name}: 1 (it "
             "has no layers by which rates could fall)"

@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from pretrain.errors import WeightsError
 from pretrain.models import weights
+from pretrain.models.backbone import Backbone
 from pretrain.models.classifier_weights import classifier_state, load_pretrained
-from pretrain.models.slowfast import SlowFast
 from pretrain.models.weights import LoadReport, load_state
 
 #: Prefixes of the released head; `feature_extractor.` and `predictor.` are the names of the head by itself.
 HEAD_PREFIXES = ("roi_heads.action.", "head.")
-#: What classifiers of SlowFast have besides, and counters of batch norms, which frozen ones don't keep.
-IGNORED = ("*.num_batches_tracked", "head.projection.*", "head.cls_head.*", "head.fc.*", "fc.*", "cls.*")
+#: What classifiers of SlowFast and Video Swin have besides, counters of batch norms, which frozen ones don't keep, and
+#: Video Swin's numbers of places, which are computed.
+IGNORED = (
+    "*.num_batches_tracked", "*.relative_position_index", "head.projection.*", "head.cls_head.*", "head.fc.*", "fc.*",
+    "cls.*", "cls_head.*",
+)  # fmt: skip
 
 
 def load_start(
@@ -46,7 +50,7 @@ def load_start(
             "objective as it was trained (depth, instance_depth, position_codes, outputs), or start.head=new"
         )
     kept = {key: value for key, value in state.items() if takes or key not in theirs}
-    if isinstance(model, SlowFast) or takes:
+    if not isinstance(model, Backbone) or takes:
         return load_state(model, kept, LoadReport(path, "CycleACR"), [] if takes else ["head.*"], IGNORED)
     return load_pretrained(model, path, head="match", raw=kept, fresh_norm=True)  # type: ignore[arg-type]
 

@@ -25,7 +25,7 @@ def maps_shape(architecture: Architecture, model: nn.Module, size: tuple[int, in
         return MapsShape((model.dim,), (grid.time,), grid.height / size[1])
     raise RecipeError(
         f"model.name={architecture.config.name}: found {type(model).__name__}, allowed with objective cycleacr: a ViT "
-        "with tokens on a grid (classifier, image_vit), or a backbone of maps (slowfast)"
+        "with tokens on a grid (classifier, image_vit), or a backbone of maps (slowfast, video_swin)"
     )
 
 

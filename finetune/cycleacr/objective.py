@@ -199,14 +199,12 @@ class CycleACRObjective(DetectionObjective):
     def rule(self, name: str, shape: Iterable[int]) -> Rule:
         """Scale rates as the recipe says: by layer, of the cycle and the instance interaction, and of biases."""
         options, plain = self.recipe.objective, name.removeprefix("model.")
-        if isinstance(self.architecture, MapsBackbone):
-            rule = Rule(1.0, len(tuple(shape)) > 1 and not plain.endswith("bias"))
-        else:
-            rule = super().rule(name, shape)
+        rule = super().rule(name, shape)
         scale, decays = rule.lr_scale, rule.decays
         if plain.startswith("head.feature_extractor.cycleacr_module."):
             scale *= options.head_scale
-        if plain.endswith("bias"):
+        # Officially by this part of the name, which tables of biases for places have as well.
+        if "bias" in plain.rpartition(".")[2]:
             scale *= options.bias_scale
         return Rule(scale, decays and (options.decay_positions or "position" not in plain))
 
@@ -223,7 +221,7 @@ class CycleACRObjective(DetectionObjective):
             # By the row's key, so that it is the same on any number of ranks; without an engine by torch's generator.
             keys = batch.get(ROW_KEYS)
             starts = torch.randint(choices, (len(video),), device=video.device) if keys is None else keys % choices
-        maps: list[Tensor] = self.model.forward_features(video, starts)
+        maps: list[Tensor] = self.model.forward_features(video, *([] if choices == 1 else [starts]))
         return maps
 
     def _loss(self, logits: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from finetune.cycleacr.maps import maps_shape
 from finetune.cycleacr.objective import CycleACRObjective, MomentSamples
 from finetune.detection.detection_checks import check_detection
 from finetune.detection.task import DetectionTask
-from pretrain.models.base import Architecture, Cost, MapsBackbone, MapsShape
+from pretrain.models.base import Architecture, Cost, MapsShape
 from pretrain.models.cycleacr import CycleACRHead, HeadShape
 from pretrain.models.interaction import block_macs
 from pretrain.objectives.base import Method
@@ -37,7 +37,8 @@ class CycleACRTask(DetectionTask):
             with torch.device("meta"):
                 model = self.architecture.build()
             found = tuning_problems(model, self.recipe.tune) if self.recipe.tune.method != "full" else []
-            found += check_head(self.recipe, self._maps(model), isinstance(self.architecture, MapsBackbone))
+            maps = self._maps(model)  # first: it refuses architectures that know no layers
+            found += check_head(self.recipe, maps, self.architecture.layer_of("norm")[1])
         return found + check_detection(self.recipe)
 
     def _samples(self) -> MomentSamples:

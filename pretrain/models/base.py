@@ -156,6 +156,10 @@ class MapsBackbone(Architecture):
     def cost(self) -> Cost:
         """Count the work of one row's forward pass."""
 
+    def layer_of(self, name: str) -> tuple[int, int]:
+        """Tell a parameter's layer and the last layer's number, see `Classifier`; here all are of one layer, 0."""
+        return 0, 0
+
     def start_choices(self) -> int:
         """Tell among how many first frames training draws one for each clip.
 

@@ -21,16 +21,21 @@ __all__ = ["boxed"]
 
 HEAD = ("objective.name=cycleacr", "objective.dim=8", "objective.hidden=16", "objective.memory.past=2",
         "objective.memory.future=1", "objective.max_persons=4", "objective.memory.max_per_second=2")  # fmt: skip
-MODEL = "model: {name: slowfast, depth: 50, width: 8, beta: 4, classes: 3, tau: 2, alpha: 2}\n"
-#: Words by which the toy recipe gets the backbone of two pathways.
+#: Words by which the toy recipe gets the backbone of two pathways, or that of windows.
 SLOWFAST = ("optim.layer_decay=1", "input.stride=1", "input.pad=16")
+SWIN = ("input.pad=32",)
+MODELS = {
+    SLOWFAST: "{name: slowfast, depth: 50, width: 8, beta: 4, classes: 3, tau: 2, alpha: 2}",
+    SWIN: "{name: video_swin, dim: 8, depths: [2, 2], heads: [2, 4], window: [2, 3, 3], classes: 3, drop_path: 0.1}",
+}
 
 
 def recipe_of(boxed: Toy, *words: str) -> TuneRecipe:
     path = boxed.recipe
-    if words[: len(SLOWFAST)] == SLOWFAST:
-        path = boxed.folder / "slowfast.yaml"
-        path.write_text(MODEL + boxed.recipe.read_text().partition("pretrain_width: 32}\n")[2])
+    for given, model in MODELS.items():
+        if words[: len(given)] == given:
+            path = boxed.folder / f"{model[7:11]}.yaml"
+            path.write_text(f"model: {model}\n" + boxed.recipe.read_text().partition("pretrain_width: 32}\n")[2])
     return load_tune_recipe(str(path), [*HEAD, *words])
 
 
@@ -94,7 +99,7 @@ def test_a_stream_that_knows_no_future_is_the_two_phases(boxed: Toy) -> None:
         torch.testing.assert_close(torch.from_numpy(one.scores), torch.from_numpy(two.scores))
 
 
-@pytest.mark.parametrize("words", [SLOWFAST, ("model.tokens.keep_rate=0.5", "model.tokens.blocks=[1]"), ()])
+@pytest.mark.parametrize("words", [SLOWFAST, SWIN, ("model.tokens.keep_rate=0.5", "model.tokens.blocks=[1]"), ()])
 def test_training_remembers_what_was_applied(boxed: Toy, words: tuple[str, ...]) -> None:
     objective = built(boxed, *words).train()
     (batch,) = batches(objective, 1)
@@ -132,6 +137,23 @@ def test_rates_and_decay_of_the_iteration_trainer(boxed: Toy) -> None:
     assert list(found.values()) == [(10, True), (20, False), (10, False), (1, True), (2, False), (1, True), (2, False)]
 
 
+def test_rates_and_decay_of_windows(boxed: Toy) -> None:
+    """Tables of biases are biases, as by the official "bias" in the name; layers count where the recipe asks for it."""
+    words = ("objective.bias_scale=2", "objective.decay_positions=false", "optim.layer_decay=0.5")
+    assert not problems_of(method_of(recipe_of(boxed, *SWIN, *words)))
+    objective = built(boxed, *SWIN, *words)
+    rules = {name: objective.rule(name, value.shape) for name, value in objective.named_parameters()}
+    block = "model.layers.1.blocks.1"
+    found = [
+        (rules[name].lr_scale, rules[name].decays)
+        for name in (
+            f"{block}.attn.relative_position_bias_table", f"{block}.attn.qkv.weight", f"{block}.norm1.bias",
+            "model.patch_embed.proj.weight", "model.head.feature_extractor.fc1.weight",
+        )
+    ]  # fmt: skip
+    assert found == [(1, False), (0.5, True), (1, False), (0.5**5, True), (1, True)]
+
+
 class _Pool:
     """Stands for the memory in released files."""
 
@@ -152,8 +174,9 @@ def released(objective: CycleACRObjective, path: Path, name: str) -> None:
         del sys.modules[".".join(parts[:count])]
 
 
-def test_released_weights_are_taken_without_their_memory(boxed: Toy, tmp_path: Path) -> None:
-    first, second = built(boxed, *SLOWFAST), built(boxed, *SLOWFAST)
+@pytest.mark.parametrize("words", [SLOWFAST, SWIN])
+def test_released_weights_are_taken_without_their_memory(boxed: Toy, tmp_path: Path, words: tuple[str, ...]) -> None:
+    first, second = built(boxed, *words), built(boxed, *words)
     for value in (*second.model.parameters(), *second.model.buffers()):
         value.data.zero_()
     released(first, tmp_path / "official.pth", "alphaction.structures.memory_pool")
@@ -163,10 +186,26 @@ def test_released_weights_are_taken_without_their_memory(boxed: Toy, tmp_path: P
     released(first, tmp_path / "foreign.pth", "somebody.else_s")
     with pytest.raises(WeightsError, match="somebody.else_s"):
         load_start(second.model, str(tmp_path / "foreign.pth"))
-    deeper = built(boxed, *SLOWFAST, "objective.depth=2")
+    deeper = built(boxed, *words, "objective.depth=2")
     with pytest.raises(WeightsError, match="without head.*depth"):
         load_start(deeper.model, str(tmp_path / "official.pth"))
     load_start(deeper.model, str(tmp_path / "official.pth"), "new")
+
+
+def test_a_classifier_of_windows_is_a_start(boxed: Toy, tmp_path: Path) -> None:
+    """As Video Swin's are released: behind `backbone.`, with numbers of places and a head of other classes."""
+    first, second = built(boxed, *SWIN), built(boxed, *SWIN)
+    weights = first.model.state_dict()
+    state = {f"backbone.{name}": value.clone() for name, value in weights.items() if not name.startswith("head.")}
+    assert len(state) > 50
+    state |= {f"backbone.layers.{stage}.blocks.{block}.attn.relative_position_index": torch.zeros(18, 18).long()
+              for stage in range(2) for block in range(2)}  # fmt: skip
+    state |= {"cls_head.fc_cls.weight": torch.ones(5, 16), "cls_head.fc_cls.bias": torch.ones(5)}
+    torch.save({"state_dict": state, "meta": {}}, tmp_path / "swin.pth")
+    report = load_start(second.model, str(tmp_path / "swin.pth"))
+    assert all(name.startswith("head.") for name in report.missing) and len(report.matched) == len(state) - 6
+    name = "layers.1.blocks.1.attn.relative_position_bias_table"
+    assert torch.equal(first.model.get_parameter(name), second.model.get_parameter(name))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +223,7 @@ def test_options_that_can_not_be_are_named(boxed: Toy, words: tuple[str, ...], t
     assert any(told in one for one in found), found
 
 
-@pytest.mark.parametrize("name", ["vit_l_cycleacr_ava", "slowfast_r101_cycleacr_ava"])
+@pytest.mark.parametrize("name", ["vit_l_cycleacr_ava", "slowfast_r101_cycleacr_ava", "swin_b_cycleacr_ava"])
 def test_the_recipes_can_be_built(name: str) -> None:
     method = method_of(load_tune_recipe(name))
     assert not problems_of(method)
