@@ -123,7 +123,7 @@ def _unpickle_tensors(url: str) -> Any:
     exception to torch's list of allowed types.
     """
     try:
-        with fsspec.open(url, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        with fsspec.open(url, "rb") as file:
             # Before torch.load, which refuses TorchScript archives where only weights may be read.
             if is_torchscript(file):
                 return read_torchscript(file, url)
@@ -131,7 +131,8 @@ def _unpickle_tensors(url: str) -> Any:
             file.seek(0)
             known = _stand_ins(foreign_objects(file, [argparse.Namespace]))
             file.seek(0)
-            with torch.serialization.safe_globals(known):
+            # One context for all: an inner one that ends takes a type that it shares with an outer one off the list.
+            with torch.serialization.safe_globals([argparse.Namespace, *known]):
                 return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         # Not torch's own words, which tell how to run what is in the file.
