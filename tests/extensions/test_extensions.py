@@ -248,7 +248,7 @@ DETECTION, NARRATION = (
 )
 #: Command, words, exit code, and a part of what it prints.
 OF_CLASSIFICATION = [
-    ("predict", ["film.mp4", "--weights", "one/tiny_detection"], 1, "objective tiny_detection has no answer about a video"),
+    ("predict", ["film.mp4", "--weights", "one/tiny_detection"], 1, "objective tiny_detection has no answer"),
     ("finetune", [*NARRATION, "--test", "last"], 0, ""),
     ("finetune", [*DETECTION, "--test", "last"], 0, ""),
     ("finetune", ["--compare", "one/tiny_detection"], 1, "tiny_detection; --compare is for classification"),
