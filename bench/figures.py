@@ -35,7 +35,7 @@ LARGEST = 1.6
 
 @dataclass(frozen=True)
 class Pose:
-    """Angles of limbs in radians from hanging down, outwards; heights and shifts as shares of the body."""
+    """Angles of limbs in radians from hanging down, outwards; heights as shares of the body."""
 
     left_arm: float = 0.15
     right_arm: float = 0.15
@@ -43,7 +43,6 @@ class Pose:
     right_leg: float = 0.12
     lift: float = 0.0
     crouch: float = 0.0
-    shift: float = 0.0
 
 
 def stand(time: float) -> Pose:
@@ -127,9 +126,8 @@ def draw(picture: Picture, people: list[Person], time: float) -> tuple[Picture, 
 def _draw_person(pen: object, person: Person, pose: Pose) -> npt.NDArray[np.float64]:
     """Draw one person; returns the corners of all its parts in pixels [n, 2]."""
     size, thick = person.size, 0.07 * person.size
-    x = person.x + pose.shift * size
     leg = 0.42 * size * (1 - pose.crouch)
-    hip = np.array([x, person.y - leg - pose.lift * size])
+    hip = np.array([person.x, person.y - leg - pose.lift * size])
     neck, arm = hip - [0, 0.34 * size], 0.34 * size
     head = neck - [0, 0.12 * size]
     corners = [head + 0.11 * size, head - 0.11 * size]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.errors import DataError, WeightsError
+from pretrain.metrics.overlap import iou_continuous, suppress
 from pretrain.runtime.vision_ops import ensure_torchvision
 
 Picture = npt.NDArray[np.uint8]
@@ -164,19 +165,7 @@ def in_shares(boxes: npt.NDArray[np.floating[Any]], width: int, height: int) -> 
 
 def distinct(persons: FoundPersons) -> FoundPersons:
     """Leave of boxes that overlap by more than `SAME_PERSON` the one with the highest score, best first."""
-    order = np.argsort(-persons.scores, kind="stable")
-    kept: list[int] = []
-    for number in order.tolist():
-        overlaps = overlap(persons.boxes[number : number + 1], persons.boxes[kept])
-        if not (overlaps > SAME_PERSON).any():
-            kept.append(number)
+    one_picture = np.zeros(len(persons.scores), np.int64)
+    boxes, scores = persons.boxes.astype(np.float64), persons.scores.astype(np.float64)
+    kept = suppress(one_picture, boxes, scores, SAME_PERSON, iou_continuous)
     return FoundPersons(persons.boxes[kept], persons.scores[kept])
-
-
-def overlap(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Compute the intersection over union of boxes [n, 4] and [m, 4] in shares, float32 [n, m]; continuous areas."""
-    corners = np.minimum(first[:, None, 2:], second[None, :, 2:]) - np.maximum(first[:, None, :2], second[None, :, :2])
-    common = corners.clip(min=0).prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(-1) for boxes in (first, second)]
-    union = areas[0][:, None] + areas[1][None] - common
-    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)

@@ -141,9 +141,8 @@ class DetectionTask(Method):
     def predictor(self, objective: Any, source: Path) -> DetectionPredictor:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         actions = actions_of_weights(self.recipe, source)
-        names = [actions.name(output) for output in range(actions.outputs)]
         return DetectionPredictor(
-            self._detect_of(objective.to(device)), device, self.recipe.input, names, self.FINDS_PERSONS, str(source)
+            self._detect_of(objective.to(device)), device, self.recipe.input, actions, self.FINDS_PERSONS, str(source)
         )
 
     def _detect_of(self, objective: Any) -> Callable[[Batch], list[Detections]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from finetune.detection.persons import overlap
+from pretrain.metrics.overlap import iou_continuous
 
 #: Boxes of two keyframes are one person from this overlap on.
 LINKED = 0.3
@@ -46,7 +46,7 @@ def _partners(
     """Pair boxes [n, 4] with known ones: row of each paired box -> place among the known."""
     if not len(found) or not known:
         return {}
-    overlaps = overlap(found, np.stack(known))
+    overlaps = iou_continuous(found.astype(np.float64)[:, None], np.stack(known).astype(np.float64)[None])
     pairs: dict[int, int] = {}
     for flat in np.argsort(-overlaps, axis=None, kind="stable").tolist():
         row, place = divmod(flat, len(known))

@@ -1,6 +1,5 @@
 """Who does what and when in a video: answers of launch/predict.py, as lines, as a table and as a video."""
 
-import csv
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,10 +11,12 @@ import torch
 
 from finetune.classification.labels import read_names
 from finetune.detection.answers import Detections
+from finetune.detection.final_test import write_detections
 from finetune.detection.persons import PersonDetector, person_detector
 from finetune.detection.rendering import Sighting, render
 from finetune.detection.tracks import link_tracks
 from finetune.prediction import Answer, Question, default_out
+from pretrain.data.boxes.action_list import ActionList
 from pretrain.data.decoders import VideoReader, open_video
 from pretrain.data.samples import Batch
 from pretrain.errors import DataError, SampleError
@@ -39,7 +40,7 @@ class DetectionPredictor:
         detect: answers of a batch that lies on `device`.
         device: of the model.
         input: the recipe's input section.
-        names: of the actions, in the order of the outputs.
+        actions: what the outputs mean.
         finds_persons: the model finds the persons itself; else a person detector does.
         source: where it was read from.
     """
@@ -47,7 +48,7 @@ class DetectionPredictor:
     detect: Callable[[Batch], list[Detections]]
     device: torch.device
     input: Config
-    names: list[str]
+    actions: ActionList
     finds_persons: bool
     source: str
 
@@ -63,9 +64,11 @@ class DetectionPredictor:
         Raises:
             DataError: the video can't be read, an option has no usable value, or a file can't be written.
         """
-        names = list(read_names(question.labels)) if question.labels else self.names
-        if len(names) != len(self.names):
-            raise DataError(f"{question.labels}: {len(names)} names, but the model has {len(self.names)} actions")
+        outputs = self.actions.outputs
+        own = [self.actions.name(output) for output in range(outputs)]
+        names = list(read_names(question.labels)) if question.labels else own
+        if len(names) != outputs:
+            raise DataError(f"{question.labels}: {len(names)} names, but the model has {outputs} actions")
         every_s = 1.0 if question.every_s is None else question.every_s
         if not every_s > 0:
             raise DataError(f"--every: found {every_s:g}, allowed: more than 0 seconds")
@@ -81,7 +84,7 @@ class DetectionPredictor:
         frames = render(io.BytesIO(content), sightings, every_s, out)
         files = {"video": out}
         if question.csv is not None:
-            write_csv(found, question.csv)
+            _write_table(found, self.actions, question.csv)
             files["table"] = question.csv
         persons = 1 + max((track for row in tracks for track in row), default=-1)
         first = f"{video}: {len(found)} keyframes, {persons} persons, {frames} frames, {self.source}"
@@ -93,9 +96,9 @@ class DetectionPredictor:
         score = PERSON_SCORE if question.person_score is None else question.person_score
         detector = None if self.finds_persons else person_detector(question.persons or "hog")
         options = replace(self.input, min_score=score)
-        samples = BoxSamples(options, 0, len(self.names), detected=detector is not None)
+        samples = BoxSamples(options, 0, self.actions.outputs, detected=detector is not None)
         for time in np.arange(min(every_s, reader.duration) / 2, reader.duration, every_s).tolist():
-            keyframe = _keyframe(Path(video).stem, time, len(self.names), reader, detector)
+            keyframe = _keyframe(Path(video).stem, time, self.actions.outputs, reader, detector)
             batch = samples.judged(reader, keyframe)
             yield from self._detect(batch)
 
@@ -134,19 +137,14 @@ def _summary(sightings: list[Sighting]) -> Iterator[str]:
         yield f"  {one.time_s:7.2f} s  person {one.track + 1}: {', '.join(one.lines) or 'nothing that is known'}"
 
 
-def write_csv(found: list[Detections], path: Path) -> None:
-    """Write detections as AVA's files have them: video, second, x1, y1, x2, y2, action id from 1 on, score.
+def _write_table(found: list[Detections], actions: ActionList, path: Path) -> None:
+    """Write what was detected as a test does, ids of actions as in the annotation.
 
     Raises:
         DataError: the file can't be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            for one in found:
-                for box, scores in zip(one.boxes, one.scores, strict=True):
-                    place = [one.video, f"{one.time:g}", *(f"{share:.5f}" for share in box)]
-                    rows.writerows([*place, action + 1, f"{score:.5f}"] for action, score in enumerate(scores))
+        write_detections(found, actions, path)
     except OSError as error:
         raise DataError(f"{path}: the table can't be written ({error})") from error

@@ -7,11 +7,12 @@ import av
 import numpy as np
 import pytest
 
-from finetune.detection.persons import FoundPersons, distinct, overlap, person_detector
+from finetune.detection.persons import FoundPersons, distinct, person_detector
 from finetune.detection.rendering import Sighting, at_time, draw_persons, render
 from finetune.detection.tracks import link_tracks
 from pretrain.data.decoders import open_video
 from pretrain.errors import DataError, WeightsError
+from pretrain.metrics.overlap import iou_continuous
 
 #: Six seconds of pedestrians seen by a camera on a pole, 768 x 576.
 PEDESTRIANS = Path(__file__).parents[1] / "assets" / "pedestrians.mp4"
@@ -29,7 +30,7 @@ def test_people_are_found_on_real_video() -> None:
     assert (found.scores[:-1] >= found.scores[1:]).all()
     # Three, measured by eye, on the way from left to right.
     for one in boxes_of((0.414, 0.36, 0.464, 0.51), (0.603, 0.292, 0.654, 0.427), (0.713, 0.413, 0.762, 0.565)):
-        assert overlap(one[None], sure).max() > 0.5, (one, sure)
+        assert iou_continuous(one[None].astype(float), sure.astype(float)).max() > 0.5, (one, sure)
 
 
 def test_pictures_without_people_have_none_that_are_sure() -> None:
