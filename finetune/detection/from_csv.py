@@ -53,7 +53,9 @@ guide: docs/detection_metrics.md
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     try:
-        arguments = _parser().parse_args(argv)
+        parser = _parser()
+        arguments = parser.parse_args(argv)
+        _refuse_unread(parser, arguments)
         result = score_tubes(arguments) if arguments.tubes else _score_frames(arguments)
         if arguments.out:
             Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -96,6 +98,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", metavar="JSON", help="write all numbers to this file as well")
     return parser
+
+
+def _refuse_unread(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse options that would be passed over: a number would be taken for what was asked.
+
+    Raises:
+        RecipeError: an option of frames with --tubes, or one of tubes without.
+    """
+    of_frames, of_tubes = ("exclude", "variant"), ("fold", "videos", "first_frame", "linking")
+    unread = of_frames if arguments.tubes else of_tubes
+    given = [name for name in unread if getattr(arguments, name) != parser.get_default(name)]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise RecipeError(f"{options}: {'not read with' if arguments.tubes else 'read only with'} --tubes; leave it out")
 
 
 def _fold(text: str) -> int | str:

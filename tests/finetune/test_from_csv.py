@@ -257,3 +257,17 @@ def test_the_mean_of_all_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_an_unknown_linking_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*tube_files(tmp_path), "--linking", "road"]) == 2
     assert "--linking: found 'road', allowed: act, moc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--tubes", "--exclude", "a.csv", "--variant", "slowfast"], "--exclude, --variant: not read with --tubes"),
+        (["--first-frame", "0", "--fold", "2"], "--fold, --first-frame: read only with --tubes"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--from-csv", "found.csv", "--truth", "truth.csv", *words]) == 2
+    assert told in capsys.readouterr().err
