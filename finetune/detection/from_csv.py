@@ -111,7 +111,8 @@ def _refuse_unread(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     given = [name for name in unread if getattr(arguments, name) != parser.get_default(name)]
     if given:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise RecipeError(f"{options}: {'not read with' if arguments.tubes else 'read only with'} --tubes; leave it out")
+        where = "not read with" if arguments.tubes else "read only with"
+        raise RecipeError(f"{options}: {where} --tubes; leave it out")
 
 
 def _fold(text: str) -> int | str:
