@@ -31,7 +31,8 @@ def _rules(recipe: TuneRecipe, source: LabelledSource) -> SourceRules:
         labels=open_labels(source.labels, source.shards, recipe.model.classes, recipe.objective.task),
         choice=clip.frame_choice(source.sampling, source.stride),
         flip=source.flip,
-        short_side=source.short_side or clip.height,
+        short_side=source.short_side or clip.evaluated_side,
+        picture_filter=clip.evaluated_filter,
     )
 
 

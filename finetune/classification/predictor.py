@@ -106,7 +106,8 @@ def predictor_of(tuned: FineTuned) -> Predictor:
     recipe = tuned.recipe
     clip, source = recipe.input, next(iter(recipe.data.sources.values()))
     choice = clip.frame_choice(source.sampling, source.stride)
-    rules = SourceRules(label_map(tuned), choice, False, source.short_side or clip.height)
+    side = source.short_side or clip.evaluated_side
+    rules = SourceRules(label_map(tuned), choice, False, side, clip.evaluated_filter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = tuned.objective.to(device)
     return Predictor(
@@ -134,6 +135,8 @@ def predictor_of_graph(path: Path) -> Predictor:
         choice_of(facts, str(path)),
         False,
         facts["short_side"],
+        # Graphs of before there were pictures say nothing of it.
+        facts.get("picture_filter"),
     )
     frames, height, width = facts["clip"]
     size = (frames, height, width)
@@ -173,6 +176,11 @@ def predict_video(
     if "://" not in video and not Path(video).is_file():
         found = "a folder" if Path(video).is_dir() else "no such file"
         raise DataError(f"{video}: {found}; one video or image is expected, of many labelled ones: launch/evaluate.py")
+    if predictor.rules.picture_filter is not None and clips * crops > 1:
+        raise DataError(
+            f"{clips} x {crops} views: {predictor.source} takes pictures, which are judged by their middle alone; "
+            "leave --clips and --crops out"
+        )
     make = EvaluationViews(predictor.size, decoder or predictor.decoder, clips, crops, validation=clips * crops == 1)
     content = storage.read_bytes(video)
     still = is_of_kind(video, "image")

@@ -38,6 +38,12 @@ def check_classification(recipe: TuneRecipe) -> list[str]:
                         "with objective.task=multi or regression); videos of other classes are needed")  # fmt: skip
     if recipe.evaluate.crops > 1 and recipe.input.height != recipe.input.width:
         problems.append("evaluate.crops: test crops are square; with input.height != input.width set evaluate.crops=1")
+    evaluate = recipe.evaluate
+    if recipe.input.evaluated_filter is not None and (evaluate.clips, evaluate.crops) != (1, 1):
+        problems.append(
+            f"evaluate: found clips={evaluate.clips} and crops={evaluate.crops}, but a picture (input.name="
+            f"{recipe.input.name}) is judged by its middle alone; set evaluate.clips=1 evaluate.crops=1"
+        )
     if recipe.evaluate.test == "best" and not any(source.val for source in data.sources.values()):
         problems.append("evaluate.test: best needs a validation; give data.sources.<name>.val, or evaluate.test=last")
     if recipe.health.shards is not None:

@@ -14,9 +14,9 @@ from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Place, Sample, Samples, SourceInfo, made_up_samples
 from pretrain.samples import transforms
-from pretrain.samples.augment import augment
 from pretrain.samples.clip import made_up_videos
 from pretrain.samples.frame_choice import FrameChoice, VideoFacts
+from pretrain.samples.picture_transforms import evaluated_picture
 from pretrain.samples.transforms import Clip
 
 
@@ -28,6 +28,8 @@ class SourceRules:
     choice: FrameChoice
     flip: bool
     short_side: int
+    #: Pillow's filter, for pictures, which are judged by their middle alone; None: clips.
+    picture_filter: str | None = None
 
 
 class TrainingViews(Samples):
@@ -69,11 +71,9 @@ class TrainingViews(Samples):
         return super().collate(samples) | {MIX_SEEDS: mix_seeds(self._seed, places)}
 
     def _view(self, place: Place, view: int, clip: Clip, flip: bool) -> Clip:
-        size = (self._input.width, self._input.height)
-        if self._input.crop == "center":
-            return transforms.centre_crop(clip, *size)
         draw = functools.partial(generator, self._seed, place.epoch, place.position, view)
-        return augment(clip, self._augment, flip, size, draw, self._input.crop)
+        made: Clip = self._input.training_view(clip, self._augment, flip, draw)
+        return made
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class EvaluationViews:
         """
         with open_video(video, self.decoder) as reader:
             facts = VideoFacts(reader.num_frames)
-            if self.validation:
-                return self._centre(reader.frames(rules.choice.validation(facts)), rules.short_side)[None]
+            if self.validation or rules.picture_filter is not None:
+                return self._middle(reader.frames(rules.choice.validation(facts)), rules)[None]
             indices = rules.choice.clips(facts, self.clips, generator(key, "test clips"))
             # Clips overlap: every frame is decoded once.
             wanted, where = np.unique(indices, return_inverse=True)
@@ -131,6 +131,11 @@ class EvaluationViews:
         if self.height == self.width:
             return transforms.spatial_views(_resize_short(clip, self.height), self.height, self.crops)
         return [transforms.centre_crop(clip, self.width, self.height)]
+
+    def _middle(self, clip: Clip, rules: SourceRules) -> Clip:
+        if rules.picture_filter is None:
+            return self._centre(clip, rules.short_side)
+        return evaluated_picture(clip[0], self.height, rules.short_side, rules.picture_filter)[None]
 
     def _centre(self, clip: Clip, short_side: int) -> Clip:
         """Resize the short side as OpenCV does and cut the middle; a plain fit where that would not cover."""
