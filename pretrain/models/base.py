@@ -6,10 +6,11 @@ here, which says what methods can do with it. Methods ask for the class that the
 
 import abc
 import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import Grid
@@ -66,6 +67,14 @@ class Architecture(abc.ABC):
         """Fill in what the configuration leaves to a preset."""
         return config
 
+    def lr_scale(self, name: str) -> float:
+        """Give a factor on a parameter's learning rate, beside that of its layer."""
+        return 1.0
+
+    def decays(self, name: str, shape: Iterable[int]) -> bool:
+        """Tell whether weight decay may apply to a parameter, which else its name and shape decide."""
+        return True
+
     @abc.abstractmethod
     def problems(self) -> list[str]:
         """List what keeps the model from being built for this input."""
@@ -113,6 +122,10 @@ class Classifier(Architecture):
 
         0 is the embedding; the head and what stands behind the blocks belong to the last layer.
         """
+
+    def own_weights(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Bring weights that a run starts from, in any layout of this kind of model's files, to its own names."""
+        return state
 
     def token_grid(self, frames: int, height: int, width: int) -> Grid:
         """Tell where the tokens lie that `forward_features(pixels, pooled=False)` gives of a clip: the last ones, in

@@ -33,6 +33,10 @@ SYSTEMS = {
     "EVAD": "evad",
     "CycleACR head": "cycleacr",
     "CycleACR on a VideoMAE ViT": "cycleacr_videomae",
+    "SparseFormer v1 image, ImageNet training code": "sparseformer",
+    "SparseFormer v1 image, library code": "sparseformer_lib",
+    "SparseFormer v1 video": "sparseformer_video",
+    "Bootstrapped SparseFormer": "sparseformer_bootstrap",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
