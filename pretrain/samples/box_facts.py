@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.decoders import VideoReader, open_video
 from pretrain.data.members import Members
 from pretrain.errors import SampleError
 
@@ -84,6 +85,33 @@ def read_keyframe(members: Members, classes: int) -> KeyframeFacts:
     for row, ones in enumerate(named):
         labels[row, ones] = 1
     return KeyframeFacts(video, time, seconds, boxes, labels, np.array(numbers, np.int64), detected, scores, annotated)
+
+
+def check_keyframe(members: Members, classes: int) -> None:
+    """Read a sample's boxes as training does, and hold the keyframe against the video.
+
+    Args:
+        members: of the sample.
+        classes: actions that labels are among, K.
+
+    Raises:
+        SampleError: what `read_keyframe` and `require_in_video` say, with the name of the member.
+    """
+    with open_video(members.footage(), "pyav", members.stamps) as reader:
+        try:
+            require_in_video(read_keyframe(members, classes), reader)
+        except SampleError as error:
+            told = str(error).removeprefix(f"{error.reason}: ")
+            member = "boxes.json" if "boxes.json" in members.files else "json"
+            raise SampleError(error.reason, told if member in told else f"{member}: {told}") from error
+
+
+def require_in_video(keyframe: KeyframeFacts, reader: VideoReader) -> None:
+    """Raise SampleError "keyframe" where a keyframe lies behind the end of its segment of video."""
+    if keyframe.seconds > reader.duration:
+        raise SampleError(
+            "keyframe", f"{keyframe}: {keyframe.seconds:g} s into a video of {reader.duration:.3f} s; pack it again"
+        )
 
 
 def _truth_value(value: Any, where: str) -> bool:

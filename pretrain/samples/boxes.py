@@ -18,7 +18,7 @@ from pretrain.data.samples import Arrays, Batch, Draw, Place, Sample, Samples, S
 from pretrain.errors import SampleError
 from pretrain.recipe.schema import Input, Source
 from pretrain.samples import box_transforms as geometry
-from pretrain.samples.box_facts import KeyframeFacts, read_keyframe
+from pretrain.samples.box_facts import KeyframeFacts, read_keyframe, require_in_video
 from pretrain.samples.box_transforms import CONVENTIONS, BoxArray, Convention, ConventionName
 from pretrain.samples.transforms import Clip, resize
 
@@ -259,10 +259,7 @@ def keyframe_indices(
     Raises:
         SampleError: "keyframe": the keyframe is not in the video, which is then shorter than its annotation.
     """
-    if keyframe.seconds > reader.duration:
-        raise SampleError(
-            "keyframe", f"{keyframe}: {keyframe.seconds:g} s into a video of {reader.duration:.3f} s; pack it again"
-        )
+    require_in_video(keyframe, reader)
     offsets = clip_offsets(options.frames, options.stride, options.keyframe, phase)
     if options.video_fps is not None:
         return reader.indices_at(keyframe.seconds + offsets / options.video_fps)
