@@ -45,11 +45,16 @@ class KeyframeFacts:
     annotated: bool = True
 
     def __str__(self) -> str:
-        return f"keyframe {self.video},{self.time:g}"
+        return f"keyframe {self.video},{time_text(self.time)}"
 
     def take(self, rows: npt.NDArray[np.int64]) -> "KeyframeFacts":
         """Return it with some of its annotated persons."""
         return replace(self, boxes=self.boxes[rows], labels=self.labels[rows], persons=self.persons[rows])
+
+
+def time_text(time: float) -> str:
+    """Write a keyframe's time as annotations do, to a millionth: six digits in all would shift 1234.567 s."""
+    return f"{time:.6f}".rstrip("0").rstrip(".")
 
 
 def read_keyframe(members: Members, classes: int) -> KeyframeFacts:
@@ -69,7 +74,7 @@ def read_keyframe(members: Members, classes: int) -> KeyframeFacts:
     try:
         video, time, seconds = str(facts["video"]), float(facts["time"]), float(facts["keyframe_s"])
         persons, found = list(facts["persons"]), list(facts.get("detections") or [])
-        where = f"keyframe {video},{time:g}"
+        where = f"keyframe {video},{time_text(time)}"
         boxes = _boxes([one["box"] for one in persons], f"{where}, persons")
         detected = _boxes([one["box"] for one in found], f"{where}, detections")
         scores = np.array([float(one["score"]) for one in found], np.float32)
