@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pretrain.errors import WeightsError
 from pretrain.models import huggingface, weight_files, weights
 from pretrain.models.classifier import VideoClassifier
+from pretrain.models.groupmixformer import GroupMixFormer
+from pretrain.models.groupmixformer_weights import size_problems
 from pretrain.models.weights import LoadReport
 from pretrain.runtime import storage
 from pretrain.runtime.untrusted import parse_json
@@ -73,7 +75,7 @@ def load_pretrained(
     if fresh_norm and "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:
         logger.warning("the checkpoint's fc_norm is left out: it is of pooled features, and norm starts fresh")
         allowed, dropped = [*allowed, "norm.*"], ("fc_norm.*",)
-    problems = _config_problems(model, path)
+    problems = _config_problems(model, path, state)
     return weights.load_state(model, state, report, allowed, (*IGNORED[:3], *dropped), problems)
 
 
@@ -166,8 +168,10 @@ def _fit_head(model: nn.Module, state: dict[str, Tensor], head: str) -> dict[str
     return {key: value for key, value in state.items() if key not in theirs}
 
 
-def _config_problems(model: nn.Module, path: str) -> list[str]:
+def _config_problems(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> list[str]:
     """List contradictions between our classifier and a Hugging Face config.json beside the weights."""
+    if isinstance(model, GroupMixFormer):
+        return size_problems(model, state)
     if not isinstance(model, VideoClassifier):
         return []  # of another model it says nothing
     content = weight_files.beside(str(path), "config.json")
