@@ -15,6 +15,7 @@ from finetune.classification.frame_facts import choice_of
 from finetune.classification.graphs import read_graph
 from finetune.classification.labels import LabelMap, Task, read_names
 from finetune.classification.predictions import Predictions
+from finetune.classification.validation import test_views
 from finetune.classification.views import EvaluationViews, SourceRules
 from finetune.prediction import Answer, Question, default_out
 from pretrain.data.linked_video import StillImage
@@ -61,6 +62,7 @@ class Predictor:
         average: what the mean over views is taken of.
         decoder: library that decodes.
         source: where it was read from.
+        test_size: the same as `size`, of a test's views; None: `size`.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -71,6 +73,7 @@ class Predictor:
     average: Literal["probabilities", "logits"]
     decoder: str
     source: str
+    test_size: tuple[int, int, int] | None = None
     understood: frozenset[str] = frozenset({"labels", "top", "clips", "crops", "decoder"})
 
     def answer(self, video: str, question: Question) -> Answer:
@@ -106,7 +109,7 @@ def predictor_of(tuned: FineTuned) -> Predictor:
     recipe = tuned.recipe
     clip, source = recipe.input, next(iter(recipe.data.sources.values()))
     choice = clip.frame_choice(source.sampling, source.stride)
-    rules = SourceRules(label_map(tuned), choice, False, source.short_side or clip.height)
+    rules = SourceRules(label_map(tuned), choice, False, source.short_side or clip.height, clip.GEOMETRY)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = tuned.objective.to(device)
     return Predictor(
@@ -118,6 +121,7 @@ def predictor_of(tuned: FineTuned) -> Predictor:
         recipe.evaluate.average,
         clip.decoder,
         str(tuned.source),
+        test_views(recipe).size,
     )
 
 
@@ -134,6 +138,7 @@ def predictor_of_graph(path: Path) -> Predictor:
         choice_of(facts, str(path)),
         False,
         facts["short_side"],
+        facts.get("geometry", "videomae"),
     )
     frames, height, width = facts["clip"]
     size = (frames, height, width)
@@ -173,7 +178,9 @@ def predict_video(
     if "://" not in video and not Path(video).is_file():
         found = "a folder" if Path(video).is_dir() else "no such file"
         raise DataError(f"{video}: {found}; one video or image is expected, of many labelled ones: launch/evaluate.py")
-    make = EvaluationViews(predictor.size, decoder or predictor.decoder, clips, crops, validation=clips * crops == 1)
+    centre = clips * crops == 1
+    size = predictor.size if centre else predictor.test_size or predictor.size
+    make = EvaluationViews(size, decoder or predictor.decoder, clips, crops, validation=centre)
     content = storage.read_bytes(video)
     still = is_of_kind(video, "image")
     try:

@@ -130,6 +130,13 @@ class Classifier(Architecture):
     [B, N, C], `forward_head` logits of pooled vectors. Adapters attach to modules that inherit from `Backbone`.
     """
 
+    #: Whether its module is an `OfficialNames`, which its published code has a layout for.
+    official_layout: ClassVar[bool] = False
+    #: Whether frames of another height and width than the input section's can be judged.
+    any_size: ClassVar[bool] = False
+    #: Whether it needs compute.dtype=fp32, as running statistics of batch norms do: in bfloat16 small steps are lost.
+    full_precision: ClassVar[bool] = False
+
     @abc.abstractmethod
     def cost(self) -> Cost:
         """Count the work of one row's forward pass."""

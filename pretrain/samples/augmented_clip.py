@@ -1,15 +1,19 @@
 """Clips as supervised training takes them: several augmented views of one decoded clip (`augment:` says how)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pretrain.samples import clip
 from pretrain.samples.frame_choice import DenseChoice, FrameChoice, SparseChoice, StridedChoice
+from pretrain.samples.transforms import Geometry
 
 
 @dataclass
 class Config(clip.Config):
     """Clips of videos, augmented: size, sampling, decoding."""
+
+    #: How frames are made smaller and cut where a video is judged.
+    GEOMETRY: ClassVar[Geometry] = "videomae"
 
     name: str = "augmented_clip"
     """kind of sample: pretrain/samples/<name>.py"""
@@ -29,6 +33,10 @@ class Config(clip.Config):
         if sampling == "sparse":
             return SparseChoice(self.frames)
         return (StridedChoice if sampling == "strided" else DenseChoice)(self.frames, stride or self.stride)
+
+    def sampling_problems(self, name: str, sampling: str) -> list[str]:
+        """Say why the source of a name can't be sampled by a rule of its recipe."""
+        return []
 
     def problems(self) -> list[str]:
         """Say what in this section can't work."""
