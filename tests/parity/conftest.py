@@ -33,6 +33,7 @@ SYSTEMS = {
     "EVAD": "evad",
     "CycleACR head": "cycleacr",
     "CycleACR on a VideoMAE ViT": "cycleacr_videomae",
+    "MGSampler": "mgsampler",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
