@@ -6,8 +6,9 @@ from typing import Any
 
 from pretrain.errors import WeightsError
 from pretrain.samples.frame_choice import DenseChoice, FrameChoice, SparseChoice, StridedChoice
+from pretrain.samples.motion_choice import MotionChoice
 
-RULES: dict[str, Any] = {rule.name: rule for rule in (DenseChoice, SparseChoice, StridedChoice)}
+RULES: dict[str, Any] = {rule.name: rule for rule in (DenseChoice, SparseChoice, StridedChoice, MotionChoice)}
 #: Names of the values that rules are made of.
 VALUES = tuple(sorted({field.name for rule in RULES.values() for field in fields(rule)}))
 

@@ -1,10 +1,12 @@
 """Clips as supervised training takes them: several augmented views of one decoded clip (`augment:` says how)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pretrain.samples import clip
 from pretrain.samples.frame_choice import DenseChoice, FrameChoice, SparseChoice, StridedChoice
+from pretrain.samples.motion import MotionOptions
+from pretrain.samples.motion_choice import motion_choice, motion_problems
 
 
 @dataclass
@@ -18,21 +20,26 @@ class Config(clip.Config):
     crop: Literal["resized", "multiscale", "center"] = "resized"  # type: ignore[assignment]
     """resized: random area and aspect; multiscale: as in pre-training (AdaptFormer); center: short side resized, centre
     cut"""
+    motion: MotionOptions = field(default_factory=MotionOptions)
+    """choice of frames by motion, for sources with sampling: motion (MGSampler)"""
 
     def frame_choice(self, sampling: str, stride: int | None) -> FrameChoice:
         """Make a source's rule.
 
         Args:
-            sampling: of the source: dense, sparse or strided.
+            sampling: of the source: dense, sparse, strided or motion.
             stride: of the source; None: this section's.
         """
         if sampling == "sparse":
             return SparseChoice(self.frames)
+        if sampling == "motion":
+            return motion_choice(self.frames, 1, self.motion)
         return (StridedChoice if sampling == "strided" else DenseChoice)(self.frames, stride or self.stride)
 
     def problems(self) -> list[str]:
         """Say what in this section can't work."""
+        problems = [*super().problems(), *motion_problems("input.motion", self.frames, 1, self.motion)]
         if self.fps is None:
-            return super().problems()
+            return problems
         advice = "frames are chosen by data.sources.<name>.sampling and stride here; leave input.fps out"
-        return [*super().problems(), f"input.fps: found {self.fps:g}, allowed: null; {advice}"]
+        return [*problems, f"input.fps: found {self.fps:g}, allowed: null; {advice}"]
