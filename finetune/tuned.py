@@ -44,6 +44,7 @@ class TunedObjective(Objective):
         self.model = model
         self.recipe = recipe
         self.architecture: Any = architecture
+        self.cross_rank_batch_norm = architecture.cross_rank_batch_norm
         self.normalization = PixelNormalization() if normalization is None else normalization
         self.average = self._new_average()
 
@@ -59,9 +60,11 @@ class TunedObjective(Objective):
         self.average = None
 
     def rule(self, name: str, shape: Iterable[int]) -> Rule:
-        """Scale the learning rate by layer_decay ^ (last layer - layer)."""
-        layer, last = self.architecture.layer_of(name.removeprefix("model."))
-        return Rule(float(self.recipe.optim.layer_decay ** (last - layer)), decays(name, shape))
+        """Scale the learning rate by layer_decay ^ (last layer - layer), and by what the model says."""
+        own, shape = name.removeprefix("model."), tuple(shape)
+        layer, last = self.architecture.layer_of(own)
+        scale = float(self.recipe.optim.layer_decay ** (last - layer)) * self.architecture.lr_scale(own)
+        return Rule(scale, decays(name, shape) and self.architecture.decays(own, shape))
 
     def load_pretrained(self, path: str, raw: Mapping[str, Tensor]) -> None:
         """Take over weights, ours, official or Hugging Face's, with a report; adapters come after them."""

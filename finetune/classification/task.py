@@ -175,7 +175,8 @@ class ClassificationObjective(TunedObjective):
         """Take over an encoder or a classifier."""
         start = self.recipe.start
         label_map = None if start.label_map is None else read_label_map(start.label_map)
-        load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, raw)
+        named = self.architecture.own_weights(raw)
+        load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, named)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Give the clips as the model is given them, before mixing."""
