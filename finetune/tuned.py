@@ -61,8 +61,7 @@ class TunedObjective(Objective):
         self.average = None
 
     def rule(self, name: str, shape: Iterable[int]) -> Rule:
-        """Scale the learning rate by layer_decay ^ (last layer - layer), and by the factors for biases, the head, and of
-        the model."""
+        """Scale the learning rate by layer_decay ^ (last layer - layer), for biases, the head, and by the model's."""
         optim, own, shape = self.recipe.optim, name.removeprefix("model."), tuple(shape)
         layer, last = self.architecture.layer_of(own)
         rate = float(optim.layer_decay ** (last - layer)) * self.architecture.lr_scale(own)

@@ -18,12 +18,17 @@ from finetune.classification.predictions import Predictions
 from finetune.classification.validation import test_views
 from finetune.classification.views import EvaluationViews, SourceRules
 from finetune.prediction import Answer, Question, default_out
-from pretrain.data.linked_video import StillImage
+from pretrain.data.decoders import open_video
+from pretrain.data.linked_video import Footage, StillImage
 from pretrain.data.media import is_of_kind
+from pretrain.data.motion_tables import Curve
 from pretrain.errors import DataError, SampleError
 from pretrain.runtime import storage
 from pretrain.runtime.pictures import SHEET_FRAMES, contact_sheet
 from pretrain.samples.clip import Config
+from pretrain.samples.frame_choice import FrameChoice
+from pretrain.samples.motion_choice import MotionChoice
+from pretrain.samples.motion_curves import measure_of, motion_curve
 from pretrain.samples.transforms import Clip
 
 #: Views in one forward pass.
@@ -183,8 +188,10 @@ def predict_video(
     make = EvaluationViews(size, decoder or predictor.decoder, clips, crops, validation=centre)
     content = storage.read_bytes(video)
     still = is_of_kind(video, "image")
+    footage = StillImage(content) if still else content
     try:
-        views = make(StillImage(content) if still else content, predictor.rules, PurePosixPath(video).stem)
+        motion = _motion_of(footage, predictor.rules.choice, make.decoder)
+        views = make(footage, predictor.rules, PurePosixPath(video).stem, motion)
     except SampleError as error:
         raise DataError(f"{video}: can't be read as a video or an image ({error})") from error
     logits = torch.cat([predictor.logits(part) for part in torch.from_numpy(views).split(MICRO)]).numpy()
@@ -193,6 +200,15 @@ def predict_video(
         predictor.task, predictor.names, [video], np.zeros(1), logits[None], average=predictor.average
     )
     return Prediction(predictions.merged[0], views)
+
+
+def _motion_of(footage: Footage, choice: FrameChoice, decoder: str) -> Curve | None:
+    """Measure the motion of a video that no table lists, for a rule that looks at it."""
+    if not isinstance(choice, MotionChoice):
+        return None
+    measure = measure_of(choice.kind)
+    with open_video(footage, decoder) as reader:
+        return motion_curve(reader.in_turn(), measure)
 
 
 def save_frames(prediction: Prediction, caption: str, path: Path) -> None:

@@ -114,12 +114,18 @@ def classification_warnings(recipe: TuneRecipe) -> list[str]:
             warnings.append(f"{key}.sampling=sparse, but {name} is published with dense sampling")
         if source.sampling == "sparse" and source.stride is not None:
             warnings.append(f"{key}.stride has no effect: sparse sampling spreads frames over the whole video")
+        if source.sampling == "motion" and source.stride is not None:
+            warnings.append(f"{key}.stride has no effect: sampling by motion takes frames from the whole video")
         if source.val is None and source.test is None:
             warnings.append(f"{key}: neither val nor test shards; nothing is measured on it")
     if recipe.input.crop == "center" and recipe.augment != type(recipe.augment)():
         warnings.append("augment has no effect on pixels: input.crop=center takes the middle as it is (mixing is on)")
     if recipe.input.crop == "multiscale" and recipe.augment.area != type(recipe.augment)().area:
         warnings.append("augment.area has no effect: input.crop=multiscale draws its own sizes")
+    if recipe.input.motion != type(recipe.input.motion)() and not any(
+        source.sampling == "motion" for source in recipe.data.sources.values()
+    ):
+        warnings.append("input.motion has no effect: no source has sampling=motion")
     if recipe.start != type(recipe.start)() and recipe.run.init_weights is None:
         warnings.append("start has no effect: run.init_weights is null")
     return warnings

@@ -12,6 +12,7 @@ from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import open_video
 from pretrain.data.linked_video import Footage
 from pretrain.data.members import Members
+from pretrain.data.motion_tables import Curve
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Draw, Place, Sample, Samples, SourceInfo, made_up_samples
 from pretrain.samples import transforms
@@ -56,6 +57,7 @@ class TrainingViews(Samples):
     def __init__(self, recipe: TuneRecipe, rules: list[SourceRules]) -> None:
         self._input, self._augment, self._seed, self._rules = recipe.input, recipe.augment, recipe.run.seed, rules
         self._target = LabelMap(recipe.model.classes, (), recipe.objective.task)
+        self.motion_sources = frozenset(number for number, rule in enumerate(rules) if rule.choice.needs_motion)
 
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
         rules = self._rules[place.source]
@@ -63,7 +65,7 @@ class TrainingViews(Samples):
         # View 0 for all: the clip is drawn and decoded once, its views differ in augmentation alone.
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
         with open_video(members.footage(), self._input.decoder, members.stamps) as reader:
-            clip = reader.frames(rules.choice.training(VideoFacts(reader.num_frames), rng))
+            clip = reader.frames(rules.choice.training(VideoFacts(reader.num_frames, members.motion), rng))
         views = range(self._input.views)
         return {
             "video": np.stack([self._view(place, view, clip, rules.flip) for view in views]),
@@ -132,16 +134,17 @@ class EvaluationViews:
         """Width of a clip, pixels."""
         return self.size[2]
 
-    def __call__(self, video: Footage, rules: SourceRules, key: str) -> Clip:
+    def __call__(self, video: Footage, rules: SourceRules, key: str, motion: Curve | None = None) -> Clip:
         """Cut views uint8 [clips * crops, T, H, W, 3] of a video, the crops of a clip next to each other.
 
         Args:
             video: to judge.
             rules: of its source.
             key: of the video: rules with random clips choose the same ones in every test, whoever runs it.
+            motion: its raw motion, where that is known and the rule looks at it.
         """
         with open_video(video, self.decoder) as reader:
-            facts = VideoFacts(reader.num_frames)
+            facts = VideoFacts(reader.num_frames, motion)
             if self.validation:
                 clip = reader.frames(rules.choice.validation(facts))
                 return self._centre(clip, rules.short_side, rules.geometry)[None]
