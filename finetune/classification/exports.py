@@ -10,6 +10,7 @@ from finetune.adapters.adapter_files import save_adapter
 from finetune.adapters.attach import attached
 from finetune.classification import graphs
 from finetune.classification.fine_tuned import NAMES, names_of
+from finetune.classification.frame_facts import facts_of
 from finetune.classification.labels import Task
 from finetune.recipe import TuneRecipe
 from pretrain.data.media import MEAN, STD
@@ -98,8 +99,7 @@ def _facts(recipe: TuneRecipe, source: Path) -> dict[str, Any]:
     return {
         "classes": names_of(recipe, source),
         "task": recipe.objective.task,
-        "sampling": first.sampling,
-        "stride": first.stride or clip.stride,
+        **facts_of(clip.frame_choice(first.sampling, first.stride)),
         "short_side": first.short_side or clip.height,
         "clip": list(clip.size),
         "average": recipe.evaluate.average,

@@ -29,8 +29,7 @@ def _rules(recipe: TuneRecipe, source: LabelledSource) -> SourceRules:
     clip = recipe.input
     return SourceRules(
         labels=open_labels(source.labels, source.shards, recipe.model.classes, recipe.objective.task),
-        sampling=source.sampling,
-        stride=source.stride or clip.stride,
+        choice=clip.frame_choice(source.sampling, source.stride),
         flip=source.flip,
         short_side=source.short_side or clip.height,
     )

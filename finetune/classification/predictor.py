@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.classification.fine_tuned import FineTuned, label_map
+from finetune.classification.frame_facts import choice_of
 from finetune.classification.graphs import read_graph
 from finetune.classification.labels import LabelMap, Task, read_names
 from finetune.classification.predictions import Predictions
@@ -104,9 +105,8 @@ def predictor_of(tuned: FineTuned) -> Predictor:
     """
     recipe = tuned.recipe
     clip, source = recipe.input, next(iter(recipe.data.sources.values()))
-    rules = SourceRules(
-        label_map(tuned), source.sampling, source.stride or clip.stride, False, source.short_side or clip.height
-    )
+    choice = clip.frame_choice(source.sampling, source.stride)
+    rules = SourceRules(label_map(tuned), choice, False, source.short_side or clip.height)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = tuned.objective.to(device)
     return Predictor(
@@ -131,8 +131,7 @@ def predictor_of_graph(path: Path) -> Predictor:
     facts = graph.facts
     rules = SourceRules(
         LabelMap(len(facts["classes"]), tuple(facts["classes"]), facts["task"]),
-        facts["sampling"],
-        facts["stride"],
+        choice_of(facts, str(path)),
         False,
         facts["short_side"],
     )
@@ -178,7 +177,7 @@ def predict_video(
     content = storage.read_bytes(video)
     still = is_of_kind(video, "image")
     try:
-        views = make(StillImage(content) if still else content, predictor.rules)
+        views = make(StillImage(content) if still else content, predictor.rules, PurePosixPath(video).stem)
     except SampleError as error:
         raise DataError(f"{video}: can't be read as a video or an image ({error})") from error
     logits = torch.cat([predictor.logits(part) for part in torch.from_numpy(views).split(MICRO)]).numpy()

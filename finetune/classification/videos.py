@@ -62,11 +62,13 @@ class Videos(IterableDataset[dict[str, Any]]):
             source, shard, row = place
             entry = self._sets[source]
             name = f"{entry.name}/{entry.index.shards[shard].name.removesuffix('.tar')}"
-            key = f"{name}/{reader.key(source, shard, row)}"
+            own = reader.key(source, shard, row)
+            key = f"{name}/{own}"
             try:
                 members = parse_sample(future.result())
                 target = entry.rules.labels.target(members.label)
-                views = self._views(members.footage(), entry.rules)
+                # By the sample's own key: shards may be packed anew, and the clips of a test stay.
+                views = self._views(members.footage(), entry.rules, own)
             except SampleError as error:
                 # Training would replace it; a score must be of each video once, and say which are missing.
                 yield {"key": key, "reason": str(error)}

@@ -8,14 +8,15 @@ import numpy as np
 from finetune.classification.labels import LabelMap
 from finetune.classification.mixing import MIX_SEEDS, mix_seeds
 from finetune.recipe import TuneRecipe
-from pretrain.data.decoders import VideoReader, open_video
+from pretrain.data.decoders import open_video
 from pretrain.data.linked_video import Footage
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Place, Sample, Samples, SourceInfo, made_up_samples
-from pretrain.samples import sampling, transforms
+from pretrain.samples import transforms
 from pretrain.samples.augment import augment
 from pretrain.samples.clip import made_up_videos
+from pretrain.samples.frame_choice import FrameChoice, VideoFacts
 from pretrain.samples.transforms import Clip
 
 
@@ -24,8 +25,7 @@ class SourceRules:
     """Rules of a labelled source for its videos, resolved."""
 
     labels: LabelMap
-    sampling: str
-    stride: int
+    choice: FrameChoice
     flip: bool
     short_side: int
 
@@ -51,7 +51,7 @@ class TrainingViews(Samples):
         # View 0 for all: the clip is drawn and decoded once, its views differ in augmentation alone.
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
         with open_video(members.footage(), self._input.decoder, members.stamps) as reader:
-            clip = reader.frames(training_frames(reader.num_frames, self._input.frames, rules, rng))
+            clip = reader.frames(rules.choice.training(VideoFacts(reader.num_frames), rng))
         views = range(self._input.views)
         return {
             "video": np.stack([self._view(place, view, clip, rules.flip) for view in views]),
@@ -74,33 +74,6 @@ class TrainingViews(Samples):
             return transforms.centre_crop(clip, *size)
         draw = functools.partial(generator, self._seed, place.epoch, place.position, view)
         return augment(clip, self._augment, flip, size, draw, self._input.crop)
-
-
-def training_frames(num_frames: int, frames: int, rules: SourceRules, rng: np.random.Generator) -> sampling.Indices:
-    """Choose the frames of a training clip.
-
-    Dense: the end uniform over {span, ..., n-1}; sparse: an offset in each segment; strided: the start uniform.
-    """
-    if rules.sampling == "sparse":
-        length = sampling.sparse_segment(num_frames, frames)
-        offsets = rng.integers(length, size=frames) if length else np.zeros(frames, dtype=np.int64)
-        return sampling.sparse_frames(num_frames, frames, offsets)
-    if rules.sampling == "strided":
-        start = int(rng.integers(sampling.clip_starts(num_frames, frames, rules.stride)))
-        return sampling.clip_frames(num_frames, frames, rules.stride, start)
-    span = frames * rules.stride
-    end = int(rng.integers(span, num_frames)) if num_frames > span else None
-    return sampling.dense_frames(num_frames, frames, rules.stride, end)
-
-
-def validation_frames(num_frames: int, frames: int, rules: SourceRules) -> sampling.Indices:
-    """Choose the frames of the one validation clip, in the middle (V2)."""
-    if rules.sampling == "sparse":
-        return sampling.sparse_frames(num_frames, frames, sampling.sparse_segment(num_frames, frames) // 2)
-    if rules.sampling == "strided":
-        start = (sampling.clip_starts(num_frames, frames, rules.stride) - 1) // 2
-        return sampling.clip_frames(num_frames, frames, rules.stride, start)
-    return sampling.dense_frames(num_frames, frames, rules.stride, sampling.dense_end(num_frames, frames, rules.stride))
 
 
 @dataclass(frozen=True)
@@ -127,11 +100,6 @@ class EvaluationViews:
         return self.clips * self.crops
 
     @property
-    def frames(self) -> int:
-        """Frames of a clip."""
-        return self.size[0]
-
-    @property
     def height(self) -> int:
         """Height of a clip, pixels."""
         return self.size[1]
@@ -141,23 +109,23 @@ class EvaluationViews:
         """Width of a clip, pixels."""
         return self.size[2]
 
-    def __call__(self, video: Footage, rules: SourceRules) -> Clip:
-        """Cut views uint8 [clips * crops, T, H, W, 3] of a video, the crops of a clip next to each other."""
-        with open_video(video, self.decoder) as reader:
-            if self.validation:
-                clip = reader.frames(validation_frames(reader.num_frames, self.frames, rules))
-                return self._centre(clip, rules.short_side)[None]
-            return np.stack([view for clip in self._clips(reader, rules) for view in self._crops(clip)])
+    def __call__(self, video: Footage, rules: SourceRules, key: str) -> Clip:
+        """Cut views uint8 [clips * crops, T, H, W, 3] of a video, the crops of a clip next to each other.
 
-    def _clips(self, reader: VideoReader, rules: SourceRules) -> list[Clip]:
-        if rules.sampling == "sparse":
-            indices = sampling.sparse_views(reader.num_frames, self.frames, self.clips)
-        else:
-            indices = sampling.dense_views(reader.num_frames, self.frames, rules.stride, self.clips)
-        # Clips overlap: every frame is decoded once.
-        wanted, where = np.unique(indices, return_inverse=True)
-        frames = reader.frames(wanted)
-        return [frames[rows] for rows in where.reshape(indices.shape)]
+        Args:
+            video: to judge.
+            rules: of its source.
+            key: of the video: rules with random clips choose the same ones in every test, whoever runs it.
+        """
+        with open_video(video, self.decoder) as reader:
+            facts = VideoFacts(reader.num_frames)
+            if self.validation:
+                return self._centre(reader.frames(rules.choice.validation(facts)), rules.short_side)[None]
+            indices = rules.choice.clips(facts, self.clips, generator(key, "test clips"))
+            # Clips overlap: every frame is decoded once.
+            wanted, where = np.unique(indices, return_inverse=True)
+            frames = reader.frames(wanted)
+        return np.stack([view for rows in where.reshape(indices.shape) for view in self._crops(frames[rows])])
 
     def _crops(self, clip: Clip) -> list[Clip]:
         if self.height == self.width:

@@ -75,6 +75,11 @@ class Architecture(abc.ABC):
         """Tell whether weight decay may apply to a parameter, which else its name and shape decide."""
         return True
 
+    @property
+    def cross_rank_batch_norm(self) -> bool:
+        """Whether its batch norms take their statistics of all ranks' rows while training."""
+        return False
+
     @abc.abstractmethod
     def problems(self) -> list[str]:
         """List what keeps the model from being built for this input."""
@@ -103,6 +108,19 @@ class MaskedAutoencoder(Architecture):
     @abc.abstractmethod
     def cost(self, visible: int, targets: int) -> dict[str, float]:
         """Count multiply-accumulates of one clip's forward pass, by part."""
+
+
+@dataclass(frozen=True)
+class MapLevel:
+    """A map [B, channels, H/stride, W/stride] of pictures, sizes rounded up.
+
+    Attributes:
+        channels: of the map.
+        stride: side of a picture divided by that of its map.
+    """
+
+    channels: int
+    stride: int
 
 
 class Classifier(Architecture):
@@ -138,6 +156,11 @@ class Classifier(Architecture):
             f"model.name={self.config.name}: has no tokens on a grid, which this task pools from; take classifier or "
             "image_vit, or give your architecture a `token_grid`"
         )
+
+    def maps(self) -> tuple[MapLevel, ...]:
+        """Tell the maps, finest first, that its module's `forward_maps(pixels)` gives of pictures; empty: there is no
+        such method, since all tokens lie on one grid (`token_grid`)."""
+        return ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pretrain.samples import clip
+from pretrain.samples.frame_choice import DenseChoice, FrameChoice, SparseChoice, StridedChoice
 
 
 @dataclass
@@ -17,6 +18,17 @@ class Config(clip.Config):
     crop: Literal["resized", "multiscale", "center"] = "resized"  # type: ignore[assignment]
     """resized: random area and aspect; multiscale: as in pre-training (AdaptFormer); center: short side resized, centre
     cut"""
+
+    def frame_choice(self, sampling: str, stride: int | None) -> FrameChoice:
+        """Make a source's rule.
+
+        Args:
+            sampling: of the source: dense, sparse or strided.
+            stride: of the source; None: this section's.
+        """
+        if sampling == "sparse":
+            return SparseChoice(self.frames)
+        return (StridedChoice if sampling == "strided" else DenseChoice)(self.frames, stride or self.stride)
 
     def problems(self) -> list[str]:
         """Say what in this section can't work."""

@@ -37,6 +37,7 @@ SYSTEMS = {
     "SparseFormer v1 image, library code": "sparseformer_lib",
     "SparseFormer v1 video": "sparseformer_video",
     "Bootstrapped SparseFormer": "sparseformer_bootstrap",
+    "GroupMixFormer": "groupmixformer",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
