@@ -1,5 +1,6 @@
 """Prediction of one video file by a fine-tuned model."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,9 @@ from pretrain.data.linked_video import Footage, StillImage
 from pretrain.data.media import is_of_kind
 from pretrain.data.motion_tables import Curve
 from pretrain.errors import DataError, SampleError
+from pretrain.models.pixels import unit_pixels
+from pretrain.models.sparseformer.region_pictures import looks_of, region_sheet
+from pretrain.models.sparseformer.sparseformer_model import SparseFormer
 from pretrain.runtime import storage
 from pretrain.runtime.pictures import SHEET_FRAMES, contact_sheet
 from pretrain.samples.clip import Config
@@ -68,6 +72,7 @@ class Predictor:
         decoder: library that decodes.
         source: where it was read from.
         test_size: the same as `size`, of a test's views; None: `size`.
+        draw_regions: picture of where the model looks in a view uint8 [T, H, W, 3]; None: it looks everywhere.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -79,7 +84,12 @@ class Predictor:
     decoder: str
     source: str
     test_size: tuple[int, int, int] | None = None
-    understood: frozenset[str] = frozenset({"labels", "top", "clips", "crops", "decoder"})
+    draw_regions: Callable[[Clip], Clip] | None = None
+
+    @property
+    def understood(self) -> frozenset[str]:
+        drawn = frozenset[str]() if self.draw_regions is None else frozenset({"regions"})
+        return frozenset({"labels", "top", "clips", "crops", "decoder"}) | drawn
 
     def answer(self, video: str, question: Question) -> Answer:
         """Tell the classes of a video, and draw the frames that were looked at.
@@ -103,7 +113,11 @@ class Predictor:
             ]
         out = question.out or default_out(video, "_prediction.png")
         save_frames(found, caption, out)
-        return Answer(lines, {"picture": out})
+        files = {"picture": out}
+        if question.regions is not None and self.draw_regions is not None:
+            files["regions"] = question.regions
+            _save(self.draw_regions(found.views[0]), question.regions)
+        return Answer(lines, files)
 
 
 def predictor_of(tuned: FineTuned) -> Predictor:
@@ -127,7 +141,14 @@ def predictor_of(tuned: FineTuned) -> Predictor:
         clip.decoder,
         str(tuned.source),
         test_views(recipe).size,
+        functools.partial(_regions_of, objective) if isinstance(objective.model, SparseFormer) else None,
     )
+
+
+def _regions_of(objective: Any, view: Clip) -> Clip:
+    clip = torch.from_numpy(view)
+    device = next(objective.parameters()).device
+    return region_sheet(clip, looks_of(objective.model, objective.normalization(unit_pixels(clip[None].to(device)))))
 
 
 def predictor_of_graph(path: Path) -> Predictor:
@@ -217,8 +238,6 @@ def save_frames(prediction: Prediction, caption: str, path: Path) -> None:
     Raises:
         DataError: the picture can't be written there.
     """
-    from PIL import Image
-
     frames = prediction.views.shape[1]
     width = max(size for size in range(1, SHEET_FRAMES + 1) if frames % size == 0)
     rows = {
@@ -227,9 +246,15 @@ def save_frames(prediction: Prediction, caption: str, path: Path) -> None:
         for first in range(0, frames, width)
     }
     titled = {(f"{caption}: {name}" if row == 0 else name): video for row, (name, video) in enumerate(rows.items())}
+    _save(contact_sheet(titled), path)
+
+
+def _save(sheet: Clip, path: Path) -> None:
+    from PIL import Image
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(contact_sheet(titled)).save(path)
+        Image.fromarray(sheet).save(path)
     # ValueError: an ending that Pillow knows no format for.
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: the picture can't be written ({error})") from error

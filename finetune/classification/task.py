@@ -33,6 +33,8 @@ from pretrain.metrics.ranking import predicted
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.classifier_weights import classifier_state, load_pretrained, read_label_map
 from pretrain.models.pixels import unit_pixels
+from pretrain.models.sparseformer.region_pictures import looks_of, region_rows
+from pretrain.models.sparseformer.sparseformer_model import SparseFormer
 from pretrain.models.weights import LoadReport, load_state, read_state
 from pretrain.objectives.base import Export, Method, Objective, Output
 from pretrain.runtime.process_group import Ranks
@@ -191,8 +193,12 @@ class ClassificationObjective(TunedObjective):
         load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, named)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Give the clips as the model is given them, before mixing."""
-        return {"augmented": batch["video"]}
+        """Give the clips as the model is given them, before mixing; and where it looks, if it does not everywhere."""
+        video = batch["video"]
+        shown = {"augmented": video}
+        if isinstance(self.model, SparseFormer):
+            shown |= region_rows(video, looks_of(self.model, self._normalized(video)))
+        return shown
 
     def _normalized(self, video: Tensor) -> Tensor:
         normalized: Tensor = self.normalization(unit_pixels(video))

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import RecipeError, WeightsError
+from pretrain.models.gradient_limits import follow_loss_scale
 from pretrain.models.sparseformer import ARCHITECTURE, Config
 from pretrain.models.sparseformer.architecture import UNCOUNTED
 from pretrain.models.sparseformer.inflation import inflated, resampled
-from pretrain.models.sparseformer.point_sampling import PointSampler, follow_loss_scale
+from pretrain.models.sparseformer.point_sampling import PUBLISHED_ROWS, PointSampler
 from pretrain.models.sparseformer.regions import first_offsets, first_regions, moved, points_in, time_offsets
 from pretrain.models.sparseformer.sparseformer_config import PRESETS, check, constants_of, resolve
 from pretrain.models.sparseformer.sparseformer_model import SparseFormer
@@ -176,6 +177,19 @@ def test_another_forward_pass_does_not_change_the_clamp() -> None:
     sampler(torch.randn(1, 2, 4, 4), torch.rand(1, 1, 1, 2))
     loss.backward()
     assert points.grad is not None and points.grad.abs().max() <= 0.1 + 1e-7
+
+
+def test_the_clamp_is_that_of_the_published_batch() -> None:
+    """On another number of ranks, of which each has more or fewer rows, a row's gradient is clamped alike."""
+    gradients = []
+    for rows in (2, 4):
+        model = stirred().train()
+        follow_loss_scale(model).rows = rows
+        pixels, labels = clip().repeat(rows // 2, 1, 1, 1, 1), torch.tensor([0, 3]).repeat(rows // 2)
+        # So large that the limit, of 128 rows, is reached.
+        (F.cross_entropy(model(pixels), labels) * PUBLISHED_ROWS).backward()
+        gradients.append(model.initial_roi.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
 
 
 def test_a_scaled_loss_has_the_scaled_gradient() -> None:
