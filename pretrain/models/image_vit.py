@@ -18,6 +18,7 @@ from pretrain.models.dropout import drop_path_rates
 from pretrain.models.encoder import attention_macs, mlp_macs, size_problems
 from pretrain.models.keep_rates import Reorganisation, keep_rates, rate_problems, token_counts
 from pretrain.models.linear import truncated_normal
+from pretrain.models.pixels import single_pictures
 from pretrain.models.positions import stretch_class_table
 from pretrain.models.recompute import Recompute
 from pretrain.models.token_reorganisation import Tokens
@@ -155,10 +156,7 @@ class ImageViT(Backbone):
         Raises:
             RecipeError: clips of several frames, or patches that don't fit.
         """
-        if images.dim() == 5:
-            if images.shape[1] != 1:
-                raise RecipeError(f"clips of {images.shape[1]} frames: image_vit takes single pictures")
-            images = images[:, 0].permute(0, 3, 1, 2)
+        images = single_pictures(images, self.options.name)
         patch = self.options.patch_size
         height, width = images.shape[2:]
         if height % patch or width % patch:

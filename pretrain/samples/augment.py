@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from pretrain.data.decoders.crops import Box, cut
 from pretrain.data.media import MEAN, STD
+from pretrain.data.samples import Draw
 from pretrain.runtime.vision_ops import ensure_torchvision
 from pretrain.samples import transforms
 from pretrain.samples.pixel_augment import PixelAugment
@@ -167,8 +168,13 @@ def grey_levels(normalised: npt.NDArray[np.float32]) -> Clip:
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 
+def mirrors(flip: bool, draw: Draw) -> bool:
+    """Tell whether a view is mirrored; the same whenever it is asked."""
+    return flip and bool(draw("flip").random() < 0.5)
+
+
 def augment(
-    clip: Clip, options: PixelAugment, flip: bool, size: tuple[int, int], draw: Any, crop: str = "resized"
+    clip: Clip, options: PixelAugment, flip: bool, size: tuple[int, int], draw: Draw, crop: str = "resized"
 ) -> Clip:
     """Make one training view of a decoded clip, in the official order.
 
@@ -188,7 +194,7 @@ def augment(
     else:
         box = resized_crop_box(clip.shape[2], clip.shape[1], options.area, options.aspect, draw("crop"))
         clip = crop_resize(clip, box, *size)
-    if flip and draw("flip").random() < 0.5:
+    if mirrors(flip, draw):
         # A copy: torch takes no array with negative strides.
         clip = np.ascontiguousarray(clip[:, :, ::-1])
     erasing = draw("erasing")
