@@ -24,6 +24,9 @@ OF_REGIONS = ("initial_roi.", "roi_offset_", "roi_adjust_module.")
 class SparseFormerArchitecture(Classifier):
     """A SparseFormer of images, its input clips of one frame, or of clips."""
 
+    official_layout = True
+    any_size = True
+
     @staticmethod
     def resolve(config: Config) -> Config:
         return sizes.resolve(config)
