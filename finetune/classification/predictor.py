@@ -128,7 +128,8 @@ def predictor_of(tuned: FineTuned) -> Predictor:
     recipe = tuned.recipe
     clip, source = recipe.input, next(iter(recipe.data.sources.values()))
     choice = clip.frame_choice(source.sampling, source.stride)
-    rules = SourceRules(label_map(tuned), choice, False, source.short_side or clip.height, clip.GEOMETRY)
+    side = source.short_side or clip.evaluated_side
+    rules = SourceRules(label_map(tuned), choice, False, side, clip.GEOMETRY, picture_filter=clip.evaluated_filter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = tuned.objective.to(device)
     return Predictor(
@@ -164,7 +165,9 @@ def predictor_of_graph(path: Path) -> Predictor:
         choice_of(facts, str(path)),
         False,
         facts["short_side"],
+        # Graphs of before there were others say nothing of these.
         facts.get("geometry", "videomae"),
+        picture_filter=facts.get("picture_filter"),
     )
     frames, height, width = facts["clip"]
     size = (frames, height, width)
@@ -204,6 +207,11 @@ def predict_video(
     if "://" not in video and not Path(video).is_file():
         found = "a folder" if Path(video).is_dir() else "no such file"
         raise DataError(f"{video}: {found}; one video or image is expected, of many labelled ones: launch/evaluate.py")
+    if predictor.rules.picture_filter is not None and clips * crops > 1:
+        raise DataError(
+            f"{clips} x {crops} views: {predictor.source} takes pictures, which are judged by their middle alone; "
+            "leave --clips and --crops out"
+        )
     centre = clips * crops == 1
     size = predictor.size if centre else predictor.test_size or predictor.size
     make = EvaluationViews(size, decoder or predictor.decoder, clips, crops, validation=centre)

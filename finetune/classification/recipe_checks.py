@@ -49,6 +49,12 @@ def check_classification(recipe: TuneRecipe) -> list[str]:
     if recipe.input.GEOMETRY == "tsn" and recipe.evaluate.crops not in (1, 3):
         problems.append(f"evaluate.crops: found {recipe.evaluate.crops}, allowed with input.name={recipe.input.name}: "
                         "1 (centre), 3 (left, right, centre)")  # fmt: skip
+    evaluate = recipe.evaluate
+    if recipe.input.evaluated_filter is not None and (evaluate.clips, evaluate.crops) != (1, 1):
+        problems.append(
+            f"evaluate: found clips={evaluate.clips} and crops={evaluate.crops}, but a picture (input.name="
+            f"{recipe.input.name}) is judged by its middle alone; set evaluate.clips=1 evaluate.crops=1"
+        )
     if recipe.evaluate.test == "best" and not any(source.val for source in data.sources.values()):
         problems.append("evaluate.test: best needs a validation; give data.sources.<name>.val, or evaluate.test=last")
     if recipe.health.shards is not None:

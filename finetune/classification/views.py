@@ -16,9 +16,10 @@ from pretrain.data.motion_tables import Curve
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Draw, Place, Sample, Samples, SourceInfo, made_up_samples
 from pretrain.samples import transforms
-from pretrain.samples.augment import augment, mirrors
+from pretrain.samples.augment import mirrors
 from pretrain.samples.clip import made_up_videos
 from pretrain.samples.frame_choice import FrameChoice, VideoFacts
+from pretrain.samples.picture_transforms import evaluated_picture
 from pretrain.samples.transforms import Clip, Geometry
 
 
@@ -41,6 +42,8 @@ class SourceRules:
     short_side: int
     geometry: Geometry = "videomae"
     mirrored: tuple[int, ...] | None = None
+    #: Pillow's filter, for pictures, which are judged by their middle alone; None: clips.
+    picture_filter: str | None = None
 
 
 class TrainingViews(Samples):
@@ -83,10 +86,8 @@ class TrainingViews(Samples):
         return super().collate(samples) | {MIX_SEEDS: mix_seeds(self._seed, places)}
 
     def _view(self, place: Place, view: int, clip: Clip, flip: bool) -> Clip:
-        size = (self._input.width, self._input.height)
-        if self._input.crop == "center":
-            return transforms.centre_crop(clip, *size)
-        return augment(clip, self._augment, flip, size, self._draw(place, view), self._input.crop)
+        made: Clip = self._input.training_view(clip, self._augment, flip, self._draw(place, view))
+        return made
 
     def _target_of(self, place: Place, view: int, target: Any, rules: SourceRules) -> Any:
         """Exchange left and right in the target of a view that is mirrored."""
@@ -145,9 +146,8 @@ class EvaluationViews:
         """
         with open_video(video, self.decoder) as reader:
             facts = VideoFacts(reader.num_frames, motion)
-            if self.validation:
-                clip = reader.frames(rules.choice.validation(facts))
-                return self._centre(clip, rules.short_side, rules.geometry)[None]
+            if self.validation or rules.picture_filter is not None:
+                return self._middle(reader.frames(rules.choice.validation(facts)), rules)[None]
             indices = rules.choice.clips(facts, self.clips, generator(key, "test clips"))
             # Clips overlap: every frame is decoded once.
             wanted, where = np.unique(indices, return_inverse=True)
@@ -159,6 +159,11 @@ class EvaluationViews:
             return [transforms.centre_crop(clip, self.width, self.height)]
         cut = transforms.quarter_views if rules.geometry == "tsn" else transforms.spatial_views
         return cut(_resize_short(clip, self.height, rules.geometry), self.height, self.crops)
+
+    def _middle(self, clip: Clip, rules: SourceRules) -> Clip:
+        if rules.picture_filter is None:
+            return self._centre(clip, rules.short_side, rules.geometry)
+        return evaluated_picture(clip[0], self.height, rules.short_side, rules.picture_filter)[None]
 
     def _centre(self, clip: Clip, short_side: int, geometry: Geometry = "videomae") -> Clip:
         """Resize the short side and cut the middle; a plain fit where that would not cover."""
