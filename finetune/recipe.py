@@ -20,15 +20,21 @@ class LabelledSource(Source):
     labels: str = "auto"
     """file of class names, one a line in the order of the classes, or a JSON list or {name: class}; integer: labels of
     the shards are class numbers; auto: numbers as they are, names numbered in alphabetical order"""
-    sampling: Literal["dense", "sparse", "strided"] = "dense"
+    sampling: Literal["dense", "sparse", "strided", "motion"] = "dense"
     """dense: frames at about the stride, as officially fine-tuned (Kinetics); sparse: one frame of each of T segments
-    (Something-Something); strided: frames at exactly the stride, as in pre-training (AdaptFormer)"""
+    (Something-Something); strided: frames at exactly the stride, as in pre-training (AdaptFormer);
+    motion: frames that carry equal shares of the motion (MGSampler; launch/motion_index.py measures it first)"""
     flip: bool = True
     """mirror half of the training clips; false where classes tell left from right, unless flip_labels names them all"""
     flip_labels: list[list[str]] | None = None
     """pairs of classes, numbers or names, that a mirrored clip exchanges: [[86, 87], [push left, push right]]"""
     short_side: int | None = None
     """short side of validation frames before the centre crop, pixels; null: input.height"""
+
+    @property
+    def needs_motion(self) -> bool:
+        """Tell whether its order of frames depends on motion curves."""
+        return self.sampling == "motion"
 
 
 @dataclass

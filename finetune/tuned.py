@@ -45,6 +45,7 @@ class TunedObjective(Objective):
         self.model = model
         self.recipe = recipe
         self.architecture: Any = architecture
+        self.cross_rank_batch_norm = architecture.cross_rank_batch_norm
         self.normalization = PixelNormalization() if normalization is None else normalization
         self.average = self._new_average()
 
@@ -60,15 +61,16 @@ class TunedObjective(Objective):
         self.average = None
 
     def rule(self, name: str, shape: Iterable[int]) -> Rule:
-        """Scale the learning rate by layer_decay ^ (last layer - layer), and by the factors for biases and the head."""
-        optim, own = self.recipe.optim, name.removeprefix("model.")
+        """Scale the learning rate by layer_decay ^ (last layer - layer), for biases, the head, and by the model's."""
+        optim, own, shape = self.recipe.optim, name.removeprefix("model."), tuple(shape)
         layer, last = self.architecture.layer_of(own)
-        rate = float(optim.layer_decay ** (last - layer))
+        rate = float(optim.layer_decay ** (last - layer)) * self.architecture.lr_scale(own)
         if own.startswith("head."):
             rate *= optim.head_rate
         if optim.bias_rate != 1 and self._beside_matrix(own):
             rate *= optim.bias_rate
-        return Rule(rate, optim.decayed == "all" or decays(name, shape))
+        wanted = optim.decayed == "all" or decays(name, shape)
+        return Rule(rate, wanted and self.architecture.decays(own, shape))
 
     def _beside_matrix(self, name: str) -> bool:
         """Tell whether a parameter is the bias of a layer with a matrix; a norm's is none."""

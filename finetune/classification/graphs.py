@@ -33,8 +33,8 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FACTS = "tubelet.json"
 #: Facts that a program needs to judge a video, beside the values of its rule for frames.
 FACT_NAMES = ("classes", "task", "sampling", "short_side", "clip", "average")
-#: Facts that files of before there was a second kind of them don't have.
-LATER_NAMES = ("geometry",)
+#: Facts that files of before there were second kinds of them don't have; the last is of pictures alone.
+LATER_NAMES = ("geometry", "picture_filter")
 #: Numbers of clips that a written graph is tried with, and how far its logits may be off, relative to the largest one.
 TRIED_BATCHES = (1, 3)
 TOLERANCE = 1e-3

@@ -32,8 +32,9 @@ def _rules(recipe: TuneRecipe, name: str, source: LabelledSource) -> SourceRules
         labels=labels,
         choice=clip.frame_choice(source.sampling, source.stride),
         flip=source.flip,
-        short_side=source.short_side or clip.height,
+        short_side=source.short_side or clip.evaluated_side,
         geometry=clip.GEOMETRY,
+        picture_filter=clip.evaluated_filter,
         mirrored=mirrored_classes(name, source.flip_labels, labels) if source.flip_labels else None,
     )
 

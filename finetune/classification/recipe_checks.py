@@ -49,6 +49,12 @@ def check_classification(recipe: TuneRecipe) -> list[str]:
     if recipe.input.GEOMETRY == "tsn" and recipe.evaluate.crops not in (1, 3):
         problems.append(f"evaluate.crops: found {recipe.evaluate.crops}, allowed with input.name={recipe.input.name}: "
                         "1 (centre), 3 (left, right, centre)")  # fmt: skip
+    evaluate = recipe.evaluate
+    if recipe.input.evaluated_filter is not None and (evaluate.clips, evaluate.crops) != (1, 1):
+        problems.append(
+            f"evaluate: found clips={evaluate.clips} and crops={evaluate.crops}, but a picture (input.name="
+            f"{recipe.input.name}) is judged by its middle alone; set evaluate.clips=1 evaluate.crops=1"
+        )
     if recipe.evaluate.test == "best" and not any(source.val for source in data.sources.values()):
         problems.append("evaluate.test: best needs a validation; give data.sources.<name>.val, or evaluate.test=last")
     if recipe.health.shards is not None:
@@ -114,12 +120,18 @@ def classification_warnings(recipe: TuneRecipe) -> list[str]:
             warnings.append(f"{key}.sampling=sparse, but {name} is published with dense sampling")
         if source.sampling == "sparse" and source.stride is not None:
             warnings.append(f"{key}.stride has no effect: sparse sampling spreads frames over the whole video")
+        if source.sampling == "motion" and source.stride is not None:
+            warnings.append(f"{key}.stride has no effect: sampling by motion takes frames from the whole video")
         if source.val is None and source.test is None:
             warnings.append(f"{key}: neither val nor test shards; nothing is measured on it")
     if recipe.input.crop == "center" and recipe.augment != type(recipe.augment)():
         warnings.append("augment has no effect on pixels: input.crop=center takes the middle as it is (mixing is on)")
     if recipe.input.crop == "multiscale" and recipe.augment.area != type(recipe.augment)().area:
         warnings.append("augment.area has no effect: input.crop=multiscale draws its own sizes")
+    if recipe.input.motion != type(recipe.input.motion)() and not any(
+        source.sampling == "motion" for source in recipe.data.sources.values()
+    ):
+        warnings.append("input.motion has no effect: no source has sampling=motion")
     if recipe.start != type(recipe.start)() and recipe.run.init_weights is None:
         warnings.append("start has no effect: run.init_weights is null")
     return warnings

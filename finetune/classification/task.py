@@ -20,6 +20,7 @@ from finetune.classification.fine_tuned import FineTuned, names_of
 from finetune.classification.label_sources import label_report, source_rules
 from finetune.classification.labels import Task
 from finetune.classification.mixing import MIX_SEEDS, Mixing
+from finetune.classification.motion_checks import motion_report
 from finetune.classification.predictor import Predictor, predictor_of
 from finetune.classification.recipe_checks import check_classification, classification_warnings
 from finetune.classification.testing import run_test, wants_test
@@ -86,7 +87,7 @@ class ClassificationTask(Method):
 
     def samples(self) -> TrainingViews:
         rules = source_rules(self.recipe)
-        for line in label_report(self.recipe, rules):
+        for line in [*label_report(self.recipe, rules), *motion_report(self.recipe, rules)]:
             logger.info(line)
         if wants_test(self.recipe):
             # Validation opens its shards at the start by itself; a wrong folder or label here ends a trained run.
@@ -186,11 +187,16 @@ class ClassificationObjective(TunedObjective):
         """Take over an encoder or a classifier."""
         start = self.recipe.start
         label_map = None if start.label_map is None else read_label_map(start.label_map)
-        load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, raw)
+        named = self.architecture.own_weights(raw)
+        load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, named)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Give the clips as the model is given them, before mixing."""
-        return {"augmented": batch["video"]}
+        """Give the clips as the model is given them, before mixing; and where it looks, if it does not everywhere."""
+        video = batch["video"]
+        shown = {"augmented": video}
+        if self.architecture.draws_looks:
+            shown |= self.architecture.looks(self.model, video, self._normalized(video)).rows
+        return shown
 
     def _normalized(self, video: Tensor) -> Tensor:
         normalized: Tensor = self.normalization(unit_pixels(video))

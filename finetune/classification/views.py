@@ -12,12 +12,14 @@ from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import open_video
 from pretrain.data.linked_video import Footage
 from pretrain.data.members import Members
+from pretrain.data.motion_tables import Curve
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Draw, Place, Sample, Samples, SourceInfo, made_up_samples
 from pretrain.samples import transforms
-from pretrain.samples.augment import augment, mirrors
+from pretrain.samples.augment import mirrors
 from pretrain.samples.clip import made_up_videos
 from pretrain.samples.frame_choice import FrameChoice, VideoFacts
+from pretrain.samples.picture_transforms import evaluated_picture
 from pretrain.samples.transforms import Clip, Geometry
 
 
@@ -40,6 +42,8 @@ class SourceRules:
     short_side: int
     geometry: Geometry = "videomae"
     mirrored: tuple[int, ...] | None = None
+    #: Pillow's filter, for pictures, which are judged by their middle alone; None: clips.
+    picture_filter: str | None = None
 
 
 class TrainingViews(Samples):
@@ -56,6 +60,7 @@ class TrainingViews(Samples):
     def __init__(self, recipe: TuneRecipe, rules: list[SourceRules]) -> None:
         self._input, self._augment, self._seed, self._rules = recipe.input, recipe.augment, recipe.run.seed, rules
         self._target = LabelMap(recipe.model.classes, (), recipe.objective.task)
+        self.motion_sources = frozenset(number for number, rule in enumerate(rules) if rule.choice.needs_motion)
 
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
         rules = self._rules[place.source]
@@ -63,7 +68,7 @@ class TrainingViews(Samples):
         # View 0 for all: the clip is drawn and decoded once, its views differ in augmentation alone.
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
         with open_video(members.footage(), self._input.decoder, members.stamps) as reader:
-            clip = reader.frames(rules.choice.training(VideoFacts(reader.num_frames), rng))
+            clip = reader.frames(rules.choice.training(VideoFacts(reader.num_frames, members.motion), rng))
         views = range(self._input.views)
         return {
             "video": np.stack([self._view(place, view, clip, rules.flip) for view in views]),
@@ -81,10 +86,8 @@ class TrainingViews(Samples):
         return super().collate(samples) | {MIX_SEEDS: mix_seeds(self._seed, places)}
 
     def _view(self, place: Place, view: int, clip: Clip, flip: bool) -> Clip:
-        size = (self._input.width, self._input.height)
-        if self._input.crop == "center":
-            return transforms.centre_crop(clip, *size)
-        return augment(clip, self._augment, flip, size, self._draw(place, view), self._input.crop)
+        made: Clip = self._input.training_view(clip, self._augment, flip, self._draw(place, view))
+        return made
 
     def _target_of(self, place: Place, view: int, target: Any, rules: SourceRules) -> Any:
         """Exchange left and right in the target of a view that is mirrored."""
@@ -132,19 +135,19 @@ class EvaluationViews:
         """Width of a clip, pixels."""
         return self.size[2]
 
-    def __call__(self, video: Footage, rules: SourceRules, key: str) -> Clip:
+    def __call__(self, video: Footage, rules: SourceRules, key: str, motion: Curve | None = None) -> Clip:
         """Cut views uint8 [clips * crops, T, H, W, 3] of a video, the crops of a clip next to each other.
 
         Args:
             video: to judge.
             rules: of its source.
             key: of the video: rules with random clips choose the same ones in every test, whoever runs it.
+            motion: its raw motion, where that is known and the rule looks at it.
         """
         with open_video(video, self.decoder) as reader:
-            facts = VideoFacts(reader.num_frames)
-            if self.validation:
-                clip = reader.frames(rules.choice.validation(facts))
-                return self._centre(clip, rules.short_side, rules.geometry)[None]
+            facts = VideoFacts(reader.num_frames, motion)
+            if self.validation or rules.picture_filter is not None:
+                return self._middle(reader.frames(rules.choice.validation(facts)), rules)[None]
             indices = rules.choice.clips(facts, self.clips, generator(key, "test clips"))
             # Clips overlap: every frame is decoded once.
             wanted, where = np.unique(indices, return_inverse=True)
@@ -160,6 +163,11 @@ class EvaluationViews:
             # As in validation: 224 pixels in the middle of frames of 256.
             return [self._centre(clip, rules.short_side, "tsn")]
         return transforms.quarter_views(_resize_short(clip, self.height, "tsn"), self.height)
+
+    def _middle(self, clip: Clip, rules: SourceRules) -> Clip:
+        if rules.picture_filter is None:
+            return self._centre(clip, rules.short_side, rules.geometry)
+        return evaluated_picture(clip[0], self.height, rules.short_side, rules.picture_filter)[None]
 
     def _centre(self, clip: Clip, short_side: int, geometry: Geometry = "videomae") -> Clip:
         """Resize the short side and cut the middle; a plain fit where that would not cover."""

@@ -32,7 +32,7 @@ class Config(augmented_clip.Config):
     """kind of sample: pretrain/samples/<name>.py"""
     segments: int = 8
     """segments of a clip, T; data.sources.<name>.sampling says where they lie: sparse: one in each of T equal parts of
-    the video (TSN, TSM, TDN); dense: 64 / T frames apart, from a random place"""
+    the video (TSN, TSM, TDN); dense: 64 / T frames apart, from a random place; motion: at equal shares of the motion"""
     window: int = 5
     """consecutive frames of a segment: 5 for TDN, 1 for TSM"""
     frames: int = 0
@@ -51,7 +51,13 @@ class Config(augmented_clip.Config):
     def __post_init__(self) -> None:
         self.frames = self.frames or self.segments * self.window
 
+    @property
+    def motion_window(self) -> int:
+        return self.window
+
     def frame_choice(self, sampling: str, stride: int | None) -> FrameChoice:
+        if sampling == "motion":
+            return super().frame_choice(sampling, stride)
         rule = DenseSegmentChoice if sampling == "dense" else SegmentChoice
         return rule(self.segments, self.window, self.test_clips)
 
@@ -76,9 +82,11 @@ class Config(augmented_clip.Config):
         return [] if source.stride is None else [f"{found}, the frames of a window are neighbours"]
 
     def sampling_problems(self, name: str, sampling: str) -> list[str]:
-        if sampling in ("sparse", "dense"):
+        allowed = ("sparse", "dense", "motion")
+        if sampling in allowed:
             return []
-        return [f"data.sources.{name}.sampling: found {sampling}, allowed with input.name=segments: sparse, dense"]
+        found = f"data.sources.{name}.sampling: found {sampling}"
+        return [f"{found}, allowed with input.name=segments: {', '.join(allowed)}"]
 
     def describe(self) -> list[tuple[str, str, str]]:
         size = f"{self.frames} x {self.height} x {self.width}"

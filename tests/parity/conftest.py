@@ -33,6 +33,12 @@ SYSTEMS = {
     "EVAD": "evad",
     "CycleACR head": "cycleacr",
     "CycleACR on a VideoMAE ViT": "cycleacr_videomae",
+    "MGSampler": "mgsampler",
+    "SparseFormer v1 image, ImageNet training code": "sparseformer",
+    "SparseFormer v1 image, library code": "sparseformer_lib",
+    "SparseFormer v1 video": "sparseformer_video",
+    "Bootstrapped SparseFormer": "sparseformer_bootstrap",
+    "GroupMixFormer": "groupmixformer",
     "TDN": "tdn",
 }
 

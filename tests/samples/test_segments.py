@@ -8,6 +8,7 @@ import pytest
 from pretrain.data.randomness import generator
 from pretrain.recipe.schema import Source
 from pretrain.samples.frame_choice import VideoFacts
+from pretrain.samples.motion import MotionOptions
 from pretrain.samples.segments import Config
 
 
@@ -69,3 +70,14 @@ def test_dense_clips_lie_in_64_frames() -> None:
     begins = {starts(rule.training(VideoFacts(66), generator(seed)))[0] for seed in range(50)}
     assert begins == {0, 1, 2}
     assert [row[0] for row in starts(rule.clips(VideoFacts(84), 3, generator(0)))] == [0, 10, 20]
+
+
+def test_segments_by_motion_lie_around_what_moves() -> None:
+    """A window stands around its frame, and is cut where the video ends (systems/mgsampler.md section 5)."""
+    motion = np.zeros(59, dtype=np.float32)
+    motion[[20, 57]] = 1.0
+    rule = Config(segments=2, window=5, motion=MotionOptions(rule="inverse")).frame_choice("motion", None)
+    found = rule.validation(VideoFacts(60, motion)).reshape(2, 5)
+    assert found.tolist() == [[18, 19, 20, 21, 22], [55, 56, 57, 58, 59]]
+    assert not Config().sampling_problems("a", "motion")
+    assert "windows of 5 frames" in Config(motion=MotionOptions(pairs=True)).problems()[0]
