@@ -7,8 +7,10 @@ from typing import Any
 from pretrain.errors import WeightsError
 from pretrain.samples.frame_choice import DenseChoice, FrameChoice, SparseChoice, StridedChoice
 from pretrain.samples.motion_choice import MotionChoice
+from pretrain.samples.segments import DenseSegmentChoice, SegmentChoice
 
-RULES: dict[str, Any] = {rule.name: rule for rule in (DenseChoice, SparseChoice, StridedChoice, MotionChoice)}
+KINDS = (DenseChoice, SparseChoice, StridedChoice, SegmentChoice, DenseSegmentChoice, MotionChoice)
+RULES: dict[str, Any] = {rule.name: rule for rule in KINDS}
 #: Names of the values that rules are made of.
 VALUES = tuple(sorted({field.name for rule in RULES.values() for field in fields(rule)}))
 

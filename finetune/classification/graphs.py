@@ -33,6 +33,8 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FACTS = "tubelet.json"
 #: Facts that a program needs to judge a video, beside the values of its rule for frames.
 FACT_NAMES = ("classes", "task", "sampling", "short_side", "clip", "average")
+#: Facts that files of before there were second kinds of them don't have; the last is of pictures alone.
+LATER_NAMES = ("geometry", "picture_filter")
 #: Numbers of clips that a written graph is tried with, and how far its logits may be off, relative to the largest one.
 TRIED_BATCHES = (1, 3)
 TOLERANCE = 1e-3
@@ -146,7 +148,7 @@ def _read_onnx(path: Path) -> Graph:
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     stored = session.get_modelmeta().custom_metadata_map
-    facts = {name: parse_json(stored[name]) for name in (*FACT_NAMES, *VALUES) if name in stored}
+    facts = {name: parse_json(stored[name]) for name in (*FACT_NAMES, *LATER_NAMES, *VALUES) if name in stored}
     return Graph(lambda clips: torch.from_numpy(session.run(None, {"video": clips.numpy()})[0]), facts)
 
 

@@ -1,5 +1,6 @@
 """Prediction of one video file by a fine-tuned model."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from finetune.classification.frame_facts import choice_of
 from finetune.classification.graphs import read_graph
 from finetune.classification.labels import LabelMap, Task, read_names
 from finetune.classification.predictions import Predictions
+from finetune.classification.validation import test_views
 from finetune.classification.views import EvaluationViews, SourceRules
 from finetune.prediction import Answer, Question, default_out
 from pretrain.data.decoders import open_video
@@ -22,6 +24,7 @@ from pretrain.data.linked_video import Footage, StillImage
 from pretrain.data.media import is_of_kind
 from pretrain.data.motion_tables import Curve
 from pretrain.errors import DataError, SampleError
+from pretrain.models.pixels import unit_pixels
 from pretrain.runtime import storage
 from pretrain.runtime.pictures import SHEET_FRAMES, contact_sheet
 from pretrain.samples.clip import Config
@@ -66,6 +69,8 @@ class Predictor:
         average: what the mean over views is taken of.
         decoder: library that decodes.
         source: where it was read from.
+        test_size: the same as `size`, of a test's views; None: `size`.
+        draw_regions: picture of where the model looks in a view uint8 [T, H, W, 3]; None: it looks everywhere.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -76,7 +81,13 @@ class Predictor:
     average: Literal["probabilities", "logits"]
     decoder: str
     source: str
-    understood: frozenset[str] = frozenset({"labels", "top", "clips", "crops", "decoder"})
+    test_size: tuple[int, int, int] | None = None
+    draw_regions: Callable[[Clip], Clip] | None = None
+
+    @property
+    def understood(self) -> frozenset[str]:
+        drawn = frozenset[str]() if self.draw_regions is None else frozenset({"regions"})
+        return frozenset({"labels", "top", "clips", "crops", "decoder"}) | drawn
 
     def answer(self, video: str, question: Question) -> Answer:
         """Tell the classes of a video, and draw the frames that were looked at.
@@ -100,7 +111,11 @@ class Predictor:
             ]
         out = question.out or default_out(video, "_prediction.png")
         save_frames(found, caption, out)
-        return Answer(lines, {"picture": out})
+        files = {"picture": out}
+        if question.regions is not None and self.draw_regions is not None:
+            files["regions"] = question.regions
+            _save(self.draw_regions(found.views[0]), question.regions)
+        return Answer(lines, files)
 
 
 def predictor_of(tuned: FineTuned) -> Predictor:
@@ -111,7 +126,8 @@ def predictor_of(tuned: FineTuned) -> Predictor:
     recipe = tuned.recipe
     clip, source = recipe.input, next(iter(recipe.data.sources.values()))
     choice = clip.frame_choice(source.sampling, source.stride)
-    rules = SourceRules(label_map(tuned), choice, False, source.short_side or clip.height)
+    side = source.short_side or clip.evaluated_side
+    rules = SourceRules(label_map(tuned), choice, False, side, clip.GEOMETRY, picture_filter=clip.evaluated_filter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = tuned.objective.to(device)
     return Predictor(
@@ -123,7 +139,16 @@ def predictor_of(tuned: FineTuned) -> Predictor:
         recipe.evaluate.average,
         clip.decoder,
         str(tuned.source),
+        test_views(recipe).size,
+        functools.partial(_looks_of, objective) if objective.architecture.draws_looks else None,
     )
+
+
+def _looks_of(objective: Any, view: Clip) -> Clip:
+    clips = torch.from_numpy(view)[None].to(next(objective.parameters()).device)
+    pixels = objective.normalization(unit_pixels(clips))
+    sheet: Clip = objective.architecture.looks(objective.model, clips, pixels).sheet
+    return sheet
 
 
 def predictor_of_graph(path: Path) -> Predictor:
@@ -139,6 +164,9 @@ def predictor_of_graph(path: Path) -> Predictor:
         choice_of(facts, str(path)),
         False,
         facts["short_side"],
+        # Graphs of before there were others say nothing of these.
+        facts.get("geometry", "videomae"),
+        picture_filter=facts.get("picture_filter"),
     )
     frames, height, width = facts["clip"]
     size = (frames, height, width)
@@ -178,7 +206,14 @@ def predict_video(
     if "://" not in video and not Path(video).is_file():
         found = "a folder" if Path(video).is_dir() else "no such file"
         raise DataError(f"{video}: {found}; one video or image is expected, of many labelled ones: launch/evaluate.py")
-    make = EvaluationViews(predictor.size, decoder or predictor.decoder, clips, crops, validation=clips * crops == 1)
+    if predictor.rules.picture_filter is not None and clips * crops > 1:
+        raise DataError(
+            f"{clips} x {crops} views: {predictor.source} takes pictures, which are judged by their middle alone; "
+            "leave --clips and --crops out"
+        )
+    centre = clips * crops == 1
+    size = predictor.size if centre else predictor.test_size or predictor.size
+    make = EvaluationViews(size, decoder or predictor.decoder, clips, crops, validation=centre)
     content = storage.read_bytes(video)
     still = is_of_kind(video, "image")
     footage = StillImage(content) if still else content
@@ -210,8 +245,6 @@ def save_frames(prediction: Prediction, caption: str, path: Path) -> None:
     Raises:
         DataError: the picture can't be written there.
     """
-    from PIL import Image
-
     frames = prediction.views.shape[1]
     width = max(size for size in range(1, SHEET_FRAMES + 1) if frames % size == 0)
     rows = {
@@ -220,9 +253,15 @@ def save_frames(prediction: Prediction, caption: str, path: Path) -> None:
         for first in range(0, frames, width)
     }
     titled = {(f"{caption}: {name}" if row == 0 else name): video for row, (name, video) in enumerate(rows.items())}
+    _save(contact_sheet(titled), path)
+
+
+def _save(sheet: Clip, path: Path) -> None:
+    from PIL import Image
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(contact_sheet(titled)).save(path)
+        Image.fromarray(sheet).save(path)
     # ValueError: an ending that Pillow knows no format for.
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: the picture can't be written ({error})") from error

@@ -87,8 +87,10 @@ def centre_view(recipe: TuneRecipe) -> EvaluationViews:
 
 def test_views(recipe: TuneRecipe) -> EvaluationViews:
     """Give the clips x crops of the test."""
-    evaluate = recipe.evaluate
-    return EvaluationViews(recipe.input.size, recipe.input.decoder, evaluate.clips, evaluate.crops, validation=False)
+    evaluate, size = recipe.evaluate, recipe.input.size
+    if evaluate.crop_size is not None:
+        size = (size[0], evaluate.crop_size, evaluate.crop_size)
+    return EvaluationViews(size, recipe.input.decoder, evaluate.clips, evaluate.crops, validation=False)
 
 
 def predict(

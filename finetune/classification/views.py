@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,22 +14,36 @@ from pretrain.data.linked_video import Footage
 from pretrain.data.members import Members
 from pretrain.data.motion_tables import Curve
 from pretrain.data.randomness import generator
-from pretrain.data.samples import Arrays, Batch, Place, Sample, Samples, SourceInfo, made_up_samples
+from pretrain.data.samples import Arrays, Batch, Draw, Place, Sample, Samples, SourceInfo, made_up_samples
 from pretrain.samples import transforms
-from pretrain.samples.augment import augment
+from pretrain.samples.augment import mirrors
 from pretrain.samples.clip import made_up_videos
 from pretrain.samples.frame_choice import FrameChoice, VideoFacts
-from pretrain.samples.transforms import Clip
+from pretrain.samples.picture_transforms import evaluated_picture
+from pretrain.samples.transforms import Clip, Geometry
 
 
 @dataclass(frozen=True)
 class SourceRules:
-    """Rules of a labelled source for its videos, resolved."""
+    """Rules of a labelled source for its videos, resolved.
+
+    Attributes:
+        labels: what the loss takes of them.
+        choice: of frames.
+        flip: mirror half of the training clips.
+        short_side: of validation frames before their centre is cut, pixels.
+        geometry: of the frames that videos are judged by.
+        mirrored: class of a mirrored clip of each class; None: the same.
+    """
 
     labels: LabelMap
     choice: FrameChoice
     flip: bool
     short_side: int
+    geometry: Geometry = "videomae"
+    mirrored: tuple[int, ...] | None = None
+    #: Pillow's filter, for pictures, which are judged by their middle alone; None: clips.
+    picture_filter: str | None = None
 
 
 class TrainingViews(Samples):
@@ -57,7 +72,7 @@ class TrainingViews(Samples):
         views = range(self._input.views)
         return {
             "video": np.stack([self._view(place, view, clip, rules.flip) for view in views]),
-            "target": np.stack([target for _ in views]),
+            "target": np.stack([self._target_of(place, view, target, rules) for view in views]),
         }
 
     def example(self, count: int) -> Batch:
@@ -71,11 +86,20 @@ class TrainingViews(Samples):
         return super().collate(samples) | {MIX_SEEDS: mix_seeds(self._seed, places)}
 
     def _view(self, place: Place, view: int, clip: Clip, flip: bool) -> Clip:
-        size = (self._input.width, self._input.height)
-        if self._input.crop == "center":
-            return transforms.centre_crop(clip, *size)
-        draw = functools.partial(generator, self._seed, place.epoch, place.position, view)
-        return augment(clip, self._augment, flip, size, draw, self._input.crop)
+        made: Clip = self._input.training_view(clip, self._augment, flip, self._draw(place, view))
+        return made
+
+    def _target_of(self, place: Place, view: int, target: Any, rules: SourceRules) -> Any:
+        """Exchange left and right in the target of a view that is mirrored."""
+        if rules.mirrored is None or self._input.crop == "center":
+            return target
+        if not mirrors(rules.flip, self._draw(place, view)):
+            return target
+        exchange = np.array(rules.mirrored)
+        return exchange[target] if self._target.task == "single" else target[exchange]
+
+    def _draw(self, place: Place, view: int) -> Draw:
+        return functools.partial(generator, self._seed, place.epoch, place.position, view)
 
 
 @dataclass(frozen=True)
@@ -122,33 +146,40 @@ class EvaluationViews:
         """
         with open_video(video, self.decoder) as reader:
             facts = VideoFacts(reader.num_frames, motion)
-            if self.validation:
-                return self._centre(reader.frames(rules.choice.validation(facts)), rules.short_side)[None]
+            if self.validation or rules.picture_filter is not None:
+                return self._middle(reader.frames(rules.choice.validation(facts)), rules)[None]
             indices = rules.choice.clips(facts, self.clips, generator(key, "test clips"))
             # Clips overlap: every frame is decoded once.
             wanted, where = np.unique(indices, return_inverse=True)
             frames = reader.frames(wanted)
-        return np.stack([view for rows in where.reshape(indices.shape) for view in self._crops(frames[rows])])
+        return np.stack([view for rows in where.reshape(indices.shape) for view in self._crops(frames[rows], rules)])
 
-    def _crops(self, clip: Clip) -> list[Clip]:
-        if self.height == self.width:
-            return transforms.spatial_views(_resize_short(clip, self.height), self.height, self.crops)
-        return [transforms.centre_crop(clip, self.width, self.height)]
+    def _crops(self, clip: Clip, rules: SourceRules) -> list[Clip]:
+        if self.height != self.width:
+            return [transforms.centre_crop(clip, self.width, self.height)]
+        if rules.geometry == "videomae":
+            return transforms.spatial_views(_resize_short(clip, self.height, "videomae"), self.height, self.crops)
+        if self.crops == 1:
+            # As in validation: 224 pixels in the middle of frames of 256.
+            return [self._centre(clip, rules.short_side, "tsn")]
+        return transforms.quarter_views(_resize_short(clip, self.height, "tsn"), self.height)
 
-    def _centre(self, clip: Clip, short_side: int) -> Clip:
-        """Resize the short side as OpenCV does and cut the middle; a plain fit where that would not cover."""
+    def _middle(self, clip: Clip, rules: SourceRules) -> Clip:
+        if rules.picture_filter is None:
+            return self._centre(clip, rules.short_side, rules.geometry)
+        return evaluated_picture(clip[0], self.height, rules.short_side, rules.picture_filter)[None]
+
+    def _centre(self, clip: Clip, short_side: int, geometry: Geometry = "videomae") -> Clip:
+        """Resize the short side and cut the middle; a plain fit where that would not cover."""
         if short_side < max(self.height, self.width):
             return transforms.centre_crop(clip, self.width, self.height)
-        resized = _resize_short(clip, short_side)
+        resized = _resize_short(clip, short_side, geometry)
         y = transforms.centred(resized.shape[1] - self.height)
         x = transforms.centred(resized.shape[2] - self.width)
         # A copy: a view would keep all of the resized clip in memory, and be sent to the trainer with it.
         return np.ascontiguousarray(resized[:, y : y + self.height, x : x + self.width])
 
 
-def _resize_short(clip: Clip, short: int) -> Clip:
-    # Rounded down and without antialiasing, as the official resize by OpenCV.
-    height, width = clip.shape[1:3]
-    if height <= width:
-        return transforms.resize(clip, int(width * short / height), short, antialias=False)
-    return transforms.resize(clip, short, int(height * short / width), antialias=False)
+def _resize_short(clip: Clip, short: int, geometry: Geometry) -> Clip:
+    # VideoMAE's official code resizes by OpenCV, without antialiasing; TSN's by Pillow.
+    return transforms.resize_short(clip, short, antialias=geometry == "tsn")

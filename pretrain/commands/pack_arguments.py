@@ -94,8 +94,8 @@ def _add_source_options(group: "argparse._ArgumentGroup") -> None:
         metavar="NAMES",
         help=(
             "further members of each sample, separated by commas: the column of a manifest (a path, or the value), "
-            "else the ending of a file of the same stem, e.g. txt,json,wav,boxes.json; samples that lack one are "
-            "rejected"
+            "else the ending of a file of the same stem, e.g. txt,json,wav,boxes.json, or ENDING=FOLDER for files of "
+            "the same path below a folder, e.g. mask.png=annotations/train; samples that lack one are rejected"
         ),
     )
     group.add_argument(

@@ -156,6 +156,7 @@ def build_run(
             guard=guard,
             incidents=Incidents(folder.incidents, ranks, recipe.run.seed, list(recipe.data.sources)),
             rows=built.rows,
+            scale=built.scale,
         ),
         guard=guard,
         saver=open_saver(

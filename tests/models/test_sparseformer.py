@@ -1,6 +1,7 @@
 """SparseFormers: published sizes and costs, where they look, what they are not given, weights in and out."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import RecipeError, WeightsError
+from pretrain.models.classifier_weights import load_pretrained
+from pretrain.models.formats import export_official
+from pretrain.models.gradient_limits import follow_loss_scale
 from pretrain.models.sparseformer import ARCHITECTURE, Config
 from pretrain.models.sparseformer.architecture import UNCOUNTED
 from pretrain.models.sparseformer.inflation import inflated, resampled
-from pretrain.models.sparseformer.point_sampling import PointSampler, follow_loss_scale
+from pretrain.models.sparseformer.point_sampling import PUBLISHED_ROWS, PointSampler
 from pretrain.models.sparseformer.regions import first_offsets, first_regions, moved, points_in, time_offsets
 from pretrain.models.sparseformer.sparseformer_config import PRESETS, check, constants_of, resolve
 from pretrain.models.sparseformer.sparseformer_model import SparseFormer
@@ -176,6 +180,19 @@ def test_another_forward_pass_does_not_change_the_clamp() -> None:
     sampler(torch.randn(1, 2, 4, 4), torch.rand(1, 1, 1, 2))
     loss.backward()
     assert points.grad is not None and points.grad.abs().max() <= 0.1 + 1e-7
+
+
+def test_the_clamp_is_that_of_the_published_batch() -> None:
+    """On another number of ranks, of which each has more or fewer rows, a row's gradient is clamped alike."""
+    gradients = []
+    for rows in (2, 4):
+        model = stirred().train()
+        follow_loss_scale(model).rows = rows
+        pixels, labels = clip().repeat(rows // 2, 1, 1, 1, 1), torch.tensor([0, 3]).repeat(rows // 2)
+        # So large that the limit, of 128 rows, is reached.
+        (F.cross_entropy(model(pixels), labels) * PUBLISHED_ROWS).backward()
+        gradients.append(model.initial_roi.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
 
 
 def test_a_scaled_loss_has_the_scaled_gradient() -> None:
@@ -361,12 +378,16 @@ def test_layers_and_rates() -> None:
 
 
 @pytest.mark.parametrize("layout", ["train", "library"])
-def test_released_names_there_and_back(layout: str, tmp_path) -> None:
-    model = stirred()
-    export_sparseformer(model, str(tmp_path / "model.pth"), layout)
+def test_released_names_there_and_back(layout: str, tmp_path: Path) -> None:
+    """By default in the names of the code whose constants the model has."""
+    model = stirred(parity=layout)
+    export_official(model, str(tmp_path / "model.pth"))
     written = read_raw(str(tmp_path / "model.pth"))
     assert ("token_roi.weight" in written) is (layout == "train")
-    again = build()
+    export_sparseformer(model, str(tmp_path / "named.pth"), layout)
+    named = read_raw(str(tmp_path / "named.pth"))
+    assert list(named) == list(written) and all(torch.equal(named[name], written[name]) for name in named)
+    again = build(parity=layout)
     report = load_state(again, own_names(written), LoadReport("file", layout))
     assert not report.missing and not report.unexpected
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
@@ -385,7 +406,7 @@ def test_a_head_that_a_converter_left_out_is_missed() -> None:
     written["head.norm.weight"] = written.pop("norm.weight")
     written["head.classifier.weight"] = written.pop("proj.weight")
     with pytest.raises(WeightsError, match=r"missing: norm.weight"):
-        load_state(build(), own_names(written), LoadReport("file", "library"))
+        load_pretrained(build(), "file", raw=written)
 
 
 def test_research_checkpoints() -> None:

@@ -1,36 +1,30 @@
 """Features at points of a map, and the limit on what they may move points (systems/sparseformer.md, 2.7)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from pretrain.models.gradient_limits import LimitedGradient
+
 Padding = Literal["zeros", "border"]
+#: Rows of a rank in the published training, which the clamp's limit is for.
+PUBLISHED_ROWS = 128
 
 
-@dataclass
-class LossScale:
-    """Factor on the loss whose gradient comes back: that of fp16 training, else 1."""
-
-    value: float = 1.0
-
-
-class PointSampler(nn.Module):
+class PointSampler(LimitedGradient):
     """Bilinear samples of a map, of a clip's map trilinear ones.
 
     Args:
         padding: outside of the map: zeros, or the value at its border.
         clamped: clamp the gradient of each point's coordinate to the inverse of the map's height (with time: of the
-            axis' length) times the loss scale, so that single sharp edges don't throw regions about.
+            axis' length) times the loss scale, for losses that are means over 128 rows, so that single sharp edges
+            don't throw regions about.
         time_border: take points before the first and behind the last frame's middle for these; else a sample there
             fades by `padding`.
     """
-
-    #: The one that the engine sets, where it trains the model.
-    scale = LossScale()
 
     def __init__(self, padding: Padding, clamped: bool, time_border: bool) -> None:
         super().__init__()
@@ -57,16 +51,7 @@ class PointSampler(nn.Module):
         sizes = maps.shape[2:]
         # Of images officially the height's for both axes.
         lengths = [sizes[0]] * 2 if len(sizes) == 2 else [sizes[2], sizes[1], sizes[0]]
-        return [self.scale.value / length for length in lengths]
-
-
-def follow_loss_scale(model: nn.Module) -> LossScale:
-    """Let all samplers of a model follow the loss scale that is returned; set it before each forward pass."""
-    scale = LossScale()
-    for module in model.modules():
-        if isinstance(module, PointSampler):
-            module.scale = scale
-    return scale
+        return [self.scale.limit(1 / length, PUBLISHED_ROWS) for length in lengths]
 
 
 class _ClampedGradient(torch.autograd.Function):
