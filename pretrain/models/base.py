@@ -121,6 +121,9 @@ class Classifier(Architecture):
     [B, N, C], `forward_head` logits of pooled vectors. Adapters attach to modules that inherit from `Backbone`.
     """
 
+    #: First parts of the names of parameters beside the head's that `forward_maps` does not reach, see `maps`.
+    behind_maps: ClassVar[tuple[str, ...]] = ()
+
     @abc.abstractmethod
     def cost(self) -> Cost:
         """Count the work of one row's forward pass."""
