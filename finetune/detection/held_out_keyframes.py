@@ -64,7 +64,7 @@ def keyframe_sets(recipe: TuneRecipe, test: bool) -> list[KeyframeSet]:
     return found
 
 
-def require_detections(sets: list[KeyframeSet], samples: BoxSamples, deadline_s: float) -> None:
+def require_detections(sets: list[KeyframeSet], samples: Samples, deadline_s: float) -> None:
     """Look before training for what a person detector has found: without it there would be nothing to judge.
 
     Raises:
