@@ -6,10 +6,13 @@ here, which says what methods can do with it. Methods ask for the class that the
 
 import abc
 import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import Grid
@@ -66,6 +69,19 @@ class Architecture(abc.ABC):
         """Fill in what the configuration leaves to a preset."""
         return config
 
+    def lr_scale(self, name: str) -> float:
+        """Give a factor on a parameter's learning rate, beside that of its layer."""
+        return 1.0
+
+    def decays(self, name: str, shape: Iterable[int]) -> bool:
+        """Tell whether weight decay may apply to a parameter, which else its name and shape decide."""
+        return True
+
+    @property
+    def cross_rank_batch_norm(self) -> bool:
+        """Whether its batch norms take their statistics of all ranks' rows while training."""
+        return False
+
     @abc.abstractmethod
     def problems(self) -> list[str]:
         """List what keeps the model from being built for this input."""
@@ -96,12 +112,48 @@ class MaskedAutoencoder(Architecture):
         """Count multiply-accumulates of one clip's forward pass, by part."""
 
 
+@dataclass(frozen=True)
+class MapLevel:
+    """A map [B, channels, H/stride, W/stride] of pictures, sizes rounded up.
+
+    Attributes:
+        channels: of the map.
+        stride: side of a picture divided by that of its map.
+    """
+
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Looking:
+    """Pictures of where a model looks.
+
+    Attributes:
+        rows: by name, something drawn into each of the clips, uint8 [B, T, H, W, 3].
+        sheet: all that it sees of the first clip in one picture, uint8 [H, W, 3].
+    """
+
+    rows: dict[str, Tensor]
+    sheet: npt.NDArray[np.uint8]
+
+
 class Classifier(Architecture):
     """A backbone with a head: forward(pixels) -> logits [B, classes].
 
     Its module has timm's names: `forward_features(pixels, pooled=True)` gives the pooled vector [B, C] or all tokens
     [B, N, C], `forward_head` logits of pooled vectors. Adapters attach to modules that inherit from `Backbone`.
     """
+
+    #: Whether its module is an `OfficialNames`, which its published code has a layout for.
+    official_layout: ClassVar[bool] = False
+    #: Whether frames of another height and width than the input section's can be judged.
+    any_size: ClassVar[bool] = False
+    #: Whether it needs compute.dtype=fp32, as running statistics of batch norms do: in bfloat16 small steps are lost.
+    full_precision: ClassVar[bool] = False
+
+    #: Whether `looks` draws where the module looks.
+    draws_looks: ClassVar[bool] = False
 
     @abc.abstractmethod
     def cost(self) -> Cost:
@@ -114,6 +166,10 @@ class Classifier(Architecture):
         0 is the embedding; the head and what stands behind the blocks belong to the last layer.
         """
 
+    def own_weights(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Bring weights that a run starts from, in any layout of this kind of model's files, to its own names."""
+        return state
+
     def token_grid(self, frames: int, height: int, width: int) -> Grid:
         """Tell where the tokens lie that `forward_features(pixels, pooled=False)` gives of a clip: the last ones, in
         the order (t, y, x), behind class tokens.
@@ -125,6 +181,21 @@ class Classifier(Architecture):
             f"model.name={self.config.name}: has no tokens on a grid, which this task pools from; take classifier or "
             "image_vit, or give your architecture a `token_grid`"
         )
+
+    def looks(self, module: Any, video: Tensor, pixels: Tensor) -> Looking:
+        """Draw where the module looks, for a kind of model that does not look everywhere (`draws_looks`).
+
+        Args:
+            module: what `build` made.
+            video: clips uint8 [B, T, H, W, 3].
+            pixels: the same clips, normalised.
+        """
+        raise NotImplementedError(f"{type(self).__name__} draws no looks")
+
+    def maps(self) -> tuple[MapLevel, ...]:
+        """Tell the maps, finest first, that its module's `forward_maps(pixels)` gives of pictures; empty: there is no
+        such method, since all tokens lie on one grid (`token_grid`)."""
+        return ()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.media import MEAN, STD
+from pretrain.errors import RecipeError
 
 
 class PixelNormalization(nn.Module):
@@ -45,3 +46,16 @@ class PixelNormalization(nn.Module):
 def unit_pixels(cubes: Tensor) -> Tensor:
     """Make pixels float32 in [0, 1]: uint8 divided by 255, floating types taken as they are."""
     return cubes.float().div_(255) if cubes.dtype == torch.uint8 else cubes.float()
+
+
+def single_pictures(pixels: Tensor, model: str) -> Tensor:
+    """Lay pictures out as [B, 3, H, W]: they are so already, or clips of one frame [B, 1, H, W, 3].
+
+    Raises:
+        RecipeError: clips of several frames, for a `model` of that name, which takes none.
+    """
+    if pixels.dim() == 4:
+        return pixels
+    if pixels.shape[1] != 1:
+        raise RecipeError(f"clips of {pixels.shape[1]} frames: {model} takes single pictures")
+    return pixels[:, 0].permute(0, 3, 1, 2)

@@ -1,10 +1,13 @@
 """Activation checkpointing: the backward pass computes again instead of keeping."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 #: What a recomputed block may keep: results that are dear to compute again, and small beside the others.
@@ -49,5 +52,29 @@ def _keep_products() -> Any:
 def maybe_recompute(recompute: Recompute, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call, keeping only the inputs for the backward pass where asked."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(function, *arguments, use_reentrant=False)
+        contexts = functools.partial(_without_statistics, function)
+        return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)
     return function(*arguments)
+
+
+def _without_statistics(function: Any) -> tuple[Any, Any]:
+    """Give the contexts of the first and the second computation: batch norms have seen their rows in the first."""
+    return contextlib.nullcontext(), _statistics_kept(function)
+
+
+@contextlib.contextmanager
+def _statistics_kept(function: Any) -> Iterator[None]:
+    modules = function.modules() if isinstance(function, nn.Module) else ()
+    norms = [part for part in modules if isinstance(part, _BatchNorm) and part.track_running_stats]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    counts = [None if count is None else count.clone() for *_, count in before]
+    for norm in norms:
+        # Not untracked: what is kept for the backward pass must be the same as in the first computation.
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for (norm, momentum, count), counted in zip(before, counts, strict=True):
+            norm.momentum = momentum
+            if count is not None and counted is not None:
+                count.copy_(counted)

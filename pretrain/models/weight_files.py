@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -40,6 +41,8 @@ OTHERS = (
     (b"{", "JSON: name the file of the weights, which lies beside it"),
     (b"\x1f\x8b", "packed by gzip: unpack it first"),
 )
+#: Class of a configuration, a dictionary, in checkpoints of Swin's trainer.
+YACS = "yacs.config.CfgNode"
 #: Files by which a checkpoint that DeepSpeed wrote, and not this program, is known.
 DEEPSPEED = ("zero_to_fp32.py", "latest", "mp_rank_00_model_states.pt")
 
@@ -147,10 +150,13 @@ class _StandIn:
 
 
 def _stand_ins(foreign: list[str]) -> list[Any]:
-    """Give what takes the place of AlphAction's and CycleACR's objects: a memory pool lies beside their weights.
+    """Give what takes the place of other programs' objects beside weights: AlphAction's and CycleACR's memory pool, and
+    the configuration of everybody who trains with Swin's code, GroupMixFormer say.
 
     For files of theirs alone: of anybody else's it must be told that they hold objects.
     """
+    if foreign == [YACS]:
+        return [(OrderedDict, YACS)]  # the one kind of mapping that torch fills and gives attributes
     plain: dict[str, Any] = {"builtins.dict": dict, "collections.defaultdict": lambda *_: {}}
     theirs = [name for name in foreign if name.startswith("alphaction.")]
     if not theirs or not {*foreign} <= {*theirs, *plain}:

@@ -96,12 +96,13 @@ def load_state(
     # keep_vars: detached tensors have lost the ds_* attributes by which stage 3 is known.
     targets = module.state_dict(keep_vars=True)
     report = _compare(report, state, {key: full_shape(value) for key, value in targets.items()})
-    refused = [f"missing: {key}" for key in _outside(report.missing, allow_missing)]
+    # All reasons are gathered before the first copy: a half-loaded model would train on without an error. The caller's
+    # come first, since only the first ones are shown.
+    refused = [f"config: {text}" for text in problems]
+    refused += [f"missing: {key}" for key in _outside(report.missing, allow_missing)]
     refused += [f"unexpected: {key}" for key in _outside(report.unexpected, allow_unexpected)]
     refused += [f"mismatched: {text}" for text in report.mismatched]
     refused += [f"not finite: {text}" for text in not_finite({key: state[key] for key in report.matched})]
-    # All reasons are gathered before the first copy: a half-loaded model would train on without an error.
-    refused += [f"config: {text}" for text in problems]
     # copy_ into a meta tensor does nothing and raises nothing.
     if any(target.is_meta for target in targets.values()):
         refused.append("the model lies on the meta device; materialise it before loading")

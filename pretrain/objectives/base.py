@@ -77,7 +77,7 @@ class Objective(nn.Module):
     COMPILED: ClassVar[tuple[str, ...]] = ()
     turns: ClassVar[tuple[str, ...]] = (ALL,)
     whole_batch: ClassVar[bool] = False
-    cross_rank_batch_norm: ClassVar[bool] = False
+    cross_rank_batch_norm: bool = False
     model: Any
     #: The turn that the coming forward pass is for; the engine sets it where there are several.
     turn: str = ALL

@@ -488,6 +488,23 @@ def test_companions_of_a_manifest(tmp_path: Path) -> None:
     assert members.text("caption") == "cat, sitting" and members.boxes() == [[1, 2, 3, 4]]
 
 
+def test_companions_below_a_folder(tmp_path: Path) -> None:
+    """Masks of the same path below another folder, as ADE20K's; one of another kind is said by its ending."""
+    masks = {name: image_bytes(picture(seed=number)) for number, name in enumerate(("a/1", "b/1", "b/2"))}
+    _write(tmp_path / "annotations", {f"{name}.png": data for name, data in masks.items() if name != "b/2"})
+    pictures = {f"{name}.png": image_bytes(picture(seed=9 + number)) for number, name in enumerate(masks)}
+    _write(tmp_path / "images", pictures)
+    out, asked = tmp_path / "out", f"mask.png={tmp_path / 'annotations'}"
+    assert main([str(tmp_path / "images"), str(out), "--kind", "image", "--with", asked, *ALONE]) == 0
+    found = _stream(out)
+    assert {key: one.image("mask") for key, one in found.items()} == {key: masks[key] for key in ("a/1", "b/1")}
+    assert _rejected(out) == {"2.png": "companion"}
+    alone = tmp_path / "alone"
+    _write(tmp_path / "annotations", {"1.png": masks["a/1"]})
+    assert main([str(tmp_path / "images/a/1.png"), str(alone), "--with", asked, *ALONE]) == 0
+    assert next(iter(_stream(alone).values())).image("mask") == masks["a/1"]
+
+
 def test_companions_that_are_no_companions(tmp_path: Path) -> None:
     """Nothing in the list, a text without words, and what would take the place of the image itself."""
     _write(tmp_path, {f"{name}.bmp": image_bytes(picture(seed=ord(name)), "BMP") for name in "abcd"})

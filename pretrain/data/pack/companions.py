@@ -2,7 +2,8 @@
 
 `--with txt,boxes.json,sound`: for a row of a manifest that has a column of that name, the column's value: the path of a
 file if it ends like one of a known kind, else the value itself, text as `<column>.txt` and anything else as
-`<column>.json`. For all other items the file of the same stem with that ending.
+`<column>.json`. For all other items the file of the same stem with that ending; with `mask.png=FOLDER` the file of the
+same path below that folder, as data sets keep masks (images/train/1.jpg, annotations/train/1.png), as `mask.png`.
 """
 
 import json
@@ -15,6 +16,7 @@ from pretrain.data.media import extension_of, kind_of
 from pretrain.data.pack.contents import describe
 from pretrain.data.pack.originals import fetch_whole
 from pretrain.errors import SampleError
+from pretrain.runtime import storage
 from pretrain.runtime.untrusted import parse_json
 
 
@@ -33,11 +35,25 @@ class Companion:
     value: Any = None
 
 
-def beside(path: str, names: Sequence[str]) -> tuple[Companion, ...]:
-    """Name the files of the same stem as `path`; whether they are there shows when the sample is packed."""
-    stem = posixpath.splitext(path)[0] if kind_of(path) else path  # a folder of frames may have a dot in its name
-    # Readers know endings in small letters; the file's may have others.
-    return tuple(Companion(name.lower(), f"{stem}.{name}") for name in names)
+def beside(path: str, names: Sequence[str], inside: str = "") -> tuple[Companion, ...]:
+    """Name the files of the same stem as `path`; whether they are there shows when the sample is packed.
+
+    Args:
+        path: of the main file.
+        names: endings, or `ending=FOLDER`.
+        inside: path below its source, which a companion has below its folder; "": the file's name.
+    """
+    stem, below = (
+        posixpath.splitext(one)[0] if kind_of(one) else one  # a folder of frames may have a dot in its name
+        for one in (path, inside or posixpath.basename(path))
+    )
+    found = []
+    for name in names:
+        ending, _, folder = name.partition("=")
+        elsewhere = storage.join(folder, f"{below}.{extension_of(f'.{ending}') or ending}") if folder else ""
+        # Readers know endings in small letters; the file's may have others.
+        found.append(Companion(ending.lower(), elsewhere or f"{stem}.{ending}"))
+    return tuple(found)
 
 
 def from_row(

@@ -176,7 +176,7 @@ def _files(
     for name in names:
         if kind_of(name) == kind or (wanted.kind and is_of_kind(name, kind)):
             path, label = place(name), _folder_label(posixpath.dirname(name), wanted.labels)
-            companions = beside(path, wanted.companions)
+            companions = beside(path, wanted.companions, name)
             yield Item(path, name, label, size=listing[name], kind=kind, companions=companions)
 
 
@@ -191,7 +191,7 @@ def _videos(listing: dict[str, int], place: Callable[[str], str], wanted: _Wante
         if extension in VIDEO_ENDINGS:
             with_video.add(parent)
             path = place(name)
-            companions = beside(path, wanted.companions)
+            companions = beside(path, wanted.companions, name)
             yield Item(path, name, _folder_label(parent, wanted.labels), size=size, companions=companions)
         elif extension in IMAGE_EXTENSIONS and parent:
             images[parent] = images.get(parent, 0) + size
@@ -199,7 +199,7 @@ def _videos(listing: dict[str, int], place: Callable[[str], str], wanted: _Wante
         if parent not in with_video:
             label = _folder_label(posixpath.dirname(parent), wanted.labels)
             path = place(parent)
-            companions = beside(path, wanted.companions)
+            companions = beside(path, wanted.companions, parent)
             yield Item(path, parent, label, is_folder=True, size=size, companions=companions)
 
 
