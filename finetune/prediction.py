@@ -17,7 +17,7 @@ class Question:
         top: classes to tell.
         clips, crops: of the video.
         decoder: library that decodes.
-        regions: file to draw into where a SparseFormer looks.
+        regions: file to draw into where the model looks.
         persons: person detector, see `finetune.detection.persons`.
         person_score: least score of a person.
         every_s: seconds between two keyframes.

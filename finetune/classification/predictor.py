@@ -25,8 +25,6 @@ from pretrain.data.media import is_of_kind
 from pretrain.data.motion_tables import Curve
 from pretrain.errors import DataError, SampleError
 from pretrain.models.pixels import unit_pixels
-from pretrain.models.sparseformer.region_pictures import looks_of, region_sheet
-from pretrain.models.sparseformer.sparseformer_model import SparseFormer
 from pretrain.runtime import storage
 from pretrain.runtime.pictures import SHEET_FRAMES, contact_sheet
 from pretrain.samples.clip import Config
@@ -142,14 +140,15 @@ def predictor_of(tuned: FineTuned) -> Predictor:
         clip.decoder,
         str(tuned.source),
         test_views(recipe).size,
-        functools.partial(_regions_of, objective) if isinstance(objective.model, SparseFormer) else None,
+        functools.partial(_looks_of, objective) if objective.architecture.draws_looks else None,
     )
 
 
-def _regions_of(objective: Any, view: Clip) -> Clip:
-    clip = torch.from_numpy(view)
-    device = next(objective.parameters()).device
-    return region_sheet(clip, looks_of(objective.model, objective.normalization(unit_pixels(clip[None].to(device)))))
+def _looks_of(objective: Any, view: Clip) -> Clip:
+    clips = torch.from_numpy(view)[None].to(next(objective.parameters()).device)
+    pixels = objective.normalization(unit_pixels(clips))
+    sheet: Clip = objective.architecture.looks(objective.model, clips, pixels).sheet
+    return sheet
 
 
 def predictor_of_graph(path: Path) -> Predictor:

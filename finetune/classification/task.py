@@ -33,8 +33,6 @@ from pretrain.metrics.ranking import predicted
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.classifier_weights import classifier_state, load_pretrained, read_label_map
 from pretrain.models.pixels import unit_pixels
-from pretrain.models.sparseformer.region_pictures import looks_of, region_rows
-from pretrain.models.sparseformer.sparseformer_model import SparseFormer
 from pretrain.models.weights import LoadReport, load_state, read_state
 from pretrain.objectives.base import Export, Method, Objective, Output
 from pretrain.runtime.process_group import Ranks
@@ -196,8 +194,8 @@ class ClassificationObjective(TunedObjective):
         """Give the clips as the model is given them, before mixing; and where it looks, if it does not everywhere."""
         video = batch["video"]
         shown = {"augmented": video}
-        if isinstance(self.model, SparseFormer):
-            shown |= region_rows(video, looks_of(self.model, self._normalized(video)))
+        if self.architecture.draws_looks:
+            shown |= self.architecture.looks(self.model, video, self._normalized(video)).rows
         return shown
 
     def _normalized(self, video: Tensor) -> Tensor:

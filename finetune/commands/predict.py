@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep-rate", type=float, metavar="R", help="share of tokens that three blocks keep (EViT)")
     parser.add_argument("--decoder", help="decord, pyav or torchcodec (default: the recipe's)")
     parser.add_argument(
-        "--regions", type=Path, metavar="PICTURE", help="draw where a SparseFormer looks, look by look, into this file"
+        "--regions", type=Path, metavar="PICTURE", help="draw where the model looks (SparseFormer) into this file"
     )
     parser.add_argument(
         "--persons", metavar="DETECTOR",

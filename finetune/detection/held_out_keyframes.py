@@ -1,4 +1,4 @@
-"""Keyframes of some shards, each once, dealt out to ranks and workers, in batches to judge."""
+"""Keyframes or other samples of some shards, each once, dealt out to ranks and workers, in batches to judge."""
 
 import itertools
 import logging
@@ -14,11 +14,10 @@ from finetune.recipe import TuneRecipe
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
 from pretrain.data.index import ShardIndex, load_index
 from pretrain.data.members import parse_sample
-from pretrain.data.samples import Batch, Place, Sample, SourceInfo
+from pretrain.data.samples import Batch, Place, Sample, Samples, SourceInfo
 from pretrain.data.stream import prepare_worker
 from pretrain.errors import DataError, SampleError
 from pretrain.recipe.schema import Source
-from pretrain.samples.boxes import BoxSamples
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def keyframe_sets(recipe: TuneRecipe, test: bool) -> list[KeyframeSet]:
     return found
 
 
-def require_detections(sets: list[KeyframeSet], samples: BoxSamples, deadline_s: float) -> None:
+def require_detections(sets: list[KeyframeSet], samples: Samples, deadline_s: float) -> None:
     """Look before training for what a person detector has found: without it there would be nothing to judge.
 
     Raises:
@@ -104,7 +103,7 @@ class Keyframes(IterableDataset[Judgeable]):
     """
 
     def __init__(
-        self, sets: list[KeyframeSet], samples: BoxSamples, rank: int, world_size: int, micro: int, deadline_s: float,
+        self, sets: list[KeyframeSet], samples: Samples, rank: int, world_size: int, micro: int, deadline_s: float,
         readahead: int = 8,
     ) -> None:  # fmt: skip
         self._sets, self._samples, self._rank, self._world_size = sets, samples, rank, world_size

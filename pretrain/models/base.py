@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
@@ -123,6 +125,19 @@ class MapLevel:
     stride: int
 
 
+@dataclass(frozen=True)
+class Looking:
+    """Pictures of where a model looks.
+
+    Attributes:
+        rows: by name, something drawn into each of the clips, uint8 [B, T, H, W, 3].
+        sheet: all that it sees of the first clip in one picture, uint8 [H, W, 3].
+    """
+
+    rows: dict[str, Tensor]
+    sheet: npt.NDArray[np.uint8]
+
+
 class Classifier(Architecture):
     """A backbone with a head: forward(pixels) -> logits [B, classes].
 
@@ -136,6 +151,10 @@ class Classifier(Architecture):
     any_size: ClassVar[bool] = False
     #: Whether it needs compute.dtype=fp32, as running statistics of batch norms do: in bfloat16 small steps are lost.
     full_precision: ClassVar[bool] = False
+    #: Whether `looks` draws where the module looks.
+    draws_looks: ClassVar[bool] = False
+    #: First parts of the names of parameters beside the head's that `forward_maps` does not reach, see `maps`.
+    behind_maps: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def cost(self) -> Cost:
@@ -163,6 +182,16 @@ class Classifier(Architecture):
             f"model.name={self.config.name}: has no tokens on a grid, which this task pools from; take classifier or "
             "image_vit, or give your architecture a `token_grid`"
         )
+
+    def looks(self, module: Any, video: Tensor, pixels: Tensor) -> Looking:
+        """Draw where the module looks, for a kind of model that does not look everywhere (`draws_looks`).
+
+        Args:
+            module: what `build` made.
+            video: clips uint8 [B, T, H, W, 3].
+            pixels: the same clips, normalised.
+        """
+        raise NotImplementedError(f"{type(self).__name__} draws no looks")
 
     def maps(self) -> tuple[MapLevel, ...]:
         """Tell the maps, finest first, that its module's `forward_maps(pixels)` gives of pictures; empty: there is no

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from pretrain.models.base import Classifier, Cost
+from pretrain.models.base import Classifier, Cost, Looking
 from pretrain.models.encoder import attention_macs, mlp_macs
 from pretrain.models.recompute import Recompute
 from pretrain.models.sparseformer import sparseformer_config as sizes
+from pretrain.models.sparseformer.region_pictures import looks_of, region_rows, region_sheet
 from pretrain.models.sparseformer.sparseformer_config import Config, UnitShape
 from pretrain.models.sparseformer.sparseformer_model import SparseFormer
 from pretrain.models.sparseformer.sparseformer_weights import fitted_weights
@@ -23,6 +24,10 @@ OF_REGIONS = ("initial_roi.", "roi_offset_", "roi_adjust_module.")
 
 class SparseFormerArchitecture(Classifier):
     """A SparseFormer of images, its input clips of one frame, or of clips."""
+
+    draws_looks = True
+    official_layout = True
+    any_size = True
 
     @staticmethod
     def resolve(config: Config) -> Config:
@@ -70,6 +75,10 @@ class SparseFormerArchitecture(Classifier):
     def decays(self, name: str, shape: Iterable[int]) -> bool:
         # Towards zero the table of regions would lead to the left upper corner.
         return not name.startswith("initial_roi.")
+
+    def looks(self, module: SparseFormer, video: Tensor, pixels: Tensor) -> Looking:
+        looks = looks_of(module, pixels)
+        return Looking(region_rows(video, looks), region_sheet(video[0], looks))
 
     def own_weights(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         full = sizes.resolve(self.config)
