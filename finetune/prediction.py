@@ -17,6 +17,7 @@ class Question:
         top: classes to tell.
         clips, crops: of the video.
         decoder: library that decodes.
+        regions: file to draw into where the model looks.
         persons: person detector, see `finetune.detection.persons`.
         person_score: least score of a person.
         every_s: seconds between two keyframes.
@@ -29,6 +30,7 @@ class Question:
     clips: int | None = None
     crops: int | None = None
     decoder: str | None = None
+    regions: Path | None = None
     persons: str | None = None
     person_score: float | None = None
     every_s: float | None = None

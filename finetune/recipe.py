@@ -20,13 +20,21 @@ class LabelledSource(Source):
     labels: str = "auto"
     """file of class names, one a line in the order of the classes, or a JSON list or {name: class}; integer: labels of
     the shards are class numbers; auto: numbers as they are, names numbered in alphabetical order"""
-    sampling: Literal["dense", "sparse", "strided"] = "dense"
+    sampling: Literal["dense", "sparse", "strided", "motion"] = "dense"
     """dense: frames at about the stride, as officially fine-tuned (Kinetics); sparse: one frame of each of T segments
-    (Something-Something); strided: frames at exactly the stride, as in pre-training (AdaptFormer)"""
+    (Something-Something); strided: frames at exactly the stride, as in pre-training (AdaptFormer);
+    motion: frames that carry equal shares of the motion (MGSampler; launch/motion_index.py measures it first)"""
     flip: bool = True
-    """mirror half of the training clips; false where classes tell left from right"""
+    """mirror half of the training clips; false where classes tell left from right, unless flip_labels names them all"""
+    flip_labels: list[list[str]] | None = None
+    """pairs of classes, numbers or names, that a mirrored clip exchanges: [[86, 87], [push left, push right]]"""
     short_side: int | None = None
     """short side of validation frames before the centre crop, pixels; null: input.height"""
+
+    @property
+    def needs_motion(self) -> bool:
+        """Tell whether its order of frames depends on motion curves."""
+        return self.sampling == "motion"
 
 
 @dataclass
@@ -49,6 +57,12 @@ class TuneOptim(Optim):
     """decay rates of the two moments of AdamW and Adam"""
     layer_decay: float = 0.75
     """factor on the learning rate from each layer to the one below it; 1: the same for all"""
+    decayed: Literal["matrices", "all"] = "matrices"
+    """what weight decay is for: matrices: tensors of two or more dimensions; all: norms and biases too (TDN)"""
+    bias_rate: float = 1.0
+    """factor on the learning rate of biases beside matrices, norms' not among them (TSM: 2)"""
+    head_rate: float = 1.0
+    """factor on the learning rate of the head, together with bias_rate where that applies (TSM: 5)"""
 
 
 @dataclass
@@ -96,6 +110,8 @@ class Evaluate:
     """test: clips of a video, evenly spread in time"""
     crops: int = 3
     """test: square crops along a frame's long side"""
+    crop_size: int | None = None
+    """test: side of the crops and short side of the frames that they are cut from, pixels; null: input.height"""
     average: Literal["probabilities", "logits"] = "probabilities"
     """test: what the mean over views is of; logits: as for AdaptFormer's numbers, half a point less on Kinetics"""
     micro: int = 8

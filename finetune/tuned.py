@@ -12,6 +12,7 @@ from pretrain.models.averages import WeightAverage
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Classifier, Detector
 from pretrain.models.pixels import PixelNormalization
+from pretrain.models.weights import full_shape
 from pretrain.objectives.base import Objective, Rule, decays
 
 
@@ -60,9 +61,22 @@ class TunedObjective(Objective):
         self.average = None
 
     def rule(self, name: str, shape: Iterable[int]) -> Rule:
-        """Scale the learning rate by layer_decay ^ (last layer - layer)."""
-        layer, last = self.architecture.layer_of(name.removeprefix("model."))
-        return Rule(float(self.recipe.optim.layer_decay ** (last - layer)), decays(name, shape))
+        """Scale the learning rate by layer_decay ^ (last layer - layer), for biases, the head, and by the model's."""
+        optim, own, shape = self.recipe.optim, name.removeprefix("model."), tuple(shape)
+        layer, last = self.architecture.layer_of(own)
+        rate = float(optim.layer_decay ** (last - layer)) * self.architecture.lr_scale(own)
+        if own.startswith("head."):
+            rate *= optim.head_rate
+        if optim.bias_rate != 1 and self._beside_matrix(own):
+            rate *= optim.bias_rate
+        wanted = optim.decayed == "all" or decays(name, shape)
+        return Rule(rate, wanted and self.architecture.decays(own, shape))
+
+    def _beside_matrix(self, name: str) -> bool:
+        """Tell whether a parameter is the bias of a layer with a matrix; a norm's is none."""
+        layer, _, kind = name.rpartition(".")
+        weight = getattr(self.model.get_submodule(layer), "weight", None) if kind == "bias" else None
+        return weight is not None and len(full_shape(weight)) > 1
 
     def load_pretrained(self, path: str, raw: Mapping[str, Tensor]) -> None:
         """Take over weights, ours, official or Hugging Face's, with a report; adapters come after them."""

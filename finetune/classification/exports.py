@@ -10,6 +10,7 @@ from finetune.adapters.adapter_files import save_adapter
 from finetune.adapters.attach import attached
 from finetune.classification import graphs
 from finetune.classification.fine_tuned import NAMES, names_of
+from finetune.classification.frame_facts import facts_of
 from finetune.classification.labels import Task
 from finetune.recipe import TuneRecipe
 from pretrain.data.media import MEAN, STD
@@ -35,8 +36,9 @@ def export_formats(recipe: TuneRecipe, architecture: Classifier, source: Path, p
     task = HUB_TASKS[recipe.objective.task]
     bound = functools.partial
     formats = {"safetensors": replace(plain, usage=USAGE, hub_task=task)}
-    if architecture.videomae_layouts:
+    if architecture.videomae_layouts or architecture.official_layout:
         formats["official"] = Export(_official)
+    if architecture.videomae_layouts:
         written = bound(_huggingface, recipe, source)
         formats["huggingface"] = Export(written, USAGE_HUGGINGFACE, library="transformers", hub_task=task)
     return formats | {
@@ -52,7 +54,7 @@ def class_files(recipe: TuneRecipe, source: Path) -> dict[str, bytes]:
 
 
 def _huggingface(recipe: TuneRecipe, source: Path, objective: Any, dest: str) -> str:
-    facts = _facts(recipe, source)
+    facts = graph_facts(recipe, source)
     export_huggingface(objective.model, dest, facts["classes"])
     for name, content in processor_configs(recipe.input.height, facts["short_side"], MEAN, STD).items():
         storage.write_bytes(storage.join(dest, name), json.dumps(content, indent=2).encode())
@@ -72,12 +74,12 @@ def _official(objective: Any, dest: str) -> str:
 
 
 def _onnx(recipe: TuneRecipe, source: Path, objective: Any, dest: str) -> str:
-    difference = graphs.write_onnx(_trace(recipe, objective), dest, _facts(recipe, source))
+    difference = graphs.write_onnx(_trace(recipe, objective), dest, graph_facts(recipe, source))
     return f"opset {graphs.OPSET}; logits in onnxruntime differ from torch's by at most {difference:.1e}"
 
 
 def _torch_export(recipe: TuneRecipe, source: Path, objective: Any, dest: str) -> str:
-    graphs.write_torch_export(_trace(recipe, objective), dest, _facts(recipe, source))
+    graphs.write_torch_export(_trace(recipe, objective), dest, graph_facts(recipe, source))
     return "load with torch.export.load(FILE).module()"
 
 
@@ -91,16 +93,17 @@ def _trace(recipe: TuneRecipe, objective: Any) -> Any:
     return graphs.trace(objective.model, *recipe.input.size)
 
 
-def _facts(recipe: TuneRecipe, source: Path) -> dict[str, Any]:
+def graph_facts(recipe: TuneRecipe, source: Path) -> dict[str, Any]:
     """Say what else a program must know to use the graph on a video."""
     # A graph has one way to choose frames: that of the first source.
     clip, first = recipe.input, next(iter(recipe.data.sources.values()))
     return {
         "classes": names_of(recipe, source),
         "task": recipe.objective.task,
-        "sampling": first.sampling,
-        "stride": first.stride or clip.stride,
-        "short_side": first.short_side or clip.height,
+        **facts_of(clip.frame_choice(first.sampling, first.stride)),
+        "short_side": first.short_side or clip.evaluated_side,
+        "geometry": clip.GEOMETRY,
+        "picture_filter": clip.evaluated_filter,
         "clip": list(clip.size),
         "average": recipe.evaluate.average,
         "run": recipe.run.name,

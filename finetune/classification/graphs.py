@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from finetune.classification.frame_facts import VALUES
 from pretrain.errors import WeightsError
 from pretrain.models.pixels import PixelNormalization, unit_pixels
 from pretrain.runtime import storage
@@ -30,8 +31,10 @@ OPSET = 23
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 #: Entry of a .pt2 file with the facts about classes and clips; ONNX files have them as metadata.
 FACTS = "tubelet.json"
-#: Facts that a program needs to judge a video.
-FACT_NAMES = ("classes", "task", "sampling", "stride", "short_side", "clip", "average")
+#: Facts that a program needs to judge a video, beside the values of its rule for frames.
+FACT_NAMES = ("classes", "task", "sampling", "short_side", "clip", "average")
+#: Facts that files of before there were second kinds of them don't have; the last is of pictures alone.
+LATER_NAMES = ("geometry", "picture_filter")
 #: Numbers of clips that a written graph is tried with, and how far its logits may be off, relative to the largest one.
 TRIED_BATCHES = (1, 3)
 TOLERANCE = 1e-3
@@ -145,7 +148,7 @@ def _read_onnx(path: Path) -> Graph:
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     stored = session.get_modelmeta().custom_metadata_map
-    facts = {name: parse_json(stored[name]) for name in FACT_NAMES if name in stored}
+    facts = {name: parse_json(stored[name]) for name in (*FACT_NAMES, *LATER_NAMES, *VALUES) if name in stored}
     return Graph(lambda clips: torch.from_numpy(session.run(None, {"video": clips.numpy()})[0]), facts)
 
 

@@ -63,10 +63,10 @@ class LabelMap:
         if self.task == "regression":
             return self._values(label)
         if self.task == "single":
-            return np.array(self._number(label), dtype=np.int64)
+            return np.array(self.number(label), dtype=np.int64)
         target = np.zeros(self.classes, dtype=np.float32)
         for one in label if isinstance(label, list) else [label]:
-            target[self._number(one)] = 1
+            target[self.number(one)] = 1
         return target
 
     def example(self) -> np.ndarray:
@@ -75,7 +75,12 @@ class LabelMap:
             return np.array(0, dtype=np.int64)
         return np.zeros(self.classes, dtype=np.float32)
 
-    def _number(self, label: Any) -> int:
+    def number(self, label: Any) -> int:
+        """Tell the number of a class, given by it or by name.
+
+        Raises:
+            SampleError: "label" where there is no such class.
+        """
         if isinstance(label, str):
             found = self._by_name.get(label, self._by_name.get(spelt(label)))
             if found is not None:

@@ -1,8 +1,9 @@
 """Prediction of one video file by a fine-tuned model."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -11,17 +12,25 @@ import torch
 from torch import Tensor
 
 from finetune.classification.fine_tuned import FineTuned, label_map
+from finetune.classification.frame_facts import choice_of
 from finetune.classification.graphs import read_graph
 from finetune.classification.labels import LabelMap, Task, read_names
 from finetune.classification.predictions import Predictions
+from finetune.classification.validation import test_views
 from finetune.classification.views import EvaluationViews, SourceRules
 from finetune.prediction import Answer, Question, default_out
-from pretrain.data.linked_video import StillImage
+from pretrain.data.decoders import open_video
+from pretrain.data.linked_video import Footage, StillImage
 from pretrain.data.media import is_of_kind
+from pretrain.data.motion_tables import Curve
 from pretrain.errors import DataError, SampleError
+from pretrain.models.pixels import unit_pixels
 from pretrain.runtime import storage
 from pretrain.runtime.pictures import SHEET_FRAMES, contact_sheet
 from pretrain.samples.clip import Config
+from pretrain.samples.frame_choice import FrameChoice
+from pretrain.samples.motion_choice import MotionChoice
+from pretrain.samples.motion_curves import measure_of, motion_curve
 from pretrain.samples.transforms import Clip
 
 #: Views in one forward pass.
@@ -60,6 +69,8 @@ class Predictor:
         average: what the mean over views is taken of.
         decoder: library that decodes.
         source: where it was read from.
+        test_size: the same as `size`, of a test's views; None: `size`.
+        draw_regions: picture of where the model looks in a view uint8 [T, H, W, 3]; None: it looks everywhere.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -70,7 +81,13 @@ class Predictor:
     average: Literal["probabilities", "logits"]
     decoder: str
     source: str
-    understood: frozenset[str] = frozenset({"labels", "top", "clips", "crops", "decoder"})
+    test_size: tuple[int, int, int] | None = None
+    draw_regions: Callable[[Clip], Clip] | None = None
+
+    @property
+    def understood(self) -> frozenset[str]:
+        drawn = frozenset[str]() if self.draw_regions is None else frozenset({"regions"})
+        return frozenset({"labels", "top", "clips", "crops", "decoder"}) | drawn
 
     def answer(self, video: str, question: Question) -> Answer:
         """Tell the classes of a video, and draw the frames that were looked at.
@@ -94,7 +111,11 @@ class Predictor:
             ]
         out = question.out or default_out(video, "_prediction.png")
         save_frames(found, caption, out)
-        return Answer(lines, {"picture": out})
+        files = {"picture": out}
+        if question.regions is not None and self.draw_regions is not None:
+            files["regions"] = question.regions
+            _save(self.draw_regions(found.views[0]), question.regions)
+        return Answer(lines, files)
 
 
 def predictor_of(tuned: FineTuned) -> Predictor:
@@ -104,9 +125,9 @@ def predictor_of(tuned: FineTuned) -> Predictor:
     """
     recipe = tuned.recipe
     clip, source = recipe.input, next(iter(recipe.data.sources.values()))
-    rules = SourceRules(
-        label_map(tuned), source.sampling, source.stride or clip.stride, False, source.short_side or clip.height
-    )
+    choice = clip.frame_choice(source.sampling, source.stride)
+    side = source.short_side or clip.evaluated_side
+    rules = SourceRules(label_map(tuned), choice, False, side, clip.GEOMETRY, picture_filter=clip.evaluated_filter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = tuned.objective.to(device)
     return Predictor(
@@ -118,7 +139,16 @@ def predictor_of(tuned: FineTuned) -> Predictor:
         recipe.evaluate.average,
         clip.decoder,
         str(tuned.source),
+        test_views(recipe).size,
+        functools.partial(_looks_of, objective) if objective.architecture.draws_looks else None,
     )
+
+
+def _looks_of(objective: Any, view: Clip) -> Clip:
+    clips = torch.from_numpy(view)[None].to(next(objective.parameters()).device)
+    pixels = objective.normalization(unit_pixels(clips))
+    sheet: Clip = objective.architecture.looks(objective.model, clips, pixels).sheet
+    return sheet
 
 
 def predictor_of_graph(path: Path) -> Predictor:
@@ -131,10 +161,12 @@ def predictor_of_graph(path: Path) -> Predictor:
     facts = graph.facts
     rules = SourceRules(
         LabelMap(len(facts["classes"]), tuple(facts["classes"]), facts["task"]),
-        facts["sampling"],
-        facts["stride"],
+        choice_of(facts, str(path)),
         False,
         facts["short_side"],
+        # Graphs of before there were others say nothing of these.
+        facts.get("geometry", "videomae"),
+        picture_filter=facts.get("picture_filter"),
     )
     frames, height, width = facts["clip"]
     size = (frames, height, width)
@@ -174,11 +206,20 @@ def predict_video(
     if "://" not in video and not Path(video).is_file():
         found = "a folder" if Path(video).is_dir() else "no such file"
         raise DataError(f"{video}: {found}; one video or image is expected, of many labelled ones: launch/evaluate.py")
-    make = EvaluationViews(predictor.size, decoder or predictor.decoder, clips, crops, validation=clips * crops == 1)
+    if predictor.rules.picture_filter is not None and clips * crops > 1:
+        raise DataError(
+            f"{clips} x {crops} views: {predictor.source} takes pictures, which are judged by their middle alone; "
+            "leave --clips and --crops out"
+        )
+    centre = clips * crops == 1
+    size = predictor.size if centre else predictor.test_size or predictor.size
+    make = EvaluationViews(size, decoder or predictor.decoder, clips, crops, validation=centre)
     content = storage.read_bytes(video)
     still = is_of_kind(video, "image")
+    footage = StillImage(content) if still else content
     try:
-        views = make(StillImage(content) if still else content, predictor.rules)
+        motion = _motion_of(footage, predictor.rules.choice, make.decoder)
+        views = make(footage, predictor.rules, PurePosixPath(video).stem, motion)
     except SampleError as error:
         raise DataError(f"{video}: can't be read as a video or an image ({error})") from error
     logits = torch.cat([predictor.logits(part) for part in torch.from_numpy(views).split(MICRO)]).numpy()
@@ -189,14 +230,21 @@ def predict_video(
     return Prediction(predictions.merged[0], views)
 
 
+def _motion_of(footage: Footage, choice: FrameChoice, decoder: str) -> Curve | None:
+    """Measure the motion of a video that no table lists, for a rule that looks at it."""
+    if not isinstance(choice, MotionChoice):
+        return None
+    measure = measure_of(choice.kind)
+    with open_video(footage, decoder) as reader:
+        return motion_curve(reader.in_turn(), measure)
+
+
 def save_frames(prediction: Prediction, caption: str, path: Path) -> None:
     """Draw all frames that the model was given, a view below the other, `caption` above the first.
 
     Raises:
         DataError: the picture can't be written there.
     """
-    from PIL import Image
-
     frames = prediction.views.shape[1]
     width = max(size for size in range(1, SHEET_FRAMES + 1) if frames % size == 0)
     rows = {
@@ -205,9 +253,15 @@ def save_frames(prediction: Prediction, caption: str, path: Path) -> None:
         for first in range(0, frames, width)
     }
     titled = {(f"{caption}: {name}" if row == 0 else name): video for row, (name, video) in enumerate(rows.items())}
+    _save(contact_sheet(titled), path)
+
+
+def _save(sheet: Clip, path: Path) -> None:
+    from PIL import Image
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(contact_sheet(titled)).save(path)
+        Image.fromarray(sheet).save(path)
     # ValueError: an ending that Pillow knows no format for.
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: the picture can't be written ({error})") from error

@@ -20,6 +20,7 @@ from finetune.classification.fine_tuned import FineTuned, names_of
 from finetune.classification.label_sources import label_report, source_rules
 from finetune.classification.labels import Task
 from finetune.classification.mixing import MIX_SEEDS, Mixing
+from finetune.classification.motion_checks import motion_report
 from finetune.classification.predictor import Predictor, predictor_of
 from finetune.classification.recipe_checks import check_classification, classification_warnings
 from finetune.classification.testing import run_test, wants_test
@@ -67,14 +68,26 @@ class ClassificationTask(Method):
             # By the module and not by a flag of its architecture: what adapters attach to is code. Takes no memory.
             with torch.device("meta"):
                 found = tuning_problems(self.architecture.build(), self.recipe.tune)
-        return found + check_classification(self.recipe)
+        return found + self._model_problems() + check_classification(self.recipe)
+
+    def _model_problems(self) -> list[str]:
+        """List what the model can't do of what the recipe asks for."""
+        recipe, name, found = self.recipe, self.recipe.model.name, []
+        side = recipe.evaluate.crop_size
+        if side is not None and not self.architecture.any_size and (side, side) != recipe.input.size[1:]:
+            found.append(f"evaluate.crop_size: found {side}, allowed with model.name={name}: null, it was built for "
+                         "input.height x input.width")  # fmt: skip
+        if self.architecture.full_precision and recipe.compute.dtype != "fp32":
+            found.append(f"compute.dtype: found {recipe.compute.dtype}, allowed with model.name={name}: fp32, its "
+                         "batch norms' running statistics lose small steps in 16 bits")  # fmt: skip
+        return found
 
     def warnings(self) -> list[str]:
         return classification_warnings(self.recipe)
 
     def samples(self) -> TrainingViews:
         rules = source_rules(self.recipe)
-        for line in label_report(self.recipe, rules):
+        for line in [*label_report(self.recipe, rules), *motion_report(self.recipe, rules)]:
             logger.info(line)
         if wants_test(self.recipe):
             # Validation opens its shards at the start by itself; a wrong folder or label here ends a trained run.
@@ -174,11 +187,16 @@ class ClassificationObjective(TunedObjective):
         """Take over an encoder or a classifier."""
         start = self.recipe.start
         label_map = None if start.label_map is None else read_label_map(start.label_map)
-        load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, raw)
+        named = self.architecture.own_weights(raw)
+        load_pretrained(self.model, path, start.encoder_norm, start.head, label_map, named)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Give the clips as the model is given them, before mixing."""
-        return {"augmented": batch["video"]}
+        """Give the clips as the model is given them, before mixing; and where it looks, if it does not everywhere."""
+        video = batch["video"]
+        shown = {"augmented": video}
+        if self.architecture.draws_looks:
+            shown |= self.architecture.looks(self.model, video, self._normalized(video)).rows
+        return shown
 
     def _normalized(self, video: Tensor) -> Tensor:
         normalized: Tensor = self.normalization(unit_pixels(video))

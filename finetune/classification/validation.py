@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finetune.classification.label_sources import source_rules
 from finetune.classification.labels import class_names, held_out_misfits
+from finetune.classification.motion_checks import check_motion
 from finetune.classification.predictions import Predictions, checked, scores
 from finetune.classification.videos import Videos, VideoSet, loader
 from finetune.classification.views import EvaluationViews, SourceRules
@@ -53,14 +54,17 @@ def video_sets(recipe: TuneRecipe, test: bool, rules: list[SourceRules] | None =
         rules: of the sources, where they are known; else read.
 
     Raises:
-        DataError: shards are not there.
+        DataError: shards are not there, or motion curves that their rules need.
     """
     known = source_rules(recipe) if rules is None else rules
     sets = []
     for (name, source), rule in zip(recipe.data.sources.items(), known, strict=True):
         shards = (source.test or source.val) if test else source.val
         if shards:
-            sets.append(VideoSet(name, load_index(shards), rule))
+            index = load_index(shards)
+            if line := check_motion(name, index, rule.choice, recipe.data.deadline_s):
+                logger.info(line)
+            sets.append(VideoSet(name, index, rule))
     return sets
 
 
@@ -83,8 +87,10 @@ def centre_view(recipe: TuneRecipe) -> EvaluationViews:
 
 def test_views(recipe: TuneRecipe) -> EvaluationViews:
     """Give the clips x crops of the test."""
-    evaluate = recipe.evaluate
-    return EvaluationViews(recipe.input.size, recipe.input.decoder, evaluate.clips, evaluate.crops, validation=False)
+    evaluate, size = recipe.evaluate, recipe.input.size
+    if evaluate.crop_size is not None:
+        size = (size[0], evaluate.crop_size, evaluate.crop_size)
+    return EvaluationViews(size, recipe.input.decoder, evaluate.clips, evaluate.crops, validation=False)
 
 
 def predict(

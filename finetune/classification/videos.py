@@ -53,7 +53,8 @@ class Videos(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader = SampleReader([one.index for one in self._sets], None, self._deadline_s)
+        motion = [number for number, one in enumerate(self._sets) if one.rules.choice.needs_motion]
+        reader = SampleReader([one.index for one in self._sets], None, self._deadline_s, motion=motion)
 
         def read(place: tuple[int, int, int]) -> RawSample:
             return reader.read(*place)
@@ -62,11 +63,13 @@ class Videos(IterableDataset[dict[str, Any]]):
             source, shard, row = place
             entry = self._sets[source]
             name = f"{entry.name}/{entry.index.shards[shard].name.removesuffix('.tar')}"
-            key = f"{name}/{reader.key(source, shard, row)}"
+            own = reader.key(source, shard, row)
+            key = f"{name}/{own}"
             try:
                 members = parse_sample(future.result())
                 target = entry.rules.labels.target(members.label)
-                views = self._views(members.footage(), entry.rules)
+                # By the sample's own key: shards may be packed anew, and the clips of a test stay.
+                views = self._views(members.footage(), entry.rules, own, members.motion)
             except SampleError as error:
                 # Training would replace it; a score must be of each video once, and say which are missing.
                 yield {"key": key, "reason": str(error)}

@@ -2,32 +2,48 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from finetune.classification.labels import LabelMap
 from finetune.classification.mixing import MIX_SEEDS, mix_seeds
 from finetune.recipe import TuneRecipe
-from pretrain.data.decoders import VideoReader, open_video
+from pretrain.data.decoders import open_video
 from pretrain.data.linked_video import Footage
 from pretrain.data.members import Members
+from pretrain.data.motion_tables import Curve
 from pretrain.data.randomness import generator
-from pretrain.data.samples import Arrays, Batch, Place, Sample, Samples, SourceInfo, made_up_samples
-from pretrain.samples import sampling, transforms
-from pretrain.samples.augment import augment
+from pretrain.data.samples import Arrays, Batch, Draw, Place, Sample, Samples, SourceInfo, made_up_samples
+from pretrain.samples import transforms
+from pretrain.samples.augment import mirrors
 from pretrain.samples.clip import made_up_videos
-from pretrain.samples.transforms import Clip
+from pretrain.samples.frame_choice import FrameChoice, VideoFacts
+from pretrain.samples.picture_transforms import evaluated_picture
+from pretrain.samples.transforms import Clip, Geometry
 
 
 @dataclass(frozen=True)
 class SourceRules:
-    """Rules of a labelled source for its videos, resolved."""
+    """Rules of a labelled source for its videos, resolved.
+
+    Attributes:
+        labels: what the loss takes of them.
+        choice: of frames.
+        flip: mirror half of the training clips.
+        short_side: of validation frames before their centre is cut, pixels.
+        geometry: of the frames that videos are judged by.
+        mirrored: class of a mirrored clip of each class; None: the same.
+    """
 
     labels: LabelMap
-    sampling: str
-    stride: int
+    choice: FrameChoice
     flip: bool
     short_side: int
+    geometry: Geometry = "videomae"
+    mirrored: tuple[int, ...] | None = None
+    #: Pillow's filter, for pictures, which are judged by their middle alone; None: clips.
+    picture_filter: str | None = None
 
 
 class TrainingViews(Samples):
@@ -44,6 +60,7 @@ class TrainingViews(Samples):
     def __init__(self, recipe: TuneRecipe, rules: list[SourceRules]) -> None:
         self._input, self._augment, self._seed, self._rules = recipe.input, recipe.augment, recipe.run.seed, rules
         self._target = LabelMap(recipe.model.classes, (), recipe.objective.task)
+        self.motion_sources = frozenset(number for number, rule in enumerate(rules) if rule.choice.needs_motion)
 
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
         rules = self._rules[place.source]
@@ -51,11 +68,11 @@ class TrainingViews(Samples):
         # View 0 for all: the clip is drawn and decoded once, its views differ in augmentation alone.
         rng = generator(self._seed, place.epoch, place.position, 0, "clip")
         with open_video(members.footage(), self._input.decoder, members.stamps) as reader:
-            clip = reader.frames(training_frames(reader.num_frames, self._input.frames, rules, rng))
+            clip = reader.frames(rules.choice.training(VideoFacts(reader.num_frames, members.motion), rng))
         views = range(self._input.views)
         return {
             "video": np.stack([self._view(place, view, clip, rules.flip) for view in views]),
-            "target": np.stack([target for _ in views]),
+            "target": np.stack([self._target_of(place, view, target, rules) for view in views]),
         }
 
     def example(self, count: int) -> Batch:
@@ -69,38 +86,20 @@ class TrainingViews(Samples):
         return super().collate(samples) | {MIX_SEEDS: mix_seeds(self._seed, places)}
 
     def _view(self, place: Place, view: int, clip: Clip, flip: bool) -> Clip:
-        size = (self._input.width, self._input.height)
-        if self._input.crop == "center":
-            return transforms.centre_crop(clip, *size)
-        draw = functools.partial(generator, self._seed, place.epoch, place.position, view)
-        return augment(clip, self._augment, flip, size, draw, self._input.crop)
+        made: Clip = self._input.training_view(clip, self._augment, flip, self._draw(place, view))
+        return made
 
+    def _target_of(self, place: Place, view: int, target: Any, rules: SourceRules) -> Any:
+        """Exchange left and right in the target of a view that is mirrored."""
+        if rules.mirrored is None or self._input.crop == "center":
+            return target
+        if not mirrors(rules.flip, self._draw(place, view)):
+            return target
+        exchange = np.array(rules.mirrored)
+        return exchange[target] if self._target.task == "single" else target[exchange]
 
-def training_frames(num_frames: int, frames: int, rules: SourceRules, rng: np.random.Generator) -> sampling.Indices:
-    """Choose the frames of a training clip.
-
-    Dense: the end uniform over {span, ..., n-1}; sparse: an offset in each segment; strided: the start uniform.
-    """
-    if rules.sampling == "sparse":
-        length = sampling.sparse_segment(num_frames, frames)
-        offsets = rng.integers(length, size=frames) if length else np.zeros(frames, dtype=np.int64)
-        return sampling.sparse_frames(num_frames, frames, offsets)
-    if rules.sampling == "strided":
-        start = int(rng.integers(sampling.clip_starts(num_frames, frames, rules.stride)))
-        return sampling.clip_frames(num_frames, frames, rules.stride, start)
-    span = frames * rules.stride
-    end = int(rng.integers(span, num_frames)) if num_frames > span else None
-    return sampling.dense_frames(num_frames, frames, rules.stride, end)
-
-
-def validation_frames(num_frames: int, frames: int, rules: SourceRules) -> sampling.Indices:
-    """Choose the frames of the one validation clip, in the middle (V2)."""
-    if rules.sampling == "sparse":
-        return sampling.sparse_frames(num_frames, frames, sampling.sparse_segment(num_frames, frames) // 2)
-    if rules.sampling == "strided":
-        start = (sampling.clip_starts(num_frames, frames, rules.stride) - 1) // 2
-        return sampling.clip_frames(num_frames, frames, rules.stride, start)
-    return sampling.dense_frames(num_frames, frames, rules.stride, sampling.dense_end(num_frames, frames, rules.stride))
+    def _draw(self, place: Place, view: int) -> Draw:
+        return functools.partial(generator, self._seed, place.epoch, place.position, view)
 
 
 @dataclass(frozen=True)
@@ -127,11 +126,6 @@ class EvaluationViews:
         return self.clips * self.crops
 
     @property
-    def frames(self) -> int:
-        """Frames of a clip."""
-        return self.size[0]
-
-    @property
     def height(self) -> int:
         """Height of a clip, pixels."""
         return self.size[1]
@@ -141,43 +135,47 @@ class EvaluationViews:
         """Width of a clip, pixels."""
         return self.size[2]
 
-    def __call__(self, video: Footage, rules: SourceRules) -> Clip:
-        """Cut views uint8 [clips * crops, T, H, W, 3] of a video, the crops of a clip next to each other."""
+    def __call__(self, video: Footage, rules: SourceRules, key: str, motion: Curve | None = None) -> Clip:
+        """Cut views uint8 [clips * crops, T, H, W, 3] of a video, the crops of a clip next to each other.
+
+        Args:
+            video: to judge.
+            rules: of its source.
+            key: of the video: rules with random clips choose the same ones in every test, whoever runs it.
+            motion: its raw motion, where that is known and the rule looks at it.
+        """
         with open_video(video, self.decoder) as reader:
-            if self.validation:
-                clip = reader.frames(validation_frames(reader.num_frames, self.frames, rules))
-                return self._centre(clip, rules.short_side)[None]
-            return np.stack([view for clip in self._clips(reader, rules) for view in self._crops(clip)])
+            facts = VideoFacts(reader.num_frames, motion)
+            if self.validation or rules.picture_filter is not None:
+                return self._middle(reader.frames(rules.choice.validation(facts)), rules)[None]
+            indices = rules.choice.clips(facts, self.clips, generator(key, "test clips"))
+            # Clips overlap: every frame is decoded once.
+            wanted, where = np.unique(indices, return_inverse=True)
+            frames = reader.frames(wanted)
+        return np.stack([view for rows in where.reshape(indices.shape) for view in self._crops(frames[rows], rules)])
 
-    def _clips(self, reader: VideoReader, rules: SourceRules) -> list[Clip]:
-        if rules.sampling == "sparse":
-            indices = sampling.sparse_views(reader.num_frames, self.frames, self.clips)
-        else:
-            indices = sampling.dense_views(reader.num_frames, self.frames, rules.stride, self.clips)
-        # Clips overlap: every frame is decoded once.
-        wanted, where = np.unique(indices, return_inverse=True)
-        frames = reader.frames(wanted)
-        return [frames[rows] for rows in where.reshape(indices.shape)]
+    def _crops(self, clip: Clip, rules: SourceRules) -> list[Clip]:
+        if self.height != self.width:
+            return [transforms.centre_crop(clip, self.width, self.height)]
+        cut = transforms.quarter_views if rules.geometry == "tsn" else transforms.spatial_views
+        return cut(_resize_short(clip, self.height, rules.geometry), self.height, self.crops)
 
-    def _crops(self, clip: Clip) -> list[Clip]:
-        if self.height == self.width:
-            return transforms.spatial_views(_resize_short(clip, self.height), self.height, self.crops)
-        return [transforms.centre_crop(clip, self.width, self.height)]
+    def _middle(self, clip: Clip, rules: SourceRules) -> Clip:
+        if rules.picture_filter is None:
+            return self._centre(clip, rules.short_side, rules.geometry)
+        return evaluated_picture(clip[0], self.height, rules.short_side, rules.picture_filter)[None]
 
-    def _centre(self, clip: Clip, short_side: int) -> Clip:
-        """Resize the short side as OpenCV does and cut the middle; a plain fit where that would not cover."""
+    def _centre(self, clip: Clip, short_side: int, geometry: Geometry = "videomae") -> Clip:
+        """Resize the short side and cut the middle; a plain fit where that would not cover."""
         if short_side < max(self.height, self.width):
             return transforms.centre_crop(clip, self.width, self.height)
-        resized = _resize_short(clip, short_side)
+        resized = _resize_short(clip, short_side, geometry)
         y = transforms.centred(resized.shape[1] - self.height)
         x = transforms.centred(resized.shape[2] - self.width)
         # A copy: a view would keep all of the resized clip in memory, and be sent to the trainer with it.
         return np.ascontiguousarray(resized[:, y : y + self.height, x : x + self.width])
 
 
-def _resize_short(clip: Clip, short: int) -> Clip:
-    # Rounded down and without antialiasing, as the official resize by OpenCV.
-    height, width = clip.shape[1:3]
-    if height <= width:
-        return transforms.resize(clip, int(width * short / height), short, antialias=False)
-    return transforms.resize(clip, short, int(height * short / width), antialias=False)
+def _resize_short(clip: Clip, short: int, geometry: Geometry) -> Clip:
+    # VideoMAE's official code resizes by OpenCV, without antialiasing; TSN's by Pillow.
+    return transforms.resize_short(clip, short, antialias=geometry == "tsn")

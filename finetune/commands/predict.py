@@ -26,6 +26,7 @@ examples:
   python launch/predict.py clip.mp4 --weights weights/vit_b_k400 --labels k400.txt --clips 5 --crops 3
   python launch/predict.py clip.mp4 --weights weights/vit_b_k400.onnx
   python launch/predict.py clip.mp4 --weights runs/vit_b_k400 --keep-rate 0.7
+  python launch/predict.py cat.jpg --weights runs/sparseformer_tiny_in1k --regions cat_regions.png
   python launch/predict.py street.mp4 --weights runs/vit_b_ava --persons hog --out street_actions.mp4
 """
 
@@ -93,6 +94,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--crops", type=_count, help="crops of each clip (default 1: the centre)")
     parser.add_argument("--keep-rate", type=float, metavar="R", help="share of tokens that three blocks keep (EViT)")
     parser.add_argument("--decoder", help="decord, pyav or torchcodec (default: the recipe's)")
+    parser.add_argument(
+        "--regions", type=Path, metavar="PICTURE", help="draw where the model looks (SparseFormer) into this file"
+    )
     parser.add_argument(
         "--persons", metavar="DETECTOR",
         help="what finds the persons for a detector that is given boxes: hog (default; OpenCV's, no weights needed), "

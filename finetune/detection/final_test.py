@@ -18,13 +18,14 @@ from pretrain.errors import DataError
 from pretrain.metrics.detection import FrameMap
 from pretrain.objectives.base import Method
 from pretrain.runtime.process_group import Ranks, from_first
+from pretrain.samples.box_facts import time_text
 from pretrain.samples.boxes import BoxSamples
 
 logger = logging.getLogger(__name__)
 
 #: AVA's variants of frame-mAP; their numbers are not comparable.
 VARIANTS = ("activitynet", "slowfast", "alphaction")
-#: Scores that 5 decimals would show as 0 are left out of the csv.
+#: Lower scores are left out of the csv: most of 80 actions of each box have one.
 LEAST_SCORE = 5e-6
 SHOWN_CLASSES = 5
 
@@ -73,7 +74,8 @@ def _report(judged: Judgement, actions: ActionList, metric: str, folder: Path) -
 def write_detections(answers: Iterable[Detections], actions: ActionList, path: Path) -> None:
     """Write `video,second,x1,y1,x2,y2,action_id,score`, a row a box and action, as AVA's evaluation reads it.
 
-    Boxes and scores have five decimals, so scores below half of the last one have no row.
+    Boxes have five decimals. Scores have all digits of float32: rounded ones are equal more often, and the order of
+    equal scores moves a number. Below `LEAST_SCORE` there is no row.
     """
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -82,7 +84,7 @@ def write_detections(answers: Iterable[Detections], actions: ActionList, path: P
                 corners = [f"{value:.5f}" for value in box]
                 for output in np.flatnonzero(scores >= LEAST_SCORE):
                     identity = output + actions.first
-                    rows.writerow([one.video, f"{one.time:g}", *corners, identity, f"{scores[output]:.5f}"])
+                    rows.writerow([one.video, time_text(one.time), *corners, identity, f"{scores[output]:.9g}"])
 
 
 def write_class_precision(found: FrameMap, actions: ActionList, path: Path) -> None:

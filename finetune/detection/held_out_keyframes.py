@@ -1,6 +1,8 @@
 """Keyframes or other samples of some shards, each once, dealt out to ranks and workers, in batches to judge."""
 
-from collections.abc import Iterator
+import itertools
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +13,17 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from finetune.recipe import TuneRecipe
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
 from pretrain.data.index import ShardIndex, load_index
-from pretrain.data.members import parse_sample
+from pretrain.data.members import Members, parse_sample
 from pretrain.data.samples import Batch, Place, Sample, Samples, SourceInfo
 from pretrain.data.stream import prepare_worker
-from pretrain.errors import SampleError
+from pretrain.errors import DataError, SampleError
 from pretrain.recipe.schema import Source
+from pretrain.samples.boxes import BoxSamples
+
+logger = logging.getLogger(__name__)
+
+#: Keyframes that are looked at before training for one that has a detector's box; the first nearly always has.
+PEEKED = 100
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,31 @@ def keyframe_sets(recipe: TuneRecipe, test: bool) -> list[KeyframeSet]:
     return found
 
 
+def require_detections(sets: list[KeyframeSet], samples: BoxSamples, deadline_s: float) -> None:
+    """Look before training for what a person detector has found: without it there would be nothing to judge.
+
+    Raises:
+        DataError: no keyframe has a detector's box that is judged; of more than `PEEKED` the first ones, none of which
+            has any, are warned of.
+    """
+    keyframes = Keyframes(sets, samples, 0, 1, 1, deadline_s)
+    if any(itertools.islice(keyframes.asked(samples.has_detections), PEEKED)):
+        return
+    error = no_detections(min(len(keyframes), PEEKED))
+    if len(keyframes) <= PEEKED:
+        raise error
+    logger.warning("of the first ones: %s", error)
+
+
+def no_detections(keyframes: int) -> DataError:
+    """Say that a person detector has found nobody."""
+    return DataError(
+        f"evaluation: none of {keyframes} held-out keyframes has a person detector's box with a score of "
+        "input.min_score or more; pack them with --detections FILE, or judge the annotated boxes with "
+        "objective.test_boxes=truth"
+    )
+
+
 class Keyframes(IterableDataset[Judgeable]):
     """Keyframes of a rank: of all in a row, number rank, rank + world_size, ...
 
@@ -86,6 +119,15 @@ class Keyframes(IterableDataset[Judgeable]):
         first = Keyframes(self._sets, self._samples, 0, self._world_size, self._micro, self._deadline_s)
         each = [len(first._positions(worker, max(workers, 1))) for worker in range(max(workers, 1))]
         return sum(-(-count // self._micro) for count in each)
+
+    def asked(self, question: Callable[[Members], bool]) -> Iterator[bool]:
+        """Answer a question about one keyframe after the other, without its clip; no of those that can't be read."""
+        reader = SampleReader([one.index for one in self._sets], None, self._deadline_s)
+        for place in self._places(0, 1):
+            try:
+                yield question(parse_sample(reader.read(place.source, place.shard, place.row)))
+            except SampleError:
+                yield False  # told, with its reason, by the evaluation
 
     def __iter__(self) -> Iterator[Judgeable]:
         info = get_worker_info()

@@ -11,7 +11,7 @@ import torch
 
 from finetune.detection.actions import action_list, evaluated_outputs
 from finetune.detection.answers import Detections, table_of, truth_of
-from finetune.detection.held_out_keyframes import Keyframes, KeyframeSet, keyframe_loader, keyframe_sets
+from finetune.detection.held_out_keyframes import Keyframes, KeyframeSet, keyframe_loader, keyframe_sets, no_detections
 from finetune.recipe import TuneRecipe
 from pretrain.data.boxes.action_list import ActionList
 from pretrain.data.boxes.keyframes import Key
@@ -20,6 +20,7 @@ from pretrain.engine.transfers import to_device
 from pretrain.errors import DataError
 from pretrain.metrics.detection import FrameMap, frame_map
 from pretrain.runtime.process_group import Ranks, gather_objects
+from pretrain.samples.box_facts import time_text
 from pretrain.samples.box_transforms import CONVENTIONS
 from pretrain.samples.boxes import BoxSamples
 
@@ -74,7 +75,8 @@ def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeS
     """Judge the keyframes of all sets. All ranks call it, with `objective` in evaluation mode, and get all of it.
 
     Raises:
-        DataError: more unreadable keyframes than data.bad_rate allows, or a keyframe that occurs twice.
+        DataError: more unreadable keyframes than data.bad_rate allows, a keyframe that occurs twice, or no box of a
+            person detector on any, where those are judged.
     """
     evaluate = recipe.evaluate
     keyframes = Keyframes(sets, samples, ranks.rank, ranks.world_size, evaluate.micro, recipe.data.deadline_s)
@@ -104,6 +106,9 @@ def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeS
     judged = Judgement(*(list(itertools.chain.from_iterable(vars(part)[name] for part in parts))
                          for name in ("answers", "truth", "listed", "unreadable")))  # fmt: skip
     _report_unreadable(judged, recipe)
+    if samples.detected and not any(len(one.boxes) for one in judged.answers):
+        # A score of 0, of whatever model, would be taken for the model's.
+        raise no_detections(len(judged.truth))
     return _in_order(judged)
 
 
@@ -124,8 +129,8 @@ def _in_order(judged: Judgement) -> Judgement:
     if twice:
         video, time = twice[0]
         raise DataError(
-            f"evaluation: {len(twice)} keyframes occur twice (the first is {video},{time:g}); a keyframe may be in the "
-            "held-out shards once: name each folder once, and pack a video's annotations together"
+            f"evaluation: {len(twice)} keyframes occur twice (the first is {video},{time_text(time)}); a keyframe may "
+            "be in the held-out shards once: name each folder once, and pack a video's annotations together"
         )
     answers, truth = (sorted(part, key=_key) for part in (judged.answers, judged.truth))
     return Judgement(answers, truth, sorted(judged.listed), sorted(judged.unreadable))

@@ -19,7 +19,7 @@ from finetune.detection.actions import CLASSES, action_list, actions_of_weights
 from finetune.detection.answers import Detections, answers_of
 from finetune.detection.detection_checks import check_detection, detection_warnings
 from finetune.detection.final_test import run_detection_test
-from finetune.detection.held_out_keyframes import keyframe_sets
+from finetune.detection.held_out_keyframes import keyframe_sets, require_detections
 from finetune.detection.judging import DetectionValidation
 from finetune.detection.losses import GROUP_WEIGHTS, LossName, binary_loss, grouped_focal_loss, softmax_loss
 from finetune.detection.roi_head import clip_of_box, extend_boxes_inclusive, feature_map, pad_with_zeros, pool_boxes
@@ -108,9 +108,12 @@ class DetectionTask(Method):
     def samples(self) -> BoxSamples:
         # A class list that does not fit the model would otherwise be found out one refused sample at a time.
         action_list(self.recipe)
-        if wants_test(self.recipe):
-            keyframe_sets(self.recipe, test=True)  # a wrong folder here ends a run that has trained
-        return self._samples()
+        samples = self._samples()
+        # Wrong shards here would end a run that has trained.
+        for test in (False, True) if wants_test(self.recipe) else (False,):
+            if (sets := keyframe_sets(self.recipe, test)) and samples.detected:
+                require_detections(sets, samples, self.recipe.data.deadline_s)
+        return samples
 
     def example(self, count: int) -> Batch:
         # Without reading classes: plan and doctor run where the shards are not.

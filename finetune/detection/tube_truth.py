@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.boxes.action_list import ActionList, make_action_list, named_classes, read_action_list
+from pretrain.data.boxes.action_list import (
+    ActionList,
+    make_action_list,
+    named_classes,
+    number_names,
+    read_action_list,
+)
 from pretrain.data.boxes.ava_files import of_videos, read_video_names
 from pretrain.data.boxes.box_csv import read_box_csv
 from pretrain.data.boxes.box_formats import format_of
@@ -135,11 +141,7 @@ def _with_ids(truth: BoxRecords, labels: str | None) -> tuple[BoxRecords, Action
     else:
         highest = int(truth.labels.max(initial=1))
         classes = make_action_list(truth.source, {one: f"class {one}" for one in range(1, highest + 1)})
-    if truth.names is not None:
-        ids = {name: one for one, name in classes.names.items()}
-        # Of a name that the list lacks: an id that no list has.
-        table = np.array([*(ids.get(name, -2) for name in truth.names), NONE])
-        truth = replace(truth, labels=table[truth.labels], names=None)
+    truth = number_names(truth, classes)
     if (wrong := ~np.isin(truth.labels, list(classes.names))).any():
         row = int(wrong.argmax())
         raise RecipeError(

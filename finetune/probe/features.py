@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finetune.classification.label_sources import source_rules
 from finetune.classification.labels import class_names
+from finetune.classification.motion_checks import check_motion
 from finetune.classification.validation import centre_view, video_sets
 from finetune.classification.videos import Videos, VideoSet, loader
 from finetune.probe.feature_shards import Row
@@ -60,7 +61,11 @@ class Features:
 def training_sets(recipe: TuneRecipe) -> list[VideoSet]:
     """Open the training shards of every source, to be looked at without augmentation."""
     pairs = zip(recipe.data.sources.items(), source_rules(recipe), strict=True)
-    return [VideoSet(name, load_index(source.shards), rules) for (name, source), rules in pairs]
+    sets = [VideoSet(name, load_index(source.shards), rules) for (name, source), rules in pairs]
+    for one in sets:
+        if line := check_motion(one.name, one.index, one.rules.choice, recipe.data.deadline_s):
+            logger.info(line)
+    return sets
 
 
 def held_out_sets(recipe: TuneRecipe) -> list[VideoSet]:

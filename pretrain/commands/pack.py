@@ -197,11 +197,12 @@ def _index(urls: list[str]) -> int:
 
 
 def _check(urls: list[str], workers: int, decoders: tuple[str, ...] | None) -> int:
+    from pretrain.commands.pack_detection import keyframe_check
     from pretrain.data.pack.check_shards import check_folder
 
     problems = 0
     for url in urls:
-        for problem in check_folder(url, workers, decoders):
+        for problem in check_folder(url, workers, decoders, keyframe_check(url)):
             _say(f"pack: {problem}")
             problems += 1
     _say(f"pack: {problems} problems found" if problems else "pack: everything verifies")

@@ -140,7 +140,7 @@ def _add_video_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--copy", action="store_true", help="keep the original stream unless it can't be read exactly")
     group.add_argument(
         "--short-side",
-        type=_whole,
+        type=whole,
         metavar="PIXELS",
         help=f"short side, never enlarged; 0 keeps all (default {VIDEO_SHORT_SIDE} for videos, 0 for images)",
     )
@@ -152,7 +152,7 @@ def _add_video_options(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument(
         "--gop",
-        type=_positive,
+        type=positive,
         default=32,
         metavar="FRAMES",
         help="frames from one key frame to the "
@@ -160,7 +160,7 @@ def _add_video_options(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument(
         "--grid",
-        type=_whole,
+        type=whole,
         default=4,
         metavar="FRAMES",
         help="H.264: frames from one reference frame to the next; those between can be left out undecoded, so a "
@@ -168,7 +168,7 @@ def _add_video_options(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument("--codec", default="h264", choices=tuple(ENCODERS), help="default h264")
     defaults = ", ".join(f"{codec} {one.crf}" for codec, one in ENCODERS.items())
-    group.add_argument("--crf", type=_whole, metavar="N", help=f"quality, lower is better (default: {defaults})")
+    group.add_argument("--crf", type=whole, metavar="N", help=f"quality, lower is better (default: {defaults})")
     group.add_argument("--preset", help="the encoder's preset: slower is smaller (default: medium, av1 8, vp9 4)")
     group.add_argument(
         "--tune",
@@ -188,7 +188,7 @@ def _add_video_options(group: "argparse._ArgumentGroup") -> None:
         "'img_{:05d}.jpg'; several numbers order from left to right (default: each folder holds one series of pictures "
         "whose names differ in one number)",
     )
-    group.add_argument("--min-frames", type=_positive, default=1, metavar="N", help="reject shorter videos (default 1)")
+    group.add_argument("--min-frames", type=positive, default=1, metavar="N", help="reject shorter videos (default 1)")
 
 
 def _add_image_options(group: "argparse._ArgumentGroup") -> None:
@@ -212,7 +212,7 @@ def _add_check_options(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument(
         "--check-reads",
-        type=_whole,
+        type=whole,
         default=6,
         metavar="N",
         help="random frames compared, for each video and decoder (default 6)",
@@ -228,17 +228,17 @@ def _add_run_options(group: "argparse._ArgumentGroup") -> None:
         metavar="MB",
         help="size at which a shard is closed, in millions of bytes (default 512)",
     )
-    group.add_argument("--shard-samples", type=_positive, metavar="N", help="samples at which a shard is closed")
+    group.add_argument("--shard-samples", type=positive, metavar="N", help="samples at which a shard is closed")
     group.add_argument(
         "--part",
-        type=_part,
+        type=part_of,
         default=WHOLE,
         metavar="I/N",
         help="pack part I (from 0) of N, each its own process or job; the last one to finish writes the index",
     )
     group.add_argument(
         "--workers",
-        type=_whole,
+        type=whole,
         # The cores that this process may use: os.cpu_count() tells those of the whole node, in a job of four as well.
         default=len(os.sched_getaffinity(0)),
         metavar="N",
@@ -256,14 +256,16 @@ def _template(text: str) -> str:
     return text
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
+    """Read a number of 0 or more."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a number of 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: 1 or more")
@@ -303,7 +305,8 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _part(text: str) -> Part:
+def part_of(text: str) -> Part:
+    """Read I/N, a part of a job array."""
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1, e.g. 0/8")

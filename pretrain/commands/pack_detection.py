@@ -3,20 +3,23 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pretrain.data.boxes.action_list import ActionList, make_action_list, named_classes, parse_groups, read_action_list
 from pretrain.data.boxes.ava_files import of_videos, read_keyframes, read_video_names
 from pretrain.data.boxes.box_formats import BoxFiles, ReadingOptions, read_box_files, read_detections
 from pretrain.data.boxes.keyframes import Annotations, RowLimits, collect_keyframes
 from pretrain.data.boxes.records import BoxRecords
+from pretrain.data.members import Members
 from pretrain.data.pack.detection_films import DetectionFilm, find_films
 from pretrain.data.pack.detection_items import detection_items
 from pretrain.data.pack.discover import Item
 from pretrain.data.pack.film_index import FilmIndex
 from pretrain.errors import DataError, RecipeError
 from pretrain.runtime import storage
+from pretrain.samples.box_facts import check_keyframe
 
 CLASSES_NAME = "classes.json"
 REFUSED_NAME = "refused_rows.txt"
@@ -48,6 +51,16 @@ class DetectionData:
         elif storage.exists(where):
             # Of an earlier packing, before its annotations were corrected.
             storage.remove(where)
+
+
+def keyframe_check(url: str) -> Callable[[Members], object] | None:
+    """Find what a set with classes asks of its samples: that training can read their boxes; None for other sets.
+
+    Raises:
+        RecipeError: its classes can't be read.
+    """
+    where = storage.join(url, CLASSES_NAME)
+    return partial(check_keyframe, classes=read_action_list(where).outputs) if storage.exists(where) else None
 
 
 def read_detection_data(args: argparse.Namespace) -> DetectionData:

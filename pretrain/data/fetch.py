@@ -9,7 +9,7 @@ import logging
 import tarfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -18,6 +18,7 @@ from pretrain.data.cache import ShardCache
 from pretrain.data.index import MemberTable, Shard, ShardIndex, load_members, members_name, store_error
 from pretrain.data.linked_video import VideoFile, open_link
 from pretrain.data.media import LINK_ENDING, SPAN_ENDING, extension_of
+from pretrain.data.motion_tables import Curve, MotionTables
 from pretrain.errors import DataError, StorageError
 from pretrain.runtime import storage
 from pretrain.runtime.retries import undamaged
@@ -41,12 +42,14 @@ class RawSample:
         url: of the shard.
         data: whole tar members.
         linked: files that its link names, by ending; they lie outside of the shard (pack.py --in-place).
+        motion: its motion curve, from the table beside the shard, where the reader was asked for it and there is one.
     """
 
     key: str
     url: str
     data: bytes
     linked: Mapping[str, VideoFile] = field(default_factory=dict)
+    motion: Curve | None = None
 
 
 class SampleReader:
@@ -57,14 +60,21 @@ class SampleReader:
         cache: Local cache for whole shards, or None to read ranges straight from the source.
         deadline_s: Longest time of one read, retries included, seconds.
         tables: Member tables kept in memory.
+        motion: Numbers of the data sets whose samples come with their motion curves.
     """
 
     def __init__(
-        self, indexes: list[ShardIndex], cache: ShardCache | None, deadline_s: float, tables: int = 512
+        self,
+        indexes: list[ShardIndex],
+        cache: ShardCache | None,
+        deadline_s: float,
+        tables: int = 512,
+        motion: Collection[int] = (),
     ) -> None:
         self._indexes, self._cache, self._deadline_s = indexes, cache, deadline_s
         # Bounded: a worker that kept the table of every shard would grow with the data set.
         self._members = functools.lru_cache(maxsize=tables)(self._load_members)
+        self._motion = {source: MotionTables(indexes[source], deadline_s, tables) for source in motion}
 
     def read(self, source: int, shard: int, row: int) -> RawSample:
         """Fetch one sample.
@@ -101,7 +111,9 @@ class SampleReader:
                 f"launch/pack.py --check {index.url} --hashes-only finds all that differ"
             )
         linked = self._linked(data) if members.linked else {}
-        return RawSample(members.keys[row], url, data, linked)
+        # Here and not while decoding, whose deadline is its own.
+        motion = self._motion[source].curve(shard, row) if source in self._motion else None
+        return RawSample(members.keys[row], url, data, linked, motion)
 
     def _read_again(self, url: str, entry: Shard, data: bytes, begin: int, wanted: int) -> bytes:
         """Read a range with a wrong checksum again, from the source: the local copy may be damaged, and goes then."""

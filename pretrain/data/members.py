@@ -16,6 +16,7 @@ from pretrain.data.media import (
     endings_of,
     main_member,
 )
+from pretrain.data.motion_tables import MOTION_ENDING, Curve, parse_curve
 from pretrain.errors import SampleError
 from pretrain.runtime.untrusted import SAMPLE_JSON_BYTES, parse_json
 
@@ -34,10 +35,14 @@ class Members:
         files: content by ending, as webdataset splits names: what follows the first dot.
         key: of the sample, for messages.
         url: of its shard, for messages.
+        motion: its motion curve from the table beside the shard, where it was read.
     """
 
-    def __init__(self, files: Mapping[str, Any], key: str = "", url: str = "") -> None:
+    def __init__(
+        self, files: Mapping[str, Any], key: str = "", url: str = "", motion: Curve | None = None
+    ) -> None:
         self.files, self.key, self.url = files, key, url
+        self._motion = motion
 
     def video(self, name: str = "") -> VideoFile:
         """Return the video among them, for `open_video`: its bytes, or a linked film or segment, read as far as needed.
@@ -105,6 +110,16 @@ class Members:
         if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one.strip() for one in texts):
             raise SampleError("text", f"{ending or 'its json'} holds no text but {str(found)[:60]!r}")
         return texts
+
+    @property
+    def motion(self) -> Curve | None:
+        """Raw motion between neighbouring frames of the video, float32 [M - 1]: of the member `motion.npy`, else of the
+        table beside the shard; None without either.
+
+        Raises:
+            SampleError: "motion" for a damaged member.
+        """
+        return parse_curve(bytes(self.files[MOTION_ENDING])) if MOTION_ENDING in self.files else self._motion
 
     def boxes(self) -> Any:
         """Read the boxes: of the member `boxes.json`, else what the json (or the `meta` in it) says under `boxes`.
@@ -251,4 +266,4 @@ def parse_sample(raw: RawSample) -> Members:
     keys = [sample["__key__"] for sample in found]
     if keys != [raw.key]:
         raise SampleError("index", f"{raw.url}: {raw.key} promised by the index, {keys} found; index the shard again")
-    return Members({**found[0], **raw.linked}, raw.key, raw.url)
+    return Members({**found[0], **raw.linked}, raw.key, raw.url, raw.motion)

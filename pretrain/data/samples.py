@@ -68,9 +68,11 @@ class Samples(abc.ABC):
     Attributes:
         in_blocks: a micro-batch holds neighbouring positions, for what its samples have in common (mixing, batch norm);
             else these go to neighbouring ranks, which keeps the reads of a rank closer together.
+        motion_sources: numbers of the sources whose samples must come with their motion curves (`Members.motion`).
     """
 
     in_blocks: bool = False
+    motion_sources: frozenset[int] = frozenset()
 
     @abc.abstractmethod
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:

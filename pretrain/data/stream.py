@@ -99,7 +99,8 @@ class WorkerPipeline:
         cache = None if data.cache_dir is None else ShardCache(data.cache_dir, int(data.cache_gb * 1e9))
         # Two tables a lane: a window of the order may lie across the border of two shards.
         tables = max(2 * data.lanes, 64)
-        return SampleReader([source.index for source in self._plan.sources], cache, data.deadline_s, tables)
+        indexes = [source.index for source in self._plan.sources]
+        return SampleReader(indexes, cache, data.deadline_s, tables, self._samples.motion_sources)
 
 
 class TrainStream:

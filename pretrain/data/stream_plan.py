@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pretrain.data.compose import compose, slots_of
 from pretrain.data.index import ShardIndex, load_index
+from pretrain.data.motion_tables import MotionIndex, load_motion_index
 from pretrain.data.order import SourceShape
 from pretrain.data.samples import Place
 from pretrain.errors import DataError, RecipeError
@@ -17,6 +18,13 @@ class OpenSource:
     name: str
     index: ShardIndex
     options: Source
+    motion: MotionIndex | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the data, and of the motion curves by which its frames are chosen."""
+        # Other curves are other clips of the same videos: a run must not go on with them unnoticed.
+        return self.index.fingerprint + (f", motion {self.motion.fingerprint}" if self.motion else "")
 
     @property
     def shape(self) -> SourceShape:
@@ -33,9 +41,12 @@ def open_sources(data: Data) -> list[OpenSource]:
     """
     if not data.sources:
         raise RecipeError("data.sources is empty: name at least one data set, for example data.sources.k400.shards=URL")
-    return [
-        OpenSource(name, load_index(source.shards, data.deadline_s), source) for name, source in data.sources.items()
-    ]
+    return [_open(name, source, data.deadline_s) for name, source in data.sources.items()]
+
+
+def _open(name: str, source: Source, deadline_s: float) -> OpenSource:
+    index = load_index(source.shards, deadline_s)
+    return OpenSource(name, index, source, load_motion_index(index, deadline_s) if source.needs_motion else None)
 
 
 class StreamPlan:

@@ -111,9 +111,10 @@ def _check_sample(method: Method, name: str) -> Finding:
     """Make the first sample of a source as data workers do."""
     recipe = method.recipe
     opened = _open(recipe, name)
-    raw = SampleReader([opened.index], None, recipe.data.deadline_s, 1).read(0, 0, 0)
     samples, source = method.samples(), SourceInfo(name, opened.index.shards, opened.options)
     number = list(recipe.data.sources).index(name)
+    motion = {0} if number in samples.motion_sources else ()
+    raw = SampleReader([opened.index], None, recipe.data.deadline_s, 1, motion).read(0, 0, 0)
     arrays = samples(Place(0, 0, number, 0, 0), source, parse_sample(raw))
     shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in arrays.items())
     return Finding(f"decoder, {name}", "ok", f"{raw.key}: {shapes}")

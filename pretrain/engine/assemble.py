@@ -89,7 +89,7 @@ def layout(recipe: Recipe, ranks: Ranks) -> Layout:
 
 
 def fingerprints(sources: list[OpenSource]) -> dict[str, str]:
-    return {source.name: source.index.fingerprint for source in sources}
+    return {source.name: source.fingerprint for source in sources}
 
 
 def keep_every(recipe: Recipe, schedule: Schedule) -> int | None:
@@ -156,6 +156,7 @@ def build_run(
             guard=guard,
             incidents=Incidents(folder.incidents, ranks, recipe.run.seed, list(recipe.data.sources)),
             rows=built.rows,
+            scale=built.scale,
         ),
         guard=guard,
         saver=open_saver(

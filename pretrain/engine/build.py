@@ -18,6 +18,7 @@ from pretrain.engine.turns import Turn, turns_of
 from pretrain.errors import RecipeError
 from pretrain.models.cross_rank_batch_norm import convert_batch_norm
 from pretrain.models.dropout import Rows, draw_by_position
+from pretrain.models.gradient_limits import LossScale, follow_loss_scale
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective, WholeBatchObjective
 from pretrain.runtime.determinism import compute_alike
@@ -33,7 +34,7 @@ class Built:
     """A DeepSpeed engine, its configuration, the number of parameters of the model, and what the optimiser updates.
 
     `groups` are the names of the parameters in each of the optimiser's groups, which DeepSpeed forgets; `turns` the
-    updates of one batch; `rows` what dropout is drawn by.
+    updates of one batch; `rows` what dropout is drawn by; `scale` what limits on gradients follow.
     """
 
     engine: Any
@@ -43,6 +44,7 @@ class Built:
     turns: list[Turn]
     cache: GradientCache | None
     rows: Rows
+    scale: LossScale
 
 
 def build_on_meta(method: Method) -> Objective:
@@ -100,7 +102,7 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
         path = recipe.run.init_weights
         objective.load_pretrained(path, read_weights(path, recipe.run.init_averaged))
     turns, cache = turns_of(objective), open_cache(objective, accumulation)
-    rows = draw_by_position(objective)
+    rows, scale = draw_by_position(objective), follow_loss_scale(objective)
     optimizer = build_optimizer(recipe, objective, ranks.device)
     # Taken now: DeepSpeed makes flat tensors of the groups and forgets the names.
     groups = _group_names(objective, optimizer)
@@ -112,7 +114,7 @@ def build_engine(method: Method, ranks: Ranks, accumulation: int, resumes: bool 
     multiply_in_fp8(objective, recipe.compute.fp8)
     if recipe.compute.compile:
         compile_parts(objective)
-    return Built(engine, config, parameters, groups, turns, cache, rows)
+    return Built(engine, config, parameters, groups, turns, cache, rows, scale)
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

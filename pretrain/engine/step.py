@@ -22,6 +22,7 @@ from pretrain.guards.incidents import Incidents
 from pretrain.guards.results import Spike, StepResult, history_of
 from pretrain.guards.step_guard import StepGuard
 from pretrain.models.dropout import ROW_KEYS, Rows, with_row_keys
+from pretrain.models.gradient_limits import LossScale
 from pretrain.objectives.base import Output
 from pretrain.runtime.activity import note
 from pretrain.runtime.gradient_cache import GradientCache
@@ -48,6 +49,7 @@ class StepInputs:
         guard: Tells spikes of the loss.
         incidents: Notes what each step is made of.
         rows: What the model's dropout is drawn by.
+        scale: What its limits on gradients follow.
     """
 
     engine: Any
@@ -63,6 +65,7 @@ class StepInputs:
     guard: StepGuard
     incidents: Incidents
     rows: Rows = field(default_factory=Rows)
+    scale: LossScale = field(default_factory=LossScale)
 
 
 def train_step(inputs: StepInputs, step: int, lr: float) -> StepResult:
@@ -215,6 +218,7 @@ def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums, kept: list[
     seed_forward(inputs.seed, step, micro, inputs.ranks.rank)
     rows = on_device(batch, inputs.ranks.device)
     inputs.rows.keys = rows.get(ROW_KEYS)
+    tell_scale(inputs.scale, inputs.engine, inputs.rows, inputs.accumulation)
     output = inputs.engine(rows)
     check_output(output)
     inputs.incidents.note(batch, output.loss)
@@ -223,6 +227,12 @@ def _forward(inputs: StepInputs, step: int, micro: int, sums: _Sums, kept: list[
         sums.metrics[name] = sums.metrics.get(name, 0.0) + value.detach().double() / inputs.accumulation
     loss: Tensor = output.loss
     return loss
+
+
+def tell_scale(scale: LossScale, engine: Any, rows: Rows, accumulation: int) -> None:
+    """Tell limits on gradients what the coming loss is multiplied by, and over how many rows of a step it is a mean."""
+    scale.value = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+    scale.rows = None if rows.keys is None else len(rows.keys) * accumulation
 
 
 def check_output(output: Any) -> None:

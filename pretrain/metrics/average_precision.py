@@ -1,4 +1,4 @@
-"""Area under the curve of precision over recall, in the two ways that published numbers of detection use."""
+"""Area under the curve of precision over recall, in the ways that published numbers of detection use."""
 
 import numpy as np
 
@@ -27,6 +27,17 @@ def trapezoid_area(hits: BoolArray, truths: int) -> float:
     precision, recall = _curve(hits, truths)
     before = np.concatenate(([1.0], precision[:-1]))
     return float((np.diff(recall, prepend=0.0) * (precision + before) / 2).sum())
+
+
+def sampled_area(hits: BoolArray, truths: int) -> float:
+    """Mean of the highest precision at recalls of 0, 0.01, ... 1 or above (COCO).
+
+    Arguments as `envelope_area`. Source: `accumulate` of pycocotools' `COCOeval`.
+    """
+    precision, recall = _curve(hits, truths)
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    places = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
+    return float(np.append(best, 0.0)[places].mean())
 
 
 def _curve(hits: BoolArray, truths: int) -> tuple[FloatArray, FloatArray]:

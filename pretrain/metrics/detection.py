@@ -9,6 +9,7 @@
 | `moc` | MOC | as `act`, suppression soft and at 0.6 |
 | `annotated` | YOWO | as `act`, frames without a true box left out |
 | `voc` | HIT, MultiSports | continuous sides, no suppression, best box before taken, area under the envelope |
+| `coco` | COCO; EVAD's persons | best 100 of a keyframe, unlisted keyframes ignored, a found box is out of the game |
 
 Numbers of two variants are not comparable: they differ by several points on the same detections. Equal scores count in
 the order in which rows stand (a stable sort); the official codes leave that to an unstable one.
@@ -22,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pretrain.errors import DataError
-from pretrain.metrics.average_precision import envelope_area, trapezoid_area
+from pretrain.metrics.average_precision import envelope_area, sampled_area, trapezoid_area
 from pretrain.metrics.box_table import BoxTable, CodedBoxes, KeyframeCodes, Keyframes
 from pretrain.metrics.matching import Matching
 from pretrain.metrics.overlap import (
@@ -38,8 +39,9 @@ from pretrain.metrics.overlap import (
 
 #: IoU 0.50, 0.55 ... 0.95, as EVAD's strict numbers and the mean of video-mAP take them.
 STRICT = tuple(np.linspace(0.5, 0.95, 10).tolist())
-#: Labelled boxes of a keyframe that ActivityNet looks at.
+#: Labelled boxes of a keyframe that ActivityNet looks at, and COCO.
 OFFICIAL_CAP = 50
+COCO_CAP = 100
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ PROTOCOLS = {
     "moc": replace(_ACT, suppression=0.6, soft=True),
     "annotated": replace(_ACT, listed_only=True),
     "voc": Protocol(exclusions=True),
+    "coco": Protocol(cap=COCO_CAP, listed_only=True, exclusions=True, free=True, area=sampled_area),
 }
 
 
@@ -164,6 +167,36 @@ def strict_precision(
     found = frame_map(truth, detections, classes, "slowfast", thresholds=STRICT, excluded=excluded).by_threshold
     mean = sum(found.values()) / len(found)
     return {"AP": 100 * mean, "AP50": 100 * found[STRICT[0]], "AP75": 100 * found[STRICT[5]]}
+
+
+def person_precision(
+    truth: BoxTable, detections: BoxTable, *, listed: Keyframes = (), excluded: Keyframes = ()
+) -> FrameMap:
+    """Compute how well persons are found, whatever they do, as `coco`: `by_threshold` holds IoU 0.50, 0.55 ... 0.95.
+
+    Args:
+        truth: of a person with several labels all rows, which are one box.
+        detections: rows of one box count once, with the highest score.
+        listed, excluded: as `frame_map` takes them.
+
+    Raises:
+        DataError: no true box.
+
+    Source: systems/evad.md section 5, computed from rows as its section on open issues proposes.
+    """
+    true, found = one_of_each_box(truth), one_of_each_box(detections)
+    return frame_map(true, found, [0], "coco", thresholds=STRICT, listed=listed, excluded=excluded)
+
+
+def one_of_each_box(table: BoxTable) -> BoxTable:
+    """Leave one row, of label 0, of all that share keyframe and box: the first of those with the highest score."""
+    codes = KeyframeCodes().number(table.keyframes)
+    order = np.argsort(-table.scores, kind="stable")
+    rows = np.column_stack((codes, table.boxes))[order]
+    _, first = np.unique(rows, axis=0, return_index=True)
+    kept = np.sort(order[first])
+    keyframes = [table.keyframes[row] for row in kept.tolist()]
+    return BoxTable(keyframes, table.boxes[kept], np.zeros(len(kept), np.int64), table.scores[kept])
 
 
 def _protocol(variant: str, excluded: Keyframes) -> Protocol:

@@ -6,10 +6,13 @@ here, which says what methods can do with it. Methods ask for the class that the
 
 import abc
 import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
 
 from pretrain.errors import RecipeError
 from pretrain.models.cubes import Grid
@@ -66,6 +69,14 @@ class Architecture(abc.ABC):
         """Fill in what the configuration leaves to a preset."""
         return config
 
+    def lr_scale(self, name: str) -> float:
+        """Give a factor on a parameter's learning rate, beside that of its layer."""
+        return 1.0
+
+    def decays(self, name: str, shape: Iterable[int]) -> bool:
+        """Tell whether weight decay may apply to a parameter, which else its name and shape decide."""
+        return True
+
     @property
     def cross_rank_batch_norm(self) -> bool:
         """Whether its batch norms take their statistics of all ranks' rows while training."""
@@ -114,6 +125,19 @@ class MapLevel:
     stride: int
 
 
+@dataclass(frozen=True)
+class Looking:
+    """Pictures of where a model looks.
+
+    Attributes:
+        rows: by name, something drawn into each of the clips, uint8 [B, T, H, W, 3].
+        sheet: all that it sees of the first clip in one picture, uint8 [H, W, 3].
+    """
+
+    rows: dict[str, Tensor]
+    sheet: npt.NDArray[np.uint8]
+
+
 class Classifier(Architecture):
     """A backbone with a head: forward(pixels) -> logits [B, classes].
 
@@ -123,6 +147,15 @@ class Classifier(Architecture):
 
     #: First parts of the names of parameters beside the head's that `forward_maps` does not reach, see `maps`.
     behind_maps: ClassVar[tuple[str, ...]] = ()
+    #: Whether its module is an `OfficialNames`, which its published code has a layout for.
+    official_layout: ClassVar[bool] = False
+    #: Whether frames of another height and width than the input section's can be judged.
+    any_size: ClassVar[bool] = False
+    #: Whether it needs compute.dtype=fp32, as running statistics of batch norms do: in bfloat16 small steps are lost.
+    full_precision: ClassVar[bool] = False
+
+    #: Whether `looks` draws where the module looks.
+    draws_looks: ClassVar[bool] = False
 
     @abc.abstractmethod
     def cost(self) -> Cost:
@@ -135,6 +168,10 @@ class Classifier(Architecture):
         0 is the embedding; the head and what stands behind the blocks belong to the last layer.
         """
 
+    def own_weights(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Bring weights that a run starts from, in any layout of this kind of model's files, to its own names."""
+        return state
+
     def token_grid(self, frames: int, height: int, width: int) -> Grid:
         """Tell where the tokens lie that `forward_features(pixels, pooled=False)` gives of a clip: the last ones, in
         the order (t, y, x), behind class tokens.
@@ -146,6 +183,16 @@ class Classifier(Architecture):
             f"model.name={self.config.name}: has no tokens on a grid, which this task pools from; take classifier or "
             "image_vit, or give your architecture a `token_grid`"
         )
+
+    def looks(self, module: Any, video: Tensor, pixels: Tensor) -> Looking:
+        """Draw where the module looks, for a kind of model that does not look everywhere (`draws_looks`).
+
+        Args:
+            module: what `build` made.
+            video: clips uint8 [B, T, H, W, 3].
+            pixels: the same clips, normalised.
+        """
+        raise NotImplementedError(f"{type(self).__name__} draws no looks")
 
     def maps(self) -> tuple[MapLevel, ...]:
         """Tell the maps, finest first, that its module's `forward_maps(pixels)` gives of pictures; empty: there is no

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from pretrain.errors import WeightsError
 from pretrain.models import huggingface, weight_files, weights
 from pretrain.models.classifier import VideoClassifier
-from pretrain.models.groupmixformer import GroupMixFormer
-from pretrain.models.groupmixformer_weights import size_problems
+from pretrain.models.official_names import OfficialNames, Renamed
 from pretrain.models.weights import LoadReport
 from pretrain.runtime import storage
 from pretrain.runtime.untrusted import parse_json
@@ -60,7 +59,9 @@ def load_pretrained(
     """
     raw = weight_files.read_raw(path) if raw is None else raw
     report = LoadReport(str(path), weights.layout_of(raw))
-    state = classifier_state(weights.official_state(raw))
+    state = weights.official_state(raw)
+    named = model.from_official(state) if isinstance(model, OfficialNames) else Renamed(classifier_state(state), "")
+    state, report.layout = named.state, named.layout or report.layout
     own = model.state_dict(keep_vars=True)  # by name, since a classifier of another kind need not have such norms
     if encoder_norm == "fc_norm" and "fc_norm.weight" in own and "norm.weight" in state:
         state |= {f"fc_norm.{part}": state.pop(f"norm.{part}") for part in ("weight", "bias")}
@@ -70,12 +71,12 @@ def load_pretrained(
         state = map_head(state, label_map)
     state = _fit_head(model, state, head)
     # A fine-tuned file must bring its fc_norm; an encoder has none, and the head is looked at by `_fit_head`.
-    allowed = ["head.*", "added_class.*"] + (["fc_norm.*"] if pretrained else [])
-    dropped = () if "norm.weight" in own else ("norm.*",)
+    allowed = ["head.*", "added_class.*", *named.may_miss] + (["fc_norm.*"] if pretrained else [])
+    dropped = named.may_ignore if "norm.weight" in own else ("norm.*", *named.may_ignore)
     if fresh_norm and "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:
         logger.warning("the checkpoint's fc_norm is left out: it is of pooled features, and norm starts fresh")
         allowed, dropped = [*allowed, "norm.*"], ("fc_norm.*",)
-    problems = _config_problems(model, path, state)
+    problems = _config_problems(model, path)
     return weights.load_state(model, state, report, allowed, (*IGNORED[:3], *dropped), problems)
 
 
@@ -168,10 +169,8 @@ def _fit_head(model: nn.Module, state: dict[str, Tensor], head: str) -> dict[str
     return {key: value for key, value in state.items() if key not in theirs}
 
 
-def _config_problems(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> list[str]:
+def _config_problems(model: nn.Module, path: str) -> list[str]:
     """List contradictions between our classifier and a Hugging Face config.json beside the weights."""
-    if isinstance(model, GroupMixFormer):
-        return size_problems(model, state)
     if not isinstance(model, VideoClassifier):
         return []  # of another model it says nothing
     content = weight_files.beside(str(path), "config.json")

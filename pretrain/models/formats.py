@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from pretrain.errors import WeightsError
 from pretrain.models import huggingface
 from pretrain.models.encoder import PRESET_FIELDS, PRESETS
+from pretrain.models.official_names import OfficialNames
 from pretrain.models.videomae import Config, VideoMAE
 from pretrain.runtime import storage
 
 
 def export_official(model: nn.Module, dest: str) -> None:
-    """Write a .pth file with the weights under `model`, as the official fine-tuning code reads them.
+    """Write a .pth file as the official code of the model reads it; that of VideoMAE has the weights under `model`.
 
     Args:
         model: the model, not partitioned.
@@ -28,7 +29,7 @@ def export_official(model: nn.Module, dest: str) -> None:
     """
     buffer = io.BytesIO()
     # Into memory first: `write_bytes` retries with the whole content and never leaves half a file at the place.
-    torch.save({"model": plain_state(model)}, buffer)
+    torch.save(model.official_file() if isinstance(model, OfficialNames) else {"model": plain_state(model)}, buffer)
     storage.write_bytes(dest, buffer.getvalue())
 
 

@@ -7,7 +7,7 @@ channels of a segment.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from pretrain.models.linear import JointProjection, Linear, truncated_normal
 from pretrain.models.pixels import single_pictures
 from pretrain.models.recompute import Recompute, maybe_recompute
 from pretrain.models.vit import Mlp
+from pretrain.models.weights import official_state
 
 #: Attention heads of every stage, and segments that channels are cut into.
 HEADS, SEGMENTS = 8, 5
@@ -360,6 +361,8 @@ class GroupMixFormerArchitecture(Classifier):
     """GroupMixFormer as a recipe describes it; its input is clips of one frame."""
 
     behind_maps = ("norm4.",)
+    any_size = True
+    full_precision = True
 
     @staticmethod
     def resolve(config: Config) -> Config:
@@ -373,6 +376,13 @@ class GroupMixFormerArchitecture(Classifier):
 
     def build(self, activation_checkpointing: Recompute = False) -> GroupMixFormer:
         return GroupMixFormer(self.config, activation_checkpointing)
+
+    def own_weights(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        # Here, since that module knows this one.
+        from pretrain.models.groupmixformer_weights import check_size
+
+        check_size(self.config, official_state(state))
+        return state
 
     @property
     def cross_rank_batch_norm(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pretrain.errors import WeightsError
-from pretrain.models.groupmixformer import SIZES, STAGES, Config, GroupMixFormer, resolve
+from pretrain.models.groupmixformer import SIZES, STAGES, Config, resolve
 
 #: First and widest weight of a block, by stage and block.
 HIDDEN = re.compile(r"groupmixformer_backbone\.(\d+)\.gma_stage\.(\d+)\.mlp\.fc1\.weight")
@@ -35,14 +35,18 @@ def config_of(state: Mapping[str, Tensor]) -> Config:
     return Config(size="custom", dims=dims, depths=depths, mlp_ratios=ratios, classes=classes, drop_path=0.0)
 
 
-def size_problems(model: GroupMixFormer, state: Mapping[str, Tensor]) -> list[str]:
-    """Say with which recipe a file's weights fit, where they are of another size than the model."""
+def check_size(config: Config, state: Mapping[str, Tensor]) -> None:
+    """Compare the sizes of weights in official names with a recipe's.
+
+    Raises:
+        WeightsError: they are of another size; says with which recipe they fit.
+    """
     if not any(HIDDEN.fullmatch(key) for key in state):
-        return []
-    theirs, ours = resolve(config_of(state)), resolve(model.options)
+        return
+    theirs, ours = resolve(config_of(state)), resolve(config)
     if (theirs.dims, theirs.depths, theirs.mlp_ratios) == (ours.dims, ours.depths, ours.mlp_ratios):
-        return []
+        return
     given = f"model.dims={theirs.dims} model.depths={theirs.depths} model.mlp_ratios={theirs.mlp_ratios}".replace(
         ", ", ","
     )
-    return [f"the file is of another size: set {given}"]
+    raise WeightsError(f"weights to start from are of another size: set {given}")

@@ -4,7 +4,7 @@ It is what EViT and the image half of AdaptFormer were published on (systems/evi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from pretrain.models.base import Classifier, Cost
 from pretrain.models.cubes import Grid, grid_of, grid_problems
 from pretrain.models.dropout import drop_path_rates
 from pretrain.models.encoder import attention_macs, mlp_macs, size_problems
+from pretrain.models.keep_rates import Reorganisation, keep_rates, rate_problems, token_counts
 from pretrain.models.linear import truncated_normal
 from pretrain.models.pixels import single_pictures
 from pretrain.models.positions import stretch_class_table
@@ -52,6 +53,8 @@ class Config:
     """stochastic depth rate of the last block, rising linearly from 0"""
     norm_eps: float = 1e-6
     """epsilon of every layer norm"""
+    tokens: Reorganisation = field(default_factory=Reorganisation)
+    """token reorganisation (EViT): fewer tokens on the way"""
 
 
 def check(config: Config) -> list[str]:
@@ -67,6 +70,12 @@ def check(config: Config) -> list[str]:
         found.append(f"model.classes={config.classes}: 0 (no head) or more is needed")
     if not 0 <= config.drop_path < 1:
         found.append(f"model.drop_path={config.drop_path}: a probability from 0 to below 1 is needed")
+    found += [f"model.tokens: {problem}" for problem in rate_problems(config.tokens, config.depth)]
+    # These two are of clips, whose tokens have a time, or for models without a class token.
+    for name, video in (("score", config.tokens.score != "auto"), ("per_frame", config.tokens.per_frame)):
+        if video:
+            value = getattr(config.tokens, name)
+            found.append(f"model.tokens.{name}={value}: for videos alone; a picture's class token scores the others")
     return found
 
 
@@ -108,6 +117,7 @@ class ImageViT(Backbone):
         self.norm = nn.LayerNorm(options.dim, eps=options.norm_eps) if of_class else None
         self.fc_norm = None if of_class else nn.LayerNorm(options.dim, eps=options.norm_eps)
         self.head = build_head(options.head, options.dim, options.classes, scale=1.0)
+        self.reorganise(options.tokens)
 
     def forward(
         self,
@@ -153,7 +163,8 @@ class ImageViT(Backbone):
             raise RecipeError(f"images of {height}x{width}: patches of {patch} pixels don't fit")
         # Pixels arrive as float32; a convolution takes its weights' type alone.
         tokens = self.patch_embed(images.to(self.pos_embed.dtype))
-        tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), tokens), dim=1)
+        # Not len(): a number would make the count of pictures a constant of an exported graph.
+        tokens = torch.cat((self.cls_token.expand(images.shape[0], -1, -1), tokens), dim=1)
         return tokens + stretch_class_table(self.pos_embed[0], self.grid, Grid(1, height // patch, width // patch))
 
     def pool(self, tokens: Tokens) -> Tensor:
@@ -201,16 +212,20 @@ class ImageViTArchitecture(Classifier):
         return ImageViT(self.config, activation_checkpointing)
 
     def cost(self) -> Cost:
-        options, tokens = self.config, 1 + self._tokens
-        dim, hidden = options.dim, int(options.dim * options.mlp_ratio)
+        options, dim = self.config, self.config.dim
+        rates = keep_rates(options.tokens, options.depth)
+        counts = [1 + count for count in token_counts(self._tokens, rates, options.tokens.fuse)]
+        # Tokens are dropped between attention and MLP, so a dropping block's attention still sees all that enter.
+        entering = [1 + self._tokens, *counts[:-1]]
+        hidden = int(dim * options.mlp_ratio)
         return Cost(
             {
                 "patch embedding": float(self._tokens * 3 * options.patch_size**2 * dim),
-                "attention": float(options.depth * attention_macs(tokens, dim)),
-                "MLP": float(options.depth * mlp_macs(tokens, dim, hidden)),
+                "attention": float(sum(attention_macs(count, dim) for count in entering)),
+                "MLP": float(sum(mlp_macs(count, dim, hidden) for count in counts)),
                 "head": float(dim * options.classes),
             },
-            {"all": tokens},
+            {"all": 1 + self._tokens},
         )
 
     def layer_of(self, name: str) -> tuple[int, int]:

@@ -242,7 +242,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, hidden, dropout, init, activation)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
-        self.drop_path = stochastic_depth(drop_path)
+        # Two layers: what a layer drops goes by its name, and each branch has a draw of its own.
+        self.drop_path1, self.drop_path2 = stochastic_depth(drop_path), stochastic_depth(drop_path)
         self.register_module("adaptmlp", None)
 
     def forward(self, x: Tensor, reduction: Reduction | None = None) -> Any:
@@ -258,9 +259,9 @@ class Block(nn.Module):
         return self._transform(x), taken
 
     def _attend(self, x: Tensor, attended: Tensor) -> Tensor:
-        return x + self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        return x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
 
     def _transform(self, x: Tensor) -> Tensor:
         changed = self.mlp(self.norm2(x))
-        changed = self.drop_path(changed if self.gamma_2 is None else self.gamma_2 * changed)
+        changed = self.drop_path2(changed if self.gamma_2 is None else self.gamma_2 * changed)
         return x + (changed if self.adaptmlp is None else self.adaptmlp(x, changed))

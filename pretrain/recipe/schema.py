@@ -26,6 +26,11 @@ class Source:
     expected_samples: int | None = None
     """samples of the published data set; the dry run counts with it until the shards are there, then compares"""
 
+    @property
+    def needs_motion(self) -> bool:
+        """Tell whether the choice of its frames depends on motion curves beside the shards."""
+        return False
+
 
 @dataclass
 class Input:

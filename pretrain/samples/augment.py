@@ -10,10 +10,12 @@ import random
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from pretrain.data.decoders.crops import Box, cut
 from pretrain.data.media import MEAN, STD
+from pretrain.data.samples import Draw
 from pretrain.runtime.vision_ops import ensure_torchvision
 from pretrain.samples import transforms
 from pretrain.samples.pixel_augment import PixelAugment
@@ -29,30 +31,51 @@ ERASED_ASPECT = (0.3, 10 / 3)
 
 
 @functools.cache
-def randaugment(notation: str) -> Any:
-    """Build timm's RandAugment of a notation such as `rand-m7-n4-mstd0.5-inc1`; raises AssertionError or ValueError."""
+def randaugment(
+    notation: str, fill: tuple[int, ...] = FILL, resample: Image.Resampling | None = Image.Resampling.BICUBIC
+) -> Any:
+    """Build timm's RandAugment.
+
+    Args:
+        notation: such as `rand-m7-n4-mstd0.5-inc1`.
+        fill: colour where rotated and shifted pictures end.
+        resample: Pillow's filter; None: bilinear or bicubic, drawn at each operation.
+
+    Raises:
+        AssertionError, ValueError: timm does not know the notation.
+    """
     ensure_torchvision()
     # timm imports torchvision, which does not load where its CUDA build lies beside a CPU torch.
     from timm.data.auto_augment import rand_augment_transform
 
-    return rand_augment_transform(notation, {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC})
+    options: dict[str, Any] = {"img_mean": fill}
+    return rand_augment_transform(notation, options if resample is None else options | {"interpolation": resample})
 
 
 def rand_augment(clip: Clip, notation: str, rng: np.random.Generator) -> Clip:
-    """Apply RandAugment with timm's operations, parameters equal in all frames.
+    """Apply RandAugment with timm's operations, parameters equal in all frames."""
+    frames = randaugmented([Image.fromarray(frame) for frame in clip], randaugment(notation), rng)
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def randaugmented(frames: list[Image.Image], policy: Any, rng: np.random.Generator) -> list[Image.Image]:
+    """Apply RandAugment to pictures of one size, with the same parameters for all.
 
     timm draws from Python's global generator while it works on a picture. Here that name inside timm's module means a
     generator of this sample, seeded alike for every frame: so all frames get the same, and nothing global is touched.
+
+    Args:
+        frames: RGB.
+        policy: from `randaugment`.
+        rng: of the sample.
     """
-    policy = randaugment(notation)
     # The choice of operations is the one draw that timm takes from NumPy's global generator.
     chosen = rng.choice(len(policy.ops), policy.num_layers, replace=policy.choice_weights is None,
                         p=policy.choice_weights)  # fmt: skip
     seeds = [int(seed) for seed in rng.integers(2**63, size=policy.num_layers)]
-    frames = [Image.fromarray(frame) for frame in clip]
     for op, seed in zip((policy.ops[index] for index in chosen), seeds, strict=True):
         frames = [_with_seed(op, seed, frame) for frame in frames]
-    return np.stack([np.asarray(frame) for frame in frames])
+    return frames
 
 
 def _with_seed(op: Any, seed: int, frame: Image.Image) -> Image.Image:
@@ -95,23 +118,48 @@ def erase(clip: Clip, rng: np.random.Generator) -> Clip:
     The noise is N(0, 1) of normalised pixels; brought to uint8 it is cut at black and white (1 to 2 % of the values).
     """
     frames, height, width = clip.shape[:3]
-    for _ in range(ERASE_TRIES):
-        wanted = rng.uniform(*ERASED_AREA) * height * width
+    box = erased_box(width, height, rng, ERASE_TRIES)
+    if box is None:
+        return clip
+    noise = rng.standard_normal((frames, box.height, box.width, 3), dtype=np.float32)
+    erased = clip.copy()
+    erased[:, box.y : box.y + box.height, box.x : box.x + box.width] = grey_levels(noise)
+    return erased
+
+
+def erased_box(width: int, height: int, rng: np.random.Generator, tries: int, parts: int = 1) -> Box | None:
+    """Draw a box to erase; None where `tries` boxes in a row were as large as the picture on a side.
+
+    Args:
+        width, height: of the picture.
+        rng: of the sample.
+        tries: boxes that may be drawn.
+        parts: boxes that share the area.
+    """
+    for _ in range(tries):
+        wanted = rng.uniform(*ERASED_AREA) * height * width / parts
         ratio = math.exp(rng.uniform(math.log(ERASED_ASPECT[0]), math.log(ERASED_ASPECT[1])))
         box_height, box_width = round(math.sqrt(wanted * ratio)), round(math.sqrt(wanted / ratio))
         # Smaller than the frame on both sides, as officially: no clip becomes noise altogether.
         if 0 < box_width < width and 0 < box_height < height:
             y, x = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
-            noise = rng.standard_normal((frames, box_height, box_width, 3), dtype=np.float32)
-            pixels = (noise * np.array(STD, np.float32) + np.array(MEAN, np.float32)) * 255
-            erased = clip.copy()
-            erased[:, y : y + box_height, x : x + box_width] = pixels.round().clip(0, 255).astype(np.uint8)
-            return erased
-    return clip
+            return Box(x, y, box_width, box_height)
+    return None
+
+
+def grey_levels(normalised: npt.NDArray[np.float32]) -> Clip:
+    """Bring normalised pixels [..., 3] back to uint8, cut at black and white."""
+    pixels = (normalised * np.array(STD, np.float32) + np.array(MEAN, np.float32)) * 255
+    return pixels.round().clip(0, 255).astype(np.uint8)
+
+
+def mirrors(flip: bool, draw: Draw) -> bool:
+    """Tell whether a view is mirrored; the same whenever it is asked."""
+    return flip and bool(draw("flip").random() < 0.5)
 
 
 def augment(
-    clip: Clip, options: PixelAugment, flip: bool, size: tuple[int, int], draw: Any, crop: str = "resized"
+    clip: Clip, options: PixelAugment, flip: bool, size: tuple[int, int], draw: Draw, crop: str = "resized"
 ) -> Clip:
     """Make one training view of a decoded clip, in the official order.
 
@@ -131,7 +179,7 @@ def augment(
     else:
         box = resized_crop_box(clip.shape[2], clip.shape[1], options.area, options.aspect, draw("crop"))
         clip = crop_resize(clip, box, *size)
-    if flip and draw("flip").random() < 0.5:
+    if mirrors(flip, draw):
         # A copy: torch takes no array with negative strides.
         clip = np.ascontiguousarray(clip[:, :, ::-1])
     erasing = draw("erasing")

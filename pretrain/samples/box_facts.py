@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.decoders import VideoReader, open_video
 from pretrain.data.members import Members
 from pretrain.errors import SampleError
 
@@ -44,11 +45,16 @@ class KeyframeFacts:
     annotated: bool = True
 
     def __str__(self) -> str:
-        return f"keyframe {self.video},{self.time:g}"
+        return f"keyframe {self.video},{time_text(self.time)}"
 
     def take(self, rows: npt.NDArray[np.int64]) -> "KeyframeFacts":
         """Return it with some of its annotated persons."""
         return replace(self, boxes=self.boxes[rows], labels=self.labels[rows], persons=self.persons[rows])
+
+
+def time_text(time: float) -> str:
+    """Write a keyframe's time as annotations do, to a millionth: six digits in all would shift 1234.567 s."""
+    return f"{time:.6f}".rstrip("0").rstrip(".")
 
 
 def read_keyframe(members: Members, classes: int) -> KeyframeFacts:
@@ -68,7 +74,7 @@ def read_keyframe(members: Members, classes: int) -> KeyframeFacts:
     try:
         video, time, seconds = str(facts["video"]), float(facts["time"]), float(facts["keyframe_s"])
         persons, found = list(facts["persons"]), list(facts.get("detections") or [])
-        where = f"keyframe {video},{time:g}"
+        where = f"keyframe {video},{time_text(time)}"
         boxes = _boxes([one["box"] for one in persons], f"{where}, persons")
         detected = _boxes([one["box"] for one in found], f"{where}, detections")
         scores = np.array([float(one["score"]) for one in found], np.float32)
@@ -84,6 +90,33 @@ def read_keyframe(members: Members, classes: int) -> KeyframeFacts:
     for row, ones in enumerate(named):
         labels[row, ones] = 1
     return KeyframeFacts(video, time, seconds, boxes, labels, np.array(numbers, np.int64), detected, scores, annotated)
+
+
+def check_keyframe(members: Members, classes: int) -> None:
+    """Read a sample's boxes as training does, and hold the keyframe against the video.
+
+    Args:
+        members: of the sample.
+        classes: actions that labels are among, K.
+
+    Raises:
+        SampleError: what `read_keyframe` and `require_in_video` say, with the name of the member.
+    """
+    with open_video(members.footage(), "pyav", members.stamps) as reader:
+        try:
+            require_in_video(read_keyframe(members, classes), reader)
+        except SampleError as error:
+            told = str(error).removeprefix(f"{error.reason}: ")
+            member = "boxes.json" if "boxes.json" in members.files else "json"
+            raise SampleError(error.reason, told if member in told else f"{member}: {told}") from error
+
+
+def require_in_video(keyframe: KeyframeFacts, reader: VideoReader) -> None:
+    """Raise SampleError "keyframe" where a keyframe lies behind the end of its segment of video."""
+    if keyframe.seconds > reader.duration:
+        raise SampleError(
+            "keyframe", f"{keyframe}: {keyframe.seconds:g} s into a video of {reader.duration:.3f} s; pack it again"
+        )
 
 
 def _truth_value(value: Any, where: str) -> bool:

@@ -18,7 +18,7 @@ from pretrain.data.samples import Arrays, Batch, Draw, Place, Sample, Samples, S
 from pretrain.errors import SampleError
 from pretrain.recipe.schema import Input, Source
 from pretrain.samples import box_transforms as geometry
-from pretrain.samples.box_facts import KeyframeFacts, read_keyframe
+from pretrain.samples.box_facts import KeyframeFacts, read_keyframe, require_in_video
 from pretrain.samples.box_transforms import CONVENTIONS, BoxArray, Convention, ConventionName
 from pretrain.samples.transforms import Clip, resize
 
@@ -133,7 +133,7 @@ class BoxSamples(Samples):
     """
 
     def __init__(self, options: Config, seed: int, classes: int, detected: bool = False) -> None:
-        self._options, self._seed, self._classes, self._detected = options, seed, classes, detected
+        self._options, self._seed, self._classes, self.detected = options, seed, classes, detected
 
     def __call__(self, place: Place, source: SourceInfo, members: Members) -> Arrays:
         options = self._options
@@ -162,6 +162,14 @@ class BoxSamples(Samples):
         frames, _ = self._decode(members, keyframe, source.options.stride, None)
         return self._judged(frames, keyframe)
 
+    def has_detections(self, members: Members) -> bool:
+        """Tell, without decoding, whether a keyframe has a person detector's box that is judged.
+
+        Raises:
+            SampleError: as `read_keyframe`.
+        """
+        return bool((read_keyframe(members, self._classes).detected_scores >= self._options.min_score).any())
+
     def judged(self, reader: VideoReader, keyframe: KeyframeFacts) -> Batch:
         """Make the batch of a single keyframe of a video that is open already, as `without_chance` makes its rows.
 
@@ -179,7 +187,7 @@ class BoxSamples(Samples):
             "truth_counts": np.array([len(truth)], np.int64),
             "annotated": np.array([keyframe.annotated]),
         }
-        if not self._detected:
+        if not self.detected:
             return arrays | _persons(truth, keyframe.labels, keyframe.persons)
         kept = keyframe.detected_scores >= self._options.min_score
         _, found = _resized(frames[:0], keyframe.detected[kept], self._options, mirrored=False)
@@ -259,10 +267,7 @@ def keyframe_indices(
     Raises:
         SampleError: "keyframe": the keyframe is not in the video, which is then shorter than its annotation.
     """
-    if keyframe.seconds > reader.duration:
-        raise SampleError(
-            "keyframe", f"{keyframe}: {keyframe.seconds:g} s into a video of {reader.duration:.3f} s; pack it again"
-        )
+    require_in_video(keyframe, reader)
     offsets = clip_offsets(options.frames, options.stride, options.keyframe, phase)
     if options.video_fps is not None:
         return reader.indices_at(keyframe.seconds + offsets / options.video_fps)

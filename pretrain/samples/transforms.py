@@ -3,6 +3,8 @@
 Clips are uint8 [T, H, W, 3].
 """
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,6 +13,8 @@ from torch.nn import functional
 from pretrain.data.decoders.crops import Box, cut
 
 Clip = npt.NDArray[np.uint8]
+#: Ways to make frames smaller and to cut them where a video is judged: those of VideoMAE, or of TSN and its heirs.
+Geometry = Literal["videomae", "tsn"]
 
 #: MultiScaleCrop's sizes relative to the short side.
 SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -67,12 +71,12 @@ def resize(clip: Clip, out_width: int, out_height: int, antialias: bool = True) 
     return np.ascontiguousarray(small.permute(0, 2, 3, 1).numpy())
 
 
-def resize_short(clip: Clip, short: int) -> Clip:
+def resize_short(clip: Clip, short: int, antialias: bool = True) -> Clip:
     """Resize so that the short side has `short` pixels; the long side keeps the aspect, rounded down."""
     height, width = clip.shape[1:3]
     if height <= width:
-        return resize(clip, int(width * short / height), short)
-    return resize(clip, short, int(height * short / width))
+        return resize(clip, int(width * short / height), short, antialias)
+    return resize(clip, short, int(height * short / width), antialias)
 
 
 def centred(margin: int) -> int:
@@ -108,3 +112,14 @@ def spatial_views(clip: Clip, short: int, crops: int) -> list[Clip]:
     if axis == "columns":
         return [clip[:, :, start : start + short] for start in starts]
     return [clip[:, start : start + short] for start in starts]
+
+
+def quarter_views(clip: Clip, side: int, crops: int) -> list[Clip]:
+    """Cut test crops side x side as TSN does: left, right and centre in steps of a quarter of the free width.
+
+    All lie in the middle of the height, so that those of an upright video, whose width is `side`, are one and the same.
+    One crop is the centre.
+    """
+    across, down = (clip.shape[2] - side) // 4, (clip.shape[1] - side) // 4
+    steps = (0, 4, 2) if crops == 3 else (2,)
+    return [clip[:, 2 * down : 2 * down + side, step * across : step * across + side] for step in steps]

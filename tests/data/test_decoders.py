@@ -55,6 +55,8 @@ def test_frames_are_exact(decoder: str, video: str, encode: Encode, frame_number
     with open_video(data, decoder) as reader:
         assert reader.num_frames == len(expected)
         assert (reader.frames(order) == expected[order]).all(), "pixel-identical in any order"
+        in_turn = list(reader.in_turn())
+        assert len(in_turn) == len(expected) and (np.stack(in_turn) == expected).all(), "one after the other"
         for index in (0, len(expected) - 1, len(expected) // 2, 1):
             assert (reader.frames([index])[0] == expected[index]).all(), "each alone"
         repeated = reader.frames([3, 3, 9, 9, 9])

@@ -97,6 +97,17 @@ def test_frames_of_segments_and_films(kind: str, decoder: str, films: Callable[[
             assert reader.indices_at(times - times[0]).tolist() == list(range(len(expected)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_frames_in_turn(kind: str, films: Callable[[str], Path]) -> None:
+    """Of a segment too, without the film before it; a reader is as good as new afterwards."""
+    path, segment = films(kind), Segment(2.0, 3.0)
+    for video in (path.read_bytes(), LinkedVideo(str(path), linked(str(path), segment))):
+        expected = shown_in(kind, None if isinstance(video, bytes) else segment)
+        with open_video(video, "pyav") as reader:
+            assert [number for frame in reader.in_turn() for number in numbers_of(frame[None])] == expected
+            assert numbers_of(reader.frames([3, 1])) == [expected[3], expected[1]]
+
+
 def test_promised_and_listed_segments_are_the_same(films: Callable[[str], Path]) -> None:
     path = str(films("open_gop.mp4"))
     for segment in SEGMENTS:

@@ -221,3 +221,33 @@ def test_false_alarms_count_where_the_annotation_lists_nobody(
 def test_wrong_class_lists_are_told_at_the_start(boxed: Toy) -> None:
     with pytest.raises(DataError, match="has 3 classes, but model.classes is 4; set model.classes=3"):
         method_of(load_tune_recipe(str(boxed.recipe), ["model.classes=4"])).samples()
+
+
+def test_held_out_keyframes_without_detections_are_told(
+    boxed: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before training, and by the evaluation itself: a score of 0 would be taken for the model's."""
+    bare = [(key, {"boxes": members["boxes"] | {"detections": []}}, video)
+            for key, members, video in map(keyframe, range(100, 103))]  # fmt: skip
+    write_shard(tmp_path / "s-000000.tar", bare)
+    assert pack(["--index-only", str(tmp_path)]) == 0
+    recipe = load_tune_recipe(str(boxed.recipe), [f"data.sources.toy.val={tmp_path}"])
+    told = "none of 3 held-out keyframes has a person detector's box .* objective.test_boxes=truth"
+    with pytest.raises(DataError, match=told):
+        method_of(recipe).samples()
+    monkeypatch.setattr("finetune.detection.held_out_keyframes.PEEKED", 2)
+    samples = method_of(recipe).samples()
+    assert "of the first ones: evaluation: none of 2 held-out keyframes" in caplog.text
+    with pytest.raises(DataError, match=told):
+        judge(Given(True), recipe, Ranks(0, 1, 0, torch.device("cpu")), keyframe_sets(recipe, test=False), samples)
+
+
+class Given(Oracle):
+    """A detector whose answers are the boxes that it was given."""
+
+    def detect(self, batch: dict[str, Any]) -> Any:
+        from finetune.detection.answers import answers_of
+        from pretrain.samples.box_transforms import CONVENTIONS
+
+        boxes, counts = batch["boxes"].numpy(), batch["counts"].tolist()
+        return answers_of(batch, boxes, np.ones((len(boxes), 3), np.float32), counts, CONVENTIONS["alphaction"])

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from finetune.commands.evaluate import main
+from finetune.detection.answers import Detections
+from finetune.detection.final_test import write_detections
+from pretrain.data.boxes.action_list import make_action_list
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "ava_map"
 LABELS = 'item {\n  name: "walk"\n  id: 12\n}\nitem {\n  name: "run"\n  id: 10\n}\n'
@@ -109,6 +112,73 @@ def test_neither_recipe_nor_torch(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+OWN = ("video,time,x1,y1,x2,y2,label,person\nfilm,1234.567,0.1,0.1,0.5,0.9,walk,0\n"
+       "film,1234.6,0.1,0.1,0.5,0.9,run,1\nfilm,1235,,,,,,\n")  # fmt: skip
+OWN_FOUND = FOUND.replace("0902", "1234.567").replace("0903", "1234.6")
+
+
+@pytest.mark.parametrize("variant", ["activitynet", "slowfast"])
+def test_a_truth_of_ones_own_names_its_classes(
+    variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keyframes within a second are two for the default variant; a false alarm on the empty one halves a class."""
+    alarm = OWN_FOUND + "film,1235,0.1,0.1,0.5,0.9,10,0.95\n"
+    assert scored(tmp_path, alarm, OWN, LABELS, "--variant", variant) == 0
+    assert "frame-mAP@0.5 75.00 %" in capsys.readouterr().out
+    assert scored(tmp_path, OWN_FOUND, OWN.replace("walk", "fly"), LABELS) == 2
+    assert "truth.csv:2: class 'fly' is not in the label map, whose are ['run', 'walk']" in capsys.readouterr().err
+
+
+def test_what_a_test_writes_is_read_at_the_annotated_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    box = np.array([[0.1, 0.1, 0.5, 0.9]], np.float32)
+    answers = [Detections("film", time, box, np.array([scores], np.float32))
+               for time, scores in ((1234.567, [0, 0, 0.9]), (1234.6, [0.9, 0, 0]), (902.0, [0, 0, 0.1]))]  # fmt: skip
+    write_detections(answers, make_action_list("test", {1: "run", 2: "sit", 3: "walk"}), tmp_path / "found.csv")
+    found = (tmp_path / "found.csv").read_text()
+    assert [row.split(",")[1] for row in found.splitlines()] == ["1234.567", "1234.6", "902"]
+    labels = LABELS.replace("12", "3").replace("10", "1")
+    assert scored(tmp_path, found, OWN, labels) == 0 and "frame-mAP@0.5 100.00 %" in capsys.readouterr().out
+
+
+def test_a_truth_in_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Frames of a truth may count from 0, those of detections from 1."""
+    own = OWN.replace("time", "frame").replace("1234.567", "7").replace("1234.6", "8")
+    found = FOUND.replace("0902", "8").replace("0903", "9")
+    assert scored(tmp_path, found, own, LABELS) == 2
+    assert "do they count from 0 or from 1? Say --first-frame" in capsys.readouterr().err
+    assert scored(tmp_path, found, own, LABELS, "--first-frame", "0") == 0
+    assert "frame-mAP@0.5 100.00 %" in capsys.readouterr().out
+    assert scored(tmp_path, FOUND, TRUTH, LABELS, "--first-frame", "0") == 2
+    assert "truth.csv has no column `frame`" in capsys.readouterr().err
+
+
+def test_numbers_are_written_where_there_is_no_folder_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scored(tmp_path, FOUND, TRUTH, LABELS, "--out", str(tmp_path / "new/numbers.json")) == 0
+    assert json.loads((tmp_path / "new/numbers.json").read_text())["mAP"] == 1
+    assert scored(tmp_path, FOUND, TRUTH, LABELS, "--out", str(tmp_path)) == 2
+    assert f"--out {tmp_path}: the numbers above can't be written" in capsys.readouterr().err
+
+
+def test_boxes_outside_the_frame_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scored(tmp_path, FOUND.replace("0.100", "-0.30"), TRUTH, LABELS) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert {"truth boxes outside the frame 0", "detection boxes outside the frame 1"} <= set(lines)
+
+
+def test_persons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A person detector's file names no actions; of the truth's keyframe without a box the alarm counts."""
+    truth = TRUTH + "film,0902,0.1,0.1,0.5,0.9,10,0\nfilm,0904\n"
+    found = "film,0902,0.1,0.1,0.5,0.9,,0.9\nfilm,0903,0.1,0.1,0.5,0.9,,0.7\nfilm,0904,0.1,0.1,0.5,0.9,,0.8\n"
+    (tmp_path / "truth.csv").write_text(truth)
+    (tmp_path / "found.csv").write_text(found)
+    words = ["--from-csv", str(tmp_path / "found.csv"), "--truth", str(tmp_path / "truth.csv"), "--persons"]
+    assert main([*words, "--out", str(tmp_path / "out.json")]) == 0
+    expected = (51 + 50 * 2 / 3) / 101
+    shown = capsys.readouterr().out
+    assert "2 persons, 3 boxes" in shown and f"person AP@0.5 {100 * expected:.2f} %" in shown
+    assert json.loads((tmp_path / "out.json").read_text())["AP75"] == pytest.approx(expected)
 
 
 def tube_files(tmp_path: Path, name: str = "run/a", label: int = 2, scale: float = 1.0) -> list[str]:
@@ -263,7 +333,8 @@ def test_an_unknown_linking_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     ("words", "told"),
     [
         (["--tubes", "--exclude", "a.csv", "--variant", "slowfast"], "--exclude, --variant: not read with --tubes"),
-        (["--first-frame", "0", "--fold", "2"], "--fold, --first-frame: read only with --tubes"),
+        (["--videos", "a.txt", "--fold", "2"], "--fold, --videos: not read without --tubes"),
+        (["--persons", "--labels", "l", "--variant", "slowfast"], "--labels, --variant: not read with --persons"),
     ],
 )
 def test_options_that_would_be_passed_over_are_refused(

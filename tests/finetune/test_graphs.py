@@ -12,6 +12,8 @@ from finetune.adapters.config import Prompts, Tune
 from finetune.classification.graphs import PixelsToLogits, onnx_difference, trace, write_onnx
 from pretrain.errors import WeightsError
 from pretrain.models.classifier import Config, VideoClassifier
+from pretrain.models.image_vit import Config as PictureModel
+from pretrain.models.image_vit import ImageViT
 from pretrain.models.keep_rates import Reorganisation
 
 SIZES: dict[str, Any] = {
@@ -53,6 +55,15 @@ def test_any_number_of_clips(options: dict[str, Any], tmp_path: Path) -> None:
         with torch.no_grad():
             assert_close(program.module()(clips(count)), PixelsToLogits(model)(clips(count)), rtol=1e-5, atol=1e-6)
     assert write_onnx(program, str(tmp_path / "model.onnx"), {"classes": ["a"]}) < 1e-4
+
+
+def test_any_number_of_pictures() -> None:
+    model = ImageViT(PictureModel("image_vit", 16, 8, 24, 2, 3, 2.0, classes=5, tokens=Reorganisation(0.5))).eval()
+    program = trace(model, 1, 16, 16).module()
+    for count in (1, 3):
+        pictures = clips(count)[:, :1]
+        with torch.no_grad():
+            assert_close(program(pictures), PixelsToLogits(model)(pictures), rtol=1e-5, atol=1e-6)
 
 
 def test_a_wrong_graph_is_noticed(tmp_path: Path) -> None:

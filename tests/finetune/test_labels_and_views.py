@@ -24,11 +24,10 @@ from finetune.classification.labels import (
 from finetune.classification.validation import test_views as views_of_the_test
 from finetune.classification.validation import video_sets
 from finetune.classification.videos import Videos
-from finetune.classification.views import SourceRules, TrainingViews, training_frames, validation_frames
+from finetune.classification.views import TrainingViews
 from finetune.recipe import load_tune_recipe
 from pretrain.commands.pack import main
 from pretrain.data.members import Members
-from pretrain.data.randomness import generator
 from pretrain.data.samples import Place, SourceInfo
 from pretrain.errors import DataError, SampleError
 from pretrain.objectives.base import method_of
@@ -172,22 +171,6 @@ def test_imbalance() -> None:
     lines = imbalance_report(Counter(a=1000, b=999, c=10))
     assert "100.0 to 1" in lines[0] and "1 classes have less than 1/10" in lines[1] and lines[1].count("c;")
     assert len(imbalance_report(Counter(a=10, b=9))) == 1 and imbalance_report(Counter()) == []
-
-
-def test_training_frames() -> None:
-    rules = SourceRules(LabelMap(2), "dense", 4, True, 224)
-    drawn = [training_frames(100, 16, rules, generator(seed)) for seed in range(200)]
-    ends = {int(indices[-1]) for indices in drawn}
-    assert min(ends) == 63 and max(ends) == 98, "exclusive end uniform over 64 ... 99"
-    assert all(len(indices) == 16 and (np.diff(indices) >= 4).all() for indices in drawn)
-    sparse = SourceRules(LabelMap(2), "sparse", 4, False, 224)
-    for seed in range(50):
-        indices = training_frames(50, 16, sparse, generator(seed))
-        assert (indices // 3 == np.arange(16)).all(), "one frame of each segment"
-    for frames in (1, 5, 15, 16, 64, 65):
-        for rule in (rules, sparse):
-            for indices in (training_frames(frames, 16, rule, generator(0)), validation_frames(frames, 16, rule)):
-                assert len(indices) == 16 and indices.min() >= 0 and indices.max() < frames
 
 
 def test_training_views_are_a_function_of_the_place(toy: Any) -> None:

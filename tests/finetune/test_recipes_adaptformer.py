@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.classification.labels import LabelMap
 from finetune.classification.predictions import Predictions, read_predictions
-from finetune.classification.views import SourceRules, training_frames, validation_frames
 from finetune.recipe import Augment, load_tune_recipe
 from pretrain.engine.schedules import build_schedule
 from pretrain.objectives.base import method_of, problems_of, warnings_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.files import recipe_names
 from pretrain.samples.augment import augment
+from pretrain.samples.augmented_clip import Config
+from pretrain.samples.frame_choice import VideoFacts
 from pretrain.samples.sampling import clip_starts
 from pretrain.samples.transforms import crop_resize, multiscale_box
 
@@ -79,12 +79,12 @@ def test_learning_rate_is_the_official_one(method: str, data: str) -> None:
 
 
 def test_strided_frames_are_those_of_pre_training() -> None:
-    rules = SourceRules(LabelMap(2, (), "single"), "strided", 4, False, 224)
-    starts = {int(training_frames(35, 8, rules, np.random.default_rng(seed))[0]) for seed in range(60)}
+    rule = Config(frames=8, stride=2).frame_choice("strided", 4)
+    starts = {int(rule.training(VideoFacts(35), np.random.default_rng(seed))[0]) for seed in range(60)}
     assert starts == set(range(clip_starts(35, 8, 4))) == {0, 1, 2, 3}
-    assert (np.diff(training_frames(100, 8, rules, np.random.default_rng(0))) == 4).all()
-    assert validation_frames(36, 8, rules).tolist() == [2, 6, 10, 14, 18, 22, 26, 30]
-    assert validation_frames(10, 8, rules).tolist() == [0, 4, 8, 8, 8, 8, 8, 8], "a short video repeats a frame"
+    assert (np.diff(rule.training(VideoFacts(100), np.random.default_rng(0))) == 4).all()
+    assert rule.validation(VideoFacts(36)).tolist() == [2, 6, 10, 14, 18, 22, 26, 30]
+    assert rule.validation(VideoFacts(10)).tolist() == [0, 4, 8, 8, 8, 8, 8, 8], "a short video repeats a frame"
 
 
 def test_crops_are_those_of_pre_training() -> None:

@@ -40,7 +40,7 @@ def test_published_numbers(name: str) -> None:
     values = {row.strip(): value for section in dry_run(method) for row, value, _ in section.rows}
     assert (int(values["parameters"].replace(",", "")), values["forward pass"]) == (parameters, work)
     assert recipe.model.drop_path == drop_path and recipe.model.batch_norm == "all_ranks"
-    assert recipe.input.size == (1, side, side) and recipe.data.sources["in1k"].short_side == int(256 / 224 * side)
+    assert recipe.input.size == (1, side, side) and recipe.input.evaluated_side == int(256 / 224 * side)
     assert float(values["peak"]) == pytest.approx(peak) and values["accumulation"] == "1"
     assert (recipe.batch.samples, recipe.optim.clip_grad, recipe.optim.weight_decay) == (512, 5, 0.05)
     assert recipe.optim.betas == (0.9, 0.999) and recipe.optim.layer_decay == 1

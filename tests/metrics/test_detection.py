@@ -7,7 +7,14 @@ import pytest
 
 from pretrain.errors import DataError
 from pretrain.metrics.average_precision import envelope_area, trapezoid_area
-from pretrain.metrics.detection import PROTOCOLS, BoxTable, frame_map, strict_precision, suppressed
+from pretrain.metrics.detection import (
+    PROTOCOLS,
+    BoxTable,
+    frame_map,
+    person_precision,
+    strict_precision,
+    suppressed,
+)
 from pretrain.metrics.matching import Matching
 from pretrain.metrics.overlap import best_of_groups, iou_continuous, iou_inclusive, soften, suppress
 
@@ -127,8 +134,8 @@ def test_excluded_keyframes() -> None:
 
 
 def test_an_unknown_variant_is_refused() -> None:
-    with pytest.raises(DataError, match="found variant 'coco', allowed: activitynet, slowfast"):
-        frame_map(table(("a", LEFT, 0)), table(), [0], "coco")
+    with pytest.raises(DataError, match="found variant 'kinetics', allowed: activitynet, slowfast"):
+        frame_map(table(("a", LEFT, 0)), table(), [0], "kinetics")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -251,3 +258,44 @@ def test_strict_numbers_are_means_over_thresholds() -> None:
 
 def test_a_variant_says_what_it_does() -> None:
     assert {name for name, protocol in PROTOCOLS.items() if protocol.exclusions} == set(PROTOCOLS) - {"activitynet"}
+
+
+def persons() -> tuple[BoxTable, BoxTable]:
+    """Twenty keyframes: true boxes of up to five persons, boxes near them, and others, more than 100 on some."""
+    rng = np.random.default_rng(0)
+    true: list[tuple[int, Any]] = []
+    found: list[tuple[int, Any, float]] = []
+    for image in range(20):
+        for _ in range(rng.integers(0, 6)):
+            x, y, w, h = rng.uniform(0.05, 0.4, 4)
+            box = np.array([x, y, x + w, y + h])
+            true.append((image, box))
+            for _ in range(rng.integers(0, 4)):
+                near = box + rng.normal(0, 0.02, 4)
+                found.append((image, near, rng.uniform()))
+    for image in range(20):
+        for _ in range(40 if image % 7 else 120):
+            x, y, w, h = rng.uniform(0.05, 0.4, 4)
+            found.append((image, [x, y, x + w, y + h], rng.uniform() * 0.6))
+    return table(*((*one, 0) for one in true)), table(*((*one[:2], 0, one[2]) for one in found))
+
+
+def test_persons_are_counted_as_coco_does() -> None:
+    """Numbers of pycocotools 2.0.11 on the same boxes."""
+    truth, found = persons()
+    result = person_precision(truth, found, listed=list(range(20)))
+    values = list(result.by_threshold.values())
+    assert [result.mean, values[0], values[5]] == pytest.approx(
+        [0.17419266428551927, 0.3899288909913854, 0.13136993596783844], abs=1e-12
+    )
+    assert result.counts["detection_rows_over_the_cap"] > 0
+
+
+def test_a_person_is_one_box_whatever_it_does() -> None:
+    """Rows of several labels neither count as several persons nor as false alarms; what is not listed is left out."""
+    truth = table(("a", LEFT, 3), ("a", LEFT, 7), ("b", RIGHT, 3))
+    rows = [("a", LEFT, 3, 0.2), ("a", LEFT, 7, 0.9), ("b", RIGHT, 1, 0.8), ("c", RIGHT, 1, 0.95)]
+    found = person_precision(truth, table(*rows))
+    assert found.mean == 1 and found.truths == found.detections == {0: 2}
+    # On a listed keyframe with nobody on it the surest row is wrong; a row per label would have had 0.2.
+    assert person_precision(truth, table(*rows), listed=["c"]).mean == pytest.approx(2 / 3)

@@ -1,16 +1,19 @@
 """Dropout and stochastic depth by position: each row draws for itself, whatever is computed beside it."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
+from pretrain.models import image_vit
 from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.dropout import _GOLDEN, Dropout, DropPath, _mixed, draw_by_position, keep_mask, with_row_keys
 from pretrain.models.recompute import Recompute
+from pretrain.models.vit import Block
 
 #: Everything that drops.
 DROPS = {"dropout": 0.2, "attention_dropout": 0.2, "drop_path": 0.4, "head_dropout": 0.3}
@@ -63,6 +66,36 @@ def test_a_compiled_model_draws_the_same() -> None:
         rows.keys = keys()[order]
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert_close(compiled(video), model(video))
+
+
+def test_a_clip_skips_each_branch_of_a_block_by_itself() -> None:
+    """As officially, where DropPath is called twice; one draw for both would skip all of a block or nothing."""
+    block, x = Block(6, 2, 12, 1e-6, drop_path=0.5).train(), torch.zeros(4000, 1, 6)
+    nn.init.ones_(block.attn.proj.bias)
+    nn.init.constant_(block.mlp.fc2.weight, 0.0)
+    nn.init.constant_(block.mlp.fc2.bias, 10.0)
+    nn.init.constant_(block.attn.proj.weight, 0.0)
+    draw_by_position(block).keys = torch.arange(4000) * 7919
+    attended, transformed = (block(x)[:, 0, 0] % 20 == 2).float(), (block(x)[:, 0, 0] >= 20).float()
+    shares = torch.stack((attended * transformed, attended * (1 - transformed), transformed * (1 - attended))).mean(1)
+    assert_close(shares, torch.full((3,), 0.25), rtol=0, atol=0.03)  # four deviations
+
+
+@pytest.mark.parametrize("kind", ["classifier", "image_vit"])
+def test_no_layer_draws_twice_in_one_pass(kind: str) -> None:
+    """Its second draw would be the first one again."""
+    if kind == "classifier":
+        model: nn.Module = build()
+        pixels = torch.randn(4, 4, 8, 12, 3)
+    else:
+        options = image_vit.Config(image_size=8, patch_size=4, dim=24, depth=3, heads=3, classes=5, drop_path=0.4)
+        model, pixels = image_vit.ImageViT(options).train(), torch.randn(4, 3, 8, 8)
+    calls: Counter[str] = Counter()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Dropout | DropPath)}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    model(pixels)
+    assert calls == Counter(layers.keys()) and len(calls) >= 4
 
 
 def test_half_precision_drops_the_same_elements() -> None:

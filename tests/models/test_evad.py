@@ -12,11 +12,11 @@ from pretrain.errors import RecipeError, WeightsError
 from pretrain.models.cubes import Grid
 from pretrain.models.evad.context import extend_boxes_inclusive, placed
 from pretrain.models.evad.detector import EVAD, cost
-from pretrain.models.evad.detector_config import Config, check, pruning_of, resolve
+from pretrain.models.evad.detector_config import Config, check, localisation_sizes, pruning_of, resolve
 from pretrain.models.evad.detector_weights import export_detector, load_detector
 from pretrain.models.evad.grid_positions import GridPositions
-from pretrain.models.evad.localisation import move_boxes, pool_by_level
-from pretrain.models.evad.pyramid import levels_of
+from pretrain.models.evad.localisation import LocalisationHead, move_boxes, pool_by_level
+from pretrain.models.evad.pyramid import SCALES, levels_of
 from pretrain.models.keep_rates import keep_rates, token_counts
 from pretrain.models.positions import sinusoid_table
 from pretrain.models.weight_files import read_raw
@@ -139,6 +139,26 @@ def test_levels_by_area() -> None:
     sides = torch.tensor([10.0, 111, 112, 223, 224, 447, 448, 5000, float("nan")])
     boxes = torch.stack((sides * 0, sides * 0, sides, sides), dim=1)
     assert levels_of(boxes).tolist() == [2, 2, 3, 3, 4, 4, 5, 5, 2]
+
+
+@pytest.mark.parametrize("patch_size", [4, 8, 16])
+def test_boxes_are_pooled_where_they_lie_whatever_the_patch(patch_size: int) -> None:
+    """Strides of the pyramid follow from the token grid; those of patches of 16 would look elsewhere."""
+    sizes = localisation_sizes(dataclasses.replace(resolve(TINY), patch_size=patch_size))
+    side = 32 * patch_size
+    pyramid = [torch.randn(1, sizes.dim, int(32 * scale), int(32 * scale), requires_grad=True) for scale in SCALES]
+    # Of 8 and 20 patches, upper left and lower right: pooled from levels 3 and 4 of any patch size.
+    boxes = torch.tensor([[[4.0, 6, 12, 14], [10, 11, 30, 31]]]) * patch_size
+    for index, (level, first, last) in enumerate(((1, (4, 6), (12, 14)), (2, (10, 11), (30, 31)))):
+        features = torch.randn(1, 1, sizes.dim)
+        _, moved, _ = LocalisationHead(sizes)(pyramid, boxes[:, index : index + 1], features)
+        gradients = torch.autograd.grad(moved.sum(), pyramid)
+        assert [bool(one.any()) for one in gradients] == [number == level for number in range(4)]
+        rows, columns = gradients[level].abs().sum((0, 1)).nonzero().T.float() * side / len(gradients[level][0, 0])
+        reach = side / len(gradients[level][0, 0])  # samples take neighbouring places
+        for found, low, high in ((columns, first[0], last[0]), (rows, first[1], last[1])):
+            assert low * patch_size - reach <= float(found.min()) <= (low + 1) * patch_size
+            assert (high - 2) * patch_size <= float(found.max()) <= high * patch_size
 
 
 def test_levels_without_boxes_get_zero_gradients() -> None:

@@ -1,6 +1,8 @@
 """Box annotations and videos to shards: the frame at keyframe_s is the annotated one, its boxes beside it."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,45 @@ def test_faults_are_skipped_when_asked(videos: Path, tmp_path: Path, capsys: pyt
     assert "own.csv:7: club/ü at second 11" in text and "own.csv:8: none: no such video" in text
     text = pack(capsys, *common, "--faulty", "skip")
     assert len((tmp_path / "out/refused_rows.txt").read_text().splitlines()) == 2 and "2 rows refused" in text
+
+
+def test_boxes_are_checked_as_training_reads_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a set with classes; elsewhere boxes.json may be anybody's."""
+    video, out = write_film(tmp_path / "a.mp4", 5).read_bytes(), tmp_path / "out"
+    out.mkdir()
+    right: dict[str, Any] = {"video": "a", "time": 1, "keyframe_s": 0.1, "persons": [{"box": [0, 0, 1, 1]}]}
+    boxes = {
+        "right": json.dumps(right),
+        "far": json.dumps(right | {"detections": [{"box": [0, 0, 3, 1], "score": 1}]}),
+        "label": json.dumps(right | {"persons": [{"box": [0, 0, 1, 1], "labels": [2]}]}),
+        "late": json.dumps(right | {"keyframe_s": 0.5}),
+        "torn": json.dumps(right)[:-9],
+        "none": None,
+    }
+    with tarfile.open(out / "s-000000.tar", "w") as tar:
+        for key, text in boxes.items():
+            parts = {"boxes.json": text.encode()} if text is not None else {}
+            for name, data in ({"mp4": video} | parts).items():
+                info = tarfile.TarInfo(f"{key}.{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    words = ["--check", str(out), "--workers", "0", "--check-decoders", "pyav"]
+    assert main(["--index-only", str(out)]) == 0 and main(words) == 1
+    torn = capsys.readouterr().err.splitlines()[1]
+    assert "sample 'torn': damaged: boxes.json: not JSON" in torn
+    (out / "classes.json").write_text('{"names": ["x", "y"], "ids": [1, 2], "evaluated": [0, 1], "groups": null}')
+    assert main(words) == 1
+    lines = capsys.readouterr().err.splitlines()
+    expected = [
+        "'far': boxes: boxes.json: keyframe a,1, detections: box [0.0, 0.0, 3.0, 1.0], allowed: x1 < x2",
+        "'label': label: boxes.json: keyframe a,1: label 2, allowed: outputs 0 to 1",
+        "'late': keyframe: boxes.json: keyframe a,1: 0.5 s into a video of 0.200 s",
+        "'torn': boxes: boxes.json is damaged: ",
+        "'none': index: no boxes (boxes.json, or `boxes` in its json) among its members ['mp4'",
+    ]
+    assert len(lines) == 6 and lines[-1] == "pack: 5 problems found", lines
+    for line, words_of in zip(lines, expected, strict=False):
+        assert line.startswith(f"pack: {out}/s-000000.tar: sample {words_of}"), line
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,13 @@ SYSTEMS = {
     "EVAD": "evad",
     "CycleACR head": "cycleacr",
     "CycleACR on a VideoMAE ViT": "cycleacr_videomae",
+    "MGSampler": "mgsampler",
+    "SparseFormer v1 image, ImageNet training code": "sparseformer",
+    "SparseFormer v1 image, library code": "sparseformer_lib",
+    "SparseFormer v1 video": "sparseformer_video",
+    "Bootstrapped SparseFormer": "sparseformer_bootstrap",
     "GroupMixFormer": "groupmixformer",
+    "TDN": "tdn",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
@@ -74,6 +80,8 @@ class Case:
         found = next((kind for start, kind in SYSTEMS.items() if self.system.startswith(start)), None)
         if found == "evit" and "dims" not in self.meta:
             return "evit_schedule"
+        if found == "tdn" and "dims" not in self.meta:
+            return "tdn_frames"
         cosine = found == "videomae_v2_pretrain" and "cosine attention" in self.system
         return f"{found}_cosattn" if cosine else found
 
@@ -99,7 +107,7 @@ class Case:
 @pytest.fixture
 def built_kinds() -> set[str]:
     """Every kind that the finder recognises."""
-    return {*SYSTEMS.values(), "videomae_v2_pretrain_cosattn", "evit_schedule"}
+    return {*SYSTEMS.values(), "videomae_v2_pretrain_cosattn", "evit_schedule", "tdn_frames"}
 
 
 def find_cases() -> list[Case]:

@@ -14,9 +14,11 @@ The output of a class is its id - 1 (its id, where ids begin at 0), whatever ids
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pretrain.data.boxes.records import read_text
+import numpy as np
+
+from pretrain.data.boxes.records import NONE, BoxRecords, read_text
 from pretrain.data.media import extension_of
 from pretrain.errors import RecipeError
 from pretrain.runtime.untrusted import parse_json
@@ -210,6 +212,15 @@ def _of_json(source: str, text: str) -> ActionList:
 def named_classes(source: str, names: Iterable[str]) -> ActionList:
     """Build the map of names that a file writes in its rows: in the order of the alphabet, ids from 1."""
     return make_action_list(source, dict(enumerate(sorted(set(names)), 1)))
+
+
+def number_names(records: BoxRecords, classes: ActionList) -> BoxRecords:
+    """Give rows that write names of classes the ids of a list; -2, which no list has, where it lacks the name."""
+    if records.names is None:
+        return records
+    ids = {name: one for one, name in classes.names.items()}
+    table = np.array([*(ids.get(name, -2) for name in records.names), NONE])
+    return replace(records, labels=table[records.labels], names=None)
 
 
 def parse_groups(text: str, outputs: int) -> dict[str, tuple[int, int]]:

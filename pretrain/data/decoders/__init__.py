@@ -8,6 +8,7 @@ only what the asked frames need: from the key frame before them.
 import abc
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -37,6 +38,10 @@ DECODERS: dict[str, tuple[str, str]] = {
         "set input.decoder=pyav",
     ),
 }
+
+
+#: Frames that a reader decodes together where it is asked for all of them.
+AT_ONCE = 32
 
 
 def why_missing(decoder: str) -> str:
@@ -102,6 +107,15 @@ class VideoReader(abc.ABC):
         # Nearly all clips are; indexing would copy every pixel of theirs.
         as_asked = len(wanted) == len(inverse) and _sorted(inverse)
         return decoded if as_asked else [clip[inverse] for clip in decoded]
+
+    def in_turn(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """Decode all frames once, from the first to the last: RGB, uint8 [H, W, 3] each, and few of them in memory.
+
+        Raises:
+            SampleError: "decode" for damaged data.
+        """
+        for first in range(0, self.num_frames, AT_ONCE):
+            yield from self.frames(np.arange(first, min(first + AT_ONCE, self.num_frames)))
 
     @abc.abstractmethod
     def times(self) -> npt.NDArray[np.float64]:

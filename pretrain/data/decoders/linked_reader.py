@@ -12,6 +12,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.decoders import VideoReader
 from pretrain.data.decoders.crops import Boxes
 from pretrain.data.decoders.pyav_reader import FFmpegError, PyAVReader
 from pretrain.data.linked_video import INDEXED, UNSTAMPED, LinkedVideo, tell_whole
@@ -150,6 +151,10 @@ class LinkedReader(PyAVReader):
             return
         yield first
         yield from packets
+
+    def in_turn(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """Decode all frames, some at a time: a segment's lie somewhere in a film; see VideoReader."""
+        return VideoReader.in_turn(self)
 
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
         try:

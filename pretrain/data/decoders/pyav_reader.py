@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.decoders import VideoReader
-from pretrain.data.decoders.crops import Boxes
+from pretrain.data.decoders.crops import Boxes, whole
 from pretrain.data.decoders.nal_units import is_reference, length_bytes
 from pretrain.data.decoders.rgb import RGBConverter
 from pretrain.data.decoders.streams import main_film
@@ -226,6 +226,24 @@ class PyAVReader(VideoReader):
         if context.is_open:
             context.flush_buffers()
         return rest
+
+    def in_turn(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """Decode all frames once without going back to a key frame; see VideoReader."""
+        count = 0
+        try:
+            for frame in self._from_beginning():
+                # An edit list leaves out frames that are decoded all the same.
+                if self.stamps is None or frame.pts in self.stamps:
+                    yield self._rgb.crops([frame], 1, whole)[0][0]
+                    count += 1
+        except FFmpegError as error:
+            raise SampleError("decode", str(error)) from error
+        finally:
+            # At its end the decoder takes no more packets until it is flushed.
+            if self._stream.codec_context.is_open:
+                self._stream.codec_context.flush_buffers()
+        if count != self.num_frames:
+            raise SampleError("decode", f"{count} frames of {self.num_frames} were delivered")
 
     def _counted(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
         frames = self._from_beginning()

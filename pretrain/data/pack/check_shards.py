@@ -1,10 +1,11 @@
 """Verify a data set: hashes, member tables, sample json, and that every member decodes to what its json states."""
 
 import functools
+import json
 import logging
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 
 import numpy as np
@@ -13,6 +14,7 @@ from pretrain.data.decoders import open_video
 from pretrain.data.index import MemberTable, Shard, describe_unhashed, load_index, load_members
 from pretrain.data.linked_video import LinkedVideo, VideoFile, open_link
 from pretrain.data.media import KINDS, LINK_ENDING, SPAN_ENDING, Kind, extension_of, kind_of_ending, main_member
+from pretrain.data.members import Members
 from pretrain.data.pack.contents import describe
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.data.pack.scan import scan_shard
@@ -30,16 +32,21 @@ RANGED = "pyav"
 FRAMES = 64
 #: Longest time of reading a linked file, seconds.
 DEADLINE_S = 300.0
+#: Reads what a kind of sample needs of the members; raises SampleError for what training would refuse.
+Inspect = Callable[[Members], object]
 _TOLD: set[str] = set()
 
 
-def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = ()) -> Iterator[str]:
+def check_folder(
+    url: str, workers: int = 0, decoders: tuple[str, ...] | None = (), inspect: Inspect | None = None
+) -> Iterator[str]:
     """List every problem of the data set at `url`, one line each, as they are found.
 
     Args:
         url: folder with index.json and shards.
         workers: processes, each with a shard at a time; 0 checks in this one.
         decoders: which must read random frames exactly; () decodes in sequence only, None decodes nothing.
+        inspect: what else is asked of each sample, by a function that workers can import; not with `decoders` None.
 
     Raises:
         DataError: there is no readable index.
@@ -51,7 +58,7 @@ def check_folder(url: str, workers: int = 0, decoders: tuple[str, ...] | None = 
     for name in storage.find(url):
         if name.endswith(".tar") and name not in known:
             yield f"{storage.join(url, name)}: not in the index; index again with --index-only, or delete it"
-    check = functools.partial(check_shard, url, decoders=decoders)
+    check = functools.partial(check_shard, url, decoders=decoders, inspect=inspect)
     pool: OrderedPool[Shard, list[str]] = OrderedPool(check, functools.partial(_crashed, url), workers)
     for problems in pool.map(index.shards):
         yield from problems
@@ -61,7 +68,7 @@ def _crashed(url: str, shard: Shard) -> list[str]:
     return [f"{storage.join(url, shard.name)}: a member of it kills the process that decodes it"]
 
 
-def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> list[str]:
+def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None, inspect: Inspect | None = None) -> list[str]:
     """List the problems of one shard."""
     where = storage.join(url, shard.name)
     problems: list[str] = []
@@ -79,7 +86,8 @@ def check_shard(url: str, shard: Shard, decoders: tuple[str, ...] | None) -> lis
         return [*problems, str(error)]
     if decoders is not None:
         for number, key in enumerate(members.keys):
-            problems += _check_sample(where, key, int(members.offsets[number]), int(members.sizes[number]), decoders)
+            span = int(members.offsets[number]), int(members.sizes[number])
+            problems += _check_sample(where, key, *span, decoders, inspect)
     return problems
 
 
@@ -94,9 +102,13 @@ def _check_members(url: str, shard: Shard, found: MemberTable) -> list[str]:
     return [f"{storage.join(url, shard.name)}: its member table does not match the tar; index again with --index-only"]
 
 
-def _check_sample(where: str, key: str, offset: int, size: int, decoders: tuple[str, ...]) -> list[str]:
+def _check_sample(
+    where: str, key: str, offset: int, size: int, decoders: tuple[str, ...], inspect: Inspect | None
+) -> list[str]:
     try:
         files, facts = _read_sample(storage.read_bytes(where, offset, offset + size))
+        if inspect is not None:
+            inspect(Members(files | {"json": json.dumps(facts).encode()}, key, where))
         kinds = {ending: kind_of_ending(ending) for ending in files}
         main = _main_member(kinds, facts.get("member"))
         for ending, content in files.items():

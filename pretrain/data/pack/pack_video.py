@@ -12,6 +12,7 @@ from typing import Any
 from pretrain.data.decoders.image import open_picture, upright_rgb
 from pretrain.data.pack import zip_source
 from pretrain.data.pack.colour_check import ColourCheck
+from pretrain.data.pack.cut_segments import cut_out
 from pretrain.data.pack.discover import Item, extension_of
 from pretrain.data.pack.encode import copy_stream, encode_images, encode_video
 from pretrain.data.pack.frame_folders import select_frames
@@ -19,7 +20,6 @@ from pretrain.data.pack.media_probe import Facts, probe
 from pretrain.data.pack.options import Options
 from pretrain.data.pack.originals import check_local, fetch
 from pretrain.data.pack.packed import Packed
-from pretrain.data.pack.segments import cut_out
 from pretrain.data.pack.verify import check_random_reads, even_stamps, sequential_signatures
 from pretrain.data.randomness import generator
 from pretrain.data.time_segment import Segment

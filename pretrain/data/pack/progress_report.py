@@ -15,14 +15,15 @@ SHOWN_REASONS = 3
 
 
 @contextmanager
-def progress_bar(total: int, noun: str = "videos") -> Iterator[Progress]:
-    """Provide a function for `pack` to call after every sample: a live bar with rate and time left on a terminal."""
+def progress_bar(total: int, noun: str = "videos", work: str = "pack") -> Iterator[Progress]:
+    """Provide a function for `pack`, or other work, to call after every sample: a live bar with rate and time left on a
+    terminal."""
     from rich.console import Console
 
     console = Console(file=sys.stderr)
     # In a log file a live bar is thousands of lines of control characters.
     if not console.is_terminal:
-        yield _log_lines(noun)
+        yield _log_lines(noun, work)
         return
     from rich.progress import (
         BarColumn,
@@ -33,11 +34,11 @@ def progress_bar(total: int, noun: str = "videos") -> Iterator[Progress]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+    columns = (TextColumn(work), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console) as bar:
         rates = _Rates(noun)
-        task = bar.add_task("packing", total=total, rate="")
+        task = bar.add_task(work, total=total, rate="")
 
         def show(done: int, of: int, read: int) -> None:
             rates.update(done, read)
@@ -46,7 +47,7 @@ def progress_bar(total: int, noun: str = "videos") -> Iterator[Progress]:
         yield show
 
 
-def _log_lines(noun: str) -> Progress:
+def _log_lines(noun: str, work: str) -> Progress:
     rates = _Rates(noun)
     last = time.monotonic()
 
@@ -56,7 +57,7 @@ def _log_lines(noun: str) -> Progress:
         now = time.monotonic()
         if now - last >= LOG_EVERY:
             last = now
-            sys.stderr.write(f"pack: {done}/{of} {noun}, {rates}, {rates.left(of)} left\n")
+            sys.stderr.write(f"{work}: {done}/{of} {noun}, {rates}, {rates.left(of)} left\n")
 
     return show
 

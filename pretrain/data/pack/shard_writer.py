@@ -17,6 +17,7 @@ from typing import Any
 
 from pretrain.data.index import INDEX_NAME, Shard, ShardIndex, ShardTable, members_name, write_index, write_members
 from pretrain.data.media import kind_of, plural_of
+from pretrain.data.motion_tables import MOTION_NAME, table_name
 from pretrain.data.pack.pack_plan import Part
 from pretrain.data.pack.packed import Packed, Rejected
 from pretrain.data.pack.scan import scan_shard
@@ -237,8 +238,8 @@ def remove_old(url: str) -> None:
     except StorageError:
         return
     for name in names:
-        own = name.startswith("shard") and name.endswith((".tar", members_name("")))
-        if own or name.startswith(FOLDER + "/") or name == REJECTED_NAME:
+        own = name.startswith("shard") and name.endswith((".tar", members_name(""), table_name("")))
+        if own or name.startswith(FOLDER + "/") or name in (REJECTED_NAME, MOTION_NAME):
             storage.remove(storage.join(url, name))
 
 

@@ -198,4 +198,7 @@ def context_sizes(full: Config, shape: EncoderShape) -> ContextSizes:
 
 def localisation_sizes(full: Config) -> LocalisationSizes:
     """Give a localisation head's sizes of a filled configuration."""
-    return LocalisationSizes(full.query_dim, full.query_heads, full.query_hidden, full.dynamic_dim, full.pool_size)
+    assert full.patch_size, "filled in by `resolve`"
+    return LocalisationSizes(
+        full.query_dim, full.query_heads, full.query_hidden, full.dynamic_dim, full.pool_size, full.patch_size
+    )

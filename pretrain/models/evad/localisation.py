@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.models.evad.pyramid import LEVELS, levels_of
+from pretrain.models.evad.pyramid import LEVELS, SCALES, levels_of
 from pretrain.models.linear import xavier
 from pretrain.models.roi_align import roi_align
 from pretrain.runtime.tensors import has_content
@@ -113,13 +113,15 @@ def head_layers(count: int, dim: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class LocalisationSizes:
-    """Sizes of a head: channels, attention heads, hidden channels, channels of dynamic weights, bins a side."""
+    """Sizes of a head: channels, attention heads, hidden channels, channels of dynamic weights, bins a side; and the
+    side of a patch in pixels, from which the strides of the pyramid follow."""
 
     dim: int = 256
     heads: int = 8
     hidden: int = 2048
     dynamic: int = 64
     pool: int = 7
+    patch_size: int = 16
 
 
 class LocalisationHead(nn.Module):
@@ -128,7 +130,7 @@ class LocalisationHead(nn.Module):
     def __init__(self, sizes: LocalisationSizes) -> None:
         super().__init__()
         dim = sizes.dim
-        self.pool = sizes.pool
+        self.pool, self.patch_size = sizes.pool, sizes.patch_size
         self.self_attn = ProposalAttention(dim, sizes.heads)
         self.inst_interact = DynamicInteraction(dim, sizes.dynamic, sizes.pool**2)
         self.linear1 = Drawn(dim, sizes.hidden)
@@ -151,7 +153,8 @@ class LocalisationHead(nn.Module):
             logits float32 [B, P, 2] (person, no object), boxes float32 [B, P, 4], features [B, P, D].
         """
         batch, count = boxes.shape[:2]
-        pooled = pool_by_level(pyramid, boxes.flatten(0, 1), clip_of(batch, count, boxes.device), self.pool)
+        images = clip_of(batch, count, boxes.device)
+        pooled = pool_by_level(pyramid, boxes.flatten(0, 1), images, self.pool, self.patch_size)
         features = self.norm1(features + self.self_attn(features))
         x = features.flatten(0, 1)
         x = self.norm2(x + self.inst_interact(x, pooled.flatten(2).transpose(1, 2)))
@@ -166,21 +169,21 @@ def clip_of(batch: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(batch, device=device).repeat_interleave(count, output_size=batch * count)
 
 
-def pool_by_level(pyramid: Sequence[Tensor], boxes: Tensor, images: Tensor, size: int) -> Tensor:
+def pool_by_level(pyramid: Sequence[Tensor], boxes: Tensor, images: Tensor, size: int, patch_size: int = 16) -> Tensor:
     """Pool the features [M, D, size, size] of boxes [M, 4], each from the level of its area.
 
     Every level stays in the graph, also where no box falls on it: its convolutions get zero gradients, not missing
     ones, for which ranks would wait for each other in vain.
     """
     # In a plan boxes have no content: all on one level is as much work.
-    levels = levels_of(boxes) if has_content(boxes) else None
+    levels = levels_of(boxes, patch_size) if has_content(boxes) else None
     pooled = pyramid[0].new_zeros(len(boxes), pyramid[0].shape[1], size, size)
-    for level, features in zip(LEVELS, pyramid, strict=True):
+    for level, scale, features in zip(LEVELS, SCALES, pyramid, strict=True):
         if levels is None:
             chosen = torch.arange(len(boxes) if level == LEVELS[0] else 0, device=boxes.device)
         else:
             chosen = torch.nonzero(levels == level)[:, 0]
-        part = roi_align(features, boxes[chosen], images[chosen], size, 0.5**level, SAMPLES, aligned=True)
+        part = roi_align(features, boxes[chosen], images[chosen], size, scale / patch_size, SAMPLES, aligned=True)
         pooled = pooled.index_copy(0, chosen, part)
     return pooled
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Levels of the pyramid, finest first; the stride of level l is 2^l pixels.
+#: Levels of the pyramid, finest first; the stride of level l is 2^l pixels with patches of 16.
 LEVELS = (2, 3, 4, 5)
-#: Sides of the levels relative to the token grid, which has stride 16.
+#: Sides of the levels relative to the token grid.
 SCALES = (4.0, 2.0, 1.0, 0.5)
 
 
@@ -42,10 +42,10 @@ def feature_pyramid(maps: Sequence[Tensor], lateral: Sequence[nn.Module], output
     return [conv(one) for one, conv in zip(reversed(merged), output, strict=True)]
 
 
-def levels_of(boxes: Tensor) -> Tensor:
+def levels_of(boxes: Tensor, patch_size: int = 16) -> Tensor:
     """Tell the level int64 [M] that boxes [M, 4] in pixels are pooled from, by their area, unclipped and without +1."""
     sides = boxes[:, 2:] - boxes[:, :2]
-    # A box of 224 pixels, the pictures' size in pre-training of old, belongs to level 4.
-    exact = 4 + torch.log2(sides.prod(dim=1).sqrt() / 224 + 1e-8)
+    # A box of 14 patches, with those of 16 the 224 pixels of pre-training of old, belongs to level 4.
+    exact = 4 + torch.log2(sides.prod(dim=1).sqrt() / (14 * patch_size) + 1e-8)
     # clamp lets NaN through, and its conversion is another number on each device.
     return exact.floor().nan_to_num(LEVELS[0]).clamp(LEVELS[0], LEVELS[-1]).long()
