@@ -147,7 +147,7 @@ class Classifier(Architecture):
 
     #: First parts of the names of parameters beside the head's that `forward_maps` does not reach, see `maps`.
     behind_maps: ClassVar[tuple[str, ...]] = ()
-    #: Whether its module is an `OfficialNames`, which its published code has a layout for.
+    #: Whether its published code has a layout for it: its module has the official names, or is an `OfficialNames`.
     official_layout: ClassVar[bool] = False
     #: Whether frames of another height and width than the input section's can be judged.
     any_size: ClassVar[bool] = False

@@ -363,6 +363,7 @@ class GroupMixFormerArchitecture(Classifier):
     behind_maps = ("norm4.",)
     any_size = True
     full_precision = True
+    official_layout = True
 
     @staticmethod
     def resolve(config: Config) -> Config:
