@@ -157,8 +157,12 @@ class EvaluationViews:
     def _crops(self, clip: Clip, rules: SourceRules) -> list[Clip]:
         if self.height != self.width:
             return [transforms.centre_crop(clip, self.width, self.height)]
-        cut = transforms.quarter_views if rules.geometry == "tsn" else transforms.spatial_views
-        return cut(_resize_short(clip, self.height, rules.geometry), self.height, self.crops)
+        if rules.geometry == "videomae":
+            return transforms.spatial_views(_resize_short(clip, self.height, "videomae"), self.height, self.crops)
+        if self.crops == 1:
+            # As in validation: 224 pixels in the middle of frames of 256.
+            return [self._centre(clip, rules.short_side, "tsn")]
+        return transforms.quarter_views(_resize_short(clip, self.height, "tsn"), self.height)
 
     def _middle(self, clip: Clip, rules: SourceRules) -> Clip:
         if rules.picture_filter is None:

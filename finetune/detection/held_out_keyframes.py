@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,12 +73,19 @@ def require_detections(sets: list[KeyframeSet], samples: BoxSamples, deadline_s:
             has any, are warned of.
     """
     keyframes = Keyframes(sets, samples, 0, 1, 1, deadline_s)
-    if any(itertools.islice(keyframes.asked(samples.has_detections), PEEKED)):
+    if any(_has_detections(samples, each) for each in itertools.islice(keyframes.members(), PEEKED)):
         return
     error = no_detections(min(len(keyframes), PEEKED))
     if len(keyframes) <= PEEKED:
         raise error
     logger.warning("of the first ones: %s", error)
+
+
+def _has_detections(samples: BoxSamples, members: Members | None) -> bool:
+    try:
+        return members is not None and samples.has_detections(members)
+    except SampleError:
+        return False  # told, with its reason, by the evaluation
 
 
 def no_detections(keyframes: int) -> DataError:
@@ -120,14 +127,14 @@ class Keyframes(IterableDataset[Judgeable]):
         each = [len(first._positions(worker, max(workers, 1))) for worker in range(max(workers, 1))]
         return sum(-(-count // self._micro) for count in each)
 
-    def asked(self, question: Callable[[Members], bool]) -> Iterator[bool]:
-        """Answer a question about one keyframe after the other, without its clip; no of those that can't be read."""
+    def members(self) -> Iterator[Members | None]:
+        """Read what one keyframe after the other is made of, without decoding; None: it can't be read."""
         reader = SampleReader([one.index for one in self._sets], None, self._deadline_s)
         for place in self._places(0, 1):
             try:
-                yield question(parse_sample(reader.read(place.source, place.shard, place.row)))
+                yield parse_sample(reader.read(place.source, place.shard, place.row))
             except SampleError:
-                yield False  # told, with its reason, by the evaluation
+                yield None
 
     def __iter__(self) -> Iterator[Judgeable]:
         info = get_worker_info()

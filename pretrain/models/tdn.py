@@ -7,7 +7,6 @@ MCG-NJU/TDN @ a7c7e9b. A clip is T segments of five consecutive frames, of which
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,9 @@ from torch.nn import functional as F
 from pretrain.errors import RecipeError
 from pretrain.models import tdn_weights
 from pretrain.models.base import Classifier, Cost
-from pretrain.models.dropout import dropout_layer
 from pretrain.models.formats import plain_state
-from pretrain.models.linear import Linear
-from pretrain.models.official_names import OfficialNames, Renamed
-from pretrain.models.recompute import Recompute, maybe_recompute
+from pretrain.models.official_names import Renamed
+from pretrain.models.recompute import Recompute
 from pretrain.models.resnet import (
     BLOCKS,
     EXPANSION,
@@ -32,6 +29,7 @@ from pretrain.models.resnet import (
     count_products,
     layer_of_stage,
 )
+from pretrain.models.segment_network import SegmentNetwork
 
 #: Channels of a block for each one inside its long-term module.
 REDUCTION = 16
@@ -171,7 +169,7 @@ class DifferenceBottleneck(FrameBottleneck):
         return x if self.temporal is None else self.temporal(x)
 
 
-class TDN(OfficialNames):
+class TDN(SegmentNetwork):
     """Temporal difference network.
 
     Args:
@@ -184,17 +182,18 @@ class TDN(OfficialNames):
     """
 
     def __init__(self, options: Config, segments: int, activation_checkpointing: Recompute = False) -> None:
-        super().__init__()
         if problems := check(options):
             raise RecipeError(problems)
-        self.options, self.segments, self.activation_checkpointing = options, segments, activation_checkpointing
+        channels = EXPANSION * 8 * options.width
+        super().__init__(
+            segments, options.window, channels, options.classes, options.dropout, activation_checkpointing
+        )
+        self.options = options
         width, blocks = options.width, blocks_of(options)
         self.stem = FrameStem(3, width, bias=True)
         self.short_term = ShortTermDifference(width, blocks[0]) if options.short_term else None
         plain, gated = partial(FrameBottleneck, bias=True), partial(DifferenceBottleneck, options, segments)
         self.stages = build_stages(width, blocks, (plain, gated, gated, gated))
-        self.drop = dropout_layer(options.dropout)
-        self.head = Linear(EXPANSION * 8 * width, options.classes, init=partial(nn.init.normal_, std=0.001))
 
     @property
     def picture_share(self) -> float:
@@ -203,33 +202,17 @@ class TDN(OfficialNames):
             return self.options.picture_share
         return PICTURE_SHARE if self.segments == 8 else PICTURE_SHARE_OTHER
 
-    def forward(self, video: Tensor) -> Tensor:
-        """Compute logits [B, classes] of normalised clips [B, T * window, H, W, 3]: the mean of the segments'."""
-        return self.forward_head(self.forward_features(video, pooled=False))
-
-    def forward_features(self, video: Tensor, pooled: bool = True) -> Tensor:
-        """Compute features of normalised clips [B, T * window, H, W, 3].
-
-        Args:
-            video: pixels, the frames of a segment next to each other.
-            pooled: their mean over segments [B, C], else those of each [B, T, C].
-
-        Raises:
-            RecipeError: clips of another length.
-        """
-        if video.shape[1] != self.segments * self.options.window:
-            # Else frames of several clips would be taken for one, wherever the product divides.
-            wanted = f"{self.segments} segments x {self.options.window}"
-            raise RecipeError(f"clips of {video.shape[1]} frames, and this model was built for {wanted}")
-        frames = video.unflatten(1, (self.segments, -1)).flatten(0, 1).permute(0, 1, 4, 2, 3)
-        x = self._stages(frames.to(self.stem.conv.weight.dtype))
-        features = x.mean((2, 3)).unflatten(0, (-1, self.segments))
-        return features.mean(1) if pooled else features
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Compute logits [B, classes] of features [B, C], or of each segment [B, T, C] and average them."""
-        logits: Tensor = self.head(self.drop(features))
-        return logits.mean(1) if features.dim() == 3 else logits
+    def maps(self, frames: Tensor) -> Tensor:
+        x = self.stem(frames[:, self.window // 2])
+        first, *later = self.stages
+        if self.short_term is None:
+            x = self.run(first, x)
+        else:
+            early, late = self.short_term(frames)
+            x = self._joined(self.run(first, self._joined(x, early)), late)
+        for stage in later:
+            x = self.run(stage, x)
+        return x
 
     def from_official(self, state: Mapping[str, Tensor]) -> Renamed:
         return tdn_weights.renamed(state)
@@ -237,27 +220,9 @@ class TDN(OfficialNames):
     def to_official(self) -> dict[str, Tensor]:
         return tdn_weights.official_state(plain_state(self))
 
-    def _stages(self, frames: Tensor) -> Tensor:
-        """Compute the last maps [N, 32 width, H/32, W/32] of segments [N, window, 3, H, W]."""
-        x = self.stem(frames[:, self.options.window // 2])
-        first, *later = self.stages
-        if self.short_term is None:
-            x = self._run(first, x)
-        else:
-            early, late = self.short_term(frames)
-            x = self._joined(self._run(first, self._joined(x, early)), late)
-        for stage in later:
-            x = self._run(stage, x)
-        return x
-
     def _joined(self, pictures: Tensor, differences: Tensor) -> Tensor:
         enlarged = F.interpolate(differences, size=pictures.shape[-2:], mode="nearest")
         return self.picture_share * pictures + (1 - self.picture_share) * enlarged
-
-    def _run(self, stage: Any, x: Tensor) -> Tensor:
-        for block in stage:
-            x = maybe_recompute(self.activation_checkpointing, block, x)
-        return x
 
 
 def blocks_of(options: Config) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pretrain.data.decoders.crops import Box, cut
 from pretrain.data.media import MEAN, STD
@@ -49,7 +49,22 @@ def randaugment(
     from timm.data.auto_augment import rand_augment_transform
 
     options: dict[str, Any] = {"img_mean": fill}
-    return rand_augment_transform(notation, options if resample is None else options | {"interpolation": resample})
+    policy = rand_augment_transform(notation, options if resample is None else options | {"interpolation": resample})
+    for op in policy.ops:
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterized
+    return policy
+
+
+def _posterized(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the upper bits of each channel: timm's operation, and 0 bits too, which its strongest level keeps.
+
+    Pillow from release 13 on refuses those, which ends a run at the first picture that draws the level: before, and
+    here, it is black.
+    """
+    if bits <= 0:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 def rand_augment(clip: Clip, notation: str, rng: np.random.Generator) -> Clip:

@@ -114,12 +114,11 @@ def spatial_views(clip: Clip, short: int, crops: int) -> list[Clip]:
     return [clip[:, start : start + short] for start in starts]
 
 
-def quarter_views(clip: Clip, side: int, crops: int) -> list[Clip]:
-    """Cut test crops side x side as TSN does: left, right and centre in steps of a quarter of the free width.
+def quarter_views(clip: Clip, side: int) -> list[Clip]:
+    """Cut TSN's three test crops side x side: left, right and centre, in steps of a quarter of the free width.
 
     All lie in the middle of the height, so that those of an upright video, whose width is `side`, are one and the same.
-    One crop is the centre.
     """
     across, down = (clip.shape[2] - side) // 4, (clip.shape[1] - side) // 4
-    steps = (0, 4, 2) if crops == 3 else (2,)
-    return [clip[:, 2 * down : 2 * down + side, step * across : step * across + side] for step in steps]
+    rows = slice(2 * down, 2 * down + side)
+    return [clip[:, rows, step * across : step * across + side] for step in (0, 4, 2)]

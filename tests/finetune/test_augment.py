@@ -1,9 +1,11 @@
 """Augmentations: the same for all frames, a function of the sample alone, nothing global touched."""
 
+import copy
 import random
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from finetune.recipe import Augment
 from pretrain.data.randomness import generator
@@ -43,6 +45,20 @@ def test_randaugment_is_timm_with_the_official_operations() -> None:
     assert {(op.prob, op.magnitude, op.magnitude_std) for op in policy.ops} == {(0.5, 7, 0.5)}
     changed = sum((rand_augment(clip(1), OFFICIAL, generator(seed)) != clip(1)).any() for seed in range(60))
     assert 40 < changed < 60  # four operations with probability 1/2 each; some change little
+
+
+@pytest.mark.parametrize("level", [0, 2.5, 9.99, 10])
+def test_every_operation_works_at_every_level(level: float) -> None:
+    """Pillow 13 refuses to keep 0 bits, which is what timm's PosterizeIncreasing does at level 10."""
+    picture = Image.fromarray(clip(1)[0])
+    for notation in ("rand-m9", "rand-m9-inc1", "rand-m9-inc1-t3a", "rand-m9-inc1-t3aw", "rand-m9-tweights"):
+        for op in randaugment(notation).ops:
+            strongest = copy.copy(op)
+            strongest.prob, strongest.magnitude, strongest.magnitude_std = 1.0, level, 0
+            found = strongest(picture)
+            assert (found.mode, found.size) == ("RGB", picture.size), op.name
+            if op.name == "PosterizeIncreasing" and level == 10:
+                assert not np.asarray(found).any(), "no bit is left"
 
 
 def test_resized_crop_boxes() -> None:

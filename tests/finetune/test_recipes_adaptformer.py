@@ -36,7 +36,7 @@ def test_there_is_a_recipe_for_every_row() -> None:
     found = {
         name
         for name, recipe in recipes.items()
-        if recipe.optim.name == "sgd" and recipe.objective.name == "classification"
+        if (recipe.optim.name, recipe.objective.name, recipe.model.name) == ("sgd", "classification", "classifier")
     }
     assert found == {f"vit_b_{method}_{data}" for method, data in ROWS}
 

@@ -1,6 +1,7 @@
 """SparseFormers: published sizes and costs, where they look, what they are not given, weights in and out."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import RecipeError, WeightsError
+from pretrain.models.classifier_weights import load_pretrained
+from pretrain.models.formats import export_official
 from pretrain.models.gradient_limits import follow_loss_scale
 from pretrain.models.sparseformer import ARCHITECTURE, Config
 from pretrain.models.sparseformer.architecture import UNCOUNTED
@@ -375,12 +378,16 @@ def test_layers_and_rates() -> None:
 
 
 @pytest.mark.parametrize("layout", ["train", "library"])
-def test_released_names_there_and_back(layout: str, tmp_path) -> None:
-    model = stirred()
-    export_sparseformer(model, str(tmp_path / "model.pth"), layout)
+def test_released_names_there_and_back(layout: str, tmp_path: Path) -> None:
+    """By default in the names of the code whose constants the model has."""
+    model = stirred(parity=layout)
+    export_official(model, str(tmp_path / "model.pth"))
     written = read_raw(str(tmp_path / "model.pth"))
     assert ("token_roi.weight" in written) is (layout == "train")
-    again = build()
+    export_sparseformer(model, str(tmp_path / "named.pth"), layout)
+    named = read_raw(str(tmp_path / "named.pth"))
+    assert list(named) == list(written) and all(torch.equal(named[name], written[name]) for name in named)
+    again = build(parity=layout)
     report = load_state(again, own_names(written), LoadReport("file", layout))
     assert not report.missing and not report.unexpected
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
@@ -399,7 +406,7 @@ def test_a_head_that_a_converter_left_out_is_missed() -> None:
     written["head.norm.weight"] = written.pop("norm.weight")
     written["head.classifier.weight"] = written.pop("proj.weight")
     with pytest.raises(WeightsError, match=r"missing: norm.weight"):
-        load_state(build(), own_names(written), LoadReport("file", "library"))
+        load_pretrained(build(), "file", raw=written)
 
 
 def test_research_checkpoints() -> None:

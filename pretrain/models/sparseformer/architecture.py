@@ -26,6 +26,8 @@ class SparseFormerArchitecture(Classifier):
     """A SparseFormer of images, its input clips of one frame, or of clips."""
 
     draws_looks = True
+    official_layout = True
+    any_size = True
 
     @staticmethod
     def resolve(config: Config) -> Config:

@@ -5,6 +5,8 @@ but for the head, which is called as other classifiers' heads here. Shapes: B cl
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,14 @@ from torch.nn import functional as F
 
 from pretrain.errors import RecipeError
 from pretrain.models.dropout import drop_path_rates
+from pretrain.models.formats import plain_state
 from pretrain.models.linear import Linear, truncated_normal
+from pretrain.models.official_names import OfficialNames, Renamed
 from pretrain.models.recompute import Recompute, maybe_recompute
 from pretrain.models.sparseformer import sparseformer_config as sizes
 from pretrain.models.sparseformer.regions import first_regions, wide
 from pretrain.models.sparseformer.sparseformer_config import Config, Constants
+from pretrain.models.sparseformer.sparseformer_weights import layout_of_names, official_names, own_names
 from pretrain.models.sparseformer.units import Looks, Table, Unit
 
 
@@ -48,7 +53,7 @@ class EarlyConvolution(nn.Module):
         return maps.unflatten(0, pixels.shape[:2]).transpose(1, 2).contiguous() if self.video else maps
 
 
-class SparseFormer(nn.Module):
+class SparseFormer(OfficialNames):
     """Map, latent tokens, units, head.
 
     Args:
@@ -115,6 +120,17 @@ class SparseFormer(nn.Module):
         """Compute logits [B, classes] of features [B, D]."""
         logits: Tensor = self.head(features)
         return logits
+
+    def from_official(self, state: Mapping[str, Tensor]) -> Renamed:
+        return Renamed(own_names(state), layout_of_names(state))
+
+    def to_official(self) -> dict[str, Tensor]:
+        """Give the weights under the names of the code whose constants the model has."""
+        train = self.config.parity == "train" and not self.config.video
+        return official_names(plain_state(self), "train" if train else "library", self.config.video)
+
+    def official_file(self) -> dict[str, Any]:
+        return {"model": self.to_official()}
 
     def encode(self, video: Tensor, looks: Looks | None = None) -> tuple[Tensor, Tensor]:
         """Compute tokens [B, n+N, D] in front of the norm, and their last regions float32 [B, N, 4 or 6].

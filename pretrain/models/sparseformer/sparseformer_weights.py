@@ -8,7 +8,7 @@ the official loader is not, and a v1 file that its converter has made keeps a ra
 import io
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,13 @@ from torch import Tensor
 from pretrain.errors import WeightsError
 from pretrain.models.formats import plain_state
 from pretrain.models.sparseformer.inflation import inflated, resampled
-from pretrain.models.sparseformer.sparseformer_model import SparseFormer
 from pretrain.models.weights import strip_wrappers
 from pretrain.runtime import storage
+
+if TYPE_CHECKING:
+    from pretrain.models.sparseformer.sparseformer_model import SparseFormer
+
+Layout = Literal["train", "library"]
 
 #: Names of the train code and of the library, by parts that occur once in a name.
 TRAIN_TO_LIBRARY = (
@@ -62,9 +66,7 @@ def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def official_names(
-    state: Mapping[str, Tensor], layout: Literal["train", "library"], video: bool = False
-) -> dict[str, Tensor]:
+def official_names(state: Mapping[str, Tensor], layout: Layout, video: bool = False) -> dict[str, Tensor]:
     """Bring weights of `SparseFormer` to the names of an official code; inverse of `own_names`.
 
     Args:
@@ -83,6 +85,13 @@ def official_names(
     named = {re.sub(r"^head\.", LIBRARY_HEAD, key): value for key, value in state.items()}
     stem = "feat_extractor.conv1.weight"
     return named | ({stem: named[stem][:, :, None]} if video else {})
+
+
+def layout_of_names(state: Mapping[str, Tensor]) -> str:
+    """Name the layout that these names are of, for reports."""
+    if TRAIN_MARK in state:
+        return "SparseFormer's train code"
+    return "SparseFormer's research" if RESEARCH_MARK in state else "SparseFormer's library"
 
 
 def fitted_weights(
@@ -108,7 +117,7 @@ def fitted_weights(
     return named
 
 
-def export_sparseformer(model: SparseFormer, dest: str, layout: Literal["train", "library"] = "library") -> None:
+def export_sparseformer(model: "SparseFormer", dest: str, layout: Layout = "library") -> None:
     """Write a .pth file as an official code reads it.
 
     Args:
