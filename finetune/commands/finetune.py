@@ -25,6 +25,8 @@ examples:
       accuracy, per-class table and confusion matrix from stored predictions, without the model
   python launch/finetune.py --compare runs/vit_b_k400 runs/scratch
       tested runs side by side: what was trained, accuracy, chance
+  python launch/finetune.py --ensemble runs/tdn_8f runs/tdn_16f
+      tests of several models together: the mean of their probabilities, or --merge clamped as TDN's released numbers
 
 exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 75 stopped on purpose: start the same command again
 guide: docs/finetuning.md
@@ -34,14 +36,15 @@ guide: docs/finetuning.md
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # Looked for before parsing: the program asks for a recipe, which these two don't have.
-    if "--rescore" in words or "--compare" in words:
+    # Looked for before parsing: the program asks for a recipe, which these don't have.
+    if {"--rescore", "--compare", "--ensemble"} & set(words):
         return _read_only(words)
     return run_program(PROGRAM, words)
 
 
 def _read_only(words: list[str]) -> int:
     """Score or compare finished tests; needs neither recipe nor model."""
+    from finetune.classification.ensemble import ensemble
     from finetune.classification.testing import rescore
     from finetune.commands.compare import compare
     from pretrain.errors import TubeletError
@@ -50,6 +53,10 @@ def _read_only(words: list[str]) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--rescore", metavar="FOLDER", type=Path, help="folder with predictions.json")
     what.add_argument("--compare", metavar="RUN", type=Path, nargs="+", help="folders of tested runs")
+    what.add_argument("--ensemble", metavar="RUN", type=Path, nargs="+", help="runs or folders with predictions.json")
+    merge = "with --ensemble: mean of probabilities, or sum of raw logits without the negative ones (TDN as released)"
+    parser.add_argument("--merge", choices=("probabilities", "clamped"), default="probabilities", help=merge)
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="with --ensemble: write the joint predictions there")
     # The deepspeed launcher puts it in front of all arguments, whatever it starts.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
@@ -57,6 +64,8 @@ def _read_only(words: list[str]) -> int:
     try:
         if arguments.rescore:
             rescore(arguments.rescore)
+        elif arguments.ensemble:
+            ensemble(arguments.ensemble, arguments.merge, arguments.out)
         else:
             print("\n".join(compare(arguments.compare)))
     except TubeletError as error:
@@ -73,6 +82,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rescore", metavar="FOLDER", help="score stored predictions again; needs no recipe")
     parser.add_argument("--compare", metavar="RUN", nargs="+", help="tested runs side by side; needs no recipe")
+    parser.add_argument(
+        "--ensemble",
+        metavar="RUN",
+        nargs="+",
+        help="tests of several models together; needs no recipe, takes --merge probabilities|clamped and --out FOLDER",
+    )
 
 
 def _run(method: "Method", arguments: argparse.Namespace) -> int:

@@ -151,9 +151,10 @@ class Classifier(Architecture):
     any_size: ClassVar[bool] = False
     #: Whether it needs compute.dtype=fp32, as running statistics of batch norms do: in bfloat16 small steps are lost.
     full_precision: ClassVar[bool] = False
-
     #: Whether `looks` draws where the module looks.
     draws_looks: ClassVar[bool] = False
+    #: First parts of the names of parameters beside the head's that `forward_maps` does not reach, see `maps`.
+    behind_maps: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def cost(self) -> Cost:

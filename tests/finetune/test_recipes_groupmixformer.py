@@ -9,7 +9,7 @@ import pytest
 
 from finetune.commands.finetune import main as finetune_main
 from finetune.recipe import load_tune_recipe
-from pretrain.engine.build import build_on_meta
+from pretrain.engine.build import build_on_meta, count_model
 from pretrain.objectives.base import method_of, problems_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.files import recipe_names
@@ -57,6 +57,19 @@ def test_published_numbers(name: str) -> None:
 def test_the_engine_is_told_whose_rows_batch_norms_see(way: str, crosses: bool) -> None:
     recipe = load_tune_recipe("groupmixformer_mobile_in1k", [f"model.batch_norm={way}"])
     assert build_on_meta(method_of(recipe)).cross_rank_batch_norm is crosses
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "steps", "weight_decay"),
+    [("groupmixformer_b_upernet_ade20k", 75_747_148, 160_000, 0.01), ("vit_b_linear_ade20k", 116_886, 40_000, 1e-4)],
+)
+def test_recipes_of_segmentation(name: str, trained: int, steps: int, weight_decay: float) -> None:
+    method = method_of(load_tune_recipe(name))
+    assert problems_of(method) == []
+    recipe: Any = method.recipe
+    size = count_model(method)
+    assert (size.trained, recipe.schedule.steps, recipe.optim.weight_decay) == (trained, steps, weight_decay)
+    assert (recipe.model.classes, recipe.input.first_class, recipe.batch.samples) == (150, 1, 16)
 
 
 def test_commands_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
