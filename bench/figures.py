@@ -2,10 +2,12 @@
 
 python bench/figures.py SET FOLDER --backgrounds VIDEOS
     SET: alone    each person's label is what it does
-         others   whether another person, far off, does the same at the same time
-         before   what it did 20 seconds ago
+         others   what each does, and whether another person, far off, does the same at the same time
+         before   what it does, and what it did 20 seconds ago
 Writes FOLDER/{train,val}/*.mp4 and FOLDER/{train,val}.csv (video, time, x1, y1, x2, y2, label, person), ready for
-launch/pack.py --task detection. Seeded: the same command writes the same films.
+launch/pack.py --task detection. Seeded: the same command writes the same films. Labels tell nothing but what is done:
+boxes are those of all that a person might do, each second's action and its phase are drawn by themselves, and films to
+judge by have the last third of each background, which those to train on don't show.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,47 +34,41 @@ BACK = 20
 FINE = 3
 #: Backgrounds are cut out of pictures up to so much larger than a film.
 LARGEST = 1.6
+#: Share of a background's frames that films to train on show; the others are those of films to judge by.
+TRAINED = 2 / 3
 
 
 @dataclass(frozen=True)
 class Pose:
-    """Angles of limbs in radians from hanging down, outwards; heights as shares of the body."""
+    """Angles of limbs in radians from hanging down, outwards; knees bent by a share of the legs."""
 
-    left_arm: float = 0.15
-    right_arm: float = 0.15
-    left_leg: float = 0.12
-    right_leg: float = 0.12
-    lift: float = 0.0
+    arms: float = 0.25
+    leg: float = 0.15
     crouch: float = 0.0
 
 
-def stand(time: float) -> Pose:
+def stand(turn: float) -> Pose:
     """Stand still."""
     return Pose()
 
 
-def wave(time: float) -> Pose:
-    """Wave with both arms over the head, twice a second."""
-    swing = 2.4 + 0.6 * math.sin(4 * math.pi * time)
-    return Pose(left_arm=swing, right_arm=swing)
+def reach(turn: float) -> Pose:
+    """Hold both arms up."""
+    return Pose(arms=2.5)
 
 
-def jump(time: float) -> Pose:
-    """Jump twice a second."""
-    return Pose(lift=0.3 * abs(math.sin(2 * math.pi * time)), left_arm=0.6, right_arm=0.6)
+def wave(turn: float) -> Pose:
+    """Move both arms up and down."""
+    return Pose(arms=1.4 - 1.15 * math.cos(turn))
 
 
-def squat(time: float) -> Pose:
-    """Bend the knees and get up again, once a second."""
-    return Pose(crouch=0.35 * math.sin(math.pi * (time % 1)) ** 2, left_arm=1.4, right_arm=1.4)
+def squat(turn: float) -> Pose:
+    """Bend the knees and get up again."""
+    return Pose(crouch=0.35 - 0.35 * math.cos(turn))
 
 
-def kick(time: float) -> Pose:
-    """Kick sideways with one leg, twice a second."""
-    return Pose(right_leg=0.1 + 1.2 * max(0.0, math.sin(4 * math.pi * time)))
-
-
-ACTIONS: dict[str, Callable[[float], Pose]] = {"stand": stand, "wave": wave, "jump": jump, "squat": squat, "kick": kick}
+#: By the turn that a person is in, radians: one turn a second.
+ACTIONS: dict[str, Callable[[float], Pose]] = {"stand": stand, "reach": reach, "wave": wave, "squat": squat}
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,9 @@ class Person:
     Attributes:
         x, y: of the feet, pixels.
         size: height of the body, pixels.
-        skin, shirt, trousers: colours.
+        skin, shirt, sleeves, trousers: colours.
         actions: what it does in each second.
+        phases: turn that each second begins at, radians.
     """
 
     x: float
@@ -90,12 +88,20 @@ class Person:
     size: float
     skin: tuple[int, int, int]
     shirt: tuple[int, int, int]
+    sleeves: tuple[int, int, int]
     trousers: tuple[int, int, int]
     actions: list[str]
+    phases: list[float]
 
     def pose(self, time: float) -> Pose:
         """Pose at a time, seconds."""
-        return ACTIONS[self.actions[min(int(time), len(self.actions) - 1)]](time)
+        second = int(time)
+        return ACTIONS[self.actions[second]](self.phases[second] + 2 * math.pi * (time - second))
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """What the person may reach, whatever it does: the box must not tell the action. x1, y1, x2, y2 in pixels."""
+        return self.x - 0.4 * self.size, self.y - 1.1 * self.size, self.x + 0.4 * self.size, self.y
 
 
 @dataclass
@@ -116,48 +122,50 @@ def draw(picture: Picture, people: list[Person], time: float) -> tuple[Picture, 
     pen = ImageDraw.Draw(image)
     boxes = []
     for person in people:
-        points = _draw_person(pen, person, person.pose(time))
-        (x1, y1), (x2, y2) = points.min(0), points.max(0)
-        corners = np.clip([x1 / width, y1 / height, x2 / width, y2 / height], 0, 1)
+        _draw_person(pen, person, person.pose(time))
+        corners = np.clip(np.array(person.box) / [width, height, width, height], 0, 1)
         boxes.append(tuple(corners.tolist()))
     return np.asarray(image.resize((width, height), Image.Resampling.BOX)), boxes
 
 
-def _draw_person(pen: object, person: Person, pose: Pose) -> npt.NDArray[np.float64]:
-    """Draw one person; returns the corners of all its parts in pixels [n, 2]."""
-    size, thick = person.size, 0.07 * person.size
-    leg = 0.42 * size * (1 - pose.crouch)
-    hip = np.array([person.x, person.y - leg - pose.lift * size])
-    neck, arm = hip - [0, 0.34 * size], 0.34 * size
+def _draw_person(pen: Any, person: Person, pose: Pose) -> None:
+    size, thick = person.size, 0.11 * person.size
+    hip = np.array([person.x, person.y - 0.42 * size * math.cos(pose.leg) * (1 - pose.crouch)])
+    neck = hip - [0, 0.34 * size]
+
+    def line(start: npt.NDArray[np.float64], end: npt.NDArray[np.float64], colour: Any, width: float) -> None:
+        pen.line([*(start * FINE), *(end * FINE)], fill=colour, width=round(width * FINE))
+
+    for side in (-1, 1):
+        foot = np.array([person.x + side * 0.42 * size * math.sin(pose.leg), person.y])
+        # Knees go outwards: their two halves stay as long as they were.
+        knee = (hip + foot) / 2 + [side * 0.2 * size * math.sqrt(pose.crouch), 0]
+        line(hip, knee, person.trousers, thick)
+        line(knee, foot, person.trousers, thick)
+    line(hip, neck, person.shirt, 2.6 * thick)
+    for side in (-1, 1):
+        shoulder = neck + [side * thick, 0.03 * size]
+        swing = np.array([side * math.sin(pose.arms), math.cos(pose.arms)])
+        line(shoulder, shoulder + 0.34 * size * swing, person.sleeves, thick)
     head = neck - [0, 0.12 * size]
-    corners = [head + 0.11 * size, head - 0.11 * size]
-
-    def limb(start: npt.NDArray[np.float64], angle: float, length: float, colour: tuple[int, int, int]) -> None:
-        end = start + [math.sin(angle) * length, math.cos(angle) * length]
-        pen.line([*(start * FINE), *(end * FINE)], fill=colour, width=round(thick * FINE))  # type: ignore[attr-defined]
-        corners.extend([end - thick / 2, end + thick / 2])
-
-    for side, angle in ((-1, pose.left_leg), (1, pose.right_leg)):
-        limb(hip, side * angle, 0.42 * size * (1 - pose.crouch) if abs(angle) < 1 else leg, person.trousers)
-    pen.line([*(hip * FINE), *(neck * FINE)], fill=person.shirt, width=round(2.6 * thick * FINE))  # type: ignore[attr-defined]
-    corners.extend([hip - 1.3 * thick, neck + 1.3 * thick])
-    for side, angle in ((-1, pose.left_arm), (1, pose.right_arm)):
-        limb(neck + [side * thick, 0.03 * size], side * angle, arm, person.skin)
-    box = [*((head - 0.11 * size) * FINE), *((head + 0.11 * size) * FINE)]
-    pen.ellipse(box, fill=person.skin)  # type: ignore[attr-defined]
-    return np.array(corners)
+    pen.ellipse([*((head - 0.11 * size) * FINE), *((head + 0.11 * size) * FINE)], fill=person.skin)
 
 
 def make_person(rng: np.random.Generator, x: float, size: float, actions: list[str]) -> Person:
-    """Draw a person's looks by chance."""
+    """Draw a person's looks by chance; sleeves are light and trousers dark, as of a uniform."""
 
     def colour(low: int, high: int) -> tuple[int, int, int]:
         red, green, blue = rng.integers(low, high, 3).tolist()
         return red, green, blue
 
-    skin = tuple(int(part * rng.uniform(0.55, 1)) for part in (255, 215, 185))
-    y = HEIGHT - rng.uniform(2, 14)
-    return Person(x, y, size, (skin[0], skin[1], skin[2]), colour(0, 256), colour(0, 130), actions)
+    tone = rng.uniform(0.45, 1)
+    skin = int(255 * tone), int(215 * tone), int(185 * tone)
+    sleeves, trousers = (
+        (int(rng.integers(225, 256)), int(rng.integers(190, 230)), int(rng.integers(0, 60))),
+        colour(0, 50),
+    )
+    y, phases = HEIGHT - rng.uniform(2, 14), rng.uniform(0, 2 * math.pi, len(actions)).tolist()
+    return Person(x, y, size, skin, colour(0, 256), sleeves, trousers, actions, phases)
 
 
 def alone(rng: np.random.Generator) -> Film:
@@ -165,7 +173,7 @@ def alone(rng: np.random.Generator) -> Film:
     count, seconds = int(rng.integers(1, 3)), 4
     places = rng.permutation([0.27, 0.73])[:count] * WIDTH + rng.uniform(-8, 8, count)
     people = [
-        make_person(rng, float(x), float(rng.uniform(48, 66)), rng.choice(list(ACTIONS), seconds).tolist())
+        make_person(rng, float(x), float(rng.uniform(60, 78)), rng.choice(list(ACTIONS), seconds).tolist())
         for x in places
     ]
     return Film(people, seconds, [[[person.actions[second]] for person in people] for second in range(seconds)])
@@ -174,23 +182,27 @@ def alone(rng: np.random.Generator) -> Film:
 def others(rng: np.random.Generator) -> Film:
     """Two people at both ends of the picture: do they do the same?"""
     seconds = 4
-    doing = [rng.choice(["wave", "squat"], seconds).tolist() for _ in range(2)]
+    doing = [rng.choice(["reach", "squat"], seconds).tolist() for _ in range(2)]
     people = [
-        make_person(rng, x * WIDTH, float(rng.uniform(48, 60)), each)
-        for x, each in zip((0.14, 0.86), doing, strict=True)
+        make_person(rng, x * WIDTH, float(rng.uniform(60, 72)), each) for x, each in zip((0.2, 0.8), doing, strict=True)
     ]
-    labels = [["together"] if one == two else ["apart"] for one, two in zip(*doing, strict=True)]
-    return Film(people, seconds, [[label, label] for label in labels])
+    # What each does besides: whether two things are the same is found out by who knows them.
+    labels = [
+        [[own, "together" if one == two else "apart"] for own in (one, two)] for one, two in zip(*doing, strict=True)
+    ]
+    return Film(people, seconds, labels)
 
 
 def before(rng: np.random.Generator) -> Film:
-    """One person for 40 seconds: what did it do 20 seconds ago?"""
-    seconds = 2 * BACK
-    doing = rng.choice(["wave", "squat"], seconds).tolist()
-    person = make_person(rng, float(rng.uniform(0.3, 0.7)) * WIDTH, float(rng.uniform(48, 60)), doing)
-    past = {"wave": "waved", "squat": "squatted"}
-    labels = [[[past[doing[second - BACK]]] if second >= BACK else []] for second in range(seconds)]
-    return Film([person], seconds, labels)
+    """One person for a minute: what does it do, and what did it do 20 seconds ago?"""
+    seconds = 3 * BACK
+    doing = rng.choice(["reach", "squat"], seconds).tolist()
+    person = make_person(rng, float(rng.uniform(0.3, 0.7)) * WIDTH, float(rng.uniform(60, 72)), doing)
+    # The present too: nothing else makes the memory hold it, which gets no gradients from what looks into it.
+    labels = [
+        [doing[second], *([f"{doing[second - BACK]} before"] if second >= BACK else [])] for second in range(seconds)
+    ]
+    return Film([person], seconds, [[own] for own in labels])
 
 
 SETS: dict[str, Callable[[np.random.Generator], Film]] = {"alone": alone, "others": others, "before": before}
@@ -210,11 +222,13 @@ def load_background(path: Path) -> list[Picture]:
     return [np.asarray(frame.resize(size, Image.Resampling.BOX)) for frame in frames]
 
 
-def backgrounds(videos: list[Path], rng: np.random.Generator, frames: int) -> Iterator[Picture]:
-    """Give frames of one of some videos, uint8 [H, W, 3], place and cut by chance."""
+def backgrounds(videos: list[Path], part: str, rng: np.random.Generator, frames: int) -> Iterator[Picture]:
+    """Give frames of a part (train, val) of one of some videos, uint8 [H, W, 3], place and cut by chance."""
     from PIL import Image
 
     shown = load_background(videos[int(rng.integers(len(videos)))])
+    border = round(TRAINED * len(shown))
+    shown = shown[:border] if part == "train" else shown[border:]
     start = int(rng.integers(len(shown)))
     # To and fro: a cut in the background would be the only sudden change of the film.
     places = [(start + step) % (2 * len(shown)) for step in range(frames)]
@@ -227,8 +241,8 @@ def backgrounds(videos: list[Path], rng: np.random.Generator, frames: int) -> It
         yield np.asarray(Image.fromarray(cut[:, ::-1] if flipped else cut).resize((WIDTH, HEIGHT)))
 
 
-def write_film(film: Film, videos: list[Path], rng: np.random.Generator, path: Path) -> list[list[object]]:
-    """Write a film as H.264; returns its rows of annotation."""
+def write_film(film: Film, shown: Iterator[Picture], path: Path) -> list[list[object]]:
+    """Write a film over a background as H.264; returns its rows of annotation."""
     import av
 
     rows: list[list[object]] = []
@@ -236,7 +250,7 @@ def write_film(film: Film, videos: list[Path], rng: np.random.Generator, path: P
         stream = target.add_stream("libx264", rate=Fraction(FPS))
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.options = {"crf": "18", "preset": "veryfast", "g": "8", "x264-params": "cpu-independent=1"}
-        for number, picture in enumerate(backgrounds(videos, rng, film.seconds * FPS)):
+        for number, picture in enumerate(shown):
             time = number / FPS
             drawn, boxes = draw(picture, film.people, time)
             target.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(drawn), format="rgb24")))
@@ -264,7 +278,8 @@ def make_set(kind: str, folder: Path, videos: list[Path], counts: dict[str, int]
             for number in range(count):
                 rng = np.random.default_rng([number, sorted(SETS).index(kind), len(part)])
                 film = SETS[kind](rng)
-                writer.writerows(write_film(film, videos, rng, folder / part / f"{number:04d}.mp4"))
+                shown = backgrounds(videos, part, rng, film.seconds * FPS)
+                writer.writerows(write_film(film, shown, folder / part / f"{number:04d}.mp4"))
 
 
 def main() -> None:

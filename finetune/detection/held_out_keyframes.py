@@ -1,4 +1,4 @@
-"""Keyframes of some shards, each once, dealt out to ranks and workers, in batches to judge."""
+"""Keyframes or other samples of some shards, each once, dealt out to ranks and workers, in batches to judge."""
 
 import itertools
 import logging
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from finetune.recipe import TuneRecipe
 from pretrain.data.fetch import RawSample, SampleReader, read_ahead
 from pretrain.data.index import ShardIndex, load_index
-from pretrain.data.members import parse_sample
-from pretrain.data.samples import Batch, Place, Sample, SourceInfo
+from pretrain.data.members import Members, parse_sample
+from pretrain.data.samples import Batch, Place, Sample, Samples, SourceInfo
 from pretrain.data.stream import prepare_worker
 from pretrain.errors import DataError, SampleError
 from pretrain.recipe.schema import Source
@@ -73,12 +73,19 @@ def require_detections(sets: list[KeyframeSet], samples: BoxSamples, deadline_s:
             has any, are warned of.
     """
     keyframes = Keyframes(sets, samples, 0, 1, 1, deadline_s)
-    if any(itertools.islice(keyframes.have_detections(), PEEKED)):
+    if any(_has_detections(samples, each) for each in itertools.islice(keyframes.members(), PEEKED)):
         return
     error = no_detections(min(len(keyframes), PEEKED))
     if len(keyframes) <= PEEKED:
         raise error
     logger.warning("of the first ones: %s", error)
+
+
+def _has_detections(samples: BoxSamples, members: Members | None) -> bool:
+    try:
+        return members is not None and samples.has_detections(members)
+    except SampleError:
+        return False  # told, with its reason, by the evaluation
 
 
 def no_detections(keyframes: int) -> DataError:
@@ -104,7 +111,7 @@ class Keyframes(IterableDataset[Judgeable]):
     """
 
     def __init__(
-        self, sets: list[KeyframeSet], samples: BoxSamples, rank: int, world_size: int, micro: int, deadline_s: float,
+        self, sets: list[KeyframeSet], samples: Samples, rank: int, world_size: int, micro: int, deadline_s: float,
         readahead: int = 8,
     ) -> None:  # fmt: skip
         self._sets, self._samples, self._rank, self._world_size = sets, samples, rank, world_size
@@ -120,14 +127,14 @@ class Keyframes(IterableDataset[Judgeable]):
         each = [len(first._positions(worker, max(workers, 1))) for worker in range(max(workers, 1))]
         return sum(-(-count // self._micro) for count in each)
 
-    def have_detections(self) -> Iterator[bool]:
-        """Tell of one keyframe after the other whether it has a detector's box that is judged."""
+    def members(self) -> Iterator[Members | None]:
+        """Read what one keyframe after the other is made of, without decoding; None: it can't be read."""
         reader = SampleReader([one.index for one in self._sets], None, self._deadline_s)
         for place in self._places(0, 1):
             try:
-                yield self._samples.has_detections(parse_sample(reader.read(place.source, place.shard, place.row)))
+                yield parse_sample(reader.read(place.source, place.shard, place.row))
             except SampleError:
-                yield False  # told, with its reason, by the evaluation
+                yield None
 
     def __iter__(self) -> Iterator[Judgeable]:
         info = get_worker_info()

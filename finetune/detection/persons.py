@@ -7,6 +7,7 @@ OpenCV's needs no weights, torchvision's those of a file, and one of one's own i
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ MARGIN_X, MARGIN_Y = 0.1, 0.07
 HOG_HEIGHT = 864
 #: Boxes that overlap more are one person.
 SAME_PERSON = 0.5
+#: Boxes of a detector of one's own may reach so far out of the picture, as a share of it, and are cut.
+BORDER = 0.01
 #: COCO's number of the class person.
 PERSON = 1
 
@@ -54,7 +57,8 @@ def person_detector(name: str) -> PersonDetector:
             `MODULE:FUNCTION`, of one's own, which takes a picture uint8 [H, W, 3] in RGB and returns `FoundPersons`.
 
     Raises:
-        DataError: no such detector, or a library that it needs is missing.
+        DataError: no such detector, or a library that it needs is missing. One of one's own raises it as well where it
+            answers with something else than boxes in shares.
         WeightsError: weights that can't be read or don't fit.
     """
     if name == "hog":
@@ -72,7 +76,33 @@ def person_detector(name: str) -> PersonDetector:
         found: PersonDetector = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise DataError(f"person detector {name!r}: {error}") from error
-    return found
+    return partial(_checked, found, name)
+
+
+def _checked(detector: PersonDetector, name: str, picture: Picture) -> FoundPersons:
+    """Ask a detector of one's own. Pixels in the place of shares would be cut to boxes at the picture's corner.
+
+    Raises:
+        DataError: something else than boxes in shares with a score each.
+    """
+    found = detector(picture)
+    try:
+        boxes, scores = (np.asarray(one, np.float32) for one in (found.boxes, found.scores))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"person detector {name!r}: FoundPersons is expected, got {type(found).__name__}") from error
+    if scores.ndim != 1 or boxes.shape != (len(scores), 4):
+        told = f"boxes {boxes.shape} and scores {scores.shape}, allowed: [n, 4] and [n]"
+        raise DataError(f"person detector {name!r}: {told}")
+    inside = ((boxes >= -BORDER) & (boxes <= 1 + BORDER)).all(1) & (boxes[:, :2] < boxes[:, 2:]).all(1)
+    right = inside & (scores >= 0) & (scores <= 1)
+    if not right.all():  # NaN is not right either
+        row, (height, width) = int(np.argmin(right)), picture.shape[:2]
+        raise DataError(
+            f"person detector {name!r}: box {boxes[row].tolist()} with score {scores[row]:g}, allowed: x1 < x2, y1 < "
+            f"y2, shares of the picture and scores from 0 to 1; the picture has {width} x {height} pixels: divide by "
+            "them"
+        )
+    return FoundPersons(boxes.clip(0, 1), scores)
 
 
 class HogDetector:

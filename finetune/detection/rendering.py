@@ -1,6 +1,7 @@
 """Videos with what was detected drawn into them: boxes, labels, and the track that a box belongs to."""
 
 import bisect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +20,8 @@ COLOURS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 13
            (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212))  # fmt: skip
 #: A box is shown so long before and behind the only keyframe that it was seen in, in distances between keyframes.
 SHOWN = 0.5
+#: Lower videos are enlarged by a whole number to at least this height, pixels: words would cover them otherwise.
+LEGIBLE = 360
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def render(video: str | BinaryIO, sightings: Sequence[Sighting], every_s: float,
         video: file that was looked at, its path or itself.
         sightings: persons of all keyframes.
         every_s: seconds between two keyframes.
-        out: .mp4 to write, H.264 without sound.
+        out: .mp4 to write, H.264 without sound; small videos are enlarged, so that words can be read.
 
     Returns:
         frames that were written.
@@ -71,14 +74,15 @@ def _copy(source: Any, target: Any, tracks: dict[int, list[Sighting]], every_s: 
 
     stream = source.streams.video[0]
     stream.thread_type = "AUTO"
+    larger = math.ceil(LEGIBLE / stream.height)
     # H.264 needs even sides, and frames of unknown rate a rate.
-    width, height = stream.width // 2 * 2, stream.height // 2 * 2
+    width, height = stream.width * larger // 2 * 2, stream.height * larger // 2 * 2
     written = target.add_stream("libx264", rate=stream.average_rate or Fraction(25))
     written.width, written.height, written.pix_fmt = width, height, "yuv420p"
     written.options = {"crf": "20", "preset": "veryfast"}
     frames, first = 0, None
     for frame in source.decode(stream):
-        picture = frame.to_ndarray(format="rgb24")
+        picture = frame.to_ndarray(format="rgb24").repeat(larger, axis=0).repeat(larger, axis=1)
         time = frame.time if frame.time is not None else frames / float(stream.average_rate or 25)
         first = time if first is None else first
         drawn = draw_persons(picture, at_time(tracks, time - first, every_s))
@@ -125,7 +129,7 @@ def _write(pen: Any, lines: Sequence[str], corner: tuple[float, float], colour: 
     """Write lines above a box, or inside it where there is no room above."""
     from PIL import ImageFont
 
-    size = max(10, height // 45)
+    size = max(14, height // 36)
     font = ImageFont.load_default(size)
     text = "\n".join(lines)
     left, top, right, bottom = pen.multiline_textbbox((0, 0), text, font=font, spacing=1)

@@ -33,7 +33,7 @@ from pretrain.samples.box_transforms import CONVENTIONS
 from pretrain.samples.boxes import BoxSamples
 
 #: How a .pth file of the official layout is used.
-OFFICIAL_USAGE = "`TRAIN.CHECKPOINT_FILE_PATH` of the official EVAD code, or `run.init_weights` here."
+OFFICIAL_USAGE = "usage: TRAIN.CHECKPOINT_FILE_PATH of the official EVAD code, or run.init_weights here"
 
 
 @dataclass
@@ -90,7 +90,7 @@ class EVADTask(DetectionTask):
         return partial(objective.detect, empty=True)
 
     def exports(self, source: Path) -> dict[str, Export]:
-        return super().exports(source) | {"evad": Export(_write_official, OFFICIAL_USAGE, ".pth")}
+        return super().exports(source) | {"evad": Export(_write_official, suffix=".pth")}
 
 
 METHOD = EVADTask
@@ -98,7 +98,7 @@ METHOD = EVADTask
 
 def _write_official(objective: Any, dest: str) -> str:
     export_detector(objective.model, dest)
-    return ""
+    return OFFICIAL_USAGE
 
 
 class EVADObjective(TunedObjective):

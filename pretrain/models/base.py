@@ -145,15 +145,16 @@ class Classifier(Architecture):
     [B, N, C], `forward_head` logits of pooled vectors. Adapters attach to modules that inherit from `Backbone`.
     """
 
-    #: Whether its module is an `OfficialNames`, which its published code has a layout for.
+    #: Whether its published code has a layout for it: its module has the official names, or is an `OfficialNames`.
     official_layout: ClassVar[bool] = False
     #: Whether frames of another height and width than the input section's can be judged.
     any_size: ClassVar[bool] = False
     #: Whether it needs compute.dtype=fp32, as running statistics of batch norms do: in bfloat16 small steps are lost.
     full_precision: ClassVar[bool] = False
-
     #: Whether `looks` draws where the module looks.
     draws_looks: ClassVar[bool] = False
+    #: First parts of the names of parameters beside the head's that `forward_maps` does not reach, see `maps`.
+    behind_maps: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def cost(self) -> Cost:

@@ -68,6 +68,16 @@ class Dropout(nn.Dropout):
         return super().forward(x) if keep is None else x * keep.view(x.shape) * (1 / (1 - self.p))
 
 
+class ChannelDropout(Dropout):
+    """Dropout of whole channels of maps [B, C, h, w], whose neighbouring elements would give a lost one away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = _kept(self.rows, self.key, x, x.shape[1], self.p)
+        return F.dropout2d(x, self.p) if keep is None else x * keep[:, :, None, None] * (1 / (1 - self.p))
+
+
 class DropPath(nn.Module):
     """Stochastic depth: a sample leaves out a residual branch, the others' branches are scaled up (timm's DropPath).
 

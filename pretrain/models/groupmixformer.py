@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pretrain.errors import RecipeError
 from pretrain.models.backbone import build_head
@@ -321,7 +322,7 @@ class GroupMixFormer(nn.Module):
         super().train(mode)
         if self.options.batch_norm == "frozen":
             for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, _BatchNorm):
                     module.eval()
         return self
 
@@ -358,6 +359,11 @@ class GroupMixFormer(nn.Module):
 
 class GroupMixFormerArchitecture(Classifier):
     """GroupMixFormer as a recipe describes it; its input is clips of one frame."""
+
+    behind_maps = ("norm4.",)
+    any_size = True
+    full_precision = True
+    official_layout = True
 
     @staticmethod
     def resolve(config: Config) -> Config:

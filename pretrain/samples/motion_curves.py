@@ -79,23 +79,27 @@ def motion_curve(frames: Iterable[Frame], measure: MotionMeasure, short_side: in
 
 def grey(frame: Frame) -> Frame:
     """Turn RGB to 8-bit grey, 0.299 R + 0.587 G + 0.114 B in the fixed point of current OpenCV."""
-    red, green, blue = (frame[..., channel].astype(np.int32) for channel in range(3))
-    return ((9798 * red + 19235 * green + 3735 * blue + 16384) >> 15).astype(np.uint8)
+    found = frame[..., 0] * np.int32(9798)
+    found += frame[..., 1] * np.int32(19235)
+    found += frame[..., 2] * np.int32(3735)
+    found += 16384
+    return (found >> 15).astype(np.uint8)
 
 
 class Windows(NamedTuple):
-    """A grey frame with the sums of its windows: sums of pixels, their squares, and 49 x 48 x the variances."""
+    """A grey frame with the sums of its windows, int32: sums of pixels, their squares, and 49 x 48 x the variances."""
 
     pixels: npt.NDArray[np.int32]
-    sums: npt.NDArray[np.float64]
-    squares: npt.NDArray[np.float64]
-    variances: npt.NDArray[np.float64]
+    sums: npt.NDArray[np.int32]
+    squares: npt.NDArray[np.int32]
+    variances: npt.NDArray[np.int32]
 
 
 class StructuralSimilarity(MotionMeasure):
     """1 - mean structural similarity of grey frames: uniform windows of 7 x 7, sample covariance, no border.
 
-    As scikit-image computes it for 8-bit pictures, with sums of windows in whole numbers.
+    As scikit-image computes it for 8-bit pictures, but for roundings: sums, their products (at most 1.6e8) and
+    covariances are whole numbers, so that frames without a difference have a similarity of exactly 1.
     """
 
     kind = "ssim"
@@ -106,31 +110,50 @@ class StructuralSimilarity(MotionMeasure):
             height, width = frame.shape[:2]
             raise SampleError("motion", f"frames of {width} x {height} pixels, ssim needs {WINDOW} x {WINDOW} or more")
         pixels = grey(frame).astype(np.int32)
-        sums = _window_sums(pixels).astype(np.float64)
+        sums = _window_sums(pixels)
         squares = sums * sums
-        variances = WINDOW**2 * _window_sums(pixels * pixels).astype(np.float64) - squares
+        variances = _window_sums(pixels * pixels)
+        variances *= WINDOW**2
+        variances -= squares
         return Windows(pixels, sums, squares, variances)
 
     def between(self, before: Windows, after: Windows) -> float:
         """Compare window by window."""
         pixels = WINDOW**2
-        # Both parts of the quotient times (49 x 49) x (49 x 48): the sums stay whole numbers until they are divided.
-        mean_constant, variance_constant = pixels**2 * C1, pixels * (pixels - 1) * C2
+        # Both parts of the quotient times (49 x 49) x (49 x 48), where the sums are whole numbers.
+        mean_constant, variance_constant = np.float32(pixels**2 * C1), np.float32(pixels * (pixels - 1) * C2)
         products = before.sums * after.sums
-        covariances = pixels * _window_sums(before.pixels * after.pixels) - products
-        numerator = (2 * products + mean_constant) * (2 * covariances + variance_constant)
-        numerator /= before.squares + after.squares + mean_constant
-        numerator /= before.variances + after.variances + variance_constant
-        return max(1.0 - float(numerator.mean()), 0.0)
+        covariances = _window_sums(before.pixels * after.pixels)
+        covariances *= pixels
+        covariances -= products
+        # Two quotients: divided by one after the other, their product would be 1 but for a rounding in still windows.
+        similarity = _raised(2 * products, mean_constant)
+        similarity /= _raised(before.squares + after.squares, mean_constant)
+        structure = _raised(2 * covariances, variance_constant)
+        structure /= _raised(before.variances + after.variances, variance_constant)
+        similarity *= structure
+        return max(1.0 - float(similarity.mean(dtype=np.float64)), 0.0)
+
+
+def _raised(values: npt.NDArray[np.int32], constant: np.float32) -> npt.NDArray[np.float32]:
+    """Add a constant in float32, which rounds the quotients to 1e-7 and takes half the time of float64."""
+    found = values.astype(np.float32)
+    found += constant
+    return found
 
 
 def _window_sums(values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Sum up every 7 x 7 window that lies inside; squares of bytes stay far below 2**31."""
-    for axis in (0, 1):
-        values = np.moveaxis(values, axis, 0)
-        two = values[:-1] + values[1:]
-        values = np.moveaxis(two[:-5] + two[2:-3] + two[4:-1] + values[6:], 0, axis)
-    return values
+    # In pairs, four additions instead of six, and in place: this is most of the time that indexing takes.
+    two = values[:-1] + values[1:]
+    rows = two[:-5] + two[2:-3]
+    rows += two[4:-1]
+    rows += values[6:]
+    two = rows[:, :-1] + rows[:, 1:]
+    found = two[:, :-5] + two[:, 2:-3]
+    found += two[:, 4:-1]
+    found += rows[:, 6:]
+    return found
 
 
 class AbsoluteDifference(MotionMeasure):

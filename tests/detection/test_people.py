@@ -13,6 +13,7 @@ from finetune.detection.tracks import link_tracks
 from pretrain.data.decoders import open_video
 from pretrain.errors import DataError, WeightsError
 from pretrain.metrics.overlap import iou_continuous
+from tests.toy_shards import encoded
 
 #: Six seconds of pedestrians seen by a camera on a pole, 768 x 576.
 PEDESTRIANS = Path(__file__).parents[1] / "assets" / "pedestrians.mp4"
@@ -40,9 +41,42 @@ def test_pictures_without_people_have_none_that_are_sure() -> None:
 
 
 def test_a_detector_of_ones_own_is_named_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_people.py").write_text("def everyone(picture):\n    return picture.shape\n")
+    (tmp_path / "my_people.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert person_detector("my_people:everyone")(np.zeros((3, 5, 3), np.uint8)) == (3, 5, 3)  # type: ignore[comparison-overlap]
+    found = person_detector("my_people:everyone")(np.zeros((30, 50, 3), np.uint8))
+    assert found.boxes.tolist() == [[0, 0, 1, 0.5]] and found.scores.tolist() == [1]
+
+
+OWN = """
+import numpy as np
+from finetune.detection.persons import FoundPersons
+
+def everyone(picture): return FoundPersons(np.array([[0, 0, 1, 0.5]]), np.ones(1))
+def nobody(picture): return None
+def pixels(picture): return FoundPersons(np.array([[0, 0, 50, 15]]), np.ones(1))
+def turned(picture): return FoundPersons(np.array([[0, 0.5, 1, 0.2]]), np.ones(1))
+def unsure(picture): return FoundPersons(np.array([[0, 0, 1, 0.5]]), np.array([np.nan]))
+def uneven(picture): return FoundPersons(np.array([[0, 0, 1, 0.5]]), np.ones(2))
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("nobody", "FoundPersons is expected, got NoneType"),
+        ("pixels", "box .0.0, 0.0, 50.0, 15.0. with score 1, .* the picture has 50 x 30 pixels: divide by them"),
+        ("turned", "allowed: x1 < x2, y1 < y2"),
+        ("unsure", "with score nan"),
+        ("uneven", r"boxes \(1, 4\) and scores \(2,\), allowed"),
+    ],
+)
+def test_what_a_detector_of_ones_own_must_not_answer(
+    function: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_people.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(DataError, match=told):
+        person_detector(f"their_people:{function}")(np.zeros((30, 50, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +143,17 @@ def test_a_rendered_video_has_every_frame_and_the_boxes(tmp_path: Path) -> None:
     yellow = np.float32([255, 225, 25])
     edge = lambda frame: np.abs(frame[200:400, 192:194].astype(float).mean((0, 1)) - yellow).max()  # noqa: E731
     assert edge(frames[5]) < 40 < edge(frames[40])
+
+
+def test_small_videos_are_enlarged_so_that_words_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "small.mp4").write_bytes(encoded([np.full((96, 130, 3), 90, np.uint8)] * 3))
+    seen = [Sighting(0.0, 2, (0.25, 0.25, 0.75, 0.75), ())]
+    assert render(str(tmp_path / "small.mp4"), seen, 1.0, tmp_path / "drawn.mp4") == 3
+    with av.open(str(tmp_path / "drawn.mp4")) as video:
+        frame = next(video.decode(video=0)).to_ndarray(format="rgb24")
+    assert frame.shape == (384, 520, 3)
+    inside, edge = frame[200, 260].astype(int), frame[200, 129:132].astype(int).max(0)
+    assert abs(inside - 90).max() < 6 and edge[0] > 200, "the box at a quarter of the width"
 
 
 def test_odd_sides_and_boxes_over_the_border_are_drawn() -> None:

@@ -3,8 +3,6 @@
 import builtins
 import dataclasses
 import json
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from finetune.commands.finetune import main as finetune_main
 from finetune.evad import set_matching, task
 from finetune.evad.selection import select_persons
 from finetune.evad.set_losses import action_loss, mean_of_terms, person_loss, set_losses
@@ -28,7 +25,7 @@ from pretrain.plan.trace import trace_step
 from pretrain.runtime.process_group import Ranks
 from tests.finetune.conftest import Toy
 from tests.finetune.test_detection_run import keyframe
-from tests.toy_shards import ROOT, index, write_shard
+from tests.toy_shards import index, write_shard
 
 RECIPE = """\
 model: {name: evad, size: custom, patch_size: 8, dim: 48, depth: 4, heads: 2, mlp_ratio: 2, classes: 3, drop_path: 0,
@@ -280,14 +277,6 @@ def test_plan_counts_a_step_without_content(found: Toy) -> None:
     trace, cost = trace_step(method, 2), method.cost()
     # Scores of tokens are computed beside fused attention, and pooling is no part of published counts.
     assert 2 * cost.published <= trace.forward_flops / 2 <= 2.6 * cost.published
-
-
-def test_commands_of_the_guide(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/systems/evad.md").read_text(), re.DOTALL)
-    for line in block.splitlines():
-        program, script, *words = shlex.split(line)
-        assert (program, script) == ("python", "launch/finetune.py") and finetune_main(words) == 0
-    assert "520.6 GMAC" in capsys.readouterr().out
 
 
 def test_released_layout_of_a_run(found: Toy, tmp_path: Path) -> None:

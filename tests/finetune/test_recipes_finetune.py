@@ -47,6 +47,13 @@ DROPPING = {
     "vit_b_evit_k400": ("vit_b_k400", "113.1 GMAC"),
     "vit_b_evit_ssv2": ("vit_b_ssv2", "113.1 GMAC"),
 }
+#: Recipe that chooses frames by motion: the one that it is based on.
+BY_MOTION = {
+    "vit_b_mgsampler_ssv2": "vit_b_ssv2",
+    "tdn_r50_8f_mgsampler_ssv2": "tdn_r50_8f_ssv2",
+    "tsm_r50_16f_mgsampler_ssv1": "tsm_r50_16f_ssv1",
+    "tsm_r50_16f_mgsampler_ssv2": "tsm_r50_16f_ssv2",
+}
 FROM_SCRATCH = "run.init_weights is null"
 
 
@@ -55,7 +62,7 @@ def test_there_is_a_recipe_for_every_row() -> None:
     tasks = ("classification", "distillation")
     tuned = {name: one for name, one in recipes.items() if one.optim.name == "adamw" and one.objective.name in tasks}
     videomae = {name for name, one in tuned.items() if one.model.name == "classifier"}
-    assert videomae == {*PUBLISHED, *DROPPING, "demo_finetune"}
+    assert videomae == {*PUBLISHED, *DROPPING, "vit_b_mgsampler_ssv2", "demo_finetune"}
 
 
 @pytest.mark.parametrize("name", DROPPING)
@@ -69,6 +76,19 @@ def test_recipes_that_drop_tokens_are_their_base_otherwise(name: str) -> None:
     assert tokens.keep_rate == 0.7 and tokens.start_epoch == pytest.approx(epochs / 30, rel=0.01)
     assert tokens.shrink_epochs == pytest.approx(epochs / 3, rel=0.01)
     recipe.model.tokens, recipe.run = plain.model.tokens, plain.run
+    assert recipe == plain
+
+
+@pytest.mark.parametrize("name", BY_MOTION)
+def test_recipes_that_choose_frames_by_motion_are_their_base_otherwise(name: str) -> None:
+    recipe, plain = load_tune_recipe(name), load_tune_recipe(BY_MOTION[name])
+    assert problems_of(method_of(recipe)) == []
+    warnings = [line for line in warnings_of(method_of(recipe)) if "no multiple of" not in line]
+    assert len(warnings) == 1 and FROM_SCRATCH in warnings[0]
+    assert {source.sampling for source in recipe.data.sources.values()} == {"motion"}
+    for source in recipe.data.sources.values():
+        source.sampling = "sparse"
+    recipe.input.motion, recipe.run = plain.input.motion, plain.run
     assert recipe == plain
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune.commands.finetune import main as finetune_main
 from finetune.recipe import load_tune_recipe
-from pretrain.engine.build import build_on_meta
+from pretrain.engine.build import build_on_meta, count_model
+from pretrain.models.weight_files import read_raw
 from pretrain.objectives.base import method_of, problems_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.files import recipe_names
@@ -40,7 +42,7 @@ def test_published_numbers(name: str) -> None:
     values = {row.strip(): value for section in dry_run(method) for row, value, _ in section.rows}
     assert (int(values["parameters"].replace(",", "")), values["forward pass"]) == (parameters, work)
     assert recipe.model.drop_path == drop_path and recipe.model.batch_norm == "all_ranks"
-    assert recipe.input.size == (1, side, side) and recipe.data.sources["in1k"].short_side == int(256 / 224 * side)
+    assert recipe.input.size == (1, side, side) and recipe.input.evaluated_side == int(256 / 224 * side)
     assert float(values["peak"]) == pytest.approx(peak) and values["accumulation"] == "1"
     assert (recipe.batch.samples, recipe.optim.clip_grad, recipe.optim.weight_decay) == (512, 5, 0.05)
     assert recipe.optim.betas == (0.9, 0.999) and recipe.optim.layer_decay == 1
@@ -53,10 +55,37 @@ def test_published_numbers(name: str) -> None:
         assert (float(values["warm-up from"]), float(values["end"])) == (5e-7, 5e-6)
 
 
+def test_the_official_layout_comes_back(tmp_path: Path) -> None:
+    """What export.py writes is a released file to the importer: a dictionary `model`, official names, statistics."""
+    sizes = ("dims=[20,20,20,20]", "depths=[1,1,1,1]", "mlp_ratios=[1,1,1,1]", "size=custom", "drop_path=0.1")
+    words = [f"model.{size}" for size in sizes]
+    method = method_of(load_tune_recipe("groupmixformer_mobile_in1k", words))
+    objective: Any = method.build()
+    method.exports(tmp_path)["official"].write(objective, str(tmp_path / "out.pth"))
+    assert set(torch.load(tmp_path / "out.pth", weights_only=True)) == {"model"}
+    other: Any = method.build()
+    other.load_pretrained(str(tmp_path / "out.pth"), read_raw(str(tmp_path / "out.pth")))
+    state = objective.model.state_dict()
+    assert all(torch.equal(one, state[name]) for name, one in other.model.state_dict().items())
+
+
 @pytest.mark.parametrize(("way", "crosses"), [("all_ranks", True), ("rank", False)])
 def test_the_engine_is_told_whose_rows_batch_norms_see(way: str, crosses: bool) -> None:
     recipe = load_tune_recipe("groupmixformer_mobile_in1k", [f"model.batch_norm={way}"])
     assert build_on_meta(method_of(recipe)).cross_rank_batch_norm is crosses
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "steps", "weight_decay"),
+    [("groupmixformer_b_upernet_ade20k", 75_747_148, 160_000, 0.01), ("vit_b_linear_ade20k", 116_886, 40_000, 1e-4)],
+)
+def test_recipes_of_segmentation(name: str, trained: int, steps: int, weight_decay: float) -> None:
+    method = method_of(load_tune_recipe(name))
+    assert problems_of(method) == []
+    recipe: Any = method.recipe
+    size = count_model(method)
+    assert (size.trained, recipe.schedule.steps, recipe.optim.weight_decay) == (trained, steps, weight_decay)
+    assert (recipe.model.classes, recipe.input.first_class, recipe.batch.samples) == (150, 1, 16)
 
 
 def test_commands_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@ import functools
 import io
 import json
 import pickle
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from finetune.commands.finetune import main as finetune
+from finetune.recipe import load_tune_recipe
 from pretrain.commands.motion_index import main
 from pretrain.data.decoders import open_video
 from pretrain.data.fetch import SampleReader
@@ -24,11 +28,11 @@ from pretrain.data.motion_tables import MotionFacts, load_motion_index, motion_b
 from pretrain.data.pack.scan import index_folder
 from pretrain.errors import DataError, SampleError
 from pretrain.samples import motion_indexing
-from pretrain.samples.motion import distribution
+from pretrain.samples.motion import MotionOptions, distribution
 from pretrain.samples.motion_curves import measure_of, motion_curve
 from pretrain.samples.motion_indexing import Measuring, MotionTask, measure_video
 from pretrain.samples.motion_released import by_key, raw_of, read_released
-from tests.toy_shards import encoded, write_shard
+from tests.toy_shards import ROOT, encoded, write_shard
 
 FRAMES = (12, 1, 20, 9, 12)
 
@@ -302,6 +306,23 @@ def test_the_picture_says_which_frames_and_why(
     assert "nothing moves in it" in capsys.readouterr().err
     run(shards, "--plot", "class/v_2", "--mu", "2", code=2)
     assert "--mu: found 2, allowed: from 0" in capsys.readouterr().err
+
+
+def test_commands_of_the_guide(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/systems/mgsampler.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    for split in ("train", "val"):
+        shutil.copytree(shards, tmp_path / "shards" / split)
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        program, script, *words = shlex.split(line)
+        assert program == "python" and (ROOT / script).is_file()
+        assert (run(*words) if script == "launch/motion_index.py" else finetune(words)) in (None, 0)
+    assert (tmp_path / "motion.png").is_file()
+    (section,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "own.yaml").write_text("base: vit_b_ssv2\n" + section)
+    recipe = load_tune_recipe(str(tmp_path / "own.yaml"))
+    assert recipe.input.motion == MotionOptions() and recipe.data.sources["ssv2"].needs_motion
 
 
 def test_a_memory_store_is_indexed_like_a_folder(shards: Path) -> None:
