@@ -34,6 +34,8 @@ def export_formats(recipe: TuneRecipe, architecture: Classifier, source: Path, p
     `plain` is safetensors, as any method writes them.
     """
     task = HUB_TASKS[recipe.objective.task]
+    if recipe.input.evaluated_filter is not None:
+        task = task.replace("video-", "image-")
     bound = functools.partial
     formats = {"safetensors": replace(plain, usage=USAGE, hub_task=task)}
     if architecture.videomae_layouts or architecture.official_layout:

@@ -1,6 +1,7 @@
 """Recipes of pictures load, are sound, can be planned, and say what was published of DeiT and EViT."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -63,6 +64,18 @@ def test_published_numbers(name: str) -> None:
     assert (recipe.model.drop_path, recipe.optim.weight_decay) == ((0, 1e-6) if tuned else (0.1, 0.05))
     shrinking = (0, 0) if tuned or rate == 1 else (10, 100)
     assert (tokens.start_epoch, tokens.shrink_epochs) == shrinking and recipe.schedule.epochs == epochs
+
+
+def test_an_epoch_has_the_rows_of_timms_repeated_augmentation() -> None:
+    """As many rows of as many pictures, three of each, over all ranks."""
+    ensure_torchvision()
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    recipe = load_tune_recipe("deit_s_evit_in1k")
+    of_one_rank = RepeatAugSampler(range(1_281_167), num_replicas=8, rank=0, num_repeats=3)
+    assert len(of_one_rank) * 8 == recipe.data.epoch_samples * recipe.input.views
+    counts = Counter(row for rank in range(8) for row in RepeatAugSampler(range(768), num_replicas=8, rank=rank))
+    assert len(counts) * recipe.input.views == 768 and set(counts.values()) == {recipe.input.views}
 
 
 @pytest.mark.parametrize("name", ["deit_s_in1k", "deit_s_evit_in1k", "deit_s_evit_tuned_in1k"])
