@@ -1,6 +1,7 @@
 """Who does what and when in a video: answers of launch/predict.py, as lines, as a table and as a video."""
 
 import io
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,8 +71,10 @@ class DetectionPredictor:
         if len(names) != outputs:
             raise DataError(f"{question.labels}: {len(names)} names, but the model has {outputs} actions")
         every_s = 1.0 if question.every_s is None else question.every_s
-        if not every_s > 0:
+        if not 0 < every_s < math.inf:
             raise DataError(f"--every: found {every_s:g}, allowed: more than 0 seconds")
+        if question.person_score is not None and not 0 <= question.person_score <= 1:
+            raise DataError(f"--person-score: found {question.person_score:g}, allowed: from 0 to 1")
         content = storage.read_bytes(video)
         try:
             with open_video(content, question.decoder or self.input.decoder) as reader:

@@ -85,7 +85,8 @@ class SegmentationObjective(TunedObjective):
 
     def take_start(self, path: str, raw: Mapping[str, Tensor]) -> None:
         """Take over an encoder, a classifier or a segmenter; a head of another kind or size is left out."""
-        load_pretrained(self.model, path, head=self.recipe.start.head, raw=raw, fresh_norm=True)
+        named = self.architecture.own_weights(raw)
+        load_pretrained(self.model, path, head=self.recipe.start.head, raw=named, fresh_norm=True)
 
     def load_pretrained(self, path: str, raw: Mapping[str, Tensor]) -> None:
         super().load_pretrained(path, raw)

@@ -17,6 +17,9 @@ def check_segmentation(recipe: TuneRecipe) -> list[str]:
     options, evaluate, found = recipe.objective, recipe.evaluate, []
     if not 2 <= recipe.model.classes <= MOST_CLASSES:
         found.append(f"model.classes: found {recipe.model.classes}, allowed: 2 to {MOST_CLASSES} classes")
+    if recipe.compute.dtype != "fp32":
+        found.append(f"compute.dtype: found {recipe.compute.dtype}, allowed: fp32; running statistics of the head's "
+                     "batch norms lose small steps in 16 bits")  # fmt: skip
     if options.channels < 1:
         found.append(f"objective.channels: found {options.channels}, allowed: 1 or more")
     if options.auxiliary < 0:

@@ -145,7 +145,7 @@ class Classifier(Architecture):
     [B, N, C], `forward_head` logits of pooled vectors. Adapters attach to modules that inherit from `Backbone`.
     """
 
-    #: Whether its module is an `OfficialNames`, which its published code has a layout for.
+    #: Whether its published code has a layout for it: its module has the official names, or is an `OfficialNames`.
     official_layout: ClassVar[bool] = False
     #: Whether frames of another height and width than the input section's can be judged.
     any_size: ClassVar[bool] = False

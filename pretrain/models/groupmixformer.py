@@ -361,6 +361,9 @@ class GroupMixFormerArchitecture(Classifier):
     """GroupMixFormer as a recipe describes it; its input is clips of one frame."""
 
     behind_maps = ("norm4.",)
+    any_size = True
+    full_precision = True
+    official_layout = True
 
     @staticmethod
     def resolve(config: Config) -> Config:

@@ -105,6 +105,8 @@ def test_a_keyframe_without_persons_stays_empty(
     "words, told",
     [
         (["--every", "0"], "--every: found 0, allowed: more than 0 seconds"),
+        (["--every", "inf"], "--every: found inf, allowed: more than 0 seconds"),
+        (["--person-score", "70"], "--person-score: found 70, allowed: from 0 to 1"),
         (["--persons", "nobody"], "person detector: found 'nobody', allowed: hog"),
         (["--clips", "3"], "--clips: without a meaning for the task detection"),
     ],

@@ -242,6 +242,33 @@ def test_held_out_keyframes_without_detections_are_told(
         judge(Given(True), recipe, Ranks(0, 1, 0, torch.device("cpu")), keyframe_sets(recipe, test=False), samples)
 
 
+def test_keyframes_that_do_not_fit_are_named_and_in_no_score(
+    boxed: Toy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = [keyframe(number) for number in range(100, 104)]
+    first = right[1][1]["boxes"]["persons"][0]
+    wrong = [{}, {"persons": [first | {"box": [0.5, 0.2, 1.5, 0.9]}]}, {"persons": [first | {"labels": [3]}]},
+             {"keyframe_s": 7.5}]  # fmt: skip
+    rows = [(key, {"boxes": members["boxes"] | other}, video)
+            for (key, members, video), other in zip(right, wrong, strict=True)]  # fmt: skip
+    write_shard(tmp_path / "s-000000.tar", rows)
+    assert pack(["--index-only", str(tmp_path)]) == 0
+    words = [f"data.sources.toy.val={tmp_path}"]
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    recipe = load_tune_recipe(str(boxed.recipe), words)
+    samples = method_of(recipe).samples()
+    judged = judge(Oracle(True), recipe, alone, keyframe_sets(recipe, test=False), samples)
+    assert [one.time for one in judged.truth] == [100]
+    assert "evaluation: 3 of 4 keyframes can't be read and are in no score" in caplog.text
+    for told in ("toy/s-000000/0101: boxes: keyframe film25,101, persons: box [0.5, 0.2, 1.5, 0.9]",
+                 "toy/s-000000/0102: label: keyframe film25,102: label 3, allowed: outputs 0 to 2",
+                 "toy/s-000000/0103: keyframe: keyframe film25,103: 7.5 s into a video of 1.000 s"):  # fmt: skip
+        assert told in caplog.text
+    recipe = load_tune_recipe(str(boxed.recipe), [*words, "data.bad_minimum=3"])
+    with pytest.raises(DataError, match="3 of 4 keyframes can't be read, more than data.bad_rate="):
+        judge(Oracle(True), recipe, alone, keyframe_sets(recipe, test=False), samples)
+
+
 class Given(Oracle):
     """A detector whose answers are the boxes that it was given."""
 

@@ -15,6 +15,8 @@ from pretrain.models.classifier import Config, VideoClassifier
 from pretrain.models.image_vit import Config as PictureModel
 from pretrain.models.image_vit import ImageViT
 from pretrain.models.keep_rates import Reorganisation
+from pretrain.models.sparseformer import Config as SparseModel
+from pretrain.models.sparseformer.sparseformer_model import SparseFormer
 
 SIZES: dict[str, Any] = {
     "size": "custom", "patch_size": 8, "dim": 24, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "classes": 3,
@@ -64,6 +66,19 @@ def test_any_number_of_pictures() -> None:
         pictures = clips(count)[:, :1]
         with torch.no_grad():
             assert_close(program(pictures), PixelsToLogits(model)(pictures), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"video": True, "replicates": 2}, {"form": "bootstrapped"}])
+def test_any_number_for_a_sparseformer(options: dict[str, Any]) -> None:
+    sizes = {"size": "custom", "form": "v1", "tokens": 5, "focus_dim": 64, "dim": 128, "depth": 1, "repeats": 2,
+             "points": 9, "channels": 8, "classes": 3}  # fmt: skip
+    model = SparseFormer(SparseModel(**{**sizes, **options})).eval()
+    frames = 4 if "video" in options else 1
+    program = trace(model, frames, 16, 16).module()
+    for count in (1, 3):
+        with torch.no_grad():
+            found = program(clips(count)[:, :frames])
+            assert_close(found, PixelsToLogits(model)(clips(count)[:, :frames]), rtol=1e-5, atol=1e-5)
 
 
 def test_a_wrong_graph_is_noticed(tmp_path: Path) -> None:

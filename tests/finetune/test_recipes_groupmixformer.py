@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune.commands.finetune import main as finetune_main
 from finetune.recipe import load_tune_recipe
 from pretrain.engine.build import build_on_meta, count_model
+from pretrain.models.weight_files import read_raw
 from pretrain.objectives.base import method_of, problems_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.files import recipe_names
@@ -51,6 +53,20 @@ def test_published_numbers(name: str) -> None:
     if side == 224:
         assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (300, 20)
         assert (float(values["warm-up from"]), float(values["end"])) == (5e-7, 5e-6)
+
+
+def test_the_official_layout_comes_back(tmp_path: Path) -> None:
+    """What export.py writes is a released file to the importer: a dictionary `model`, official names, statistics."""
+    sizes = ("dims=[20,20,20,20]", "depths=[1,1,1,1]", "mlp_ratios=[1,1,1,1]", "size=custom", "drop_path=0.1")
+    words = [f"model.{size}" for size in sizes]
+    method = method_of(load_tune_recipe("groupmixformer_mobile_in1k", words))
+    objective: Any = method.build()
+    method.exports(tmp_path)["official"].write(objective, str(tmp_path / "out.pth"))
+    assert set(torch.load(tmp_path / "out.pth", weights_only=True)) == {"model"}
+    other: Any = method.build()
+    other.load_pretrained(str(tmp_path / "out.pth"), read_raw(str(tmp_path / "out.pth")))
+    state = objective.model.state_dict()
+    assert all(torch.equal(one, state[name]) for name, one in other.model.state_dict().items())
 
 
 @pytest.mark.parametrize(("way", "crosses"), [("all_ranks", True), ("rank", False)])

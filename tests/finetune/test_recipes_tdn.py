@@ -1,14 +1,20 @@
 """Every published row of TDN, and TSM's of MGSampler's example, as a sound recipe that says what was published."""
 
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.commands.finetune import main
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.engine.schedules import build_schedule
 from pretrain.objectives.base import method_of, problems_of, warnings_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.files import recipe_names
+
+ROOT = Path(__file__).parents[2]
 
 #: Learning rate, batch, epochs, milestones, weight decay, dropout, clips, classes: systems/tdn.md section 6.
 DATA: dict[str, tuple[Any, ...]] = {
@@ -87,3 +93,19 @@ def test_it_can_be_planned() -> None:
     sections = dry_run(method_of(load_tune_recipe("tdn_r50_8f_ssv1")))
     values = {row.strip(): value for section in reversed(sections) for row, value, _ in reversed(section.rows)}
     assert (values["parameters"], values["forward pass"], values["accumulation"]) == ("24,410,574", "35.6 GMAC", "1")
+
+
+def test_commands_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
+    """Checks are run; of ensembles what each command needs is told, in tests/finetune/test_ensemble.py they work."""
+    recipes, ensembles = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/systems/tdn.md").read_text(), re.DOTALL)
+    for line in recipes.splitlines():
+        program, script, *words = shlex.split(line)
+        assert (program, script) == ("python", "launch/finetune.py") and main(words) == 0, line
+    for line in ensembles.splitlines():
+        assert main(shlex.split(line)[2:]) == 1
+        assert "runs/tdn_r50_8f_ssv2: no predictions.json" in capsys.readouterr().err
+
+
+def test_every_recipe_is_in_the_guide() -> None:
+    named = set(re.findall(r"`(t[ds][nm]_r\w+)`", (ROOT / "docs/systems/tdn.md").read_text().split("## Segments")[0]))
+    assert named == ROWS | {*TSM}

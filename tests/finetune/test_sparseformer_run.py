@@ -34,7 +34,7 @@ def recipe(toy: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(toy: Any, recipe: Path) -> str:
-    """A run from image weights in the train code's layout; what was printed."""
+    """A run from image weights in the train code's layout, in bfloat16 with sharded weights; what was printed."""
     torch.manual_seed(0)
     image = SparseFormer(Config(**MODEL, classes=5))
     export_sparseformer(image, str(toy.folder / "image.pth"), "train")
@@ -42,6 +42,7 @@ def trained(toy: Any, recipe: Path) -> str:
     return str(own.run(
         "sparse", f"run.init_weights={toy.folder / 'image.pth'}", f"schedule.max_steps={STEPS}", "ema.decay=0.9",
         "evaluate.clips=1", "evaluate.crops=1", "log.pictures_every_steps=3", "log.pictures=1", "optim.base_lr=0.01",
+        "compute.dtype=bf16", "zero.stage=3",
     ))  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class PointSampler(LimitedGradient):
 
     def forward(self, maps: Tensor, points: Tensor) -> Tensor:
         """Sample maps [B, C, (T,) H, W] at points [B, N, P, a], (x, y(, t)) from 0 to 1: [B, N, P, C] float32."""
-        if self.clamped:
+        if self.clamped and torch.is_grad_enabled():
             points = _ClampedGradient.apply(points, self._limits(maps))
         if points.shape[-1] == 2:
             sampled = self._sample(maps, points)

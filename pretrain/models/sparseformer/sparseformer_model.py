@@ -146,15 +146,17 @@ class SparseFormer(OfficialNames):
         if pixels.shape[1] != 1 and not self.config.video:
             raise RecipeError(f"clips of {pixels.shape[1]} frames: an image model takes single pictures")
         maps = self.feat_extractor(pixels)
-        regions = wide(self.initial_roi()).expand(len(maps), -1, -1)
-        tokens = self.initial_embedding().expand(len(maps), self.count, -1)
+        # Not len(): a number would make the count of pictures a constant of an exported graph.
+        batch = pixels.shape[0]
+        regions = wide(self.initial_roi()).expand(batch, -1, -1)
+        tokens = self.initial_embedding().expand(batch, self.count, -1)
         number = 0
         for layer in self.layers:
             if not isinstance(layer, Unit):
                 tokens = layer(tokens)
                 continue
             if number == self.constants.class_at and self.cls_embedding is not None:
-                tokens = torch.cat((self.cls_embedding().expand(len(tokens), -1, -1), tokens), dim=1)
+                tokens = torch.cat((self.cls_embedding().expand(batch, -1, -1), tokens), dim=1)
             number += 1
             for repeat in range(len(layer.drop_paths)):
                 tokens, regions = maybe_recompute(
