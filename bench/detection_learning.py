@@ -76,12 +76,12 @@ class Run:
 FILMS = {"alone": (400, 160), "others": (300, 60), "before": (30, 8)}
 RUNS: dict[str, list[Run]] = {
     "alone": [Run("evad_0.7", EVAD), Run("evad_unpruned", EVAD, ("model.keep_rate=1",))],
-    # The plain detector's blocks see the other person too, and find out later.
+    # A single block sees the other person too, but finds out later what the two have in common.
     "others": [
-        Run("plain", BACKBONE + PLAIN, ("schedule.epochs=4",)),
-        Run("cycleacr", BACKBONE + CYCLE.replace("MEMORY", NO_MEMORY), ("schedule.epochs=4",)),
-        Run("plain_long", BACKBONE + PLAIN),
-        Run("cycleacr_long", BACKBONE + CYCLE.replace("MEMORY", NO_MEMORY)),
+        Run("plain", BACKBONE + PLAIN, ("model.depth=1", "schedule.steps=200")),
+        Run("cycleacr", BACKBONE + CYCLE.replace("MEMORY", NO_MEMORY), ("model.depth=1", "schedule.steps=200")),
+        Run("plain_long", BACKBONE + PLAIN, ("model.depth=1", "schedule.steps=300")),
+        Run("cycleacr_long", BACKBONE + CYCLE.replace("MEMORY", NO_MEMORY), ("model.depth=1", "schedule.steps=300")),
     ],
     "before": [
         Run("cycleacr_now", BACKBONE + CYCLE.replace("MEMORY", NO_MEMORY)),

@@ -30,6 +30,9 @@ HARMLESS = (
     "guard",
     "health",
     "log",
+    # Compared by hashes of the weights (`frozen_notes`), which may be moved.
+    "objective.held_out",
+    "objective.teacher.weights",
     "run.dir",
     "run.init_averaged",
     "run.init_weights",

@@ -43,7 +43,10 @@ ESSENTIAL = ("python", "torch", "deepspeed", "cuda")
 SKEW_S, REFUSED_SKEW_S = 2.0, 600.0
 
 #: Keys that may differ from host to host: where things lie.
-PLACES = ("data.root", "data.cache_dir", "health.shards", "run.init_weights")
+PLACES = (
+    *("data.root", "data.cache_dir", "health.shards", "run.init_weights"),
+    *("objective.teacher.weights", "objective.held_out.shards"),
+)
 
 
 def examine_start(method: Method, ranks: Ranks, demand: Demand) -> list[Line]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from pretrain.checkpoint.consolidate import consolidated_state, is_checkpoint, newest_checkpoint
 from pretrain.checkpoint.restore import local_copy
 from pretrain.models.averages import split_averages
+from pretrain.models.frozen import HUB, locate
 from pretrain.models.weight_files import read_raw
 from pretrain.runtime.run_folder import RunFolder
 
@@ -17,9 +18,13 @@ logger = logging.getLogger(__name__)
 def read_weights(path: str, averaged: bool = True) -> dict[str, Tensor]:
     """Read the weights at `path`: a run of ours, one of its checkpoints, or a file or folder in any layout, any URL.
 
+    `hub:owner/name[@revision]` names a model on the Hugging Face hub, see `frozen.locate`.
+
     Of a checkpoint only the model is taken, not what its objective holds beside it; its averages, where `averaged` and
     there are some, in place of what they are averages of.
     """
+    if path.startswith(HUB):
+        path = locate("run.init_weights", path)
     source = weights_source(path)
     if not is_checkpoint(source):
         return read_raw(path)

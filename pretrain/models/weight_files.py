@@ -150,15 +150,16 @@ class _StandIn:
 
 
 def _stand_ins(foreign: list[str]) -> list[Any]:
-    """Give what takes the place of other programs' objects beside weights: AlphAction's and CycleACR's memory pool, and
-    the configuration of everybody who trains with Swin's code, GroupMixFormer say.
+    """Give what takes the place of other programs' objects beside weights: AlphAction's and CycleACR's memory pool, the
+    configuration of everybody who trains with Swin's code, GroupMixFormer say, and the schedule and optimiser that a
+    warm-up holds (TDN).
 
     For files of theirs alone: of anybody else's it must be told that they hold objects.
     """
     if foreign == [YACS]:
         return [(OrderedDict, YACS)]  # the one kind of mapping that torch fills and gives attributes
     plain: dict[str, Any] = {"builtins.dict": dict, "collections.defaultdict": lambda *_: {}}
-    theirs = [name for name in foreign if name.startswith("alphaction.")]
+    theirs = [name for name in foreign if name.startswith(("alphaction.", "torch.optim."))]
     if not theirs or not {*foreign} <= {*theirs, *plain}:
         return []
     return [(_StandIn, name) for name in theirs] + [(made, name) for name, made in plain.items()]

@@ -72,7 +72,8 @@ def _rows(schema: Any, prefix: str) -> list[str]:
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:
-    value = field.default
+    # A list has to be made anew for each recipe, so its field has a function in place of a default.
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value == MISSING:
         return "must be given"
     if isinstance(value, tuple):

@@ -145,7 +145,7 @@ class _BytePairs:
     """open_clip's SimpleTokenizer: repaired (ftfy), unescaped, lower case, then byte pairs."""
 
     def __init__(self) -> None:
-        self._tokenizer = _open_clip_module().SimpleTokenizer()
+        self._tokenizer = open_clip_module("tokenizer", f"tokenizer={CLIP}: its vocabulary ships").SimpleTokenizer()
         self.size = int(self._tokenizer.vocab_size)
         self.start: int | None = int(self._tokenizer.sot_token_id)
         self.end: int | None = int(self._tokenizer.eot_token_id)
@@ -214,19 +214,27 @@ class _File:
         return next(iter(front), None), next(iter(behind), None)
 
 
-def _open_clip_module() -> ModuleType:
-    """Load open_clip's tokenizer.py alone: the package imports timm, torchvision and more, 100 MB in each worker."""
+def open_clip_module(name: str, what: str) -> ModuleType:
+    """Load one file of open_clip alone: the package imports timm, torchvision and more, 100 MB in each worker.
+
+    Args:
+        name: of the file.
+        what: is looked for in it, for the message: "the names ship".
+
+    Raises:
+        DataError: open_clip, or what that file needs, is not installed.
+    """
     package = importlib.util.find_spec("open_clip")
     if package is None or package.submodule_search_locations is None:
-        raise DataError(f"tokenizer={CLIP}: its vocabulary ships with open_clip; {EXTRA}")
-    place = Path(package.submodule_search_locations[0]) / "tokenizer.py"
-    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", place)
+        raise DataError(f"{what} with open_clip; {EXTRA}")
+    place = Path(package.submodule_search_locations[0]) / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"open_clip_{name}", place)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise DataError(f"tokenizer={CLIP}: {error}; {EXTRA}") from error
+        raise DataError(f"{what} with open_clip, whose {name}.py can't be imported: {error}; {EXTRA}") from error
     return module
 
 

@@ -1,4 +1,4 @@
-"""The README's commands exist and mean what they say: plans are made, arguments parsed, make targets resolved."""
+"""Commands of the README and of guides exist and mean what they say: plans made, arguments parsed, targets resolved."""
 
 import re
 import shlex
@@ -11,9 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+#: Pages whose shell blocks are run as the README's.
+PAGES = ("README.md", "docs/systems/sparseformer_bootstrap.md")
+
+
 def commands() -> Iterator[list[str]]:
-    """Every line of the README's shell blocks, as words."""
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+    """Every line of the pages' shell blocks, as words."""
+    text = "\n".join((ROOT / page).read_text() for page in PAGES)
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
             if words:
@@ -33,7 +38,9 @@ def test_command(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     assert words[0] in ("python", "deepspeed") and (ROOT / words[1]).is_file()
     arguments = local(words[2:], tmp_path)
     script = Path(words[1]).stem
-    if script in ("pretrain", "finetune"):
+    if "--check" in arguments:
+        assert check(script, arguments) == 0 and "no problems found" in capsys.readouterr().out
+    elif script in ("pretrain", "finetune"):
         assert plan(script, arguments) == 0, capsys.readouterr().err
         assert "parameters" in capsys.readouterr().out
     elif script == "plan":
@@ -47,11 +54,15 @@ def test_command(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 
 def plan(script: str, arguments: list[str]) -> int:
     """Everything up to the first step."""
+    return check(script, arguments if "--dry-run" in arguments else [*arguments, "--dry-run"])
+
+
+def check(script: str, arguments: list[str]) -> int:
     if script == "pretrain":
         from pretrain.commands.pretrain import main
     else:
         from finetune.commands.finetune import main
-    return main(arguments if "--dry-run" in arguments else [*arguments, "--dry-run"])
+    return main(arguments)
 
 
 def parse(script: str, arguments: list[str]) -> None:
@@ -67,6 +78,8 @@ def parse(script: str, arguments: list[str]) -> None:
         from finetune.commands.export import make_parser
     elif script == "predict":
         from finetune.commands.predict import make_parser
+    elif script == "zero_shot":
+        from pretrain.commands.zero_shot import make_parser
     else:
         from pretrain.commands.reconstruct import make_parser
     make_parser().parse_args(arguments)

@@ -209,7 +209,10 @@ def test_released_checkpoints_come_in(tmp_path: Path) -> None:
     with torch.no_grad():
         for value in ours.parameters():
             value.zero_()
-    content = {"epoch": 60, "arch": "resnet50", "state_dict": released(theirs), "best_prec1": 64.0}
+    optimizer = torch.optim.SGD(ours.parameters(), 0.01)
+    # A warm-up's state holds the schedule behind it as an object, and that its optimiser.
+    warm_up = {"after_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 45])}
+    content = {"epoch": 60, "arch": "resnet50", "state_dict": released(theirs), "scheduler": warm_up, "prec1": 64.0}
     torch.save(content, tmp_path / "best.pth.tar")
     report = load_pretrained(ours, str(tmp_path / "best.pth.tar"))  # type: ignore[arg-type]
     assert report.layout == "released TDN" and len(report.unexpected) == 2, "the unused stem"

@@ -73,7 +73,7 @@ def test_every_tensor_of_the_forward_pass(case: Any) -> None:
         assert_close(found[plain][:rows] if found[plain].dim() else found[plain], value, **case.tolerance("outputs"),
                      msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
         compared += 1
-    assert compared > 20
+    assert compared > 10
 
 
 def test_a_training_step(case: Any) -> None:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from pretrain.engine.build import count_model
 from pretrain.objectives.base import method_of, problems_of, warnings_of
 from pretrain.plan.dry_run import dry_run
 from pretrain.recipe.files import RECIPES, recipe_names
@@ -25,6 +26,16 @@ PUBLISHED = {
     "vit_b_v1_ucf101": ("94,210,944", "86,227,200", None, 2.25e-4, 3200),
     "vit_b_v1_hmdb51": ("94,210,944", "86,227,200", None, 2.25e-4, 4800),
 }
+
+#: Model parameters, new ones in millions, GMAC of a picture: systems/sparseformer_bootstrap.md, section 3.
+BOOTSTRAPPED = {
+    "sparseformer_btsp_augreg_base": (64_185_448, 6.71, 3.78),
+    "sparseformer_btsp_augreg_large": (212_426_984, 9.86, 11.34),
+    "sparseformer_btsp_openai_clip_base": (63_809_664, 6.71, 3.78),
+    "sparseformer_btsp_openai_clip_large": (212_188_476, 9.86, 14.82),
+}
+#: Parameters of an inherited block of so many channels.
+BLOCK = {768: 7_087_872, 1024: 12_596_224}
 
 
 def report(name: str) -> dict[str, str]:
@@ -54,6 +65,26 @@ def test_published_numbers(name: str) -> None:
     assert int(values["steps"].replace(",", "")) > 0
 
 
+@pytest.mark.parametrize("name", BOOTSTRAPPED)
+def test_bootstrapped_numbers(name: str) -> None:
+    """Trained are the new parameters and the tuned blocks, and nothing else."""
+    parameters, new, gmac = BOOTSTRAPPED[name]
+    method = method_of(load_recipe(name))
+    size, options = count_model(method), method.recipe.objective
+    dim = method.architecture.resolve(method.recipe.model).dim
+    assert size.parameters == parameters
+    assert (size.trained - options.tune_blocks * BLOCK[dim]) / 1e6 == pytest.approx(new, abs=0.005)
+    assert method.cost().published / 1e9 == pytest.approx(gmac, abs=0.005)
+    assert method.recipe.schedule.epochs == 20 and method.recipe.batch.samples == 1024
+    row = f"| `{name}` |"
+    (line,) = [
+        line
+        for line in (RECIPES.parent / "docs/systems/sparseformer_bootstrap.md").read_text().splitlines()
+        if line.startswith(row)
+    ]
+    assert f"| {parameters:,} | {new:.1f} M | {gmac} |" in line
+
+
 def test_accumulation_is_what_deepspeed_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     values = report("vit_b_dual")
@@ -61,7 +92,7 @@ def test_accumulation_is_what_deepspeed_gets(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_recipe_but_the_demo_is_a_row_of_the_table() -> None:
-    assert set(recipe_names()) == {*PUBLISHED, "demo"}
+    assert set(recipe_names()) == {*PUBLISHED, *BOOTSTRAPPED, "demo"}
 
 
 def test_giant_is_the_published_run() -> None:
@@ -77,4 +108,5 @@ def test_giant_is_the_published_run() -> None:
 
 
 def test_names_follow_the_pattern() -> None:
-    assert all(re.fullmatch(r"demo|vit_[sblhg]_(dual|v1(_[a-z0-9]+))", name) for name in recipe_names())
+    pattern = r"demo|vit_[sblhg]_(dual|v1(_[a-z0-9]+))|sparseformer_btsp_(augreg|openai_clip)_(base|large)"
+    assert all(re.fullmatch(pattern, name) for name in recipe_names())

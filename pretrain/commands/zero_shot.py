@@ -1,0 +1,92 @@
+"""The command line of launch/zero_shot.py."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pretrain.errors import TubeletError
+from pretrain.runtime.terminal import take_any_name
+
+DESCRIPTION = """\
+Compare a bootstrapped student with its teacher on labelled pictures that neither has trained on: how alike they answer,
+and how often each is right, zero-shot by sentences about classes (CLIP) or by the inherited head.
+"""
+EPILOG = """\
+examples:
+  python launch/zero_shot.py runs/sparseformer_btsp_openai_clip_base shards/in1k_val --class-names imagenet
+  python launch/zero_shot.py runs/mine shards/birds_val --class-names birds.txt --templates sentences.txt
+  python launch/zero_shot.py runs/sparseformer_btsp_augreg_base shards/in1k_val
+"""
+#: Metrics as they are called on the screen.
+NAMES = {
+    "top1": "student, top-1, %",
+    "teacher_top1": "teacher, top-1, %",
+    "top5": "student, top-5, %",
+    "teacher_top5": "teacher, top-5, %",
+    "agreement": "both name the same class, %",
+    "similarity": "mean cosine of their answers",
+    "alignment": "loss",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    take_any_name()
+    arguments = make_parser().parse_args(argv)
+    try:
+        return _compare(arguments)
+    except TubeletError as error:
+        print(f"zero_shot: {error}", file=sys.stderr)
+        return 1
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from pretrain.errors import RecipeError, WeightsError
+    from pretrain.objectives.base import problems_of
+    from pretrain.objectives.bootstrap import BootstrapObjective, HeldOutPictures
+    from pretrain.runtime.process_group import present_ranks
+    from pretrain.trained.load_run import load_trained
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = load_trained(arguments.run)
+    objective, recipe = trained.objective, trained.recipe
+    if not isinstance(objective, BootstrapObjective):
+        raise WeightsError(
+            f"{trained.source}: objective {recipe.objective.name} has no teacher beside it; bootstrap has"
+        )
+    said: HeldOutPictures = recipe.objective.held_out
+    words = {key: getattr(arguments, key) for key in ("class_names", "templates", "tokenizer", "text_weights")}
+    zero_shot = replace(said.zero_shot, **{key: value for key, value in words.items() if value is not None})
+    recipe.objective.held_out = replace(
+        said, shards=arguments.shards, micro=arguments.micro, labels=True, zero_shot=zero_shot
+    )
+    if problems := problems_of(trained.method):
+        raise RecipeError(problems)
+    evaluation = trained.method.evaluation(present_ranks(device))
+    assert evaluation is not None, "shards were given"
+    found = evaluation(objective.to(device))
+    print(f"{arguments.shards}: {found['pictures']:.0f} pictures, {trained.source}")
+    for name, text in NAMES.items():
+        print(
+            f"  {found[name]:9.4f}  {text}" if name in ("similarity", "alignment") else f"  {found[name]:9.2f}  {text}"
+        )
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "zero_shot.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="run folder or URL it was uploaded to, checkpoint, or export with recipe.yaml")
+    parser.add_argument("shards", help="folder (any fsspec URL) of packed pictures with labels")
+    parser.add_argument("--class-names", help="imagenet, or a file with a name a line (default: the run's)")
+    parser.add_argument("--templates", help="openai, simple, or a file with a sentence a line (default: the run's)")
+    parser.add_argument("--tokenizer", help="clip, or a tokenizer.json (default: the run's)")
+    parser.add_argument(
+        "--text-weights", help="file or folder with the text tower (default: the run's, or the teacher)"
+    )
+    parser.add_argument("--micro", type=int, default=64, help="pictures in one forward pass (default 64)")
+    return parser
