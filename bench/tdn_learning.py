@@ -117,7 +117,7 @@ def main() -> None:
     """Run the command line."""
     today = datetime.date.today().isoformat()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=240, help="steps of 16 films (default 240)")
+    parser.add_argument("--steps", type=int, default=100, help="steps of 16 films (default 100)")
     parser.add_argument("--only", choices=sorted(RUNS), help="a single run")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / f"tdn_learning_{today}.json")
     options = parser.parse_args()

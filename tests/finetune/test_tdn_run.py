@@ -71,7 +71,8 @@ def test_run_test_export_and_predict(toy: Any, recipe_file: Path, tmp_path: Path
     assert content["module.base_model.layer2_bak.0.shift.conv.weight"].shape == (16, 1, 3)
     model = method_of(load_tune_recipe(str(recipe_file))).build().model
     assert load_pretrained(model, str(tmp_path / "tdn.pth.tar")).layout == "released TDN"
-    assert predict.main([str(toy.clip()), "--weights", str(folder), "--clips", "2", "--crops", "3"]) == 0
+    words = ["--clips", "2", "--crops", "3", "--out", str(tmp_path / "views.png")]
+    assert predict.main([str(toy.clip()), "--weights", str(folder), *words]) == 0
 
 
 def test_an_exported_graph_knows_its_segments(recipe: TuneRecipe, tmp_path: Path) -> None:
