@@ -14,6 +14,8 @@ from pretrain.errors import RecipeError
 
 #: recipes/ lies beside pretrain/ in a checkout and in an installation alike.
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+#: What takes the recipes of each of its folders.
+COMMANDS = {"": "launch/pretrain.py", "finetune": "launch/finetune.py"}
 
 
 #: Bytes of the largest file that is read as a recipe; ours have 10 kB when they are resolved.
@@ -106,6 +108,12 @@ def recipe_path(name_or_path: str, beside: Path | None = None, folder: str = "")
         path = RECIPES / folder / f"{name_or_path}.yaml"
         if path.is_file():
             return path
+        for other, command in COMMANDS.items():
+            if other != folder and (RECIPES / other / f"{name_or_path}.yaml").is_file():
+                raise RecipeError(
+                    f"--recipe: {name_or_path!r} is a recipe of {command}; its plan: "
+                    f"python {command} --recipe {name_or_path} --dry-run"
+                )
         names = recipe_names(folder)
         near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.5)
         meant = f"did you mean {' or '.join(near)}? " if near else ""

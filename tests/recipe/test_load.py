@@ -1,5 +1,6 @@
 """Recipes load, and say everything that is wrong with them at once."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from pretrain.errors import RecipeError
 from pretrain.models import videomae as model
 from pretrain.objectives import videomae as objective
+from pretrain.recipe.files import recipe_path
 from pretrain.recipe.load import load_recipe
 
 MINIMAL = """\
@@ -135,6 +137,18 @@ def test_unknown_recipe_lists_near_names() -> None:
     (found,) = problems("vit_b_daul")
     assert "did you mean vit_b_dual" in found and "vit_g_dual" in found
     assert "no file" in problems("./vit_b_dual.yaml")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "expected"),
+    [
+        ("vit_b_k400", "", "a recipe of launch/finetune.py; its plan: python launch/finetune.py --recipe vit_b_k400"),
+        ("vit_b_dual", "finetune", "'vit_b_dual' is a recipe of launch/pretrain.py"),
+    ],
+)
+def test_a_recipe_of_another_command_names_that_command(name: str, folder: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(expected)):
+        recipe_path(name, folder=folder)
 
 
 def test_broken_yaml_names_the_line(write) -> None:
