@@ -27,9 +27,11 @@ def ensemble(places: list[Path], merge: Merge = "probabilities", out: Path | Non
         out: folder that the joint predictions are written to, to be scored again; None: nowhere.
 
     Raises:
-        DataError: a place has no test, or the tests are not of the same videos and classes.
+        DataError: a place has no test, is named twice, or the tests are not of the same videos and classes.
     """
-    folders = [predictions_folder(place) for place in places]
+    folders = [predictions_folder(place).resolve() for place in places]
+    if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
+        raise DataError(f"{', '.join(twice)}: named twice, which would only weigh it twice; name each test once")
     tests = [read_predictions(folder) for folder in folders]
     joint = merged_predictions(tests, [str(folder) for folder in folders], merge)
     for folder, test in zip(folders, tests, strict=True):

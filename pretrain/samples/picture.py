@@ -46,7 +46,10 @@ class Config(augmented_clip.Config):
         if self.frames != 1:
             found.append(f"input.frames: found {self.frames}, allowed: 1 (of videos: input.name=augmented_clip)")
         if self.height != self.width:
-            found.append(f"input.height: found {self.height}, allowed: input.width={self.width}; pictures are squares")
+            found.append(
+                f"input.height={self.height}, input.width={self.width}: allowed: one number for both; timm's "
+                "transforms make squares"
+            )
         if not 0 < self.crop_share <= 1:
             found.append(f"input.crop_share: found {self.crop_share}, allowed: above 0 and at most 1")
         if not 0 <= self.colour_jitter < math.inf:

@@ -55,7 +55,9 @@ class Config(clip.Config):
         if self.frames != 1:
             found.append(f"input.frames: found {self.frames}, allowed: 1")
         if self.height != self.width:
-            found.append(f"input.height: found {self.height}, allowed: input.width={self.width}; crops are squares")
+            found.append(
+                f"input.height={self.height}, input.width={self.width}: allowed: one number for both; crops are squares"
+            )
         if self.second_size is not None and self.second_size < 1:
             found.append(f"input.second_size: found {self.second_size}, allowed: more than 0")
         if not 0 < self.area[0] <= self.area[1] <= 1:

@@ -89,6 +89,8 @@ def test_as_a_user(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: p
     assert main(["--ensemble", *runs, "--merge", "clamped", "--out", str(out)]) == 0
     assert (out / "scores.json").is_file() and read_predictions(out).logits.shape == (4, 1, 3)
     assert main(["--ensemble", *runs, "--out", str(out)]) == 1 and "name another folder" in capsys.readouterr().err
+    assert main(["--ensemble", *runs, runs[0]]) == 1 and "run0" in (told := capsys.readouterr().err)
+    assert "named twice" in told
     assert main(["--ensemble", runs[0], str(tmp_path)]) == 1
     assert "no predictions.json and no predictions/" in capsys.readouterr().err
     assert main(["--rescore", str(out)]) == 0

@@ -231,7 +231,7 @@ def test_several_boxes_share_the_area() -> None:
     ("options", "expected"),
     [
         ({"frames": 2}, "input.frames: found 2, allowed: 1"),
-        ({"height": 32}, "input.height: found 32, allowed: input.width=224"),
+        ({"height": 32}, "input.height=32, input.width=224: allowed: one number for both"),
         ({"crop_share": 1.5}, "input.crop_share: found 1.5"),
         ({"colour_jitter": -1.0}, "input.colour_jitter: found -1.0"),
         ({"erase_boxes": 0}, "input.erase_boxes: found 0, allowed: 1 or more"),
