@@ -23,10 +23,11 @@ from finetune.classification.mixing import MIX_SEEDS, Mixing
 from finetune.classification.motion_checks import motion_report
 from finetune.classification.predictor import Predictor, predictor_of
 from finetune.classification.recipe_checks import check_classification, classification_warnings
-from finetune.classification.testing import run_test, wants_test
+from finetune.classification.testing import run_test
 from finetune.classification.validation import Validation, labelled, video_sets
 from finetune.classification.views import TrainingViews
 from finetune.recipe import TuneRecipe
+from finetune.tested_checkpoint import wants_test
 from finetune.tuned import TunedObjective, build_tuned
 from pretrain.data.samples import Batch
 from pretrain.metrics.ranking import predicted

@@ -2,9 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,29 +12,14 @@ from finetune.classification.predictions import Predictions, class_accuracy, con
 from finetune.classification.validation import centre_view, labelled, predict, test_views, video_sets
 from finetune.classification.videos import VideoSet
 from finetune.recipe import TuneRecipe
-from pretrain.checkpoint.consolidate import newest_checkpoint
-from pretrain.checkpoint.folders import folder_of
-from pretrain.checkpoint.reshape import Layout
-from pretrain.checkpoint.resume import load_weights, open_verified
-from pretrain.engine.build import build_engine
-from pretrain.errors import CheckpointError, DataError
+from finetune.tested_checkpoint import NO_SHARDS, choose_checkpoint, load_objective, predictions_of
+from pretrain.errors import DataError
 from pretrain.objectives.base import Method
-from pretrain.runtime.dtypes import DTYPES
 from pretrain.runtime.process_group import Ranks, from_first, gather_objects
-from pretrain.runtime.run_folder import RunFolder
-from pretrain.runtime.untrusted import parse_json
-from pretrain.trained.load_run import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
 SHOWN_CLASSES = 5
-
-
-def wants_test(recipe: TuneRecipe) -> bool:
-    """Tell whether there is something to test at the end, and the run went to its end."""
-    stopped_early = recipe.schedule.max_steps is not None
-    held_out = any(source.test or source.val for source in recipe.data.sources.values())
-    return recipe.evaluate.test != "none" and held_out and not stopped_early
 
 
 def run_test(method: Method, ranks: Ranks, which: str) -> dict[str, float]:
@@ -54,12 +37,9 @@ def run_test(method: Method, ranks: Ranks, which: str) -> dict[str, float]:
     recipe = method.recipe
     sets = labelled(video_sets(recipe, test=True))
     if not sets:
-        raise DataError("test: no source has test or val shards; give data.sources.<name>.test=FOLDER")
-    root = Path(recipe.run.dir).absolute()
-    # One rank chooses: hosts may see different newest checkpoints on a shared file system.
-    checkpoint = Path(from_first(ranks, str(find(root, which)) if ranks.first else ""))
-    objective = load_objective(method, ranks, checkpoint)
-    folder = root / "predictions" / checkpoint.name
+        raise DataError(NO_SHARDS)
+    checkpoint = choose_checkpoint(recipe, ranks, which)
+    objective, folder = load_objective(method, ranks, checkpoint), predictions_of(recipe, checkpoint)
     if ranks.first:
         # Of a test with more ranks some parts would stay, and their videos be found twice.
         for old in folder.glob("part_*.npz"):
@@ -81,37 +61,6 @@ def _report(recipe: TuneRecipe, sets: list[VideoSet], folder: Path) -> dict[str,
         save_examples(examples, predictions.names, folder / "examples.png")
         logger.info("  picture: %s", folder / "examples.png")
     return result
-
-
-def find(root: Path, which: str) -> Path:
-    """Find the folder of a checkpoint of the run in `root`.
-
-    Raises:
-        CheckpointError: it is not there.
-    """
-    if which == "last":
-        return newest_checkpoint(RunFolder(root).checkpoints)
-    if which != "best":
-        return Path(which).absolute()
-    note = root / "best.json"
-    if not note.is_file():
-        raise CheckpointError(f"{note}: not there, so no step was evaluated; test --test last, or give val shards")
-    return folder_of(RunFolder(root).checkpoints, parse_json(note.read_text(encoding="utf-8"))["step"])
-
-
-def load_objective(method: Method, ranks: Ranks, checkpoint: Path) -> Any:
-    """Load the trained module onto this rank's device, in evaluation mode; sharded where training sharded it."""
-    recipe = method.recipe
-    # Sharded again: what needed stage 3 may not fit a device whole.
-    if recipe.zero.stage == 3:
-        accumulation = recipe.batch.samples // (recipe.batch.micro * ranks.world_size)
-        built = build_engine(method, ranks, accumulation, resumes=True)
-        here = Layout.of(ranks.world_size, asdict(recipe.zero))
-        load_weights(built.engine, open_verified(checkpoint, ranks), here, built.groups)
-        return built.engine.module.eval()
-    objective = method.build()
-    load_checkpoint(objective, checkpoint)
-    return objective.to(device=ranks.device, dtype=DTYPES[recipe.compute.dtype]).eval()
 
 
 def rescore(folder: Path) -> dict[str, float]:

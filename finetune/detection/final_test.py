@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.classification.testing import find, load_objective
 from finetune.detection.actions import action_list
 from finetune.detection.answers import Detections
-from finetune.detection.held_out_keyframes import keyframe_sets
 from finetune.detection.judging import HEADLINE, Judgement, judge, score
+from finetune.held_out_samples import held_out_sets
+from finetune.tested_checkpoint import NO_SHARDS, choose_checkpoint, load_objective, predictions_of
 from pretrain.data.boxes.action_list import ActionList
 from pretrain.errors import DataError
 from pretrain.metrics.detection import FrameMap
@@ -44,15 +44,13 @@ def run_detection_test(method: Method, samples: BoxSamples, ranks: Ranks, which:
         CheckpointError: no such checkpoint, or it does not verify.
     """
     recipe = method.recipe
-    sets = keyframe_sets(recipe, test=True)
+    sets = held_out_sets(recipe, test=True)
     if not sets:
-        raise DataError("test: no source has test or val shards; give data.sources.<name>.test=FOLDER")
-    root = Path(recipe.run.dir).absolute()
-    # One rank chooses: hosts may see different newest checkpoints on a shared file system.
-    checkpoint = Path(from_first(ranks, str(find(root, which)) if ranks.first else ""))
+        raise DataError(NO_SHARDS)
+    checkpoint = choose_checkpoint(recipe, ranks, which)
     actions = action_list(recipe)
     judged = judge(load_objective(method, ranks, checkpoint), recipe, ranks, sets, samples)
-    folder = root / "predictions" / checkpoint.name
+    folder = predictions_of(recipe, checkpoint)
     return from_first(ranks, _report(judged, actions, recipe.objective.metric, folder) if ranks.first else {})
 
 

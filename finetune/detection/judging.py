@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 
 from finetune.detection.actions import action_list, evaluated_outputs
 from finetune.detection.answers import Detections, table_of, truth_of
-from finetune.detection.held_out_keyframes import Keyframes, KeyframeSet, keyframe_loader, keyframe_sets, no_detections
+from finetune.detection.required_detections import no_detections
+from finetune.held_out_samples import HeldOutSamples, HeldOutSet, held_out_loader, held_out_sets, report_unreadable
 from finetune.recipe import TuneRecipe
 from pretrain.data.boxes.action_list import ActionList
 from pretrain.data.boxes.keyframes import Key
@@ -62,7 +63,7 @@ class DetectionValidation:
     def __init__(self, recipe: TuneRecipe, ranks: Ranks, samples: BoxSamples) -> None:
         self.every_epochs = recipe.evaluate.every_epochs
         self._recipe, self._ranks, self._samples = recipe, ranks, samples
-        self._sets, self._actions = keyframe_sets(recipe, test=False), action_list(recipe)
+        self._sets, self._actions = held_out_sets(recipe, test=False), action_list(recipe)
 
     def __call__(self, objective: Any) -> dict[str, float]:
         """Compute metrics in percent, equal on all ranks."""
@@ -71,7 +72,7 @@ class DetectionValidation:
         return {HEADLINE: 100 * found.mean, "keyframes": float(len(judged.truth))}
 
 
-def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeSet], samples: BoxSamples) -> Judgement:
+def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[HeldOutSet], samples: BoxSamples) -> Judgement:
     """Judge the keyframes of all sets. All ranks call it, with `objective` in evaluation mode, and get all of it.
 
     Raises:
@@ -79,12 +80,12 @@ def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeS
             person detector on any, where those are judged.
     """
     evaluate = recipe.evaluate
-    keyframes = Keyframes(sets, samples, ranks.rank, ranks.world_size, evaluate.micro, recipe.data.deadline_s)
+    keyframes = HeldOutSamples(sets, samples, ranks.rank, ranks.world_size, evaluate.micro, recipe.data.deadline_s)
     mine, rules, passes = Judgement(), CONVENTIONS[recipe.input.convention], 0
 
     def batches() -> Iterator[Batch]:
         nonlocal passes
-        for one in keyframe_loader(keyframes, evaluate.workers):
+        for one in held_out_loader(keyframes, evaluate.workers):
             mine.unreadable += one.unreadable
             if one.batch is None:
                 continue
@@ -105,7 +106,7 @@ def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeS
     parts = gather_objects(ranks, mine)
     judged = Judgement(*(list(itertools.chain.from_iterable(vars(part)[name] for part in parts))
                          for name in ("answers", "truth", "listed", "unreadable")))  # fmt: skip
-    _report_unreadable(judged, recipe)
+    report_unreadable(judged.unreadable, len(judged.truth), recipe, "keyframes")
     if samples.detected and not any(len(one.boxes) for one in judged.answers):
         # A score of 0, of whatever model, would be taken for the model's.
         raise no_detections(len(judged.truth))
@@ -138,23 +139,3 @@ def _in_order(judged: Judgement) -> Judgement:
 
 def _key(one: Detections) -> Key:
     return one.video, one.time
-
-
-def _report_unreadable(judged: Judgement, recipe: TuneRecipe) -> None:
-    unreadable, every = judged.unreadable, len(judged.unreadable) + len(judged.truth)
-    if not judged.truth:
-        raise DataError(f"evaluation: none of {every} keyframes could be read: {_some(unreadable)}")
-    if not unreadable:
-        return
-    # bad_minimum: of few keyframes a single bad one is already more than the rate.
-    if len(unreadable) >= recipe.data.bad_minimum and len(unreadable) > recipe.data.bad_rate * every:
-        raise DataError(
-            f"evaluation: {len(unreadable)} of {every} keyframes can't be read, more than data.bad_rate="
-            f"{recipe.data.bad_rate:g}: {_some(unreadable)}"
-        )
-    logger.warning("evaluation: %d of %d keyframes can't be read and are in no score: %s",
-                   len(unreadable), every, _some(unreadable))  # fmt: skip
-
-
-def _some(lines: Iterable[str]) -> str:
-    return "; ".join(itertools.islice(lines, SHOWN_UNREADABLE))

@@ -12,19 +12,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from finetune.adapters.attach import tuning_problems
-from finetune.adapters.config import check as check_tuning
-from finetune.classification.testing import wants_test
 from finetune.detection.actions import CLASSES, action_list, actions_of_weights
 from finetune.detection.answers import Detections, answers_of
-from finetune.detection.detection_checks import check_detection, detection_warnings
+from finetune.detection.detection_checks import check_detection
 from finetune.detection.final_test import run_detection_test
-from finetune.detection.held_out_keyframes import keyframe_sets, require_detections
 from finetune.detection.judging import DetectionValidation
 from finetune.detection.losses import GROUP_WEIGHTS, LossName, binary_loss, grouped_focal_loss, softmax_loss
+from finetune.detection.required_detections import require_detections
 from finetune.detection.roi_head import clip_of_box, extend_boxes_inclusive, feature_map, pad_with_zeros, pool_boxes
 from finetune.detection.video_answers import DetectionPredictor
+from finetune.held_out_samples import held_out_sets
 from finetune.recipe import TuneRecipe
+from finetune.task_checks import check_token_backbone, held_out_warnings
+from finetune.tested_checkpoint import wants_test
 from finetune.tuned import TunedObjective, build_tuned
 from pretrain.data.media import MEAN, STD
 from pretrain.data.samples import Batch
@@ -77,16 +77,7 @@ class DetectionTask(Method):
     recipe: TuneRecipe
 
     def problems(self) -> list[str]:
-        found = super().problems() + check_tuning(self.recipe.tune)
-        if not found:
-            with torch.device("meta"):
-                found = tuning_problems(model := self.architecture.build(), self.recipe.tune)
-            if any(name.startswith("fc_norm.") for name, _ in model.named_parameters()):
-                # It would be without gradient.
-                found.append(
-                    "model.pooling: this one has an fc_norm behind a pooling that boxes don't take; allowed: one with "
-                    "a norm of all tokens, token0 of classifier or class of image_vit"
-                )
+        found = check_token_backbone(self.recipe, self.architecture, "boxes", super().problems())
         if not found:
             found = self._grid_problems()
         return found + check_detection(self.recipe)
@@ -103,7 +94,7 @@ class DetectionTask(Method):
         return []
 
     def warnings(self) -> list[str]:
-        return detection_warnings(self.recipe)
+        return held_out_warnings(self.recipe)
 
     def samples(self) -> BoxSamples:
         # A class list that does not fit the model would otherwise be found out one refused sample at a time.
@@ -111,7 +102,7 @@ class DetectionTask(Method):
         samples = self._samples()
         # Wrong shards here would end a run that has trained.
         for test in (False, True) if wants_test(self.recipe) else (False,):
-            if (sets := keyframe_sets(self.recipe, test)) and samples.detected:
+            if (sets := held_out_sets(self.recipe, test)) and samples.detected:
                 require_detections(sets, samples, self.recipe.data.deadline_s)
         return samples
 

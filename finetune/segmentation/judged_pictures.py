@@ -3,7 +3,7 @@
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.classification.testing import find, load_objective
-from finetune.detection.held_out_keyframes import Keyframes, KeyframeSet, keyframe_loader, keyframe_sets
+from finetune.held_out_samples import HeldOutSamples, HeldOutSet, held_out_loader, held_out_sets, report_unreadable
 from finetune.recipe import TuneRecipe
 from finetune.segmentation.mask_classes import class_names_of, painted
+from finetune.tested_checkpoint import NO_SHARDS, choose_checkpoint, load_objective, predictions_of
 from pretrain.engine.transfers import to_device
 from pretrain.errors import DataError
 from pretrain.metrics.segmentation import SegmentationScores, segmentation_confusion, segmentation_scores
 from pretrain.objectives.base import Method
 from pretrain.runtime.pictures import Pixels, contact_sheet
-from pretrain.runtime.process_group import Ranks, from_first, gather_objects
+from pretrain.runtime.process_group import Ranks, gather_objects
 from pretrain.samples.picture_mask import MaskedPictures, resize_labels
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class SegmentationValidation:
     def __init__(self, recipe: TuneRecipe, ranks: Ranks, samples: MaskedPictures) -> None:
         self.every_epochs = recipe.evaluate.every_epochs
         self._recipe, self._ranks, self._samples = recipe, ranks, samples
-        self._sets = keyframe_sets(recipe, test=False)
+        self._sets = held_out_sets(recipe, test=False)
 
     def __call__(self, objective: Any) -> dict[str, float]:
         """Compute metrics in percent, equal on all ranks."""
@@ -70,7 +70,7 @@ class SegmentationValidation:
 
 
 def judge_pictures(
-    objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[KeyframeSet], samples: MaskedPictures, shown: int = 0
+    objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[HeldOutSet], samples: MaskedPictures, shown: int = 0
 ) -> JudgedPictures:
     """Judge the pictures of all sets. All ranks call it, with `objective` in evaluation mode, and get all of it.
 
@@ -79,10 +79,10 @@ def judge_pictures(
     """
     classes, evaluate = recipe.model.classes, recipe.evaluate
     # One at a time: pictures differ in size, and what fills smaller ones up would be seen by attention.
-    pictures = Keyframes(sets, samples, ranks.rank, ranks.world_size, 1, recipe.data.deadline_s)
+    pictures = HeldOutSamples(sets, samples, ranks.rank, ranks.world_size, 1, recipe.data.deadline_s)
     mine = JudgedPictures(torch.zeros(classes, classes + 1, dtype=torch.int64))
     with objective.evaluated_weights(), torch.no_grad():
-        for one in keyframe_loader(pictures, evaluate.workers):
+        for one in held_out_loader(pictures, evaluate.workers):
             mine.unreadable += one.unreadable
             if one.batch is None:
                 continue
@@ -101,7 +101,7 @@ def judge_pictures(
         sorted(itertools.chain.from_iterable(part.unreadable for part in parts)),
         parts[0].examples,
     )
-    _report_unreadable(judged, recipe)
+    report_unreadable(judged.unreadable, judged.pictures, recipe, "pictures")
     return judged
 
 
@@ -130,15 +130,13 @@ def run_segmentation_test(method: Method, samples: MaskedPictures, ranks: Ranks,
         CheckpointError: no such checkpoint, or it does not verify.
     """
     recipe = method.recipe
-    sets = keyframe_sets(recipe, test=True)
+    sets = held_out_sets(recipe, test=True)
     if not sets:
-        raise DataError("test: no source has test or val shards; give data.sources.<name>.test=FOLDER")
-    root = Path(recipe.run.dir).absolute()
-    # One rank chooses: hosts may see different newest checkpoints on a shared file system.
-    checkpoint = Path(from_first(ranks, str(find(root, which)) if ranks.first else ""))
+        raise DataError(NO_SHARDS)
+    checkpoint = choose_checkpoint(recipe, ranks, which)
     objective = load_objective(method, ranks, checkpoint)
     judged = judge_pictures(objective, recipe, ranks, sets, samples, recipe.evaluate.pictures)
-    folder = root / "predictions" / checkpoint.name
+    folder = predictions_of(recipe, checkpoint)
     if ranks.first:
         write_report(judged, class_names_of(recipe), folder)
     return metrics(judged)
@@ -187,23 +185,3 @@ def save_examples(judged: JudgedPictures, classes: int, path: Path) -> None:
     tallest = max(len(sheet) for sheet in sheets)
     padded = [np.pad(sheet, ((0, tallest - len(sheet)), (0, 0), (0, 0)), constant_values=255) for sheet in sheets]
     Image.fromarray(np.concatenate(padded, axis=1)).save(path, optimize=True)
-
-
-def _report_unreadable(judged: JudgedPictures, recipe: TuneRecipe) -> None:
-    unreadable, every = judged.unreadable, len(judged.unreadable) + judged.pictures
-    if not judged.pictures:
-        raise DataError(f"evaluation: none of {every} pictures could be read: {_some(unreadable)}")
-    if not unreadable:
-        return
-    # bad_minimum: of few pictures a single bad one is already more than the rate.
-    if len(unreadable) >= recipe.data.bad_minimum and len(unreadable) > recipe.data.bad_rate * every:
-        raise DataError(
-            f"evaluation: {len(unreadable)} of {every} pictures can't be read, more than data.bad_rate="
-            f"{recipe.data.bad_rate:g}: {_some(unreadable)}"
-        )
-    logger.warning("evaluation: %d of %d pictures can't be read and are in no score: %s",
-                   len(unreadable), every, _some(unreadable))  # fmt: skip
-
-
-def _some(lines: Iterable[str]) -> str:
-    return "; ".join(itertools.islice(lines, SHOWN))

@@ -10,11 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from finetune.adapters.attach import apply_tuning, tuning_problems
-from finetune.adapters.config import check as check_tuning
-from finetune.classification.testing import wants_test
-from finetune.detection.held_out_keyframes import keyframe_sets
+from finetune.adapters.attach import apply_tuning
 from finetune.detection.roi_head import feature_map
+from finetune.held_out_samples import held_out_sets
 from finetune.recipe import TuneRecipe
 from finetune.segmentation.judged_pictures import SegmentationValidation, run_segmentation_test
 from finetune.segmentation.mask_classes import CLASSES, class_names_of
@@ -22,6 +20,8 @@ from finetune.segmentation.mask_heads import LinearMaskHead, MaskHead, UperNetHe
 from finetune.segmentation.mask_objective import SegmentationObjective
 from finetune.segmentation.mask_predictor import MaskPredictor
 from finetune.segmentation.segmentation_checks import check_segmentation, segmentation_warnings
+from finetune.task_checks import check_token_backbone
+from finetune.tested_checkpoint import wants_test
 from finetune.tuned import TunedObjective
 from pretrain.data.samples import Batch
 from pretrain.errors import RecipeError
@@ -58,16 +58,7 @@ class SegmentationTask(Method):
     recipe: TuneRecipe
 
     def problems(self) -> list[str]:
-        found = super().problems() + check_tuning(self.recipe.tune)
-        if not found:
-            with torch.device("meta"):
-                found = tuning_problems(model := self.architecture.build(), self.recipe.tune)
-            if any(name.startswith("fc_norm.") for name, _ in model.named_parameters()):
-                # It would be without gradient.
-                found.append(
-                    "model.pooling: this one has an fc_norm behind a pooling that masks don't take; allowed: one with "
-                    "a norm of all tokens, token0 of classifier or class of image_vit"
-                )
+        found = check_token_backbone(self.recipe, self.architecture, "masks", super().problems())
         if not found:
             self._levels()  # raises where there are no maps
         return found + check_segmentation(self.recipe)
@@ -78,7 +69,7 @@ class SegmentationTask(Method):
     def samples(self) -> MaskedPictures:
         class_names_of(self.recipe)  # a list that does not fit the classes is told before the run
         if wants_test(self.recipe):
-            keyframe_sets(self.recipe, test=True)  # a wrong folder here ends a run that has trained
+            held_out_sets(self.recipe, test=True)  # a wrong folder here ends a run that has trained
         return self._samples()
 
     def example(self, count: int) -> Batch:

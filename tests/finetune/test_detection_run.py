@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from finetune.detection.actions import action_list
-from finetune.detection.held_out_keyframes import Keyframes, keyframe_loader, keyframe_sets
 from finetune.detection.judging import judge, score
+from finetune.held_out_samples import HeldOutSamples, held_out_loader, held_out_sets
 from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.commands.pack import main as pack
@@ -134,11 +134,11 @@ def samples(boxed: Toy) -> BoxSamples:
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 3), (2, 4), (3, 5), (4, 1)])
 def test_every_keyframe_is_judged_once(boxed: Toy, samples: BoxSamples, world: int, micro: int) -> None:
-    sets = keyframe_sets(load_tune_recipe(str(boxed.recipe)), test=True)
+    sets = held_out_sets(load_tune_recipe(str(boxed.recipe)), test=True)
     seen, most = [], 0
     for rank in range(world):
-        keyframes = Keyframes(sets, samples, rank, world, micro, 60)
-        batches = [one.batch for one in keyframe_loader(keyframes, 0)]
+        keyframes = HeldOutSamples(sets, samples, rank, world, micro, 60)
+        batches = [one.batch for one in held_out_loader(keyframes, 0)]
         assert sum(len(batch["videos"]) for batch in batches if batch is not None) == len(keyframes)
         most = max(most, len(batches))
         assert keyframes.batches(0) >= len(batches)
@@ -147,10 +147,10 @@ def test_every_keyframe_is_judged_once(boxed: Toy, samples: BoxSamples, world: i
 
 
 def test_workers_share_what_a_rank_has(boxed: Toy, samples: BoxSamples) -> None:
-    sets = keyframe_sets(load_tune_recipe(str(boxed.recipe)), test=True)
-    each = [Keyframes(sets, samples, 1, 2, 2, 60)._positions(worker, 3) for worker in range(3)]
+    sets = held_out_sets(load_tune_recipe(str(boxed.recipe)), test=True)
+    each = [HeldOutSamples(sets, samples, 1, 2, 2, 60)._positions(worker, 3) for worker in range(3)]
     assert sorted(position for one in each for position in one) == [1, 3, 5, 7, 9]
-    assert Keyframes(sets, samples, 1, 2, 2, 60).batches(3) == 3, "rank 0 has two in each worker"
+    assert HeldOutSamples(sets, samples, 1, 2, 2, 60).batches(3) == 3, "rank 0 has two in each worker"
 
 
 class Oracle:
@@ -175,7 +175,7 @@ class Oracle:
 
 def test_scores_of_who_knows_everything_and_of_who_errs(boxed: Toy, samples: BoxSamples) -> None:
     recipe = load_tune_recipe(str(boxed.recipe), ["evaluate.micro=4"])
-    sets, alone = keyframe_sets(recipe, test=True), Ranks(0, 1, 0, torch.device("cpu"))
+    sets, alone = held_out_sets(recipe, test=True), Ranks(0, 1, 0, torch.device("cpu"))
     judged = judge(Oracle(True), recipe, alone, sets, samples)
     assert [one.time for one in judged.answers] == list(range(100, 111))
     assert score(judged, action_list(recipe), "activitynet").mean == 1
@@ -210,7 +210,7 @@ def test_false_alarms_count_where_the_annotation_lists_nobody(
     write_shard(tmp_path / "s-000000.tar", [(key, {"boxes": busy}, video), ("0101", {"boxes": empty}, video)])
     assert pack(["--index-only", str(tmp_path)]) == 0
     recipe = load_tune_recipe(str(boxed.recipe), [f"data.sources.toy.val={tmp_path}"])
-    sets = keyframe_sets(recipe, test=True)
+    sets = held_out_sets(recipe, test=True)
     judged = judge(Alarm(True), recipe, Ranks(0, 1, 0, torch.device("cpu")), sets, samples)
     assert [one.time for one in judged.truth] == [100, 101]
     assert judged.listed == [("film25", 100.0)] + [("film25", 101.0)] * annotated
@@ -235,11 +235,11 @@ def test_held_out_keyframes_without_detections_are_told(
     told = "none of 3 held-out keyframes has a person detector's box .* objective.test_boxes=truth"
     with pytest.raises(DataError, match=told):
         method_of(recipe).samples()
-    monkeypatch.setattr("finetune.detection.held_out_keyframes.PEEKED", 2)
+    monkeypatch.setattr("finetune.detection.required_detections.PEEKED", 2)
     samples = method_of(recipe).samples()
     assert "of the first ones: evaluation: none of 2 held-out keyframes" in caplog.text
     with pytest.raises(DataError, match=told):
-        judge(Given(True), recipe, Ranks(0, 1, 0, torch.device("cpu")), keyframe_sets(recipe, test=False), samples)
+        judge(Given(True), recipe, Ranks(0, 1, 0, torch.device("cpu")), held_out_sets(recipe, test=False), samples)
 
 
 def test_keyframes_that_do_not_fit_are_named_and_in_no_score(
@@ -257,7 +257,7 @@ def test_keyframes_that_do_not_fit_are_named_and_in_no_score(
     alone = Ranks(0, 1, 0, torch.device("cpu"))
     recipe = load_tune_recipe(str(boxed.recipe), words)
     samples = method_of(recipe).samples()
-    judged = judge(Oracle(True), recipe, alone, keyframe_sets(recipe, test=False), samples)
+    judged = judge(Oracle(True), recipe, alone, held_out_sets(recipe, test=False), samples)
     assert [one.time for one in judged.truth] == [100]
     assert "evaluation: 3 of 4 keyframes can't be read and are in no score" in caplog.text
     for told in ("toy/s-000000/0101: boxes: keyframe film25,101, persons: box [0.5, 0.2, 1.5, 0.9]",
@@ -266,7 +266,7 @@ def test_keyframes_that_do_not_fit_are_named_and_in_no_score(
         assert told in caplog.text
     recipe = load_tune_recipe(str(boxed.recipe), [*words, "data.bad_minimum=3"])
     with pytest.raises(DataError, match="3 of 4 keyframes can't be read, more than data.bad_rate="):
-        judge(Oracle(True), recipe, alone, keyframe_sets(recipe, test=False), samples)
+        judge(Oracle(True), recipe, alone, held_out_sets(recipe, test=False), samples)
 
 
 class Given(Oracle):

@@ -1,6 +1,5 @@
-"""Keyframes or other samples of some shards, each once, dealt out to ranks and workers, in batches to judge."""
+"""Held-out samples of some shards, each once, dealt out to ranks and workers, in batches to judge."""
 
-import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,16 +17,15 @@ from pretrain.data.samples import Batch, Place, Sample, Samples, SourceInfo
 from pretrain.data.stream import prepare_worker
 from pretrain.errors import DataError, SampleError
 from pretrain.recipe.schema import Source
-from pretrain.samples.boxes import BoxSamples
 
 logger = logging.getLogger(__name__)
 
-#: Keyframes that are looked at before training for one that has a detector's box; the first nearly always has.
-PEEKED = 100
+#: Unreadable samples that a message lists.
+SHOWN_UNREADABLE = 5
 
 
 @dataclass(frozen=True)
-class KeyframeSet:
+class HeldOutSet:
     """Shards to judge: name of the source, its index, its section of the recipe."""
 
     name: str
@@ -37,7 +35,7 @@ class KeyframeSet:
 
 @dataclass(frozen=True)
 class Judgeable:
-    """Some keyframes: a batch of those that can be read, none if none can, and `key: reason` of the others."""
+    """Some samples: a batch of those that can be read, none if none can, and `key: reason` of the others."""
 
     batch: Batch | None
     unreadable: list[str]
@@ -51,7 +49,7 @@ class Judgeable:
         return Judgeable(pinned, self.unreadable)
 
 
-def keyframe_sets(recipe: TuneRecipe, test: bool) -> list[KeyframeSet]:
+def held_out_sets(recipe: TuneRecipe, test: bool) -> list[HeldOutSet]:
     """Open the validation or test shards of the sources that have some.
 
     Raises:
@@ -61,74 +59,68 @@ def keyframe_sets(recipe: TuneRecipe, test: bool) -> list[KeyframeSet]:
     for name, source in recipe.data.sources.items():
         shards = (source.test or source.val) if test else source.val
         if shards:
-            found.append(KeyframeSet(name, load_index(shards), source))
+            found.append(HeldOutSet(name, load_index(shards), source))
     return found
 
 
-def require_detections(sets: list[KeyframeSet], samples: BoxSamples, deadline_s: float) -> None:
-    """Look before training for what a person detector has found: without it there would be nothing to judge.
+def report_unreadable(unreadable: list[str], judged: int, recipe: TuneRecipe, what: str) -> None:
+    """Say which held-out samples are in no score.
+
+    Args:
+        unreadable: `key: reason` of each.
+        judged: samples that could be read.
+        recipe: the run; data.bad_rate is the most of them that may be missing.
+        what: they are, for messages.
 
     Raises:
-        DataError: no keyframe has a detector's box that is judged; of more than `PEEKED` the first ones, none of which
-            has any, are warned of.
+        DataError: none could be read, or too few.
     """
-    keyframes = Keyframes(sets, samples, 0, 1, 1, deadline_s)
-    if any(_has_detections(samples, each) for each in itertools.islice(keyframes.members(), PEEKED)):
+    every, some = len(unreadable) + judged, "; ".join(unreadable[:SHOWN_UNREADABLE])
+    if not judged:
+        raise DataError(f"evaluation: none of {every} {what} could be read: {some}")
+    if not unreadable:
         return
-    error = no_detections(min(len(keyframes), PEEKED))
-    if len(keyframes) <= PEEKED:
-        raise error
-    logger.warning("of the first ones: %s", error)
+    # bad_minimum: of few samples a single bad one is already more than the rate.
+    if len(unreadable) >= recipe.data.bad_minimum and len(unreadable) > recipe.data.bad_rate * every:
+        raise DataError(
+            f"evaluation: {len(unreadable)} of {every} {what} can't be read, more than data.bad_rate="
+            f"{recipe.data.bad_rate:g}: {some}"
+        )
+    logger.warning("evaluation: %d of %d %s can't be read and are in no score: %s", len(unreadable), every, what, some)
 
 
-def _has_detections(samples: BoxSamples, members: Members | None) -> bool:
-    try:
-        return members is not None and samples.has_detections(members)
-    except SampleError:
-        return False  # told, with its reason, by the evaluation
-
-
-def no_detections(keyframes: int) -> DataError:
-    """Say that a person detector has found nobody."""
-    return DataError(
-        f"evaluation: none of {keyframes} held-out keyframes has a person detector's box with a score of "
-        "input.min_score or more; pack them with --detections FILE, or judge the annotated boxes with "
-        "objective.test_boxes=truth"
-    )
-
-
-class Keyframes(IterableDataset[Judgeable]):
-    """Keyframes of a rank: of all in a row, number rank, rank + world_size, ...
+class HeldOutSamples(IterableDataset[Judgeable]):
+    """Samples of a rank: of all in a row, number rank, rank + world_size, ...
 
     Args:
         sets: what to judge.
-        samples: makes the clips.
+        samples: makes the rows.
         rank: this rank.
         world_size: number of ranks.
-        micro: keyframes of a batch.
+        micro: samples of a batch.
         deadline_s: longest time of one read, seconds.
         readahead: samples fetched ahead of decoding.
     """
 
     def __init__(
-        self, sets: list[KeyframeSet], samples: Samples, rank: int, world_size: int, micro: int, deadline_s: float,
+        self, sets: list[HeldOutSet], samples: Samples, rank: int, world_size: int, micro: int, deadline_s: float,
         readahead: int = 8,
     ) -> None:  # fmt: skip
         self._sets, self._samples, self._rank, self._world_size = sets, samples, rank, world_size
         self._micro, self._deadline_s, self._readahead = micro, deadline_s, readahead
 
     def __len__(self) -> int:
-        """Count the keyframes of this rank."""
+        """Count the samples of this rank."""
         return len(self._positions(0, 1))
 
     def batches(self, workers: int) -> int:
         """Count the batches of the rank that has most."""
-        first = Keyframes(self._sets, self._samples, 0, self._world_size, self._micro, self._deadline_s)
+        first = HeldOutSamples(self._sets, self._samples, 0, self._world_size, self._micro, self._deadline_s)
         each = [len(first._positions(worker, max(workers, 1))) for worker in range(max(workers, 1))]
         return sum(-(-count // self._micro) for count in each)
 
     def members(self) -> Iterator[Members | None]:
-        """Read what one keyframe after the other is made of, without decoding; None: it can't be read."""
+        """Read what one sample after the other is made of, without decoding; None: it can't be read."""
         reader = SampleReader([one.index for one in self._sets], None, self._deadline_s)
         for place in self._places(0, 1):
             try:
@@ -155,7 +147,7 @@ class Keyframes(IterableDataset[Judgeable]):
                 source = SourceInfo(entry.name, entry.index.shards, entry.options)
                 rows.append(Sample(place, key, self._samples.without_chance(source, members)))
             except SampleError as error:
-                # Training would replace it; a score must be of each keyframe once, and say which are missing.
+                # Training would replace it; a score must be of each sample once, and say which are missing.
                 unreadable.append(f"{key}: {error}")
             if len(rows) + len(unreadable) == self._micro:
                 yield self._batch(rows, unreadable)
@@ -179,10 +171,10 @@ class Keyframes(IterableDataset[Judgeable]):
         return range(self._rank + worker * self._world_size, every, self._world_size * workers)
 
 
-def keyframe_loader(keyframes: Keyframes, workers: int) -> "DataLoader[Any]":
-    """Load keyframes by worker processes."""
+def held_out_loader(samples: HeldOutSamples, workers: int) -> "DataLoader[Any]":
+    """Load samples by worker processes."""
     return DataLoader(
-        keyframes,
+        samples,
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
