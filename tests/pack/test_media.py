@@ -488,9 +488,39 @@ def test_companions_of_a_manifest(tmp_path: Path) -> None:
     assert members.text("caption") == "cat, sitting" and members.boxes() == [[1, 2, 3, 4]]
 
 
+def class_mask(width: int = 37, height: int = 23, seed: int = 0) -> bytes:
+    return image_bytes(picture(width, height, seed)[:, :, 0], mode="L")
+
+
+def test_masks_that_do_not_fit_their_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of another size, in colours, turned, or made for the picture before it was packed smaller."""
+    wrong = {"size": class_mask(40, 30), "turned": class_mask(23, 37), "colours": image_bytes(picture())}
+    masks = {"right": class_mask(), **wrong}
+    _write(tmp_path / "masks", {f"{name}.png": data for name, data in masks.items()})
+    _write(tmp_path / "in", {f"{name}.png": image_bytes(picture(seed=len(name))) for name in masks})
+    out, asked = tmp_path / "out", f"mask.png={tmp_path / 'masks'}"
+    assert main([str(tmp_path / "in"), str(out), "--kind", "image", "--no-labels", "--with", asked, *ALONE]) == 0
+    assert set(_stream(out)) == {"right"} and _rejected(out) == {f"{name}.png": "mask" for name in wrong}
+    smaller = [str(tmp_path / "in" / "right.png"), str(tmp_path / "small"), "--with", asked, "--short-side", "16"]
+    assert main([*smaller, "--no-labels", *ALONE]) == 1
+    assert _rejected(tmp_path / "small") == {"right.png": "mask"}
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    with tarfile.open(foreign / "a.tar", "w") as tar:
+        for name, data in masks.items():
+            for ending, content in (("png", image_bytes(picture())), ("mask.png", data)):
+                entry = tarfile.TarInfo(f"{name}.{ending}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    assert main(["--index-only", str(foreign)]) == 0
+    assert main(["--check", str(foreign), *ALONE]) == 1
+    told = "".join(capsys.readouterr())
+    assert [name for name in masks if f"sample {name!r}: mask" in told] == list(wrong)
+
+
 def test_companions_below_a_folder(tmp_path: Path) -> None:
     """Masks of the same path below another folder, as ADE20K's; one of another kind is said by its ending."""
-    masks = {name: image_bytes(picture(seed=number)) for number, name in enumerate(("a/1", "b/1", "b/2"))}
+    masks = {name: class_mask(seed=number) for number, name in enumerate(("a/1", "b/1", "b/2"))}
     _write(tmp_path / "annotations", {f"{name}.png": data for name, data in masks.items() if name != "b/2"})
     pictures = {f"{name}.png": image_bytes(picture(seed=9 + number)) for number, name in enumerate(masks)}
     _write(tmp_path / "images", pictures)
@@ -533,12 +563,12 @@ def test_samples_that_the_index_leaves_out_are_said(tmp_path: Path, caplog: pyte
 def test_the_member_that_is_meant_among_several_of_a_kind(tmp_path: Path) -> None:
     """Tar files have members by name: a mask comes before its image, and so does a JPEG before a PNG."""
     own, mask, other = image_bytes(picture()), image_bytes(picture(9, 9)), image_bytes(picture(8, 8), "JPEG")
-    _write(tmp_path / "in", {"a.png": own, "a.MASK.png": mask, "a.jpg": other})
+    _write(tmp_path / "in", {"a.png": own, "a.LEFT.png": mask, "a.jpg": other})
     (tmp_path / "m.csv").write_text("path\nin/a.png\n")
     out = tmp_path / "out"
-    assert main([str(tmp_path / "m.csv"), str(out), "--with", "MASK.png,jpg", *ALONE]) == 0
+    assert main([str(tmp_path / "m.csv"), str(out), "--with", "LEFT.png,jpg", *ALONE]) == 0
     (members,) = _stream(out).values()
-    assert members.image() == own and members.image("mask") == mask and members.files["jpg"] == other
+    assert members.image() == own and members.image("left") == mask and members.files["jpg"] == other
     assert main(["--check", str(out), *ALONE]) == 0
     assert Members({"left.webp": b"l", "mask.png": b"m", "png": b"p"}).image() == b"p"
     assert Members({"left.webp": b"l", "mask.png": b"m", "json": b'{"member": ["png"]}'}).image() == b"l"

@@ -5,7 +5,7 @@ import json
 import logging
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 
 import numpy as np
@@ -15,6 +15,7 @@ from pretrain.data.index import MemberTable, Shard, describe_unhashed, load_inde
 from pretrain.data.linked_video import LinkedVideo, VideoFile, open_link
 from pretrain.data.media import KINDS, LINK_ENDING, SPAN_ENDING, Kind, extension_of, kind_of_ending, main_member
 from pretrain.data.members import Members
+from pretrain.data.pack.class_masks import check_mask, is_mask
 from pretrain.data.pack.contents import describe
 from pretrain.data.pack.pool import OrderedPool
 from pretrain.data.pack.scan import scan_shard
@@ -114,6 +115,8 @@ def _check_sample(
         for ending, content in files.items():
             if ending != main or kinds[ending] != "video":
                 _check_member(ending, content, facts if ending == main else {}, kinds)
+        if main is not None and kinds[main] == "image":
+            _check_masks(files, main)
         if main is None or kinds[main] != "video":
             return []
         video = files[main]
@@ -165,6 +168,19 @@ def _check_member(ending: str, content: VideoFile, facts: dict[str, object], kin
     for name, value in found.items():
         if name in facts and facts[name] != value:
             raise SampleError("differs", f"{ending} has {name} {value}, its json says {facts[name]}")
+
+
+def _check_masks(files: Mapping[str, VideoFile], main: str) -> None:
+    """Hold masks of classes against their picture, whatever its json says of it.
+
+    Raises:
+        SampleError: "mask" or "decode".
+    """
+    for ending in filter(is_mask, files):
+        picture, mask = files[main], files[ending]
+        assert isinstance(picture, bytes) and isinstance(mask, bytes), "only videos are linked by ranges"
+        size = describe(main, picture)
+        check_mask(mask, size["width"], size["height"])
 
 
 def _signatures(video: VideoFile) -> Signatures:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pretrain.data.media import Kind
+from pretrain.data.pack.class_masks import check_mask, is_mask
 from pretrain.data.pack.companions import Companion, read_companion
 from pretrain.data.pack.discover import Item
 from pretrain.data.pack.options import Options
@@ -39,9 +40,26 @@ def pack_sample(item: Item, options: Options, folder: str) -> Packed | Rejected:
         # Companions come first: they are small, and a video without its caption need not be encoded.
         companions = [(one, read_companion(one)) for one in item.companions]
         packed = PACKERS[item.kind](item, options, folder)
+        if item.kind == "image":
+            _check_masks(packed, companions)
         return _join(packed, companions, folder) if companions else packed
     except SampleError as error:
         return Rejected(item.name, item.path, error.reason, str(error).removeprefix(f"{error.reason}: "))
+
+
+def _check_masks(packed: Packed, companions: list[tuple[Companion, bytes]]) -> None:
+    """Hold masks of classes against the picture as it is packed.
+
+    Raises:
+        SampleError: "mask" for one that does not fit, "decode".
+    """
+    try:
+        for companion, data in companions:
+            if is_mask(companion.ending):
+                check_mask(data, packed.facts["width"], packed.facts["height"])
+    except SampleError:
+        packed.discard()
+        raise
 
 
 def _join(packed: Packed, companions: list[tuple[Companion, bytes]], folder: str) -> Packed:
