@@ -135,3 +135,15 @@ def _counting(macs: dict[str, float], part: str) -> Callable[[Any, Any, Tensor],
         macs[part] = macs.get(part, 0.0) + float(output.numel() * layer.weight[0].numel())
 
     return hook
+
+
+def stage_problems(options: Any, *sizes: str) -> list[str]:
+    """List what keeps a network of four stages from being built: sizes below 1, `blocks`, `dropout`."""
+    found = [
+        f"model.{name}={getattr(options, name)}, allowed: 1 or more" for name in sizes if getattr(options, name) < 1
+    ]
+    if options.blocks is not None and (len(options.blocks) != 4 or min(options.blocks, default=0) < 1):
+        found.append(f"model.blocks={options.blocks}, allowed: four numbers from 1")
+    if not 0 <= options.dropout < 1:
+        found.append(f"model.dropout={options.dropout}, allowed: a probability from 0 to below 1")
+    return found

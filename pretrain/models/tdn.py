@@ -28,6 +28,7 @@ from pretrain.models.resnet import (
     build_stages,
     count_products,
     layer_of_stage,
+    stage_problems,
 )
 from pretrain.models.segment_network import SegmentNetwork
 
@@ -232,17 +233,9 @@ def blocks_of(options: Config) -> tuple[int, ...]:
 
 def check(options: Config) -> list[str]:
     """List what keeps the network from being built."""
-    found = [
-        f"model.{name}={getattr(options, name)}, allowed: 1 or more"
-        for name in ("width", "classes", "window")
-        if getattr(options, name) < 1
-    ]
+    found = stage_problems(options, "width", "classes", "window")
     if options.blocks is None and options.depth not in BLOCKS:
         found.append(f"model.depth={options.depth}, allowed: {', '.join(map(str, BLOCKS))}")
-    if options.blocks is not None and (len(options.blocks) != 4 or min(options.blocks, default=0) < 1):
-        found.append(f"model.blocks={options.blocks}, allowed: four numbers from 1")
-    if not 0 <= options.dropout < 1:
-        found.append(f"model.dropout={options.dropout}, allowed: a probability from 0 to below 1")
     if options.picture_share is not None and not 0 < options.picture_share <= 1:
         found.append(f"model.picture_share={options.picture_share}, allowed: above 0 and up to 1")
     if options.long_term and options.width % (REDUCTION // 2):

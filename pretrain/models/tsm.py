@@ -25,6 +25,7 @@ from pretrain.models.resnet import (
     build_stages,
     count_products,
     layer_of_stage,
+    stage_problems,
 )
 from pretrain.models.segment_network import SegmentNetwork
 
@@ -109,15 +110,7 @@ def blocks_of(options: Config) -> tuple[int, ...]:
 
 def check(options: Config) -> list[str]:
     """List what keeps the network from being built."""
-    found = [
-        f"model.{name}={getattr(options, name)}, allowed: 1 or more"
-        for name in ("width", "classes")
-        if getattr(options, name) < 1
-    ]
-    if options.blocks is not None and (len(options.blocks) != 4 or min(options.blocks, default=0) < 1):
-        found.append(f"model.blocks={options.blocks}, allowed: four numbers from 1")
-    if not 0 <= options.dropout < 1:
-        found.append(f"model.dropout={options.dropout}, allowed: a probability from 0 to below 1")
+    found = stage_problems(options, "width", "classes")
     if options.shift_divisor != 0 and options.shift_divisor < 2:
         found.append(f"model.shift_divisor={options.shift_divisor}, allowed: 2 or more, or 0 for no shift")
     return found

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.models.groupmixformer import HEADS, Config, GroupMixFormer
+from pretrain.models.group_mix_attention import HEADS
+from pretrain.models.groupmixformer import Config, GroupMixFormer
 from pretrain.models.groupmixformer_weights import config_of
 from pretrain.models.weights import load_weights
 
