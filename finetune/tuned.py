@@ -45,7 +45,7 @@ class TunedObjective(Objective):
         self.model = model
         self.recipe = recipe
         self.architecture: Any = architecture
-        self.cross_rank_batch_norm = architecture.cross_rank_batch_norm
+        self.cross_rank_batch_norm = bool(architecture.cross_rank_batch_norm)
         self.normalization = PixelNormalization() if normalization is None else normalization
         self.average = self._new_average()
 

@@ -30,12 +30,10 @@ class SegmentationObjective(TunedObjective):
         architecture: of the model; it knows the layers, and where maps or tokens lie.
     """
 
-    # Heads have batch norms, and a rank has few pictures.
-    cross_rank_batch_norm = True
-
     def __init__(self, model: Any, recipe: TuneRecipe, architecture: Classifier) -> None:
         super().__init__(model, recipe, architecture)
-        self.cross_rank_batch_norm = True
+        # Heads have batch norms, and a rank has few pictures; where the backbone's are a rank's own, so are the head's.
+        self.cross_rank_batch_norm = architecture.cross_rank_batch_norm is not False
         self._freeze_unreached()
 
     def forward(self, batch: Batch) -> Output:

@@ -78,9 +78,10 @@ class Architecture(abc.ABC):
         return True
 
     @property
-    def cross_rank_batch_norm(self) -> bool:
-        """Whether its batch norms take their statistics of all ranks' rows while training."""
-        return False
+    def cross_rank_batch_norm(self) -> bool | None:
+        """Whether its batch norms take their statistics of all ranks' rows while training; None: it has none that do
+        take any, and a head's are the task's affair."""
+        return None
 
     @abc.abstractmethod
     def problems(self) -> list[str]:

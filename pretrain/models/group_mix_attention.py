@@ -1,6 +1,6 @@
 """Attention of GroupMixFormer: between tokens, and between groups of tokens that convolutions make of them.
 
-Shapes: B pictures, D channels, H x W the map, N = HW tokens, h = 8 heads of c channels, s = D/5 = 2c channels a segment.
+Shapes: B pictures, D channels, H x W the map, N = HW tokens, h = 8 heads of c channels, s = D/5 = 2c channels/segment.
 """
 
 import torch

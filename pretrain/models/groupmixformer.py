@@ -6,6 +6,7 @@ Shapes: B pictures, D channels of a stage, H x W its map, N = HW tokens, h = 8 h
 channels of a segment.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -183,7 +184,9 @@ class GroupMixFormer(nn.Module):
     def train(self, mode: bool = True) -> "GroupMixFormer":
         super().train(mode)
         if self.options.batch_norm == "frozen":
-            for module in self.modules():
+            # Not the head's, which a task may bring: its statistics were never loaded.
+            parts = [part for name, part in self.named_children() if name != "head"]
+            for module in itertools.chain.from_iterable(part.modules() for part in parts):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
@@ -248,8 +251,8 @@ class GroupMixFormerArchitecture(Classifier):
         return state
 
     @property
-    def cross_rank_batch_norm(self) -> bool:
-        return bool(self.config.batch_norm == "all_ranks")
+    def cross_rank_batch_norm(self) -> bool | None:
+        return {"all_ranks": True, "rank": False, "frozen": None}[self.config.batch_norm]
 
     def maps(self) -> tuple[MapLevel, ...]:
         dims = resolve(self.config).dims or []

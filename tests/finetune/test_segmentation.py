@@ -145,6 +145,19 @@ def objective_of(scenes: Toy, backbone: str, *overrides: str) -> Any:
     return method, method.build()
 
 
+@pytest.mark.parametrize(("way", "crosses"), [("all_ranks", True), ("rank", False), ("frozen", True)])
+def test_statistics_of_the_head_are_its_own(scenes: Toy, way: str, crosses: bool) -> None:
+    """A backbone's frozen ones were loaded; a new head's are those of no picture, and have to be learned."""
+    method, objective = objective_of(scenes, "groupmixformer", f"model.batch_norm={way}")
+    assert objective.cross_rank_batch_norm is crosses
+    before = {name: one.clone() for name, one in objective.named_buffers() if name.endswith("running_mean")}
+    objective.train()(method.example(2))
+    moved = {name for name, one in objective.named_buffers() if name in before and not torch.equal(one, before[name])}
+    backbone = {name for name in before if not name.startswith(("model.head.", "model.norm4."))}
+    assert moved & backbone == (set() if way == "frozen" else backbone)
+    assert {name for name in before if name.startswith("model.head.")} <= moved
+
+
 @pytest.mark.parametrize("head", ["linear", "upernet"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_with_every_head(scenes: Toy, backbone: str, head: str) -> None:

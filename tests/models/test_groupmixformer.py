@@ -106,7 +106,7 @@ def test_frozen_statistics_stay_and_are_used() -> None:
     assert not torch.equal(small().train()(clips), model(clips))
 
 
-@pytest.mark.parametrize(("way", "crosses"), [("all_ranks", True), ("rank", False), ("frozen", False)])
+@pytest.mark.parametrize(("way", "crosses"), [("all_ranks", True), ("rank", False), ("frozen", None)])
 def test_a_recipe_asks_for_batch_norm_over_ranks(way: str, crosses: bool) -> None:
     assert architecture(**SMALL, batch_norm=way).cross_rank_batch_norm is crosses
 
