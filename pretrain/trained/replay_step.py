@@ -38,6 +38,7 @@ from pretrain.guards.first_nonfinite import (
 from pretrain.guards.incidents import plain
 from pretrain.models.dropout import ROW_KEYS, Rows, draw_by_position, with_row_keys
 from pretrain.models.frozen import check_frozen
+from pretrain.models.gradient_limits import follow_loss_scale
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import Method, Objective
 from pretrain.recipe.schema import Recipe
@@ -167,7 +168,7 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     objective = build_objective(place, method, device)
     schedule = build_schedule(recipe, plan.steps_per_epoch)
     first = {name: state.tensor.clone() for name, state in objective.rank_state().items()}
-    turns, rows = turns_of(objective), draw_by_position(objective)
+    turns, rows, scale = turns_of(objective), draw_by_position(objective), follow_loss_scale(objective)
     warn_of_losses(objective, recipe, place.world_size)
     for number in range(place.world_size) if rank is None else [rank]:
         served = Ranks(number, place.world_size, 0, device)
@@ -179,6 +180,8 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
             for turn in turns:
                 with turn.taken(objective):
                     recorded = _recorded(place.record, number, turn.name if len(turns) > 1 else "", micro)
+                    # The loss of a micro-batch alone, without the factors of fp16 and of accumulation.
+                    scale.rows = len(batch["key"])
                     found = _run(objective, rows, batch, recipe.run.seed, place, number, micro, recorded)
                 yield found
 

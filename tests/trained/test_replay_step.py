@@ -12,6 +12,7 @@ import torch
 
 from finetune.commands import replay
 from pretrain.checkpoint.manifest import Manifest, describe_file, read_manifest, write_manifest
+from pretrain.models.gradient_limits import LossScale
 from tests.toy_run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +106,16 @@ def test_a_loss_that_overflows_by_itself_is_the_objective_s(runs: dict[str, Path
     assert replay.main([str(run), "6"]) == 0
     finding = report(run)[0]["finding"]
     assert (finding["phase"], finding["module"]) == ("forward", "objective")
+
+
+def test_limits_on_gradients_know_the_rows_of_a_micro_batch(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a clamp that is published for a mean over so many rows would be another one than in the run."""
+    scale = LossScale()
+    monkeypatch.setattr("pretrain.trained.replay_step.follow_loss_scale", lambda objective: scale)
+    assert replay.main([str(runs["replayed 0"]), "6"]) == 0
+    assert (scale.value, scale.rows) == (1.0, len(report(runs["replayed 0"])[0]["keys"]))
 
 
 @pytest.mark.parametrize(
