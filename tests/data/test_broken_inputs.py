@@ -72,7 +72,7 @@ EXPECTED: dict[str, tuple[int | str, int | str, str]] = {
     "edit_list": (24, 18, "encoded"),
     "late_start": (24, 24, "kept"),
     "zero_time_scale": (9, 1, "damaged"),
-    "zero_rate": (24, "decode", "encoded"),
+    "zero_rate": ("open", "decode", "encoded"),
     "lying_size": (24, 24, "kept"),
     "unknown_codec": ("open", "decode", "no-video"),
     "hevc": (24, 24, "kept"),

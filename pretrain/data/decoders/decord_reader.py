@@ -33,6 +33,11 @@ class DecordReader(UntimedReader):
         except (decord.DECORDError, RuntimeError, AssertionError) as error:
             raise SampleError("open", _first_words(error)) from error
         self.num_frames = len(self._reader)
+        starts = self._reader.get_frame_timestamp(range(self.num_frames))[:, 0]
+        # decord finds a frame by its time: of two with one time it gives either, as its decoding thread happens to run.
+        # Before 0: an AVI file, which keeps no times; there decord counts.
+        if ((starts[1:] <= starts[:-1]) & (starts[:-1] >= 0)).any():
+            raise SampleError("open", "frames that share a time, which decord mixes up; input.decoder=pyav counts them")
         self.fps = float(self._reader.get_avg_fps())
 
     def _decode(self, wanted: list[int], boxes: Boxes) -> list[npt.NDArray[np.uint8]]:
