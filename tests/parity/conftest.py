@@ -40,6 +40,7 @@ SYSTEMS = {
     "Bootstrapped SparseFormer": "sparseformer_bootstrap",
     "GroupMixFormer": "groupmixformer",
     "TDN": "tdn",
+    "TVTSv2": "tvtsv2",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
