@@ -41,6 +41,7 @@ SYSTEMS = {
     "GroupMixFormer": "groupmixformer",
     "TDN": "tdn",
     "SNCLR": "snclr",
+    "TVTSv2": "tvtsv2",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
