@@ -40,6 +40,7 @@ SYSTEMS = {
     "Bootstrapped SparseFormer": "sparseformer_bootstrap",
     "GroupMixFormer": "groupmixformer",
     "TDN": "tdn",
+    "TagAlign": "tagalign",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
