@@ -63,8 +63,9 @@ def test_ties_of_two_are_first_middle_or_second() -> None:
 )
 def test_a_broken_network_finds_nothing(row: list[float], right: int, rank: int) -> None:
     for ties in ("best", "mean", "worst"):
-        found = retrieval_scores(torch.tensor([row]), torch.tensor([right]), ties, (1, 3))  # type: ignore[arg-type]
-        assert found.mean_rank == rank + 1 and found.recall == {1: 100.0 * (rank == 0), 3: 100.0 * (rank < 3)}
+        found = retrieval_scores(torch.tensor([row]), torch.tensor([right]), ties, (1, 3, 50))  # type: ignore[arg-type]
+        assert found.mean_rank == rank + 1
+        assert found.recall == {1: 100.0 * (rank == 0), 3: 100.0 * (rank < 3), 50: 100.0 * (rank < 3)}
 
 
 @pytest.mark.parametrize("ties", ["best", "mean", "worst"])

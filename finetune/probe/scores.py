@@ -1,0 +1,65 @@
+"""What features are worth: neighbours, few-shot means, heads, retrieval."""
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from finetune.probe.features import Features
+from finetune.probe.few_shot import few_shot
+from finetune.probe.heads import train_heads
+from pretrain.metrics.neighbours import knn_scores
+from pretrain.metrics.ranking import accuracy
+from pretrain.metrics.retrieval import RetrievalScores, first_ranks, scores_of_ranks
+
+logger = logging.getLogger(__name__)
+
+#: R@k of retrieval, as published for videos that find those of their own class.
+RETRIEVED = (1, 5, 10, 20, 50)
+#: Queries compared at once.
+CHUNK = 1024
+
+
+def scores(
+    train: Features, held_out: Features, arguments: argparse.Namespace, seed: int, device: torch.device | None
+) -> dict[str, Any]:
+    """Measure held-out features by what is known of the training ones.
+
+    Args:
+        train: to learn from, or among which is looked.
+        held_out: to measure on.
+        arguments: `method` (knn, few-shot, retrieval, linear, attentive), `shots`, `epochs`.
+        seed: of draws, heads and their order.
+        device: where heads are trained.
+    """
+    result: dict[str, Any] = {"videos": len(held_out.keys), "chance": 100 / len(train.names)}
+    if arguments.method == "knn":
+        votes = knn_scores(train.values, train.targets, held_out.values, len(train.names))
+        result |= {"top1": accuracy(votes, held_out.targets), "top5": accuracy(votes, held_out.targets, 5)}
+        logger.info("20 nearest neighbours: top1 %.2f, top5 %.2f", result["top1"], result["top5"])
+    elif arguments.method == "few-shot":
+        for shots in arguments.shots:
+            mean, spread = few_shot(train, held_out, shots, seed=seed)
+            result[f"{shots} a class"] = {"top1": mean, "deviation": spread}
+            logger.info("%d a class: top1 %.2f +- %.2f", shots, mean, spread)
+    elif arguments.method == "retrieval":
+        found = retrieved(train, held_out).named()
+        result |= found
+        logger.info("%s", ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    else:
+        points = train_heads(train, held_out, arguments.method, arguments.epochs, seed=seed, device=device)
+        result["grid"] = [vars(point) for point in points]
+        result |= {"top1": points[0].top1, "top5": points[0].top5}
+        for point in points:
+            logger.info("lr %.0e, wd %.0e: top1 %.2f, top5 %.2f", point.rate, point.decay, point.top1, point.top5)
+    return result
+
+
+def retrieved(train: Features, held_out: Features) -> RetrievalScores:
+    """Look for each held-out sample's class among the training samples that are most similar to it, by cosine."""
+    known, queries = F.normalize(train.values, dim=1), F.normalize(held_out.values, dim=1)
+    pairs = zip(queries.split(CHUNK), held_out.targets.split(CHUNK), strict=True)
+    ranks = [first_ranks(some @ known.T, targets[:, None] == train.targets) for some, targets in pairs]
+    return scores_of_ranks(torch.cat(ranks), len(known), RETRIEVED)
