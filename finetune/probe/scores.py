@@ -5,21 +5,18 @@ import logging
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from finetune.probe.features import Features
 from finetune.probe.few_shot import few_shot
 from finetune.probe.heads import train_heads
 from pretrain.metrics.neighbours import knn_scores
 from pretrain.metrics.ranking import accuracy
-from pretrain.metrics.retrieval import RetrievalScores, first_ranks, scores_of_ranks
+from pretrain.metrics.retrieval import RetrievalScores, cosine_ranks, scores_of_ranks
 
 logger = logging.getLogger(__name__)
 
 #: R@k of retrieval, as published for videos that find those of their own class.
 RETRIEVED = (1, 5, 10, 20, 50)
-#: Queries compared at once.
-CHUNK = 1024
 
 
 def scores(
@@ -59,7 +56,5 @@ def scores(
 
 def retrieved(train: Features, held_out: Features) -> RetrievalScores:
     """Look for each held-out sample's class among the training samples that are most similar to it, by cosine."""
-    known, queries = F.normalize(train.values, dim=1), F.normalize(held_out.values, dim=1)
-    pairs = zip(queries.split(CHUNK), held_out.targets.split(CHUNK), strict=True)
-    ranks = [first_ranks(some @ known.T, targets[:, None] == train.targets) for some, targets in pairs]
-    return scores_of_ranks(torch.cat(ranks), len(known), RETRIEVED)
+    ranks = cosine_ranks(held_out.values, train.values, held_out.targets, train.targets)
+    return scores_of_ranks(ranks, len(train.keys), RETRIEVED)

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pretrain.errors import DataError
 
@@ -19,6 +20,8 @@ from pretrain.errors import DataError
 Ties = Literal["best", "mean", "worst"]
 #: Ranks of which the geometric mean of R@k is taken.
 GEOMETRIC = (1, 5, 10)
+#: Queries compared at once.
+CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,22 @@ def first_ranks(similarity: Tensor, relevant: Tensor, ties: Ties = "best") -> Te
     elif ties == "worst":
         above += others
     return torch.where(usable.any(1), above, float(similarity.shape[1]))
+
+
+def cosine_ranks(
+    queries: Tensor, candidates: Tensor, query_labels: Tensor, labels: Tensor, ties: Ties = "best"
+) -> Tensor:
+    """Find `first_ranks` [Q] by the cosine of embeddings, some queries at a time: for sets too large for one matrix.
+
+    Args:
+        queries: float [Q, D].
+        candidates: float [N, D].
+        query_labels, labels: int64 [Q] and [N]; what has the same belongs together.
+        ties: as for `first_ranks`.
+    """
+    known, unit = F.normalize(candidates.float(), dim=1), F.normalize(queries.float(), dim=1)
+    pairs = zip(unit.split(CHUNK), query_labels.split(CHUNK), strict=True)
+    return torch.cat([first_ranks(some @ known.T, wanted[:, None] == labels, ties) for some, wanted in pairs])
 
 
 def dual_softmax(similarity: Tensor, temperature: float = 1.0) -> Tensor:
