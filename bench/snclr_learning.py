@@ -3,13 +3,13 @@
 python bench/picture_sets.py mnist PICTURES
 python launch/pack.py PICTURES/train SHARDS/mnist --kind image
 python launch/pack.py PICTURES/test SHARDS/mnist_test --kind image
-python bench/snclr_learning.py SHARDS RESULTS [--sets digits actions] [--methods SNCLR InfoNCE random] [--seeds 0 1 2]
+python bench/snclr_learning.py SHARDS RESULTS [--sets digits actions] [--seeds 0 1 2]
 
-SHARDS also holds the clips of `make demo` (actions, new_performer, new_performer_test; launch/demo.sh packs them). An
-encoder is trained without labels, then judged frozen, by 20 nearest neighbours and by linear heads, on samples of which
-it has seen none (clips: another performer). InfoNCE is the same objective with neighbours=0. Objective, views, optimiser
-and judges are the product's; one process trains them without its engine, whose start would take longer than the
-training. What RESULTS holds is not done again.
+SHARDS also holds the clips of `make demo` (actions, new_performer, new_performer_test; launch/demo.sh packs them).
+An encoder is trained without labels, then judged frozen, by 20 nearest neighbours and by linear heads, on samples of
+which it has seen none (clips: another performer). InfoNCE is the same objective with neighbours=0. Objective, views,
+optimiser and judges are the product's; one process trains them without its engine, whose start would take longer than
+the training. What RESULTS holds is not done again.
 """
 
 import argparse
@@ -58,8 +58,8 @@ class Samples:
     queue: int
 
 
-#: Views keep what tells classes apart: neither digits nor animations are mirrored. As many steps as half a minute of one
-#: core has time for.
+#: Views keep what tells classes apart: neither digits nor animations are mirrored. As many steps as half a minute of
+#: one core has time for.
 SETS = {
     "digits": Samples(
         "{name: moco_vit, image_size: 28, patch_size: 7, dim: 64, depth: 4, heads: 2}",

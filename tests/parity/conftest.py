@@ -41,6 +41,8 @@ SYSTEMS = {
     "GroupMixFormer": "groupmixformer",
     "TDN": "tdn",
     "SNCLR": "snclr",
+    "TVTSv2": "tvtsv2",
+    "TagAlign": "tagalign",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
