@@ -21,7 +21,7 @@ import av
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE, FPS, SECONDS, RATE = 40, 16, 5, 8000
+SIDE, FPS, SECONDS, RATE = 20, 16, 5, 8000
 SETS = {"train": 512, "held_out": 128}
 #: Share of a film of one's own that is trained on.
 TRAINED = 0.75
@@ -36,8 +36,8 @@ objective:
 input:
   frames: 16
   fps: {fps}
-  height: 32
-  width: 32
+  height: 16
+  width: 16
   area: [0.6, 1.0]
   jitter: [0.2, 0.2, 0.2, 0.1]
   sound: {{rate: {rate}, seconds: 1.0}}
@@ -105,13 +105,13 @@ def made_clip(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     moments = np.cumsum(rng.uniform(0.12, 0.7, size=4 * SECONDS * FPS))
     moments = moments[moments < SECONDS]
     ground = rng.integers(0, 120, (SIDE, SIDE, 3))
-    y, x = rng.integers(0, SIDE - 16, 2)
+    y, x = rng.integers(0, SIDE - 10, 2)
     colour = rng.integers(160, 256, 3)
     frames = np.repeat(ground[None], SECONDS * FPS, 0)
     for moment in moments:
         # Two frames long, as a flash is seen; the frame that is shown at the beat is the first.
         first = round(moment * FPS)
-        frames[first : first + 2, y : y + 16, x : x + 16] = colour
+        frames[first : first + 2, y : y + 10, x : x + 10] = colour
     times = np.arange(SECONDS * RATE) / RATE
     sound = rng.normal(0, 0.003, len(times))
     for moment in moments:
@@ -134,7 +134,7 @@ def cut_film(film: Path, folder: Path, train: bool) -> None:
         for start in range(0, turn, SECONDS) if train else range(turn, int(last) - SECONDS, 2):
             frames = reader.frames(reader.indices_at(start + np.arange(SECONDS * FPS) / FPS))
             sound = decode_sound(content, RATE, 1, float(start), float(SECONDS))[0]
-            write_clip(folder / f"{film.stem}_{start:04d}.mp4", centre_crop(frames, SIDE * 2, SIDE * 2), sound)
+            write_clip(folder / f"{film.stem}_{start:04d}.mp4", centre_crop(frames, SIDE, SIDE), sound)
 
 
 def write_clip(path: Path, frames: np.ndarray, sound: np.ndarray) -> None:
@@ -162,12 +162,10 @@ def train(name: str, options: argparse.Namespace) -> str:
     recipe = options.work / f"{name}.yaml"
     recipe.write_text(RECIPE.format(work=options.work, epochs=options.epochs, fps=FPS, rate=RATE), encoding="utf-8")
     run = options.work / f"{name}_{options.seed}_{time.strftime('%H%M%S')}"
-    words = [sys.executable, "launch/pretrain.py", "--recipe", str(recipe), f"run.dir={run}", f"run.seed={options.seed}"]
+    own = [f"run.dir={run}", f"run.seed={options.seed}", *RUNS[name]]
     started = time.monotonic()
-    subprocess.run(
-        [*words, *RUNS[name]], cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    subprocess.run([sys.executable, "launch/pretrain.py", "--recipe", str(recipe), *own], cwd=ROOT,
+                   env=environment(), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     minutes = (time.monotonic() - started) / 60
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [record for record in records if "eval/pairs" in record][-1]
