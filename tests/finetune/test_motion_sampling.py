@@ -13,7 +13,7 @@ from finetune.classification.predictor import predict_video, predictor_of
 from finetune.classification.recipe_checks import classification_warnings
 from finetune.classification.validation import centre_view, video_sets
 from finetune.classification.validation import test_views as views_of_the_test
-from finetune.classification.videos import Videos
+from finetune.classification.views import held_out_videos
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.commands.motion_index import main
 from pretrain.data.decoders import open_video
@@ -105,7 +105,8 @@ def test_the_stream_shows_frames_of_the_motion(toy: Any, folder: Path, caplog: p
 def test_evaluation_and_prediction_see_the_same_frames(toy: Any, folder: Path, tmp_path: Path) -> None:
     recipe = load(toy, folder)
     sets, rule = video_sets(recipe, test=False), recipe.input.frame_choice("motion", None)
-    (one, *_), (clips, *_) = (list(Videos(sets, views(recipe), 0, 1, 5)) for views in (centre_view, views_of_the_test))
+    one, clips = (next(iter(held_out_videos(sets, views(recipe), 0, 1, 5))).batch
+                  for views in (centre_view, views_of_the_test))  # fmt: skip
     members = members_of(folder / "val", 0)
     with open_video(members.footage(), "pyav") as reader:
         facts = VideoFacts(reader.num_frames, members.motion)

@@ -19,8 +19,7 @@ from finetune.classification.label_sources import source_rules
 from finetune.classification.predictor import predict_video, predictor_of_graph
 from finetune.classification.validation import centre_view, video_sets
 from finetune.classification.validation import test_views as views_of_the_test
-from finetune.classification.videos import Videos
-from finetune.classification.views import TrainingViews
+from finetune.classification.views import TrainingViews, held_out_videos
 from finetune.commands.export import main as export
 from finetune.commands.finetune import main as finetune
 from finetune.commands.predict import main as predict
@@ -127,7 +126,7 @@ def recipe_over(place: str, *words: str) -> TuneRecipe:
 
 
 def evaluated(recipe: TuneRecipe, views: Any) -> dict[str, tuple[int, np.ndarray]]:
-    found = Videos(video_sets(recipe, test=False), views, 0, 1, 60)
+    found = [one.batch for one in held_out_videos(video_sets(recipe, test=False), views, 0, 1, 60)]
     return {one["key"].rpartition("/")[2]: (int(one["target"]), one["views"].numpy()) for one in found}
 
 
