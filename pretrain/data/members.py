@@ -132,6 +132,17 @@ class Members:
             raise self._missing("boxes (boxes.json, or `boxes` in its json)")
         return stated
 
+    def objects(self) -> Any:
+        """Read the single objects of a picture: as `boxes`, under `objects`.
+
+        Raises:
+            SampleError: "index" where there are none, "objects" where their json is damaged.
+        """
+        stated = self._stated(["objects"], "objects")
+        if stated is None:
+            raise self._missing("objects (objects.json, or `objects` in its json)")
+        return stated
+
     def _of_kind(self, endings: frozenset[str], what: str, name: str) -> Any:
         ending = self._find(endings, name)
         if ending is None:
