@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.classification.predictions import Predictions
-from finetune.classification.videos import Videos, VideoSet
-from finetune.classification.views import EvaluationViews
+from finetune.classification.views import EvaluationViews, VideoSet, held_out_videos
 from pretrain.samples.transforms import Clip
 
 #: Frames of a clip that are shown, and the side that small ones are enlarged to, pixels.
@@ -52,8 +51,8 @@ def pick_examples(
     found = []
     for position in np.unique(np.linspace(0, videos - 1, min(count, videos)).round().astype(int)):
         # "Rank n of as many ranks as there are videos" has the n-th video and no other.
-        video = next(iter(Videos(sets, views, int(position), videos, deadline_s)))
-        if video["key"] in place:  # unreadable ones are not
+        video = next(iter(held_out_videos(sets, views, int(position), videos, deadline_s))).batch
+        if video is not None and video["key"] in place:  # unreadable ones are not
             row = place[video["key"]]
             found.append(Example(video["views"][0].numpy(), int(predictions.targets[row]), merged[row]))
     return found

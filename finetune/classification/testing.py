@@ -10,7 +10,7 @@ from finetune.classification.confusion import save_confusion
 from finetune.classification.examples import pick_examples, save_examples
 from finetune.classification.predictions import Predictions, class_accuracy, confusion, read_predictions, scores
 from finetune.classification.validation import centre_view, labelled, predict, test_views, video_sets
-from finetune.classification.videos import VideoSet
+from finetune.classification.views import VideoSet
 from finetune.recipe import TuneRecipe
 from finetune.tested_checkpoint import NO_SHARDS, choose_checkpoint, load_objective, predictions_of
 from pretrain.errors import DataError

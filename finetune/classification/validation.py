@@ -12,10 +12,10 @@ from finetune.classification.label_sources import source_rules
 from finetune.classification.labels import class_names, held_out_misfits
 from finetune.classification.motion_checks import check_motion
 from finetune.classification.predictions import Predictions, checked, scores
-from finetune.classification.videos import Videos, VideoSet, loader
-from finetune.classification.views import EvaluationViews, SourceRules
+from finetune.classification.views import EvaluationViews, SourceRules, VideoSet, held_out_videos
+from finetune.held_out_sets import held_out_sets, report_missing
 from finetune.recipe import TuneRecipe
-from pretrain.data.index import load_index
+from pretrain.data.held_out import Unreadable, held_out_loader
 from pretrain.errors import DataError
 from pretrain.runtime.process_group import Ranks, gather_objects
 
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 #: Metric whose largest value makes a step the best one, by task.
 HEADLINE = {"single": "top1", "multi": "mAP", "regression": "r2"}
-SHOWN_UNREADABLE = 5
 
 
 class Validation:
@@ -57,14 +56,11 @@ def video_sets(recipe: TuneRecipe, test: bool, rules: list[SourceRules] | None =
         DataError: shards are not there, or motion curves that their rules need.
     """
     known = source_rules(recipe) if rules is None else rules
-    sets = []
-    for (name, source), rule in zip(recipe.data.sources.items(), known, strict=True):
-        shards = (source.test or source.val) if test else source.val
-        if shards:
-            index = load_index(shards)
-            if line := check_motion(name, index, rule.choice, recipe.data.deadline_s):
-                logger.info(line)
-            sets.append(VideoSet(name, index, rule))
+    rule_of = dict(zip(recipe.data.sources, known, strict=True))
+    sets = [VideoSet(one.name, one.index, one.options, rule_of[one.name]) for one in held_out_sets(recipe, test)]
+    for one in sets:
+        if line := check_motion(one.name, one.index, one.rules.choice, recipe.data.deadline_s):
+            logger.info(line)
     return sets
 
 
@@ -101,16 +97,16 @@ def predict(
     Raises:
         DataError: more unreadable videos than data.bad_rate allows.
     """
-    videos = Videos(sets, views, ranks.rank, ranks.world_size, recipe.data.deadline_s)
+    videos = held_out_videos(sets, views, ranks.rank, ranks.world_size, recipe.data.deadline_s)
     keys: list[str] = []
     targets: list[np.ndarray] = []
     logits: list[Tensor] = []
-    unreadable: list[str] = []
+    unreadable: list[Unreadable] = []
 
     def readable() -> Iterator[Tensor]:
-        for video in loader(videos, recipe.evaluate.workers):
-            if "reason" in video:
-                unreadable.append(f"{video['key']}: {video['reason']}")
+        for one in held_out_loader(videos, recipe.evaluate.workers):
+            unreadable.extend(one.unreadable)
+            if (video := one.batch) is None:
                 continue
             keys.append(video["key"])
             targets.append(video["target"].numpy())
@@ -118,14 +114,15 @@ def predict(
             yield from video["views"]
 
     # With sharded weights every rank takes part in every forward pass, also one that has fewer videos.
-    passes = -(-_most_videos(sets, ranks) * views.count // recipe.evaluate.micro) if recipe.zero.stage == 3 else 0
+    most = videos.batches(0) * views.count
+    passes = -(-most // recipe.evaluate.micro) if recipe.zero.stage == 3 else 0
     with objective.evaluated_weights():
         for batch in _batches(readable(), recipe.evaluate.micro):
             logits.append(objective.predict(batch.to(ranks.device, non_blocking=True)).cpu())
         for _ in range(passes - len(logits)):
             objective.predict(torch.zeros(1, *views.size, 3, dtype=torch.uint8,
                                           device=ranks.device))  # fmt: skip
-    _report_unreadable(unreadable, len(videos), recipe)
+    report_missing(unreadable, len(keys), recipe, "videos")
     classes = recipe.model.classes
     per_view = torch.cat(logits).numpy() if logits else np.zeros((0, classes), np.float32)
     return Predictions(
@@ -135,7 +132,7 @@ def predict(
         keys,
         np.stack(targets) if targets else np.zeros((0,), np.int64),
         per_view.reshape(len(keys), views.count, classes),
-        unreadable,
+        list(map(str, unreadable)),
         recipe.evaluate.average,
     )
 
@@ -160,10 +157,6 @@ def join(parts: list[Predictions]) -> Predictions:
     )
 
 
-def _most_videos(sets: list[VideoSet], ranks: Ranks) -> int:
-    return -(-sum(one.index.samples for one in sets) // ranks.world_size)
-
-
 def _batches(views: Iterator[Tensor], size: int) -> Iterator[Tensor]:
     waiting: list[Tensor] = []
     for view in views:
@@ -173,16 +166,3 @@ def _batches(views: Iterator[Tensor], size: int) -> Iterator[Tensor]:
             waiting = []
     if waiting:
         yield torch.stack(waiting)
-
-
-def _report_unreadable(unreadable: list[str], videos: int, recipe: TuneRecipe) -> None:
-    if not unreadable:
-        return
-    shown = "; ".join(unreadable[:SHOWN_UNREADABLE])
-    # bad_minimum: of few videos a single bad one is already more than the rate.
-    if len(unreadable) >= recipe.data.bad_minimum and len(unreadable) > recipe.data.bad_rate * videos:
-        raise DataError(
-            f"evaluation: {len(unreadable)} of {videos} videos can't be read, more than data.bad_rate="
-            f"{recipe.data.bad_rate:g}: {shown}"
-        )
-    logger.warning("evaluation: %d of %d videos can't be read and are in no score: %s", len(unreadable), videos, shown)

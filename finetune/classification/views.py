@@ -1,15 +1,18 @@
 """Labelled clips of a sample: the training views, and the views of validation and test."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetune.classification.labels import LabelMap
 from finetune.classification.mixing import MIX_SEEDS, mix_seeds
 from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import open_video
+from pretrain.data.held_out import HeldOutRows, HeldOutSamples, HeldOutSet
 from pretrain.data.linked_video import Footage
 from pretrain.data.members import Members
 from pretrain.data.motion_tables import Curve
@@ -183,3 +186,37 @@ class EvaluationViews:
 def _resize_short(clip: Clip, short: int, geometry: Geometry) -> Clip:
     # VideoMAE's official code resizes by OpenCV, without antialiasing; TSN's by Pillow.
     return transforms.resize_short(clip, short, antialias=geometry == "tsn")
+
+
+@dataclass(frozen=True)
+class VideoSet(HeldOutSet):
+    """Shards to evaluate, and the rules of their source."""
+
+    rules: SourceRules
+
+
+@dataclass(frozen=True)
+class JudgedVideos(HeldOutRows[dict[str, Any], dict[str, Any]]):
+    """Videos one by one: `key`, `target`, `views` uint8 [V, T, H, W, 3] of each."""
+
+    sets: Sequence[VideoSet]
+    views: EvaluationViews
+
+    def make(self, place: Place, key: str, members: Members) -> dict[str, Any]:
+        rules = self.sets[place.source].rules
+        target = rules.labels.target(members.label)
+        # By the sample's own key: shards may be packed anew, and the clips of a test stay.
+        views = self.views(members.footage(), rules, members.key, members.motion)
+        return {"key": key, "target": torch.from_numpy(target), "views": torch.from_numpy(views)}
+
+    def collate(self, made: list[dict[str, Any]]) -> dict[str, Any]:
+        (video,) = made
+        return video
+
+
+def held_out_videos(
+    sets: Sequence[VideoSet], views: EvaluationViews, rank: int, world_size: int, deadline_s: float
+) -> HeldOutSamples[dict[str, Any]]:
+    """Read a rank's part of the videos, views and not videos filling the batches of a model; see `JudgedVideos`."""
+    motion = [number for number, one in enumerate(sets) if one.rules.choice.needs_motion]
+    return HeldOutSamples(sets, JudgedVideos(sets, views), rank, world_size, 1, deadline_s, motion=motion)

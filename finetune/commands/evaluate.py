@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune.recipe import TuneRecipe
+from pretrain.commands.option_types import positive
 from pretrain.commands.program import Program, run_program
 
 if TYPE_CHECKING:
@@ -56,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default="knn", help="what to do with the features (default knn)")
     parser.add_argument("--shots", type=_numbers, default=[1, 5, 10], metavar="1,5,10", help="few-shot: videos a class")
-    parser.add_argument("--epochs", type=int, default=50, help="linear, attentive: passes over the features")
+    parser.add_argument("--epochs", type=positive, default=50, help="linear, attentive: passes over the features")
     parser.add_argument("--tokens", action="store_true", help="features: of all tokens instead of pooled")
     parser.add_argument(
         "--shards", action="store_true", help="features, windows: WebDataset shards instead of .npz and .npy files"
     )
-    parser.add_argument("--step", type=int, default=16, help="windows: frames between two of them")
+    parser.add_argument("--step", type=positive, default=16, help="windows: frames between two of them")
 
 
 def _numbers(text: str) -> list[int]:
@@ -150,13 +151,14 @@ def _score(train: Any, held_out: Any, arguments: argparse.Namespace, seed: int, 
     from finetune.probe.few_shot import few_shot
     from finetune.probe.heads import train_heads
     from pretrain.metrics.neighbours import knn_scores
-    from pretrain.metrics.ranking import accuracy
+    from pretrain.metrics.ranking import accuracies
 
     result: dict[str, Any] = {"videos": len(held_out.keys), "chance": 100 / len(train.names)}
     if arguments.method == "knn":
         votes = knn_scores(train.values, train.targets, held_out.values, len(train.names))
-        result |= {"top1": accuracy(votes, held_out.targets), "top5": accuracy(votes, held_out.targets, 5)}
-        logger.info("20 nearest neighbours: top1 %.2f, top5 %.2f", result["top1"], result["top5"])
+        found = accuracies(votes, held_out.targets)
+        result |= found
+        logger.info("20 nearest neighbours: %s", _told(found))
     elif arguments.method == "few-shot":
         for shots in arguments.shots:
             mean, spread = few_shot(train, held_out, shots, seed=seed)
@@ -164,11 +166,15 @@ def _score(train: Any, held_out: Any, arguments: argparse.Namespace, seed: int, 
             logger.info("%d a class: top1 %.2f +- %.2f", shots, mean, spread)
     else:
         points = train_heads(train, held_out, arguments.method, arguments.epochs, seed=seed, device=device)
-        result["grid"] = [vars(point) for point in points]
-        result |= {"top1": points[0].top1, "top5": points[0].top5}
+        result["grid"] = [{"rate": point.rate, "decay": point.decay} | point.accuracies for point in points]
+        result |= points[0].accuracies
         for point in points:
-            logger.info("lr %.0e, wd %.0e: top1 %.2f, top5 %.2f", point.rate, point.decay, point.top1, point.top5)
+            logger.info("lr %.0e, wd %.0e: %s", point.rate, point.decay, _told(point.accuracies))
     return result
+
+
+def _told(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in found.items())
 
 
 def _windows(

@@ -11,7 +11,7 @@ import numpy as np
 from finetune.detection.actions import action_list
 from finetune.detection.answers import Detections
 from finetune.detection.judging import HEADLINE, Judgement, judge, score
-from finetune.held_out_samples import held_out_sets
+from finetune.held_out_sets import held_out_sets
 from finetune.tested_checkpoint import NO_SHARDS, choose_checkpoint, load_objective, predictions_of
 from pretrain.data.boxes.action_list import ActionList
 from pretrain.errors import DataError

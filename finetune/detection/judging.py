@@ -12,10 +12,11 @@ import torch
 from finetune.detection.actions import action_list, evaluated_outputs
 from finetune.detection.answers import Detections, table_of, truth_of
 from finetune.detection.required_detections import no_detections
-from finetune.held_out_samples import HeldOutSamples, HeldOutSet, held_out_loader, held_out_sets, report_unreadable
+from finetune.held_out_sets import held_out_sets, report_unreadable
 from finetune.recipe import TuneRecipe
 from pretrain.data.boxes.action_list import ActionList
 from pretrain.data.boxes.keyframes import Key
+from pretrain.data.held_out import HeldOutSamples, HeldOutSet, RowsWithoutChance, held_out_loader
 from pretrain.data.samples import Batch
 from pretrain.engine.transfers import to_device
 from pretrain.errors import DataError
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 #: Metric whose largest value makes a step the best one.
 HEADLINE = "mAP"
-SHOWN_UNREADABLE = 5
 
 
 @dataclass
@@ -80,13 +80,14 @@ def judge(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[HeldOutSe
             person detector on any, where those are judged.
     """
     evaluate = recipe.evaluate
-    keyframes = HeldOutSamples(sets, samples, ranks.rank, ranks.world_size, evaluate.micro, recipe.data.deadline_s)
+    rows = RowsWithoutChance(sets, samples)
+    keyframes = HeldOutSamples(sets, rows, ranks.rank, ranks.world_size, evaluate.micro, recipe.data.deadline_s)
     mine, rules, passes = Judgement(), CONVENTIONS[recipe.input.convention], 0
 
     def batches() -> Iterator[Batch]:
         nonlocal passes
         for one in held_out_loader(keyframes, evaluate.workers):
-            mine.unreadable += one.unreadable
+            mine.unreadable += map(str, one.unreadable)
             if one.batch is None:
                 continue
             batch = to_device(one.batch, ranks.device)

@@ -2,10 +2,12 @@
 
 import itertools
 import logging
+from dataclasses import dataclass
 
-from finetune.held_out_samples import HeldOutSamples, HeldOutSet
+from pretrain.data.held_out import HeldOutRows, HeldOutSamples, HeldOutSet
 from pretrain.data.members import Members
-from pretrain.errors import DataError, SampleError
+from pretrain.data.samples import Place
+from pretrain.errors import DataError
 from pretrain.samples.boxes import BoxSamples
 
 logger = logging.getLogger(__name__)
@@ -21,8 +23,10 @@ def require_detections(sets: list[HeldOutSet], samples: BoxSamples, deadline_s: 
         DataError: no keyframe has a detector's box that is judged; of more than `PEEKED` the first ones, none of which
             has any, are warned of.
     """
-    keyframes = HeldOutSamples(sets, samples, 0, 1, 1, deadline_s)
-    if any(_has_detections(samples, each) for each in itertools.islice(keyframes.members(), PEEKED)):
+    # One after the other: nearly always the first says all.
+    keyframes = HeldOutSamples(sets, Detected(samples), 0, 1, 1, deadline_s, readahead=1)
+    # None: it can't be read, which the evaluation tells with its reason.
+    if any(each.batch for each in itertools.islice(keyframes, PEEKED)):
         return
     error = no_detections(min(len(keyframes), PEEKED))
     if len(keyframes) <= PEEKED:
@@ -30,11 +34,17 @@ def require_detections(sets: list[HeldOutSet], samples: BoxSamples, deadline_s: 
     logger.warning("of the first ones: %s", error)
 
 
-def _has_detections(samples: BoxSamples, members: Members | None) -> bool:
-    try:
-        return members is not None and samples.has_detections(members)
-    except SampleError:
-        return False  # told, with its reason, by the evaluation
+@dataclass(frozen=True)
+class Detected(HeldOutRows[bool, bool]):
+    """Whether keyframes have a detector's box; no video is decoded."""
+
+    samples: BoxSamples
+
+    def make(self, place: Place, key: str, members: Members) -> bool:
+        return self.samples.has_detections(members)
+
+    def collate(self, made: list[bool]) -> bool:
+        return any(made)
 
 
 def no_detections(keyframes: int) -> DataError:

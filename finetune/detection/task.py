@@ -21,7 +21,7 @@ from finetune.detection.losses import GROUP_WEIGHTS, LossName, binary_loss, grou
 from finetune.detection.required_detections import require_detections
 from finetune.detection.roi_head import clip_of_box, extend_boxes_inclusive, feature_map, pad_with_zeros, pool_boxes
 from finetune.detection.video_answers import DetectionPredictor
-from finetune.held_out_samples import held_out_sets
+from finetune.held_out_sets import held_out_sets
 from finetune.recipe import TuneRecipe
 from finetune.task_checks import check_token_backbone, held_out_warnings
 from finetune.tested_checkpoint import wants_test

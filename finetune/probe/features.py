@@ -16,9 +16,10 @@ from finetune.classification.label_sources import source_rules
 from finetune.classification.labels import class_names
 from finetune.classification.motion_checks import check_motion
 from finetune.classification.validation import centre_view, video_sets
-from finetune.classification.videos import Videos, VideoSet, loader
+from finetune.classification.views import VideoSet, held_out_videos
 from finetune.probe.feature_shards import Row
 from finetune.recipe import TuneRecipe
+from pretrain.data.held_out import HeldOutSamples, held_out_loader
 from pretrain.data.index import load_index
 from pretrain.errors import DataError
 from pretrain.runtime.process_group import Ranks, gather_objects
@@ -61,7 +62,7 @@ class Features:
 def training_sets(recipe: TuneRecipe) -> list[VideoSet]:
     """Open the training shards of every source, to be looked at without augmentation."""
     pairs = zip(recipe.data.sources.items(), source_rules(recipe), strict=True)
-    sets = [VideoSet(name, load_index(source.shards), rules) for (name, source), rules in pairs]
+    sets = [VideoSet(name, load_index(source.shards), source, rules) for (name, source), rules in pairs]
     for one in sets:
         if line := check_motion(one.name, one.index, one.rules.choice, recipe.data.deadline_s):
             logger.info(line)
@@ -111,7 +112,7 @@ def batches(
     objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet], kind: Kind
 ) -> Iterator[tuple[list[str], Tensor, list[Tensor]]]:
     """Yield keys, features (float32 [b, C] pooled, float16 [b, N, C] of tokens) and targets of this rank's videos."""
-    videos = Videos(sets, centre_view(recipe), ranks.rank, ranks.world_size, recipe.data.deadline_s)
+    videos = held_out_videos(sets, centre_view(recipe), ranks.rank, ranks.world_size, recipe.data.deadline_s)
     for batch in _batches(videos, recipe):
         video = torch.cat([one["views"] for one in batch]).to(ranks.device)
         found = objective.features({"video": video}, pooled=kind == "pooled").cpu()
@@ -131,13 +132,14 @@ def rows(objective: Any, recipe: TuneRecipe, ranks: Ranks, sets: list[VideoSet],
             yield Row(key, value.numpy(), facts)
 
 
-def _batches(videos: Videos, recipe: TuneRecipe) -> Iterator[list[dict[str, Any]]]:
+def _batches(videos: HeldOutSamples[dict[str, Any]], recipe: TuneRecipe) -> Iterator[list[dict[str, Any]]]:
     waiting: list[dict[str, Any]] = []
-    for video in loader(videos, recipe.evaluate.workers):
-        if "reason" in video:
-            logger.warning("%s can't be read: %s", video["key"], video["reason"])
+    for one in held_out_loader(videos, recipe.evaluate.workers):
+        for lost in one.unreadable:
+            logger.warning("%s can't be read: %s", lost.key, lost.reason)
+        if one.batch is None:
             continue
-        waiting.append(video)
+        waiting.append(one.batch)
         if len(waiting) == recipe.evaluate.micro:
             yield waiting
             waiting = []

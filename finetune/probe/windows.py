@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.classification.videos import VideoSet
+from finetune.classification.views import VideoSet
 from finetune.probe.feature_shards import Row
 from finetune.recipe import TuneRecipe
 from pretrain.data.decoders import open_video

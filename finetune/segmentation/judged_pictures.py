@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.held_out_samples import HeldOutSamples, HeldOutSet, held_out_loader, held_out_sets, report_unreadable
+from finetune.held_out_sets import held_out_sets, report_unreadable
 from finetune.recipe import TuneRecipe
 from finetune.segmentation.mask_classes import class_names_of, painted
 from finetune.tested_checkpoint import NO_SHARDS, choose_checkpoint, load_objective, predictions_of
+from pretrain.data.held_out import HeldOutSamples, HeldOutSet, RowsWithoutChance, held_out_loader
 from pretrain.engine.transfers import to_device
 from pretrain.errors import DataError
 from pretrain.metrics.segmentation import SegmentationScores, segmentation_confusion, segmentation_scores
@@ -79,11 +80,12 @@ def judge_pictures(
     """
     classes, evaluate = recipe.model.classes, recipe.evaluate
     # One at a time: pictures differ in size, and what fills smaller ones up would be seen by attention.
-    pictures = HeldOutSamples(sets, samples, ranks.rank, ranks.world_size, 1, recipe.data.deadline_s)
+    rows = RowsWithoutChance(sets, samples)
+    pictures = HeldOutSamples(sets, rows, ranks.rank, ranks.world_size, 1, recipe.data.deadline_s)
     mine = JudgedPictures(torch.zeros(classes, classes + 1, dtype=torch.int64))
     with objective.evaluated_weights(), torch.no_grad():
         for one in held_out_loader(pictures, evaluate.workers):
-            mine.unreadable += one.unreadable
+            mine.unreadable += map(str, one.unreadable)
             if one.batch is None:
                 continue
             batch = to_device(one.batch, ranks.device)

@@ -12,7 +12,7 @@ import torch
 
 from finetune.adapters.attach import apply_tuning
 from finetune.detection.roi_head import feature_map
-from finetune.held_out_samples import held_out_sets
+from finetune.held_out_sets import held_out_sets
 from finetune.recipe import TuneRecipe
 from finetune.segmentation.judged_pictures import SegmentationValidation, run_segmentation_test
 from finetune.segmentation.mask_classes import CLASSES, class_names_of

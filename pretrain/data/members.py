@@ -132,16 +132,14 @@ class Members:
             raise self._missing("boxes (boxes.json, or `boxes` in its json)")
         return stated
 
-    def objects(self) -> Any:
-        """Read the single objects of a picture: as `boxes`, under `objects`.
+    def stated(self, name: str, reason: str) -> Any:
+        """Read what a kind of sample needs beside the usual: of the member `<name>.json`, else what the json, or the
+        `meta` in it, says under that name; None without.
 
         Raises:
-            SampleError: "index" where there are none, "objects" where their json is damaged.
+            SampleError: `reason` where the json is damaged.
         """
-        stated = self._stated(["objects"], "objects")
-        if stated is None:
-            raise self._missing("objects (objects.json, or `objects` in its json)")
-        return stated
+        return self._stated([name], reason)
 
     def _of_kind(self, endings: frozenset[str], what: str, name: str) -> Any:
         ending = self._find(endings, name)

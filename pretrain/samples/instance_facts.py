@@ -9,7 +9,7 @@ import numpy.typing as npt
 from pretrain.data.members import Members
 from pretrain.errors import SampleError
 
-#: Reason of what is wrong with a sample's objects.
+#: Name under which a sample's objects are found, and the reason of what is wrong with them.
 OBJECTS = "objects"
 
 
@@ -50,10 +50,12 @@ def read_instances(members: Members, names: list[str]) -> Instances:
         names: of the classes, in their order.
 
     Raises:
-        SampleError: "objects" where there are none, or something else than what packing writes.
+        SampleError: "index" where there are none, "objects" for something else than what packing writes.
     """
+    content = members.stated(OBJECTS, OBJECTS)
+    if content is None:
+        raise SampleError("index", "no objects (objects.json, or `objects` in its json); pack with --with objects")
     try:
-        content = members.objects()
         objects = content["objects"]
         unknown = sorted({str(one["category"]) for one in objects} - {*names})
         if unknown:

@@ -12,10 +12,11 @@ import torch
 
 from finetune.detection.actions import action_list
 from finetune.detection.judging import judge, score
-from finetune.held_out_samples import HeldOutSamples, held_out_loader, held_out_sets
+from finetune.held_out_sets import held_out_sets
 from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
 from pretrain.commands.pack import main as pack
+from pretrain.data.held_out import HeldOutSamples, RowsWithoutChance, held_out_loader
 from pretrain.errors import DataError
 from pretrain.objectives.base import method_of
 from pretrain.runtime.process_group import Ranks
@@ -137,7 +138,7 @@ def test_every_keyframe_is_judged_once(boxed: Toy, samples: BoxSamples, world: i
     sets = held_out_sets(load_tune_recipe(str(boxed.recipe)), test=True)
     seen, most = [], 0
     for rank in range(world):
-        keyframes = HeldOutSamples(sets, samples, rank, world, micro, 60)
+        keyframes = HeldOutSamples(sets, RowsWithoutChance(sets, samples), rank, world, micro, 60)
         batches = [one.batch for one in held_out_loader(keyframes, 0)]
         assert sum(len(batch["videos"]) for batch in batches if batch is not None) == len(keyframes)
         most = max(most, len(batches))
@@ -148,9 +149,10 @@ def test_every_keyframe_is_judged_once(boxed: Toy, samples: BoxSamples, world: i
 
 def test_workers_share_what_a_rank_has(boxed: Toy, samples: BoxSamples) -> None:
     sets = held_out_sets(load_tune_recipe(str(boxed.recipe)), test=True)
-    each = [HeldOutSamples(sets, samples, 1, 2, 2, 60)._positions(worker, 3) for worker in range(3)]
+    keyframes = HeldOutSamples(sets, RowsWithoutChance(sets, samples), 1, 2, 2, 60)
+    each = [keyframes._positions(1, worker, 3) for worker in range(3)]
     assert sorted(position for one in each for position in one) == [1, 3, 5, 7, 9]
-    assert HeldOutSamples(sets, samples, 1, 2, 2, 60).batches(3) == 3, "rank 0 has two in each worker"
+    assert keyframes.batches(3) == 3, "rank 0 has two in each worker"
 
 
 class Oracle:

@@ -23,8 +23,7 @@ from finetune.classification.labels import (
 )
 from finetune.classification.validation import test_views as views_of_the_test
 from finetune.classification.validation import video_sets
-from finetune.classification.videos import Videos
-from finetune.classification.views import TrainingViews
+from finetune.classification.views import TrainingViews, held_out_videos
 from finetune.recipe import load_tune_recipe
 from pretrain.commands.pack import main
 from pretrain.data.members import Members
@@ -194,15 +193,15 @@ def test_training_views_are_a_function_of_the_place(toy: Any) -> None:
 def test_evaluation_sees_every_video_once(toy: Any, world_size: int) -> None:
     recipe = load_tune_recipe(str(toy.recipe))
     sets, views = video_sets(recipe, test=True), views_of_the_test(recipe)
-    dealt = [Videos(sets, views, rank, world_size, 10) for rank in range(world_size)]
-    keys = [video["key"] for videos in dealt for video in videos]
+    dealt = [held_out_videos(sets, views, rank, world_size, 10) for rank in range(world_size)]
+    keys = [video.batch["key"] for videos in dealt for video in videos]
     assert len(keys) == len(set(keys)) == 11 == sum(map(len, dealt))
 
 
 def test_views_of_the_test_are_clips_times_crops(toy: Any) -> None:
     recipe = load_tune_recipe(str(toy.recipe))
-    video = next(iter(Videos(video_sets(recipe, test=True), views_of_the_test(recipe), 0, 1, 10)))
-    views = video["views"].numpy()
+    sets = video_sets(recipe, test=True)
+    views = next(iter(held_out_videos(sets, views_of_the_test(recipe), 0, 1, 10))).batch["views"].numpy()
     assert views.shape == (6, 4, 32, 32, 3)
     # 64 x 48 with short side 32 is 42 x 32: crops of a clip begin at columns 0, 5 and 10 of the same frames.
     left, middle, right = views[:3]

@@ -13,7 +13,7 @@ from finetune.classification.predictor import predict_video, predictor_of
 from finetune.classification.recipe_checks import classification_warnings
 from finetune.classification.validation import centre_view, video_sets
 from finetune.classification.validation import test_views as views_of_the_test
-from finetune.classification.videos import Videos
+from finetune.classification.views import held_out_videos
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.commands.motion_index import main
 from pretrain.data.decoders import open_video
@@ -27,6 +27,7 @@ from pretrain.data.stream_plan import open_plan, open_sources
 from pretrain.engine.assemble import fingerprints
 from pretrain.errors import DataError
 from pretrain.objectives.base import method_of
+from pretrain.plan.dry_run import dry_run
 from pretrain.samples.frame_choice import VideoFacts
 from pretrain.samples.transforms import centre_crop
 from tests.toy_shards import encoded, write_shard
@@ -81,6 +82,21 @@ def test_a_data_set_without_curves_ends_the_start(toy: Any, unmeasured: Path) ->
         video_sets(load(toy, unmeasured), test=False)
 
 
+def test_a_dry_run_tells_what_the_start_would(toy: Any, unmeasured: Path, folder: Path) -> None:
+    def told(recipe: TuneRecipe) -> str:
+        (data,) = [section for section in dry_run(method_of(recipe)) if section.title == "data"]
+        return "\n".join(" ".join(row) for row in data.rows)
+
+    refused = told(load(toy, unmeasured))
+    assert "REFUSED training would not start" in refused and "train has no motion curves; measure them" in refused
+    assert "val has no motion curves" in told(load(toy, folder, f"data.sources.toy.val={unmeasured / 'val'}"))
+    sound = told(load(toy, folder))
+    assert "REFUSED" not in sound and "looked at data.sources.toy: motion curves (ssim) of 8 of 8 videos" in sound
+    assert "8 labels in 3 classes" in sound
+    few = told(load(toy, folder, "model.classes=2"))
+    assert "3 class names, but model.classes=2" in few and "looked at" not in few
+
+
 def test_curves_of_another_measure_end_the_start(toy: Any, folder: Path) -> None:
     with pytest.raises(DataError, match="are of kind ssim, input.motion.kind says abs"):
         method_of(load(toy, folder, "input.motion.kind=abs")).samples()
@@ -105,7 +121,8 @@ def test_the_stream_shows_frames_of_the_motion(toy: Any, folder: Path, caplog: p
 def test_evaluation_and_prediction_see_the_same_frames(toy: Any, folder: Path, tmp_path: Path) -> None:
     recipe = load(toy, folder)
     sets, rule = video_sets(recipe, test=False), recipe.input.frame_choice("motion", None)
-    (one, *_), (clips, *_) = (list(Videos(sets, views(recipe), 0, 1, 5)) for views in (centre_view, views_of_the_test))
+    one, clips = (next(iter(held_out_videos(sets, views(recipe), 0, 1, 5))).batch
+                  for views in (centre_view, views_of_the_test))  # fmt: skip
     members = members_of(folder / "val", 0)
     with open_video(members.footage(), "pyav") as reader:
         facts = VideoFacts(reader.num_frames, members.motion)

@@ -19,8 +19,7 @@ from finetune.classification.label_sources import source_rules
 from finetune.classification.predictor import predict_video, predictor_of_graph
 from finetune.classification.validation import centre_view, video_sets
 from finetune.classification.validation import test_views as views_of_the_test
-from finetune.classification.videos import Videos
-from finetune.classification.views import TrainingViews
+from finetune.classification.views import TrainingViews, held_out_videos
 from finetune.commands.export import main as export
 from finetune.commands.finetune import main as finetune
 from finetune.commands.predict import main as predict
@@ -30,7 +29,7 @@ from pretrain.data.fetch import SampleReader
 from pretrain.data.index import load_index
 from pretrain.data.members import parse_sample
 from pretrain.data.samples import Place, SourceInfo
-from pretrain.errors import DataError
+from pretrain.errors import RecipeError
 from pretrain.samples.picture_transforms import evaluated_picture
 from tests.toy_run import train
 from tests.toy_shards import ROOT
@@ -86,7 +85,7 @@ def test_commands_of_the_page(
     assert stored["step"] in (5, 10)
     graph = predictor_of_graph(tmp_path / "weights/digits.pt2")
     assert (graph.rules.picture_filter, graph.rules.short_side) == ("bicubic", 28)
-    with pytest.raises(DataError, match="takes pictures, which are judged by their middle alone"):
+    with pytest.raises(RecipeError, match="takes pictures, which are judged by their middle alone"):
         predict_video(graph, ".cache/pictures/mnist/test/3/00005.png", clips=2)
 
 
@@ -127,7 +126,7 @@ def recipe_over(place: str, *words: str) -> TuneRecipe:
 
 
 def evaluated(recipe: TuneRecipe, views: Any) -> dict[str, tuple[int, np.ndarray]]:
-    found = Videos(video_sets(recipe, test=False), views, 0, 1, 60)
+    found = [one.batch for one in held_out_videos(video_sets(recipe, test=False), views, 0, 1, 60)]
     return {one["key"].rpartition("/")[2]: (int(one["target"]), one["views"].numpy()) for one in found}
 
 

@@ -15,8 +15,7 @@ from finetune.classification.labels import LabelMap
 from finetune.classification.predictions import read_predictions
 from finetune.classification.validation import test_views as views_of_the_test
 from finetune.classification.validation import video_sets
-from finetune.classification.videos import Videos
-from finetune.classification.views import TrainingViews
+from finetune.classification.views import TrainingViews, held_out_videos
 from finetune.commands import export, predict
 from finetune.recipe import TuneRecipe, load_tune_recipe
 from pretrain.data.fetch import SampleReader
@@ -123,8 +122,8 @@ def test_pairs_of_mirrored_classes() -> None:
 def test_views_of_the_test_are_random_clips_of_each_video(recipe: TuneRecipe) -> None:
     views, sets = views_of_the_test(recipe), video_sets(recipe, test=True)
     assert views.size == (10, 40, 40)
-    video = next(iter(Videos(sets, views, 0, 1, 10)))["views"].numpy()
-    again = next(iter(Videos(sets, views, 0, 1, 10)))["views"].numpy()
+    video = next(iter(held_out_videos(sets, views, 0, 1, 10))).batch["views"].numpy()
+    again = next(iter(held_out_videos(sets, views, 0, 1, 10))).batch["views"].numpy()
     assert video.shape == (6, 10, 40, 40, 3) and (video == again).all(), "the same in every test"
     # 64 x 48 with short side 40 is 53 x 40: crops at 0, 4 * 3 and 2 * 3.
     left, right, centre = video[:3]
