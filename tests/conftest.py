@@ -96,7 +96,12 @@ def findings(folder: Path, kind: str, worlds: tuple[int, ...], modules: tuple[st
 @pytest.fixture(scope="session")
 def in_worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
     """Findings on four, two and one gloo ranks."""
-    modules = ("tests.runtime.collectives_program", "tests.models.batch_norm_program", "tests.cycleacr.bank_program")
+    modules = (
+        "tests.runtime.collectives_program",
+        "tests.models.batch_norm_program",
+        "tests.cycleacr.bank_program",
+        "tests.objectives.contrast_program",
+    )
     return findings(tmp_path_factory.mktemp("worlds"), "worlds", (4, 2, 1), modules)
 
 

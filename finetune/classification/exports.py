@@ -92,7 +92,7 @@ def _adapter(recipe: TuneRecipe, objective: Any, dest: str) -> str:
 
 
 def _trace(recipe: TuneRecipe, objective: Any) -> Any:
-    return graphs.trace(objective.model, *recipe.input.size)
+    return graphs.trace(objective.architecture.for_inference(objective.model), *recipe.input.size)
 
 
 def graph_facts(recipe: TuneRecipe, source: Path) -> dict[str, Any]:

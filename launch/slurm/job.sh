@@ -9,6 +9,7 @@
 #   TUBELET_REQUEUE        1: the job goes back to the queue by itself; 0: it ends               (1)
 #   TUBELET_MAX_FAILURES   failures in a row without a further step after which it gives up      (3)
 #   TUBELET_SRUN_OPTIONS   further options of srun, such as pyxis' --container-image=…           (none)
+#   TUBELET_HOME           folder in which launch/ lies                                          (.)
 #   TUBELET_CONTAINER_RUN  command before python, such as: apptainer exec --nv tubelet.sif       (none)
 set -uo pipefail
 
@@ -39,7 +40,9 @@ run_job() { # SCRIPT ARGUMENT...
     watch_end_time &
     wait_for_step
     status=$?
-    if [ "$term_seen" = 1 ]; then wait_for_word "$before"; fi
+    # Slurm ends a job's steps before it signals this shell: who did it is known a moment after the ranks are gone.
+    if [ "$status" != 0 ]; then sleep 1; fi
+    wait_for_word "$before"
     if holds_folder; then rm -f "$run_dir/stop"; fi
     finish "$(of_usage "$(outcome "$status" "$before")")"
 }
@@ -150,7 +153,7 @@ start_ranks() { # SCRIPT ARGUMENT...
     fi
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$per_node/" >"$run_dir/hostfile"
     in_step --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task=$((cpus * per_node)) -- \
-        bash launch/slurm/node.sh "$TUBELET_LAUNCHER" "$run_dir/hostfile" "$per_node" "$@"
+        bash "$TUBELET_HOME/launch/slurm/node.sh" "$TUBELET_LAUNCHER" "$run_dir/hostfile" "$per_node" "$@"
 }
 
 # A run removes the file when it starts, so a request that comes early is repeated until the ranks have left.

@@ -24,11 +24,12 @@ examples:
   python launch/slurm/submit.py pack --parts 16 train.csv s3://bucket/k400 --data-root /data/k400
       a job array of sixteen packers
 
-Prints the number of each job. What a job says goes to <program>-<number>.out in the repository's folder.
+Prints the number of each job. Jobs start in the present folder: relative paths count from there, and what a job says
+goes there, to <program>-<number>.out. An installed package must lie where all nodes see it.
 exit codes: 0 submitted or printed, 1 sbatch failed, 2 wrong usage
 """
 
-#: A batch script is copied before it runs and finds the repository by the folder in which it was submitted.
+#: Where launch/ lies. A batch script is copied before it runs, so it can't find this by itself.
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Containers: what goes before python (apptainer), or into srun's options (pyxis).
@@ -97,8 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _problem(arguments: argparse.Namespace, words: list[str]) -> str:
-    if Path.cwd().resolve() != ROOT:
-        return f"start it in {ROOT}: the job's relative paths count from there"
     if arguments.program == "pack":
         return "" if words else "pack needs SOURCE and DEST, as launch/pack.py does"
     if not any(word.startswith("run.dir=") for word in words):
@@ -138,6 +137,10 @@ def sbatch_command(
             options.append(f"--{name}={value}")
     # By the environment: templates are scripts of the repository and not filled in, so what ran can be read and typed.
     environ = {"TUBELET_" + key: value for key, value in _container(arguments).items()}
+    folder = "launch/slurm"
+    if Path.cwd().resolve() != ROOT:
+        environ["TUBELET_HOME"] = str(ROOT)
+        folder = str(ROOT / folder)
     if arguments.program == "pack":
         options += [f"--array=0-{arguments.parts - 1}", f"--cpus-per-task={arguments.cpus_per_task}"]
     else:
@@ -146,7 +149,7 @@ def sbatch_command(
     if arguments.chain:
         # afterany, not afterok: a job that was stopped ends with 75, and is just what the next one goes on from.
         options += ["--no-requeue"] + ([f"--dependency=afterany:{before}"] if before else [])
-    return environ, [*options, *arguments.sbatch, f"launch/slurm/{arguments.program}.sbatch", *words]
+    return environ, [*options, *arguments.sbatch, f"{folder}/{arguments.program}.sbatch", *words]
 
 
 def _sizes(arguments: argparse.Namespace) -> list[str]:
@@ -172,15 +175,16 @@ def _settings(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _container(arguments: argparse.Namespace) -> dict[str, str]:
-    """Mount the repository in the container where it is outside, so that its scripts and paths are the same inside."""
+    """Mount code and present folder in the container where they are outside, so that paths are the same inside."""
     if not arguments.container:
         return {}
-    mounts = [str(ROOT), *arguments.mount]
+    here = Path.cwd().resolve()
+    mounts = [str(ROOT), *([] if here == ROOT else [str(here)]), *arguments.mount]
     if arguments.container_with == "apptainer":
         binds = " ".join(f"--bind {path}" for path in mounts)
-        return {"CONTAINER_RUN": f"apptainer exec --nv {binds} --pwd {ROOT} {arguments.container}"}
+        return {"CONTAINER_RUN": f"apptainer exec --nv {binds} --pwd {here} {arguments.container}"}
     pairs = ",".join(f"{path}:{path}" for path in mounts)
-    options = f"--container-image={arguments.container} --container-mounts={pairs} --container-workdir={ROOT}"
+    options = f"--container-image={arguments.container} --container-mounts={pairs} --container-workdir={here}"
     return {"SRUN_OPTIONS": options}
 
 
@@ -191,7 +195,7 @@ def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
     before = ""
     for _ in range(max(1, arguments.chain)):
         environ, command = sbatch_command(arguments, words, before)
-        done = subprocess.run(command, env=os.environ | environ, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, env=os.environ | environ, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             return 1
         # Where there are several clusters the number is followed by ;CLUSTER.

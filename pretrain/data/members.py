@@ -132,6 +132,15 @@ class Members:
             raise self._missing("boxes (boxes.json, or `boxes` in its json)")
         return stated
 
+    def stated(self, name: str, reason: str) -> Any:
+        """Read what a kind of sample needs beside the usual: of the member `<name>.json`, else what the json, or the
+        `meta` in it, says under that name; None without.
+
+        Raises:
+            SampleError: `reason` where the json is damaged.
+        """
+        return self._stated([name], reason)
+
     def _of_kind(self, endings: frozenset[str], what: str, name: str) -> Any:
         ending = self._find(endings, name)
         if ending is None:

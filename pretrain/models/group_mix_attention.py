@@ -3,11 +3,14 @@
 Shapes: B pictures, D channels, H x W the map, N = HW tokens, h = 8 heads of c channels, s = D/5 = 2c channels/segment.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.models.dropout import stochastic_depth
+from pretrain.models.folded_norms import ConvolutionsBeforeNorms
 from pretrain.models.linear import JointProjection, Linear, truncated_normal
 from pretrain.models.vit import Mlp
 
@@ -18,6 +21,18 @@ KERNELS = (3, 5, 7)
 #: Heads whose relative positions have kernels of side 3, 5 and 7: not the heads that were aggregated by them.
 POSITION_HEADS = (2, 3, 3)
 NORM_EPS = 1e-6
+#: Least channels of a group norm's group: alone, a channel of a map of one place would always become zero.
+LEAST_GROUP = 8
+
+MapNorm = Literal["batch", "group"]
+
+
+def map_norm(channels: int, kind: MapNorm) -> nn.Module:
+    """Build the norm of a map's channels: over all rows, or over groups of neighbouring channels of each row alone."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    fitting = (size for size in range(min(LEAST_GROUP, channels), channels + 1) if channels % size == 0)
+    return nn.GroupNorm(channels // next(fitting), channels)
 
 
 class SeparableConvolution(nn.Module):
@@ -46,19 +61,21 @@ class BypassBranch(nn.Module):
         return F.hardswish(self.norm(self.conv(maps).flatten(2).transpose(1, 2)))
 
 
-class GroupAggregator(nn.Module):
+class GroupAggregator(ConvolutionsBeforeNorms):
     """Aggregation of tokens to groups: each segment of queries, keys and values by a kernel of its own.
 
     The same layers act on queries, keys and values, and batch norms take their statistics of all three.
     """
 
-    def __init__(self, dim: int) -> None:
+    NORMS = tuple((f"agg{index}.pointwise_conv", f"norm{index}") for index in range(1, len(KERNELS) + 1))
+
+    def __init__(self, dim: int, norm: MapNorm) -> None:
         super().__init__()
         segment = dim // SEGMENTS
-        self.norm0 = nn.BatchNorm2d(segment)
+        self.norm0 = map_norm(segment, norm)
         for index, kernel in enumerate(KERNELS, 1):
             self.add_module(f"agg{index}", SeparableConvolution(segment, segment, kernel))
-            self.add_module(f"norm{index}", nn.BatchNorm2d(segment))
+            self.add_module(f"norm{index}", map_norm(segment, norm))
         self.agg0 = BypassBranch(segment)
 
     def forward(self, qkv: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -102,12 +119,12 @@ class RelativePositions(nn.Module):
 class GroupMixAttention(nn.Module):
     """Attention, linear in the number of tokens, of aggregated queries, keys and values."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, norm: MapNorm) -> None:
         super().__init__()
         # Of all channels, although heads share four fifths of them, and rounded down: released weights were trained so.
         self.scale = (dim // HEADS) ** -0.5
         self.qkv = JointProjection(dim, True, truncated_normal)
-        self.aggregator = GroupAggregator(dim)
+        self.aggregator = GroupAggregator(dim, norm)
         self.crpe = RelativePositions(dim * (SEGMENTS - 1) // SEGMENTS // HEADS)
         self.proj = Linear(dim, dim, init=truncated_normal)
 
@@ -138,11 +155,11 @@ class ConvolutionalPosition(nn.Module):
 class GroupMixBlock(nn.Module):
     """Positions, attention and MLP, each added to the tokens."""
 
-    def __init__(self, dim: int, hidden: int, drop_path: float) -> None:
+    def __init__(self, dim: int, hidden: int, drop_path: float, norm: MapNorm) -> None:
         super().__init__()
         self.cpe = ConvolutionalPosition(dim)
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.att = GroupMixAttention(dim)
+        self.att = GroupMixAttention(dim, norm)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, hidden, init=truncated_normal)
         # Two, since draws are by a layer's name: one would leave out both branches of a picture or none.

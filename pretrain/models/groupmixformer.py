@@ -21,13 +21,16 @@ from pretrain.models.backbone import build_head
 from pretrain.models.base import Classifier, Cost, MapLevel, side_problems
 from pretrain.models.cubes import Grid
 from pretrain.models.dropout import drop_path_rates
+from pretrain.models.folded_norms import ConvolutionsBeforeNorms, with_folded_norms
 from pretrain.models.group_mix_attention import (
     HEADS,
     KERNELS,
     POSITION_HEADS,
     SEGMENTS,
     GroupMixBlock,
+    MapNorm,
     SeparableConvolution,
+    map_norm,
 )
 from pretrain.models.pixels import single_pictures
 from pretrain.models.recompute import Recompute, maybe_recompute
@@ -71,6 +74,9 @@ class Config:
     batch_norm: Literal["all_ranks", "rank", "frozen"] = "all_ranks"
     """rows whose statistics normalise in training: those of all ranks' micro-batches (official), of a rank's own, or
     none, running statistics as they were loaded (small batches)"""
+    norm: Literal["batch", "group"] = "batch"
+    """of maps; group: in the place of every batch norm one over 8 or a few more channels of each picture alone (small
+    batches, from random weights), for which batch_norm says nothing"""
 
 
 #: Fields that a size fills in.
@@ -106,15 +112,17 @@ def check(config: Config) -> list[str]:
     return found
 
 
-class PictureStem(nn.Module):
-    """Two convolutions of stride 2, each with batch norm and Hardswish."""
+class PictureStem(ConvolutionsBeforeNorms):
+    """Two convolutions of stride 2, each with norm and Hardswish."""
 
-    def __init__(self, dim: int) -> None:
+    NORMS = (("proj1", "norm1"), ("proj2", "norm2"))
+
+    def __init__(self, dim: int, norm: MapNorm) -> None:
         super().__init__()
         self.proj1 = nn.Conv2d(3, dim // 2, 3, 2, 1)
-        self.norm1 = nn.BatchNorm2d(dim // 2)
+        self.norm1 = map_norm(dim // 2, norm)
         self.proj2 = nn.Conv2d(dim // 2, dim, 3, 2, 1)
-        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm2 = map_norm(dim, norm)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Compute the map [B, D, H/4, W/4] of pictures [B, 3, H, W]."""
@@ -122,13 +130,15 @@ class PictureStem(nn.Module):
         return F.hardswish(self.norm2(self.proj2(x)))
 
 
-class StageEmbedding(nn.Module):
+class StageEmbedding(ConvolutionsBeforeNorms):
     """Separable convolution in front of a stage, which halves the map's sides before all but the first."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    NORMS = (("proj.pointwise_conv", "norm"),)
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: MapNorm) -> None:
         super().__init__()
         self.proj = SeparableConvolution(inputs, outputs, 3, stride)
-        self.norm = nn.BatchNorm2d(outputs)
+        self.norm = map_norm(outputs, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn the map [B, C, y, x] of the stage before into this one's tokens [B, D, H, W]."""
@@ -138,9 +148,9 @@ class StageEmbedding(nn.Module):
 class GroupMixStage(nn.Module):
     """Blocks of one width."""
 
-    def __init__(self, dim: int, hidden: int, rates: list[float]) -> None:
+    def __init__(self, dim: int, hidden: int, rates: list[float], norm: MapNorm) -> None:
         super().__init__()
-        self.gma_stage = nn.ModuleList(GroupMixBlock(dim, hidden, rate) for rate in rates)
+        self.gma_stage = nn.ModuleList(GroupMixBlock(dim, hidden, rate, norm) for rate in rates)
 
     def forward(self, maps: Tensor, recompute: Recompute = False) -> Tensor:
         """Transform a map [B, D, H, W]."""
@@ -169,18 +179,20 @@ class GroupMixFormer(nn.Module):
         self.options, self.activation_checkpointing = options, activation_checkpointing
         dims, depths, ratios, rate = (getattr(resolve(options), key) for key in SIZE_FIELDS)
         rates = iter(drop_path_rates(rate, sum(depths)))
-        self.conv_stem = PictureStem(dims[0])
+        norm = options.norm
+        self.conv_stem = PictureStem(dims[0], norm)
         widths = zip([dims[0], *dims], dims, strict=False)
         self.patch_embed_layers = nn.ModuleList(
-            StageEmbedding(before, dim, 1 if stage == 0 else 2) for stage, (before, dim) in enumerate(widths)
+            StageEmbedding(before, dim, 1 if stage == 0 else 2, norm)
+            for stage, (before, dim) in enumerate(widths)
         )
         stages = [
-            GroupMixStage(dim, int(dim * ratio), [next(rates) for _ in range(depth)])
+            GroupMixStage(dim, int(dim * ratio), [next(rates) for _ in range(depth)], norm)
             for dim, depth, ratio in zip(dims, depths, ratios, strict=True)
         ]
         # No ModuleList: its members, whole stages, would be compiled as one graph each (engine/compiled_parts.py).
         self.groupmixformer_backbone = nn.ModuleDict({str(index): stage for index, stage in enumerate(stages)})
-        self.norm4 = nn.BatchNorm2d(dims[-1])
+        self.norm4 = map_norm(dims[-1], norm)
         self.head = build_head("linear", dims[-1], options.classes, scale=1.0)
 
     def train(self, mode: bool = True) -> "GroupMixFormer":
@@ -247,13 +259,18 @@ class GroupMixFormerArchitecture(Classifier):
 
     def own_weights(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         # Here, since that module knows this one.
-        from pretrain.models.groupmixformer_weights import check_size
+        from pretrain.models.groupmixformer_weights import check_fit
 
-        check_size(self.config, official_state(state))
+        check_fit(self.config, official_state(state))
         return state
+
+    def for_inference(self, module: nn.Module) -> nn.Module:
+        return with_folded_norms(module)
 
     @property
     def cross_rank_batch_norm(self) -> bool | None:
+        if self.config.norm == "group":
+            return None
         return {"all_ranks": True, "rank": False, "frozen": None}[self.config.batch_norm]
 
     def maps(self) -> tuple[MapLevel, ...]:
@@ -276,20 +293,21 @@ class GroupMixFormerArchitecture(Classifier):
         return sum(depths[: int(parts[1])]) + int(parts[3]) + 1, last
 
     def cost(self) -> Cost:
-        """Count as the published numbers were (fvcore): a batch norm is 2 for each value, a layer norm 5."""
-        full = resolve(self.config)
+        """Count as the published numbers were (fvcore): a batch norm is 2 for each value, any other norm 5."""
+        full, norm = resolve(self.config), 2 if self.config.norm == "batch" else 5
         dims, depths, ratios = full.dims or [], full.depths or [], full.mlp_ratios or []
         (_, height, width), before, tokens = self.input.size, dims[0], next(self._tokens())
         half = math.ceil(height / 2) * math.ceil(width / 2) * (before // 2)
-        macs = {"stem": 27.0 * half + tokens * 9 * before * (before // 2), "norms": 2.0 * (half + tokens * before)}
+        macs = {"stem": 27.0 * half + tokens * 9 * before * (before // 2)}
+        macs["norms"] = float(norm * (half + tokens * before))
         macs |= dict.fromkeys(("stage embedding", "aggregation", "attention", "MLP"), 0.0)
         for tokens, dim, depth, ratio in zip(self._tokens(), dims, depths, ratios, strict=True):
             macs["stage embedding"] += tokens * (9 * before + before * dim)
-            macs["norms"] += 2 * tokens * dim
-            for part, count in _block_macs(dim, int(dim * ratio)).items():
+            macs["norms"] += norm * tokens * dim
+            for part, count in _block_macs(dim, int(dim * ratio), norm).items():
                 macs[part] += depth * tokens * count
             before = dim
-        macs["norms"] += 2 * tokens * before
+        macs["norms"] += norm * tokens * before
         return Cost(macs | {"head": float(before * full.classes)})
 
     def _tokens(self) -> Iterator[int]:
@@ -299,8 +317,8 @@ class GroupMixFormerArchitecture(Classifier):
             yield math.ceil(height / level.stride) * math.ceil(width / level.stride)
 
 
-def _block_macs(dim: int, hidden: int) -> dict[str, int]:
-    """Count the work of a block for each token, by part."""
+def _block_macs(dim: int, hidden: int, norm: int) -> dict[str, int]:
+    """Count the work of a block for each token, by part; `norm` is that of a map's norm for each value."""
     segment = dim // SEGMENTS
     channels = (dim - segment) // HEADS
     groups = sum(segment * kernel**2 + segment**2 for kernel in KERNELS)
@@ -309,8 +327,8 @@ def _block_macs(dim: int, hidden: int) -> dict[str, int]:
         "aggregation": 3 * groups + 27 * segment + 3 * segment**2,
         "attention": 9 * dim + 4 * dim**2 + 2 * HEADS * channels**2 + channels * near,
         "MLP": 2 * dim * hidden,
-        # Two layer norms, four batch norms of queries, keys and values, and that of the bypass.
-        "norms": 2 * 5 * dim + 3 * 2 * (dim - segment) + 5 * segment,
+        # Two layer norms, four norms of maps of queries, keys and values, and that of the bypass.
+        "norms": 2 * 5 * dim + 3 * norm * (dim - segment) + 5 * segment,
     }
 
 

@@ -35,14 +35,18 @@ def config_of(state: Mapping[str, Tensor]) -> Config:
     return Config(size="custom", dims=dims, depths=depths, mlp_ratios=ratios, classes=classes, drop_path=0.0)
 
 
-def check_size(config: Config, state: Mapping[str, Tensor]) -> None:
-    """Compare the sizes of weights in official names with a recipe's.
+def check_fit(config: Config, state: Mapping[str, Tensor]) -> None:
+    """Compare the sizes and norms of weights in official names with a recipe's.
 
     Raises:
-        WeightsError: they are of another size; says with which recipe they fit.
+        WeightsError: they are of another size, or of other norms; says with which recipe they fit.
     """
     if not any(HIDDEN.fullmatch(key) for key in state):
         return
+    norm = "batch" if any(key.endswith("running_mean") for key in state) else "group"
+    if norm != config.norm:
+        raise WeightsError(f"weights to start from have {norm} norms, which {config.norm} norms can't replace: set "
+                           f"model.norm={norm}")  # fmt: skip
     theirs, ours = resolve(config_of(state)), resolve(config)
     if (theirs.dims, theirs.depths, theirs.mlp_ratios) == (ours.dims, ours.depths, ours.mlp_ratios):
         return

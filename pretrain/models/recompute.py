@@ -24,11 +24,11 @@ KEPT = (
 Recompute = bool | Literal["selective"]
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: Recompute) -> Tensor:
+def run_blocks(blocks: Iterable[Callable[[Tensor], Tensor]], x: Tensor, recompute: Recompute) -> Tensor:
     """Apply blocks in order.
 
     Args:
-        blocks: of a transformer.
+        blocks: of a transformer, or what calls them.
         x: tokens [B, N, C].
         recompute: True: keep only each block's input for the backward pass; `selective`: keep the results of matrix
             products and attention as well, so that only norms and activation functions are computed again.

@@ -37,12 +37,13 @@ class Encoded(NamedTuple):
 
 
 class Backend(Protocol):
-    """A vocabulary; `start`, `end` and `pad` are ids, None where it has none."""
+    """A vocabulary; `start`, `end`, `pad` and `unknown` are ids, None where it has none."""
 
     size: int
     start: int | None
     end: int | None
     pad: int | None
+    unknown: int | None
 
     def ids(self, text: str) -> list[int]:
         """Encode a text, without start and end."""
@@ -65,6 +66,7 @@ class Tokenizer:
     Attributes:
         start_id, end_id: around each text, None where the file adds none.
         pad_id: behind it.
+        unknown_id: of what its vocabulary has no token for, None where it has none.
         vocabulary: number of ids; a text tower needs as many.
 
     Raises:
@@ -82,7 +84,7 @@ class Tokenizer:
         self._backend: Backend | None = None
         backend = self._loaded()
         self.start_id, self.end_id, self.vocabulary = backend.start, backend.end, backend.size
-        self.pad_id = _pad_id(backend, source)
+        self.pad_id, self.unknown_id = _pad_id(backend, source), backend.unknown
         self._around = sum(mark is not None for mark in (self.start_id, self.end_id))
         if context <= self._around:
             raise DataError(f"tokenizer={source}: a context of {context} has no room between start and end of a text")
@@ -151,6 +153,7 @@ class _BytePairs:
         self.end: int | None = int(self._tokenizer.eot_token_id)
         # As open_clip pads. 0 is the id of "!" as well, so `lengths` or the end tell what is padding, and not the id.
         self.pad: int | None = 0
+        self.unknown: int | None = None  # bytes stand for whatever it has no word for
 
     def ids(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer.encode(text)
@@ -177,6 +180,9 @@ class _File:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.start, self.end = self._marks(source)
+        # Models of the library's other kinds know their unknown token by its number alone, and don't tell it.
+        name = getattr(self._tokenizer.model, "unk_token", None)
+        self.unknown: int | None = None if name is None else self._tokenizer.token_to_id(name)
 
     def ids(self, text: str) -> list[int]:
         # Half of an emoji, as cut captions end with, is no Unicode: the replacement character stands for it.

@@ -52,7 +52,9 @@ log: {every_steps: 1, pictures_every_steps: 0, wandb: disabled, peak_tflops: 0.1
 VIT = "{name: image_vit, image_size: 32, patch_size: 8, dim: 24, depth: 2, heads: 2, classes: 4}"
 VIDEO = """{name: classifier, size: custom, patch_size: 8, dim: 24, depth: 2, heads: 2, mlp_ratio: 2, classes: 4,
         pooling: token0, pretrain_frames: 4, pretrain_height: 32, pretrain_width: 32}"""
-BACKBONES = {"groupmixformer": (None, 1), "image_vit": (VIT, 1), "classifier": (VIDEO, 2)}
+LOOKS = """{name: sparseformer, size: custom, form: v1, tokens: 5, focus_dim: 64, dim: 64, depth: 1, repeats: 1,
+        points: 4, channels: 8, classes: 4}"""
+BACKBONES = {"groupmixformer": (None, 1), "image_vit": (VIT, 1), "classifier": (VIDEO, 2), "sparseformer": (LOOKS, 1)}
 
 
 def scene(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -264,7 +266,6 @@ def test_heads_give_scores_at_the_finest_map() -> None:
         ("model.classes=1", "model.classes: found 1, allowed: 2 to 32767 classes"),
         ("objective.channels=0", "objective.channels: found 0, allowed: 1 or more"),
         ("objective.auxiliary=-1", "objective.auxiliary: found -1"),
-        ("zero.stage=3", "zero.stage: found 3, allowed with held-out pictures: 0 to 2"),
         ("data.sources.toy.sampling=sparse", "data.sources.toy.sampling: has no effect with objective.name="),
         ("evaluate.clips=2", "evaluate.clips: has no effect with objective.name=segmentation"),
         ("objective={judge: slide, stride: 50}", "objective.stride: found 50, allowed: 1 to input.crop_size=32"),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 #: Pages whose shell blocks are run as the README's.
-PAGES = ("README.md", "docs/systems/sparseformer_bootstrap.md")
+PAGES = ("README.md", "docs/systems/sparseformer_bootstrap.md", "docs/systems/snclr.md")
 
 
 def commands() -> Iterator[list[str]]:

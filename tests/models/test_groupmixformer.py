@@ -106,6 +106,39 @@ def test_frozen_statistics_stay_and_are_used() -> None:
     assert not torch.equal(small().train()(clips), model(clips))
 
 
+def test_folded_norms_answer_alike() -> None:
+    """With statistics of trained networks; the export's graph has no batch norm behind a convolution left."""
+    model = small().eval()
+    generator = torch.Generator().manual_seed(2)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for value in (part.weight, part.bias, part.running_mean, part.running_var):
+                assert value is not None
+                value.data.copy_(torch.rand(value.shape, generator=generator) + 0.2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    folded, clips = architecture(**SMALL).for_inference(model), torch.randn(2, 1, 40, 56, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(clips), model(clips), rtol=1e-4, atol=1e-5)
+    left = [name for name, part in folded.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    assert {name.rpartition(".")[2] for name in left} == {"norm0", "norm4"} and len(left) == 5 + 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_group_norms_see_one_picture_alone() -> None:
+    """No answer depends on other pictures or on former ones, and there is nothing to average over ranks or to fold."""
+    model, stated = small(norm="group").train(), architecture(**SMALL, norm="group")
+    assert dict(model.named_buffers()) == {} and stated.cross_rank_batch_norm is None
+    sizes = {part.num_channels // part.num_groups for part in model.modules() if isinstance(part, nn.GroupNorm)}
+    assert sizes == {4, 6, 8, 10}  # of 4, 6, 8 and 10 channels of segments, and of 10, 20, 30, 40 and 50
+    clips = torch.randn(3, 1, 24, 40, 3)
+    torch.testing.assert_close(model(clips)[1], model(clips[1:2])[0], rtol=1e-4, atol=1e-5)
+    assert step(model).keys() == dict(model.named_parameters()).keys()
+    assert stated.cost().published > architecture(**SMALL).cost().published
+    for theirs, ours in (("batch", "group"), ("group", "batch")):
+        with pytest.raises(WeightsError, match=f"have {theirs} norms.* set model.norm={theirs}"):
+            architecture(**SMALL, norm=ours).own_weights(small(norm=theirs).state_dict())
+
+
 @pytest.mark.parametrize(("way", "crosses"), [("all_ranks", True), ("rank", False), ("frozen", None)])
 def test_a_recipe_asks_for_batch_norm_over_ranks(way: str, crosses: bool) -> None:
     assert architecture(**SMALL, batch_norm=way).cross_rank_batch_norm is crosses

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.models import roi_align as module
-from pretrain.models.roi_align import compiled_operator, roi_align, roi_align_by_tensors
+from pretrain.models.roi_align import roi_align
+from pretrain.runtime import box_operators
+from pretrain.runtime.box_operators import roi_align_by_tensors
+from pretrain.runtime.vision_ops import has_compiled_operators
 
 
 def one_sample(picture: Tensor, y: float, x: float) -> Tensor:
@@ -71,7 +73,7 @@ def test_boxes_done_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     features, boxes = torch.randn(1, 4, 9, 7), torch.tensor(BOXES)
     images = torch.zeros(len(BOXES), dtype=torch.int64)
     whole = roi_align_by_tensors(features, boxes, images, 7, 1 / 16)
-    monkeypatch.setattr(module, "VALUES_AT_ONCE", 1)
+    monkeypatch.setattr(box_operators, "VALUES_AT_ONCE", 1)
     assert torch.equal(roi_align_by_tensors(features, boxes, images, 7, 1 / 16), whole)
 
 
@@ -97,7 +99,7 @@ def test_gradient_is_that_of_the_sums_and_an_empty_set_keeps_the_graph() -> None
     assert features.grad is not None and not features.grad.any()
 
 
-@pytest.mark.skipif(not compiled_operator(), reason="torchvision's operators do not load beside this torch")
+@pytest.mark.skipif(not has_compiled_operators(), reason="torchvision's operators do not load beside this torch")
 @pytest.mark.parametrize("aligned", [False, True])
 def test_torchvision_gives_the_same(aligned: bool) -> None:
     features, boxes = torch.randn(2, 3, 5, 6), torch.tensor(BOXES)

@@ -1,5 +1,6 @@
 """launch/slurm/pack.sbatch on a real Slurm: a task of the array comes back alone, and one that is killed as well."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ def test_tasks_come_back_alone(site: Any, tmp_path: Path) -> None:
     first = tmp_path / "first"
     first.write_text(FIRST)
     first.chmod(0o755)
-    words = ["--array=0-1", "--cpus-per-task=1", f"--output={tmp_path}/%a.out", "launch/slurm/pack.sbatch"]
-    words += [str(tmp_path / "list.csv"), str(tmp_path / "packed")]
-    environ = site.environment(TUBELET_CONTAINER_RUN=str(first))
+    submit = [sys.executable, str(ROOT / "launch/slurm/submit.py"), "pack", "--parts=2", "--cpus-per-task=1"]
+    # Where a user's lists are, and not launch/: relative paths are the user's.
+    words = [*submit, f"--sbatch=--output={tmp_path}/%a.out", "list.csv", "packed"]
     cluster = site.cluster
-    job = cluster.run("sbatch", "--parsable", *words, environ=environ, cwd=ROOT)
+    # What submit.py adds goes beside it.
+    environ = site.environment(TUBELET_CONTAINER_RUN=str(first))
+    job = cluster.run(*words, environ=environ, cwd=tmp_path)
     assert cluster.finish(f"{job}_0") == "COMPLETED", (tmp_path / "0.out").read_text()
     assert "packing was killed (137): back to the queue" in (tmp_path / "0.out").read_text()
     assert cluster.job(f"{job}_1", "JobId") == job and cluster.job(f"{job}_1", "JobState") == "RUNNING"

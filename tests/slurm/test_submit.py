@@ -85,13 +85,13 @@ def test_time_limits_as_slurm_writes_them(text: str, seconds: int | None) -> Non
     assert limit_seconds(text) == seconds
 
 
-def test_it_runs_where_the_templates_find_the_repository(
+def test_elsewhere_the_job_is_told_where_the_templates_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        main(["pretrain", *RUN])
-    assert str(ROOT) in capsys.readouterr().err
+    [words] = printed(capsys, "finetune", "--container=a:1", *RUN)
+    assert f"TUBELET_HOME={ROOT}" in words and str(ROOT / "launch/slurm/finetune.sbatch") in words
+    assert f"--container-mounts={ROOT}:{ROOT},{tmp_path}:{tmp_path} --container-workdir={tmp_path}" in words[0]
 
 
 def test_without_slurm(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,12 @@ class SoundFacts:
 
 
 def decode_sound(
-    data: VideoFile, rate: int, channels: int = 1, start: float = 0.0, duration: float | None = None
+    data: VideoFile,
+    rate: int,
+    channels: int = 1,
+    start: float = 0.0,
+    duration: float | None = None,
+    filled: bool = False,
 ) -> Samples:
     """Decode a window of the first sound stream.
 
@@ -60,6 +65,7 @@ def decode_sound(
             than two are mixed to left and right by FFmpeg's rules first.
         start: Beginning of the window, seconds.
         duration: Length of the window, seconds; None: to the end of the sound.
+        filled: Whether the sound must fill the window, but for the rounding of time stamps (`HOLE_S`).
 
     Returns:
         float32 [channels, samples], usually in [-1, 1]; with a duration exactly round(duration * rate) samples, of
@@ -67,7 +73,7 @@ def decode_sound(
 
     Raises:
         SampleError: "empty", "open" for a file that FFmpeg does not know, "no_sound" without a sound stream, "decode"
-            for damage, "too_short" where no sound lies in the window.
+            for damage, "too_short" where no sound lies in the window, or, if it must be filled, too little.
         DataError: a rate or a number of channels that makes no sense, or a store that does not answer.
     """
     import av
@@ -91,7 +97,7 @@ def decode_sound(
             heard[:, max(zero - begins, 0) : None if end is None else max(end - begins, 0)],
             max(begins, zero),
         )
-    return _window(heard, begins, first, count)
+    return _window(heard, begins, first, count, round(HOLE_S * rate) if filled else None)
 
 
 def _bounds(data: VideoFile, rate: int) -> tuple[int, int | None]:
@@ -109,6 +115,33 @@ def probe_sound(data: VideoFile) -> SoundFacts:
         context = stream.codec_context
         stated = None if stream.duration is None else float(stream.duration * stream.time_base)
         return SoundFacts(context.codec.canonical_name, context.sample_rate, context.channels, stated)
+
+
+def sound_span(data: VideoFile) -> tuple[float, float]:
+    """Find from when to when there is sound, seconds on the clock of `decode_sound`; errors as for it.
+
+    As the header states it, which may promise more than a damaged file holds. Where it states nothing: as the packets
+    of a file in memory say; of a linked one, which that would read to its end, as the whole film lasts.
+    """
+    with _opened(data) as container:
+        stream = container.streams.audio[0]
+        zero, base = _time_zero(container, stream), stream.time_base
+        begin = (stream.start_time or 0) * base
+        if stream.duration is not None:
+            end = begin + stream.duration * base
+        elif isinstance(data, LinkedVideo):
+            end = zero + Fraction(container.duration or 0, 1_000_000)
+        else:
+            ends = [(one.pts + (one.duration or 0)) * base for one in container.demux(stream) if one.pts is not None]
+            end = max(ends, default=begin)
+    if isinstance(data, LinkedVideo):
+        data.check()
+    segment = data.span.segment if isinstance(data, LinkedVideo) else None
+    first, last = float(begin - zero), float(end - zero)
+    if segment is None:
+        return first, last
+    last = last if segment.end is None else min(last, segment.end)
+    return max(first - segment.start, 0.0), last - segment.start
 
 
 def _opened(data: VideoFile) -> Any:
@@ -238,12 +271,17 @@ def _at_rate(heard: Samples, own: int, rate: int, channels: int) -> Samples:
     return np.concatenate([one.to_ndarray() for one in [*converter.resample(frame), *converter.resample(None)]], axis=1)
 
 
-def _window(heard: Samples, begins: int, first: int, count: int | None) -> Samples:
-    """Cut samples [first, first + count) out of those that begin at number `begins`; zeros where there are none."""
+def _window(heard: Samples, begins: int, first: int, count: int | None, most: int | None) -> Samples:
+    """Cut samples [first, first + count) out of those that begin at number `begins`; zeros where there are none.
+
+    More than `most` zeros are an error.
+    """
     if count is None:
         count = max(begins + heard.shape[1] - first, 0)
     found = heard[:, max(first - begins, 0) : max(first - begins + count, 0)]
     if not found.shape[1]:
         raise SampleError("too_short", f"no sound in {count} samples from sample {first} on")
+    if most is not None and count - found.shape[1] > most:
+        raise SampleError("too_short", f"{found.shape[1]} of {count} samples from sample {first} on hold sound")
     before = max(begins - first, 0)
     return np.pad(found, ((0, 0), (before, count - before - found.shape[1])))

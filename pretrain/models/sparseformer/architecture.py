@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from pretrain.models.base import Classifier, Cost, Looking, side_problems
+from pretrain.models.base import Classifier, Cost, Looking, MapLevel, side_problems
 from pretrain.models.encoder import attention_macs, mlp_macs
 from pretrain.models.recompute import Recompute
 from pretrain.models.sparseformer import sparseformer_config as sizes
 from pretrain.models.sparseformer.region_pictures import looks_of, region_rows, region_sheet
 from pretrain.models.sparseformer.sparseformer_config import Config, UnitShape
-from pretrain.models.sparseformer.sparseformer_model import STEM_SIDE, SparseFormer
+from pretrain.models.sparseformer.sparseformer_model import MAP_STRIDE, STEM_SIDE, SparseFormer
 from pretrain.models.sparseformer.sparseformer_weights import fitted_weights
 from pretrain.models.sparseformer.units import MLP_RATIO
 
@@ -69,6 +69,11 @@ class SparseFormerArchitecture(Classifier):
         # A change of width belongs to the unit in front of it.
         place = int(name.split(".")[1])
         return sum(one <= place for one in places), last
+
+    def maps(self) -> tuple[MapLevel, ...]:
+        # Of clips a task of pictures would be given times.
+        dim = sizes.layout_of(sizes.resolve(self.config))[-1].dim
+        return () if self.config.video else (MapLevel(dim, MAP_STRIDE),)
 
     def lr_scale(self, name: str) -> float:
         return float(self.config.region_lr_scale) if any(part in name for part in OF_REGIONS) else 1.0

@@ -22,10 +22,13 @@ from pretrain.models.sparseformer import sparseformer_config as sizes
 from pretrain.models.sparseformer.regions import first_regions, wide
 from pretrain.models.sparseformer.sparseformer_config import Config, Constants
 from pretrain.models.sparseformer.sparseformer_weights import layout_of_names, official_names, own_names
+from pretrain.models.sparseformer.token_maps import token_maps
 from pretrain.models.sparseformer.units import Looks, Table, Unit
 
 #: Side of the stem's window, pixels.
 STEM_SIDE = 7
+#: Side of a picture divided by that of the map of `forward_maps`.
+MAP_STRIDE = 16
 
 
 class StemConvolution(nn.Conv2d):
@@ -118,6 +121,20 @@ class SparseFormer(OfficialNames):
         if not pooled:
             return self.norm(tokens)
         return self.norm(tokens.mean(1) if self.cls_embedding is None else tokens[:, 0])
+
+    def forward_maps(self, video: Tensor) -> list[Tensor]:
+        """Lay the tokens behind the norm, without a class token, out on one map, each over its last region.
+
+        Args:
+            video: images as in `forward_features`.
+
+        Returns:
+            one map [B, D, H/16, W/16], sizes rounded up; zero where no region is.
+        """
+        height, width = video.shape[2:4]
+        tokens, regions = self.encode(video)
+        size = -(-height // MAP_STRIDE), -(-width // MAP_STRIDE)
+        return [token_maps(self.norm(tokens[:, -self.count :]), regions, size)[0]]
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Compute logits [B, classes] of features [B, D]."""
