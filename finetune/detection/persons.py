@@ -152,7 +152,7 @@ class TorchvisionDetector:
         import torch
 
         if not model or not Path(file).is_file():
-            raise DataError(
+            raise RecipeError(
                 f"person detector torchvision: found model {model!r} and file {file!r}, allowed: "
                 "torchvision:fasterrcnn_resnet50_fpn_v2:FILE, FILE with weights as torchvision publishes them"
             )
@@ -161,7 +161,7 @@ class TorchvisionDetector:
 
         build = getattr(detection, model, None)
         if build is None:
-            raise DataError(f"person detector torchvision: there is no torchvision.models.detection.{model}")
+            raise RecipeError(f"person detector torchvision: there is no torchvision.models.detection.{model}")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = build(weights=None, weights_backbone=None, num_classes=91)
         try:

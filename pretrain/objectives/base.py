@@ -21,7 +21,7 @@ from pretrain.models.base import Architecture, Cost, architecture_of
 from pretrain.models.formats import export_safetensors
 from pretrain.models.frozen import Frozen
 from pretrain.models.weights import load_weights
-from pretrain.recipe.check import check_recipe, recipe_warnings, unusable_numbers
+from pretrain.recipe.check import check_recipe, oversized_model, recipe_warnings, unusable_numbers
 from pretrain.recipe.components import load_component
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.gradient_cache import Embeddings, GradientCache
@@ -322,7 +322,8 @@ def problems_of(method: Method, ranks: int | None = None) -> list[str]:
         ranks: processes of the run; None: as many as were launched, if any.
     """
     recipe = method.recipe
-    if unusable := unusable_numbers(recipe):
+    # Alone, both: what is built or computed to find other problems would not come back from such numbers.
+    if unusable := unusable_numbers(recipe) or oversized_model(recipe):
         return unusable
     wrong_input = recipe.input.problems()
     problems = check_recipe(recipe, ranks) + _unread_sections(method) + wrong_input
