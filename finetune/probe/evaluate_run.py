@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from finetune.probe.run_features import run_features
-    from finetune.probe.scores import scores
+    from finetune.probe.scores import scores, spread
     from pretrain.runtime.logging import set_up_logging
     from pretrain.runtime.process_group import join, leave
     from pretrain.trained.load_run import load_trained
@@ -56,7 +56,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             return
         logger.info("%s: %d training and %d held-out samples, %d channels, chance %.2f %%", trained.source,
                     len(train.keys), len(held_out.keys), train.values.shape[1], 100 / len(train.names))  # fmt: skip
-        result = {"run": str(trained.source), "method": arguments.method}
+        result = {"run": str(trained.source), "method": arguments.method} | spread(train)
         result |= scores(train, held_out, arguments, trained.recipe.run.seed, ranks.device)
         if arguments.out:
             _write(result, Path(arguments.out))

@@ -10,6 +10,7 @@ import torch
 from finetune.probe.features import Features
 from finetune.probe.few_shot import few_shot
 from finetune.probe.heads import train_heads
+from pretrain.metrics.collapse import effective_rank, feature_deviation
 from pretrain.metrics.neighbours import knn_scores
 from pretrain.metrics.ranking import accuracies
 from pretrain.metrics.retrieval import RetrievalScores, cosine_ranks, scores_of_ranks
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 #: R@k of retrieval, as published for videos that find those of their own class.
 RETRIEVED = (1, 5, 10, 20, 50)
+#: Features whose effective rank is taken; more change it little (RankMe, section 3).
+RANKED = 25_600
 
 
 def scores(
@@ -65,3 +68,13 @@ def retrieved(train: Features, held_out: Features) -> RetrievalScores:
     """Look for each held-out sample's class among the training samples that are most similar to it, by cosine."""
     ranks = cosine_ranks(held_out.values, train.values, held_out.targets, train.targets)
     return scores_of_ranks(ranks, len(train.keys), RETRIEVED)
+
+
+def spread(features: Features) -> dict[str, float]:
+    """Say how many directions pooled features use, and how evenly: signs of collapse that need no labels."""
+    # Spread over all of them: shards may be sorted by class.
+    some = features.values[:: max(1, len(features.values) // RANKED)]
+    found = {"effective_rank": float(effective_rank(some)), "deviation": float(feature_deviation(some))}
+    logger.info("effective rank %.1f of %d, deviation %.3f (evenly spread: 1)", found["effective_rank"],
+                some.shape[1], found["deviation"])  # fmt: skip
+    return found

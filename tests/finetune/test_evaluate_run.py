@@ -137,6 +137,7 @@ def test_the_command_on_clips(toy: Any, run: str, method: str, tmp_path: Path) -
     assert result["videos"] == 11 and result["chance"] == pytest.approx(100 / 3) and result["method"] == method
     value = result["1 a class"]["top1"] if method == "few-shot" else result["R@1" if method == "retrieval" else "top1"]
     assert 0 < value <= 100
+    assert 1 < result["effective_rank"] <= 32 and 0 < result["deviation"] < 1
     if method == "retrieval":
         assert result["R@50"] == 100
 
