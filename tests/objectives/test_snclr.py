@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.checkpoint.consolidate import consolidated_state
+from pretrain.engine.build import open_cache
 from pretrain.engine.optimiser import parameter_groups
 from pretrain.errors import CheckpointError, WeightsError
 from pretrain.models.image_vit import ImageViT
@@ -198,6 +199,28 @@ def test_state_changes_behind_an_update_alone(own: Toy) -> None:
     objective.after_step()
     assert objective.queue.pointer == 4, "nothing has arrived since"
     assert set(objective.state_dict()) & {"queue.entries", "queue.files"} == set()
+
+
+def test_several_micro_batches_are_compared_as_one(own: Toy) -> None:
+    objective, batches = build(own), [batch_of(number=number) for number in (0, 1)]
+    parts = [objective.embed(batch) for batch in batches]
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    wanted = objective.compare(rows)[0]
+    wanted.backward()
+    weight = objective.predictor[3].weight
+    gradient, weight.grad = weight.grad, None
+    cache = open_cache(objective, 2)
+    assert cache is not None
+    with cache.collecting(objective):
+        for batch in batches:
+            objective(batch)
+    for batch in batches:
+        output = objective(batch)
+        torch.testing.assert_close(output.loss, wanted)
+        (output.loss / 2).backward()
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-6)
+    objective.after_step()
+    assert objective.queue.pointer == 8 and torch.equal(objective.queue.entries[:8], rows["key_1"])
 
 
 def test_the_queue_stays_float32_and_comes_from_meta() -> None:
