@@ -71,7 +71,7 @@ SETS = {
         "{name: classifier, size: custom, patch_size: 16, dim: 64, depth: 3, heads: 2, mlp_ratio: 4, classes: 0}",
         "{frames: 8, stride: 2, height: 64, width: 64, first: {area: [0.5, 1], flip: 0, blur: 0.5}, "
         "second: {area: [0.5, 1], flip: 0, blur: 0.1, solarise: 0.2}}",
-        "actions", ("new_performer", "new_performer_test"), 16, 45, 160,
+        "actions", ("new_performer", "new_performer_test"), 16, 30, 160,
     ),
 }  # fmt: skip
 #: Neighbours by method; random weights are not trained.
