@@ -5,9 +5,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pretrain.commands.exit_codes import run_command
 from pretrain.commands.pack_arguments import positive
-from pretrain.errors import TubeletError
-from pretrain.runtime.terminal import take_any_name
 
 DESCRIPTION = """\
 Measure what a run's encoders of video and sound find: a video's sound by the video and the other way round, and videos
@@ -22,13 +21,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    take_any_name()
-    arguments = make_parser().parse_args(argv)
-    try:
-        return _retrieve(arguments)
-    except TubeletError as error:
-        print(f"retrieve: {error}", file=sys.stderr)
-        return 1
+    return run_command("retrieve", make_parser(), argv, _retrieve)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _retrieve(arguments: argparse.Namespace) -> int:
+def _retrieve(arguments: argparse.Namespace) -> None:
     import torch
 
     from pretrain.errors import RecipeError, WeightsError
@@ -73,7 +66,6 @@ def _retrieve(arguments: argparse.Namespace) -> int:
     print(trained.source)
     for name, value in found.items():
         print(f"  {value:9.2f}  {name}")
-    return 0
 
 
 if __name__ == "__main__":
