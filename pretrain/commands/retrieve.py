@@ -16,6 +16,8 @@ EPILOG = """\
 examples:
   python launch/retrieve.py runs/r2plus1d18_speed_coaug_ks --pairs shards/ks_sound_test
   python launch/retrieve.py runs/r2plus1d18_speed_coaug_k400 --queries shards/ucf101_val --gallery shards/ucf101
+
+exit codes: 0 done, 1 failed, 2 wrong usage
 """
 
 

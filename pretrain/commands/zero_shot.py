@@ -3,19 +3,22 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from pretrain.commands.exit_codes import run_command
 from pretrain.commands.option_types import positive
 
 DESCRIPTION = """\
 Compare a bootstrapped student with its teacher on labelled pictures that neither has trained on: how alike they answer,
-and how often each is right, zero-shot by sentences about classes (CLIP) or by the inherited head.
+and how often each is right, zero-shot by sentences about classes (CLIP) or by the inherited head. With --captions: how
+well each finds pictures by their captions, and captions by their pictures.
 """
 EPILOG = """\
 examples:
   python launch/zero_shot.py runs/sparseformer_btsp_openai_clip_base shards/in1k_val --class-names imagenet
   python launch/zero_shot.py runs/mine shards/birds_val --class-names birds.txt --templates sentences.txt
   python launch/zero_shot.py runs/sparseformer_btsp_augreg_base shards/in1k_val
+  python launch/zero_shot.py runs/sparseformer_btsp_openai_clip_base shards/coco_val --captions
 
 exit codes: 0 done, 1 failed, 2 wrong usage
 """
@@ -54,6 +57,9 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise WeightsError(
             f"{trained.source}: objective {recipe.objective.name} has no teacher beside it; bootstrap has"
         )
+    if arguments.captions is not None:
+        _retrieve(arguments, trained, device)
+        return
     said: HeldOutPictures = recipe.objective.held_out
     words = {key: getattr(arguments, key) for key in ("class_names", "templates", "tokenizer", "text_weights")}
     zero_shot = replace(said.zero_shot, **{key: value for key, value in words.items() if value is not None})
@@ -70,14 +76,35 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(f"  {found[name]:9.{4 if name in FRACTIONS else 2}f}  {NAMES[name]}")
 
 
+def _retrieve(arguments: argparse.Namespace, trained: Any, device: Any) -> None:
+    from pretrain.objectives.caption_retrieval import caption_retrieval
+
+    recipe, own = trained.recipe, trained.recipe.objective.held_out
+    words = {key: getattr(arguments, key) for key in ("tokenizer", "text_weights") if getattr(arguments, key)}
+    recipe.objective.held_out = replace(own, micro=arguments.micro, zero_shot=replace(own.zero_shot, **words))
+    found = caption_retrieval(
+        trained.objective.to(device), recipe, trained.method.samples(), arguments.shards, arguments.captions, device
+    )
+    print(f"{arguments.shards}: {found.pictures} pictures, {found.captions} captions, {trained.source}")
+    if found.unreadable:
+        print(f"  {len(found.unreadable)} pictures can't be used, {found.unreadable[0]}, for example")
+    for (who, direction), one in found.scores.items():
+        recall = "  ".join(f"R@{place} {value:6.2f} %" for place, value in one.recall.items())
+        print(f"  {who}, {direction.replace('_', ' ')}:  {recall}  median rank {one.median_rank:g}")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "zero_shot.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="run folder or URL it was uploaded to, checkpoint, or export with recipe.yaml")
-    parser.add_argument("shards", help="folder (any fsspec URL) of packed pictures with labels")
+    parser.add_argument("shards", help="folder (any fsspec URL) of packed pictures with labels or captions")
     parser.add_argument("--class-names", help="imagenet, or a file with a name a line (default: the run's)")
     parser.add_argument("--templates", help="openai, simple, or a file with a sentence a line (default: the run's)")
+    parser.add_argument(
+        "--captions", nargs="?", const="", metavar="NAME",
+        help="retrieval by captions instead, those of the name among a picture's texts (default: the first text)",
+    )  # fmt: skip
     parser.add_argument("--tokenizer", help="clip, or a tokenizer.json (default: the run's)")
     parser.add_argument(
         "--text-weights", help="file or folder with the text tower (default: the run's, or the teacher)"

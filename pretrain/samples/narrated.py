@@ -1,8 +1,8 @@
 """Videos with texts for TVTSv2: windows of narrated films with K texts in the order of time, and captioned clips.
 
-Source: systems/tvtsv2.md, section 5; TencentARC/TVTS @ 290a63e, folder v2. Chosen here, where that is silent or its code is
-broken: a window with a text that is too short is drawn anew, a few times, and then another sample takes its place and
-is counted; so is a video with fewer frames than a clip has, for which the official code gives blank ones.
+Source: systems/tvtsv2.md, section 5; TencentARC/TVTS @ 290a63e, folder v2. Chosen here, where that is silent or broken:
+a window with a text that is too short is drawn anew, a few times, and then another sample takes its place
+and is counted; so is a video with fewer frames than a clip has, for which the official code gives blank ones.
 """
 
 from collections.abc import Sequence
@@ -60,8 +60,8 @@ class Config(Input):
     context: int = 77
     """tokens of a text with start and end"""
     too_long: Literal["cut", "refuse"] = "cut"
-    """longer texts: cut: the first tokens are kept, and the metric `cut` counts the others; refuse: another sample takes
-    the place, and is counted"""
+    """longer texts: cut: the first tokens are kept, and the metric `cut` counts the others; refuse: another sample
+    takes the place, and this is counted"""
     decoder: Decoder = "pyav"
     """library that decodes video"""
 
@@ -138,7 +138,7 @@ class NarratedClips(Samples):
         return {"video": self._cropped(clip, rng)[None]} | self._encoded(texts) | self._visible(rng)
 
     def without_chance(self, source: SourceInfo, members: Members) -> Arrays:
-        """Take the middle frame of each part and the centre crop; a narrated window depends on the sample's key alone."""
+        """Take each part's middle frame and the centre crop; a narrated window depends on the sample's key alone."""
         rng = generator("held out", members.key)
         if not self._texts:
             with open_video(members.footage(), self._options.decoder, members.stamps) as reader:
@@ -187,7 +187,7 @@ class NarratedClips(Samples):
             content = {name: members.stated(name, "narration") for name in ("subtitles", "denoised")}
             if content["subtitles"] is None:
                 raise SampleError(
-                    "narration", "no transcript: neither a member narration.json, nor narration or subtitles in its json"
+                    "narration", "no transcript: no member narration.json, and no narration or subtitles in its json"
                 )
         return parse_transcript(content)
 

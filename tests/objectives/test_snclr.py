@@ -343,7 +343,8 @@ def test_runs_on_two_ranks_go_on_bit_for_bit(own: Toy) -> None:
         torch.testing.assert_close(own.losses(name), own.losses("all_whole"), rtol=1e-3, atol=1e-4)
     assert abs(own.losses("rank_whole")[-1] - own.losses("all_whole")[-1]) > 1e-3
     first, final = own.records("one")[0], own.records("one")[-1]
-    assert {f"train/{name}" for name in ("positiveness_entropy", "neighbours_random")} <= set(final)
+    assert 0 < final["train/positiveness_entropy"] < 1 < final["train/key_rank"] < 8
+    assert 1 / 3 < final["train/positiveness_largest"] < 1 and final["train/neighbours_random"] == 0
     assert (first["train/queue_random"], final["train/queue_random"]) == (1, 0)
     trained = load_trained(own.folder / "one")
     trained.method.exports(trained.source)["safetensors"].write(trained.objective, str(own.folder / "out"))
