@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pretrain.commands.exit_codes import run_command
 from pretrain.commands.pack_arguments import positive
-from pretrain.errors import RecipeError, SampleError, TubeletError
-from pretrain.runtime.terminal import take_any_name
+from pretrain.errors import RecipeError, SampleError
 
 if TYPE_CHECKING:
     from pretrain.data.members import Members
@@ -32,14 +32,8 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    take_any_name()
-    arguments = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        return _measure(arguments)
-    except TubeletError as error:
-        print(f"sound_statistics: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RecipeError) else 1
+    return run_command("sound_statistics", make_parser(), argv, _measure)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure(arguments: argparse.Namespace) -> int:
+def _measure(arguments: argparse.Namespace) -> None:
     from pretrain.recipe.load import load_recipe
     from pretrain.samples import audio_video
     from pretrain.samples.spectrogram import StatisticsSum
@@ -79,7 +73,6 @@ def _measure(arguments: argparse.Namespace) -> int:
     mean, std = float(found.mean.mean()), float(found.std.mean())
     counted = f"{sums.windows} windows, {left_out} videos left out"
     print(f"{arguments.out}: {counted}; mean {mean:.1f} dB, deviation {std:.1f}")
-    return 0
 
 
 def _members(recipe: "Recipe", most: int) -> "Iterator[Members]":

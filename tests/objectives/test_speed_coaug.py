@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from finetune.commands import export
 from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
+from pretrain.commands import retrieve, sound_statistics
+from pretrain.data.samples import SourceInfo
 from pretrain.errors import WeightsError
 from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import method_of, problems_of, warnings_of
@@ -33,9 +35,10 @@ from pretrain.objectives.speed_coaug_loss import (
 )
 from pretrain.plan.trace import trace_step
 from pretrain.recipe.load import load_recipe
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import Recipe, Source
 from pretrain.runtime.process_group import Ranks
-from tests.talking_films import sine, talking_film
+from pretrain.samples.audio_video import AudioVideo
+from tests.talking_films import members_of_film, sine, talking_film
 from tests.toy_run import Toy
 from tests.toy_shards import index, write_shard
 
@@ -339,7 +342,23 @@ def toy_of(folder: Path, name: str = "toy.yaml") -> Toy:
     return Toy(folder / name, folder)
 
 
-def test_a_run_from_start_to_fine_tuning(folder: Path, tmp_path: Path) -> None:
+def test_statistics_of_a_recipes_videos(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured by the command, taken by the recipe: bins are normal over the same windows."""
+    out = str(tmp_path / "statistics.npz")
+    assert sound_statistics.main([out, "--recipe", str(folder / "toy.yaml")]) == 0
+    assert "16 windows, 1 videos left out" in capsys.readouterr().out
+    recipe = recipe_of(folder, f"input.spectrogram.statistics={out}")
+    samples = method_of(recipe).samples()
+    assert isinstance(samples, AudioVideo)
+    film = members_of_film(talking_film(sine(300, 2.0), frames=60))
+    found = samples.without_chance(SourceInfo("toy", [], Source(shards="")), film)["sound"]
+    own = AudioVideo(recipe_of(folder).input, 0).without_chance(SourceInfo("toy", [], Source(shards="")), film)["sound"]
+    assert found.shape == own.shape == (1, 25, 33) and abs(float(own.mean())) < 1e-3 < abs(float((found - own).max()))
+    assert sound_statistics.main([out, "--recipe", "vit_s_dual"]) == 2
+    assert "allowed: audio_video" in capsys.readouterr().err
+
+
+def test_a_run_from_start_to_fine_tuning(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trains, counts the film without sound, retrieves, exports; the video encoder starts a classifier by itself."""
     shards = folder / "shards"
     held_out = [f"objective.held_out.{word}" for word in (f"pairs={shards}", f"queries={shards}", "clips=2")]
@@ -348,6 +367,10 @@ def test_a_run_from_start_to_fine_tuning(folder: Path, tmp_path: Path) -> None:
     assert "unusable sample replaced (no_sound" in output and "held_out.pairs: mute can't be used" in output
     last = [record for record in toy.records("run") if "eval/pairs" in record][-1]
     assert last["eval/pairs"] == 16 and last["eval/queries"] == 17 and 0 <= last["eval/class_R@1"] <= 100
+    words = ["--pairs", str(shards), "--queries", str(shards), "--clips", "2"]
+    assert retrieve.main([str(folder / "run"), *words]) == 0
+    assert f"{last['eval/video_to_sound_R@5']:9.2f}  video_to_sound_R@5" in capsys.readouterr().out
+    assert retrieve.main([str(folder / "run")]) == 2 and "--pairs or --queries" in capsys.readouterr().err
     state = consolidated_state(next((folder / "run" / "checkpoints").glob("step_00000006")))
     towers = str(tmp_path / "towers.safetensors")
     assert export.main([str(folder / "run"), towers, "--format", "towers"]) == 0
