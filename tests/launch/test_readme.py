@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 #: Pages whose shell blocks are run as the README's.
-PAGES = ("README.md", "docs/systems/sparseformer_bootstrap.md")
+PAGES = ("README.md", "docs/systems/sparseformer_bootstrap.md", "docs/systems/tvtsv2.md")
 
 
 def commands() -> Iterator[list[str]]:
@@ -80,6 +80,8 @@ def parse(script: str, arguments: list[str]) -> None:
         from finetune.commands.predict import make_parser
     elif script == "zero_shot":
         from pretrain.commands.zero_shot import make_parser
+    elif script == "video_text":
+        from pretrain.commands.video_text import make_parser
     else:
         from pretrain.commands.reconstruct import make_parser
     make_parser().parse_args(arguments)
