@@ -56,11 +56,13 @@ def main() -> None:
     found = {"forward": measure(models, options.runs, options.batch, device, _forward)}
     if options.step:
         found["step"] = measure(models, options.runs, options.batch, device, _step)
-    print("| model | published top-1 | picture | parameters | GMAC |" + "".join(f" ms, {work} |" for work in found))
-    print("|---" * (5 + len(found)) + "|")
+    print("| model | published top-1 | picture | parameters | GMAC |"
+          + "".join(f" ms, {work} | pictures/s |" for work in found))  # fmt: skip
+    print("|---" * (5 + 2 * len(found)) + "|")
     for index, one in enumerate(models):
         size = sum(value.numel() for value in one.model.parameters())
-        times = "".join(f" {1e3 * times[index] / options.batch:.1f} |" for times in found.values())
+        each = [times[index] / options.batch for times in found.values()]
+        times = "".join(f" {1e3 * seconds:.1f} | {1 / seconds:.2f} |" for seconds in each)
         accuracy = f"{one.accuracy} (at 224)"
         print(
             f"| {one.name} | {accuracy} | {one.side} | {size / 1e6:.1f} M | {one.macs / 1e9:.2f} |{times}", flush=True

@@ -1,4 +1,4 @@
-"""Moving averages of a model's weights, in float32 beside a model in any format, and teachers that compute with them.
+"""Moving averages of a model's weights and statistics, in float32 beside it, and teachers that compute with them.
 
 timm's ModelEmaV3 copies the model in the model's own format: in bfloat16, whose steps are 1/256 of a value, an average
 with a decay of 0.9999 would never move. Here the averages are float32 buffers, so that DeepSpeed's checkpoints hold
@@ -27,30 +27,39 @@ CHUNK, CPU_CHUNK = 2**26, 2**20
 
 
 class WeightAverage(ShardedBuffers):
-    """Averages of a model's trainable parameters.
+    """Averages of a model's trainable parameters, and of the statistics of its norms.
+
+    Statistics that follow the live weights belong to other activations than those of averaged weights. So whatever is
+    a floating-point buffer and saved with the model is averaged like a weight, as timm's ModelEmaV2 and ModelEmaV3 do;
+    counts are the model's own.
 
     Args:
-        model: Its parameters' present values are the first averages.
+        model: Its present values are the first averages.
         decay: Share that an average keeps at each update; None: each update says.
         warmup: Start with a smaller decay: min(decay, (1 + n) / (10 + n)) at update n, as TensorFlow does. The official
             recipes don't, and timm's ModelEmaV3 has another curve, min(decay, 1 - n^(-2/3)).
+        statistics: Whether buffers are averaged; a momentum teacher's are of its own forward passes.
     """
 
     updates: Tensor
 
-    def __init__(self, model: nn.Module, decay: float | None = None, warmup: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, decay: float | None = None, warmup: bool = False, statistics: bool = True
+    ) -> None:
         super().__init__()
         self.decay, self.warmup = decay, warmup
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        kept = _statistics(model) if statistics else {}
         # torch refuses dots in a buffer's name.
-        self._names = {name.replace(".", "|"): name for name in trained}
+        self._names = {name.replace(".", "|"): name for name in (*trained, *kept)}
         # On the host, where the decay is computed: no update waits for an accelerator.
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
         for key, name in self._names.items():
-            parameter = trained[name]
-            self.shapes[key] = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+            value: Tensor = kept[name] if name in kept else trained[name]
+            if name in trained:  # buffers are whole on every rank, in every stage
+                self.shapes[key] = torch.Size(getattr(value, "ds_shape", value.shape))
             # A clone: .float() of a float32 weight is the weight itself, and its average would follow every update.
-            self.register_buffer(key, _held(parameter).float().clone())
+            self.register_buffer(key, _held(value).float().clone())
         self.is_split = any(hasattr(parameter, "ds_tensor") for parameter in trained.values())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -97,9 +106,9 @@ class WeightAverage(ShardedBuffers):
             overwrite(model, self.matched(model)[1], live)
 
     def matched(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """Pair the averages with what this rank holds of the weights, in one order; all are views of the originals."""
-        parameters = dict(model.named_parameters())
-        weights = [parameters[name] for name in self._names.values()]
+        """Pair the averages with what this rank holds of the model, in one order; all are views of the originals."""
+        values: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        weights = [values[name] for name in self._names.values()]
         if any(hasattr(weight, "ds_tensor") for weight in weights):
             self.split(torch.distributed.get_rank(), torch.distributed.get_world_size())
         return [getattr(self, key) for key in self._names], [_held(weight) for weight in weights]
@@ -132,7 +141,7 @@ class MomentumTeacher(nn.Module):
     def __init__(self, model: nn.Module, twin: nn.Module) -> None:
         super().__init__()
         _check_twin(model, twin)
-        self.average = WeightAverage(model)
+        self.average = WeightAverage(model, statistics=False)
         self.twin = twin.requires_grad_(False)
         self.reset(model)
 
@@ -176,6 +185,16 @@ def overwrite(model: nn.Module, held: list[Tensor], values: list[Tensor]) -> Non
         gathered[0].all_gather(gathered)
 
 
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Find the buffers that are averaged, by name: of floating point, and saved with the model."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, part in model.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set and buffer.is_floating_point()
+    }
+
+
 def _check_twin(model: nn.Module, twin: nn.Module) -> None:
     """Refuse a second model that is built otherwise: what is copied would be broadcast, or be left as drawn."""
     ours, theirs = _shapes(model), _shapes(twin)
@@ -201,7 +220,7 @@ def split_averages(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
         state: By the names that a checkpoint has for them.
 
     Returns:
-        Both by the model's own names. The first has its parameters and buffers; the second those parameters of which
+        Both by the model's own names. The first has its parameters and buffers; the second those of them of which
         there are averages, none where the objective keeps none. What the objective holds beside them is in neither.
     """
     weights = _below(state, f"{MODEL}.")
@@ -213,8 +232,8 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _held(parameter: nn.Parameter) -> Tensor:
-    """Return what this rank holds of a parameter: all of it, or under stage 3 its shard without padding, flat."""
+def _held(parameter: Tensor) -> Tensor:
+    """Return what this rank holds of a parameter or buffer: all, or under stage 3 its shard without padding, flat."""
     shard = getattr(parameter, "ds_tensor", None)
     if shard is None:
         return parameter.detach()

@@ -125,7 +125,7 @@ def count_products(model: nn.Module, pixels: Tensor, part_of: Callable[[str], st
 
 
 def _products(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     yield from ((name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds))
 
 

@@ -86,6 +86,7 @@ class Attention(nn.Module):
         attention_dropout: rate on attention weights, which are then written out: [B, h, N, N] while training.
         init: of the weights.
         causal: a token attends to itself and those before it (text).
+        joint_init: of the joint projection [3C, C], where it does not begin like the other weights.
 
     `written_out` allows `written_out_attention` where it is faster; plans for accelerators turn it off for all.
     """
@@ -102,13 +103,14 @@ class Attention(nn.Module):
         attention_dropout: float = 0.0,
         init: Initializer = xavier,
         causal: bool = False,
+        joint_init: Initializer | None = None,
     ) -> None:
         super().__init__()
         assert not (causal and attention_dropout), "attention with dropout is written out without a causal mask"
         self.heads = heads
         self.causal = causal
         self.attention_dropout = dropout_layer(attention_dropout)
-        self.qkv = JointProjection(dim, bias == "all", init)
+        self.qkv = JointProjection(dim, bias == "all", joint_init or init)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "query_value" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "query_value" else None
         self.scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0))) if cosine else None
@@ -211,6 +213,7 @@ class Block(nn.Module):
         init: of the weights.
         activation: inside the MLP.
         causal: a token attends to itself and those before it.
+        joint_init: of the attention's joint projection, see `Attention`.
 
     The slot `adaptmlp` takes a module called with the residual stream after attention and the MLP's branch, whose
     output replaces that branch.
@@ -234,10 +237,11 @@ class Block(nn.Module):
         init: Initializer = xavier,
         activation: Activation = F.gelu,
         causal: bool = False,
+        joint_init: Initializer | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, heads, cosine, bias, dropout, attention_dropout, init, causal)
+        self.attn = Attention(dim, heads, cosine, bias, dropout, attention_dropout, init, causal, joint_init)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, hidden, dropout, init, activation)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None

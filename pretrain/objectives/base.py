@@ -240,6 +240,15 @@ class Method(abc.ABC):
     def cost(self) -> Cost:
         """Count the work of one row's forward pass."""
 
+    def data_report(self) -> list[str]:
+        """Hold the data that are there against the recipe, as the start of a run does; give what is worth knowing.
+
+        Raises:
+            TubeletError: no run would start with them.
+        """
+        self.samples()
+        return []
+
     def example(self, count: int) -> Batch:
         """Make a micro-batch of `count` samples with made-up content; no data are needed."""
         return self.samples().example(count)

@@ -35,7 +35,7 @@ def normalized(x: Tensor, eps: float = 1e-12) -> Tensor:
 class LogitScale(nn.Module):
     """Learnable factor on similarities, CLIP's: the inverse of a temperature, kept as its logarithm.
 
-    The parameter `logit_scale` has no dimension, so that it does not decay unless an objective's `rule` says so. A
+    The parameter `logit_scale` has one value, [1], so that it does not decay unless an objective's `rule` says so. A
     factor above the limit is used as the limit, and gets no gradient there.
 
     Args:
@@ -46,11 +46,12 @@ class LogitScale(nn.Module):
     def __init__(self, temperature: float = 0.07, limit: float = 100.0) -> None:
         super().__init__()
         self.limit = limit
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        # Not without dimensions: without ZeRO DeepSpeed 0.19 can't sum such a gradient over ranks, and plans refuse it.
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
 
     def forward(self) -> Tensor:
         """Return the factor, float32, a scalar."""
-        return self.logit_scale.float().exp().clamp(max=self.limit)
+        return self.logit_scale.float().exp().clamp(max=self.limit).squeeze(0)
 
 
 def info_nce(

@@ -22,7 +22,7 @@ ROWS = 12
 
 
 class Net(nn.Module):
-    """Sizes that two and three ranks don't divide, a frozen part, a statistic."""
+    """Sizes that two and three ranks don't divide, a frozen part, a count, a statistic."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -31,6 +31,7 @@ class Net(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
         self.table = nn.Parameter(torch.ones(7), requires_grad=False)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("level", torch.full((5,), float(seed)))
         import deepspeed
 
         for parameter in self.parameters():  # in shards, parts that are built are partitioned already
@@ -39,8 +40,11 @@ class Net(nn.Module):
                 parameter.data.copy_(values)
 
     def forward(self, batch: Tensor) -> Tensor:
-        self.count += 1
-        return self.out((self.hidden(batch * self.table) * self.scale).tanh())
+        hidden = self.hidden(batch * self.table)
+        if self.training:
+            self.count += 1
+            self.level.lerp_(hidden.detach().mean(0).to(self.level.dtype), 0.5)
+        return self.out(((hidden - self.level.to(hidden.dtype)) * self.scale).tanh())
 
 
 class Method(nn.Module):
@@ -127,6 +131,11 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if not name.endswith("table")}
 
 
+def followed(module: nn.Module) -> dict[str, Tensor]:
+    """What there are averages of, whole."""
+    return whole(trained(module)) | {"level": module.level.clone()}
+
+
 def together(average: Any, ranks: Any) -> dict[str, Tensor]:
     """Averages as they are in memory, shares of all ranks put together."""
     from pretrain.runtime.process_group import gather_objects
@@ -134,8 +143,10 @@ def together(average: Any, ranks: Any) -> dict[str, Tensor]:
     found = {}
     for key, name in average._names.items():
         value = getattr(average, key)
-        parts = gather_objects(ranks, value.clone()) if average.is_split else [value.clone().flatten()]
-        found[name] = torch.cat(parts).reshape(average.shapes[key])
+        if average.is_split and key in average.shapes:
+            found[name] = torch.cat(gather_objects(ranks, value.clone())).reshape(average.shapes[key])
+        else:
+            found[name] = value.clone()
         assert value.dtype == torch.float32
     return found
 
@@ -144,6 +155,8 @@ def holds(engine: Any, ranks: Any) -> dict[str, Any]:
     """All that must be the same after loading, put together from all ranks, by name."""
     module = engine.module
     found = {f"live {name}": value for name, value in whole(trained(module.model)).items()}
+    # DeepSpeed rounds statistics to bfloat16 in some stages and not in others.
+    found["live level"] = module.model.level.bfloat16()
     found |= {f"average {name}": value for name, value in together(module.average, ranks).items()}
     found |= {f"momentum {name}": value for name, value in together(module.teacher.average, ranks).items()}
     found |= {f"twin {name}": value for name, value in whole(dict(module.teacher.twin.named_parameters())).items()}
@@ -176,13 +189,13 @@ def check_updates(engine: Any, title: str, ranks: Any) -> None:
     module = engine.module
     # Averages start from the weights as they were built, which the engine may have rounded since.
     start = {name: value.double() for name, value in together(module.average, ranks).items()}
-    live = whole(trained(module.model))
+    live = followed(module.model)
     print("CHECKED", title, "start:", wrong({n: v.to(live[n].dtype) for n, v in start.items()}, live), flush=True)
     average, momentum = dict(start), dict(start)
     loop = {name: value.float() for name, value in start.items()}
     for number in range(STEPS):
         step(engine, number, ranks)
-        for name, value in whole(trained(module.model)).items():
+        for name, value in followed(module.model).items():
             share = MOMENTUM[number]
             average[name] = DECAY * average[name] + (1 - DECAY) * value.double()
             momentum[name] = share * momentum[name] + (1 - share) * value.double()
@@ -191,12 +204,14 @@ def check_updates(engine: Any, title: str, ranks: Any) -> None:
     print("CHECKED", title, "averages:", close(found, average), flush=True)
     print("CHECKED", title, "loop:", wrong(found, loop), flush=True)
     teacher = together(module.teacher.average, ranks)
+    del momentum["level"]  # the teacher's statistics are of its own passes
     print("CHECKED", title, "momentum:", close(teacher, momentum), flush=True)
     twin = whole(trained(module.teacher.twin))
     print("CHECKED", title, "twin:", wrong(twin, {n: v.to(twin[n].dtype) for n, v in teacher.items()}), flush=True)
     # What the teacher computes, by a model of its own.
     alone = Net(1).to(next(iter(twin.values())).dtype)
     alone.load_state_dict(twin, strict=False)
+    alone.level = module.teacher.twin.level.clone()
     alone.table.data.copy_(whole({"table": module.model.table})["table"])
     batch = torch.randn(4, 7, generator=torch.Generator().manual_seed(9)).to(alone.table.dtype)
     output = module.teacher(batch)
@@ -210,9 +225,10 @@ def check_applied(engine: Any, title: str, ranks: Any) -> None:
     """Evaluated weights: forward passes with the averages, and the live weights back, also after an error."""
     module = engine.module.eval()
     batch = torch.randn(4, 7, generator=torch.Generator().manual_seed(9)).to(module.model.table.dtype)
-    averages, live = together(module.average, ranks), whole(trained(module.model))
-    alone = Net(1).to(module.model.table.dtype)
+    averages, live = together(module.average, ranks), followed(module.model)
+    alone = Net(1).to(module.model.table.dtype).eval()
     alone.load_state_dict(averages, strict=False)
+    alone.level = averages["level"].to(module.model.level.dtype)
     alone.table.data.copy_(whole({"table": module.model.table})["table"])
     with torch.no_grad():
         before = module.model(batch)
@@ -227,7 +243,7 @@ def check_applied(engine: Any, title: str, ranks: Any) -> None:
         except ValueError:
             pass
     module.train()
-    said = wrong(whole(trained(module.model)), live) if torch.equal(before, after) else "output differs after"
+    said = wrong(followed(module.model), live) if torch.equal(before, after) else "output differs after"
     print("CHECKED", title, "restored:", said, flush=True)
     print("CHECKED", title, "applied:", "same" if torch.equal(inside, alone(batch)) else "differs", flush=True)
 

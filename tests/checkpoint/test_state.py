@@ -43,7 +43,7 @@ def test_whole_averages_for_export(variant: str, written_by_two: tuple[Path, lis
     folder = written_by_two[0] / variant
     expected = torch.load(folder / "expected.pt")
     weights, averages = split_averages(consolidated_state(folder_of(folder, 3)))
-    assert averages.keys() == {"hidden.weight", "hidden.bias", "out.weight", "scale"}
+    assert averages.keys() == {"hidden.weight", "hidden.bias", "out.weight", "scale", "level"}
     assert weights.keys() == averages.keys() | {"table", "count"}
     for name, value in averages.items():
         assert value.dtype == torch.float32 and torch.equal(value, expected[f"average {name}"]), name

@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 #: Pages whose shell blocks are run as the README's.
-PAGES = ("README.md", "docs/systems/sparseformer_bootstrap.md", "docs/systems/tvtsv2.md")
+PAGES = (
+    "README.md", "docs/systems/sparseformer_bootstrap.md", "docs/systems/snclr.md", "docs/systems/tvtsv2.md"
+)  # fmt: skip
 
 
 def commands() -> Iterator[list[str]]:
@@ -40,6 +42,8 @@ def test_command(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     script = Path(words[1]).stem
     if "--check" in arguments:
         assert check(script, arguments) == 0 and "no problems found" in capsys.readouterr().out
+    elif script == "evaluate":
+        assert check(script, [*arguments, "--check"]) == 0 and "no problems found" in capsys.readouterr().out
     elif script in ("pretrain", "finetune"):
         assert plan(script, arguments) == 0, capsys.readouterr().err
         assert "parameters" in capsys.readouterr().out
@@ -60,6 +64,8 @@ def plan(script: str, arguments: list[str]) -> int:
 def check(script: str, arguments: list[str]) -> int:
     if script == "pretrain":
         from pretrain.commands.pretrain import main
+    elif script == "evaluate":
+        from finetune.commands.evaluate import main
     else:
         from finetune.commands.finetune import main
     return main(arguments)

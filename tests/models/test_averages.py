@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pretrain.errors import TrainingError
 from pretrain.models import averages
 from pretrain.models.averages import MomentumTeacher, WeightAverage, split_averages
+from pretrain.runtime.vision_ops import ensure_torchvision
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -28,6 +29,15 @@ def train(model: nn.Module, seed: int) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name in ("running_mean", "running_var"):
+            getattr(model[1], name).add_(0.1 * torch.rand(29, generator=generator))
+        model[1].num_batches_tracked += 1
+
+
+def followed(model: nn.Module) -> dict[str, Tensor]:
+    """What there are averages of."""
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    return trained | {name: value for name, value in model.named_buffers() if value.is_floating_point()}
 
 
 def kept(average: WeightAverage) -> dict[str, Tensor]:
@@ -50,9 +60,8 @@ def test_fused_updates_are_those_of_a_loop_bit_for_bit(
         average.update(model)
         updates += 1
         keep = ((1 + updates) / (10 + updates)).clamp(max=decay).float()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                loop[name].lerp_(parameter.detach().float(), 1 - keep)
+        for name, value in followed(model).items():
+            loop[name].lerp_(value.detach().float(), 1 - keep)
         assert all(torch.equal(value, loop[name]) for name, value in kept(average).items()), step
     assert int(average.updates) == 30 and loop.keys() == kept(average).keys()
 
@@ -65,15 +74,36 @@ def test_the_decay_is_what_was_asked_for_from_the_first_step_on() -> None:
         train(model, step)
         for average, given in ((plain, None), (warm, None), (scheduled, 0.9)):
             average.update(model, given)
-        for name, value in model.named_parameters():
-            if name in expected:
-                expected[name] = 0.9 * expected[name] + 0.1 * value.detach().double()
+        for name, value in followed(model).items():
+            expected[name] = 0.9 * expected[name] + 0.1 * value.detach().double()
     for name, value in kept(plain).items():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-6, atol=1e-7)
         assert torch.equal(value, kept(scheduled)[name])
         assert (kept(warm)[name] - value).abs().max() > 0.01, "a warm-up follows faster at first"
     with pytest.raises(ValueError, match="needs one at each update"):
         scheduled.update(model)
+
+
+def test_a_network_with_statistics_is_averaged_as_timm_does_it() -> None:
+    """To the bit, counts included; a table that is not saved with the model is none of it."""
+    ensure_torchvision()
+    from timm.utils import ModelEmaV3
+
+    model = network()
+    model[2].register_buffer("table", torch.zeros(3), persistent=False)
+    average, timm = WeightAverage(model, 0.9), ModelEmaV3(model, decay=0.9)
+    for step in range(4):
+        train(model, step)
+        model.train()(torch.randn(8, 37, generator=torch.Generator().manual_seed(step)))
+        average.update(model)
+        timm.update(model)
+    live, batch = copy.deepcopy(model.state_dict()), torch.randn(5, 37)
+    with average.applied(model):
+        for name, value in timm.module.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+        assert torch.equal(model.eval()(batch), timm.module(batch))
+    assert (live["1.running_var"] - timm.module[1].running_var).abs().max() > 0.01
+    assert all(torch.equal(value, live[name]) for name, value in model.state_dict().items())
 
 
 def test_float32_in_a_bfloat16_model_and_back_again() -> None:
@@ -86,7 +116,7 @@ def test_float32_in_a_bfloat16_model_and_back_again() -> None:
     live = copy.deepcopy(model.state_dict())
     with average.applied(model):
         for name, value in kept(average).items():
-            assert torch.equal(model.get_parameter(name), value.bfloat16())
+            assert torch.equal(model.state_dict()[name], value.bfloat16())
     assert all(torch.equal(value, live[name]) for name, value in model.state_dict().items())
     again = WeightAverage(network(), 0.5)
     again.load_state_dict(average.state_dict())
@@ -110,7 +140,9 @@ def test_a_teacher_starts_as_its_model_and_follows_without_gradient() -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     train(model, 1)
     before = kept(teacher.average)["0.weight"]
+    statistics = twin[1].running_mean.clone()
     teacher.update(model, 0.75)
+    assert torch.equal(twin[1].running_mean, statistics), "a teacher's statistics are of its own passes"
     expected = 0.75 * before + 0.25 * model[0].weight.float()
     torch.testing.assert_close(kept(teacher.average)["0.weight"], expected)
     assert torch.equal(twin[0].weight, kept(teacher.average)["0.weight"].bfloat16())
@@ -162,5 +194,7 @@ def test_averages_of_a_checkpoint_by_the_names_of_the_model() -> None:
     objective = Objective()
     weights, found = split_averages(objective.state_dict())
     assert weights.keys() == objective.model.state_dict().keys()
-    assert found.keys() == {name for name, value in objective.model.named_parameters() if value.requires_grad}
+    assert found.keys() == {"1.running_mean", "1.running_var"} | {
+        name for name, value in objective.model.named_parameters() if value.requires_grad
+    }
     assert split_averages({"model.a": torch.ones(1), "center": torch.ones(1)}) == ({"a": torch.ones(1)}, {})

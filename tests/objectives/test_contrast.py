@@ -142,7 +142,7 @@ def test_both_directions_are_clips_loss_halves() -> None:
 def test_the_factor_on_logits_starts_and_ends_as_clips() -> None:
     scale = LogitScale()
     assert scale().item() == pytest.approx(1 / 0.07) and [*scale.state_dict()] == ["logit_scale"]
-    assert scale.logit_scale.shape == ()
+    assert scale.logit_scale.shape == (1,) and scale().shape == ()
     with torch.no_grad():
         scale.logit_scale.fill_(9.0)
     value = scale()

@@ -40,7 +40,9 @@ SYSTEMS = {
     "Bootstrapped SparseFormer": "sparseformer_bootstrap",
     "GroupMixFormer": "groupmixformer",
     "TDN": "tdn",
+    "SNCLR": "snclr",
     "TVTSv2": "tvtsv2",
+    "TagAlign": "tagalign",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"

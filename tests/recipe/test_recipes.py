@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from pretrain.engine.build import count_model
 from pretrain.objectives.base import method_of, problems_of, warnings_of
@@ -39,6 +40,18 @@ TVTSV2 = {
     "vit_b32_tvtsv2": (185_962_244, 157_590_788, 85.4, 1920, 49),
     "vit_b16_tvtsv2": (184_305_668, 155_934_212, 159.8, 960, 98),
     "vit_h14_tvtsv2": (1_221_286_404, 994_554_372, 896.9, 160, 76),
+}
+#: Encoder parameters, its GMAC of a view, actual learning rate, epochs, rows that are compared: systems/snclr.md, 4.
+CONTRASTIVE = {
+    "vit_s_snclr": (21_665_664, 4.6, 2.4e-3, 300, 4096),
+    "vit_s_snclr_k400": (21_879_936, 57.2, 6e-4, 200, 1024),
+    "r50_snclr": (23_508_032, 4.1, 9.6, 300, 4096),
+}
+#: Parameters of TagAlign's projector with its two scales: four convolutions of 768 channels or one block, last norm and
+#: projection (systems/tagalign.md, section 2.2).
+PROJECTORS = {
+    "clip_vit_b16_tagalign": 4 * (9 * 768**2 + 3 * 768 + 1) + 2 * 768 + 768 * 512 + 2,
+    "clip_vit_b16_tagalign_transformer": 7_087_872 + 2 * 768 + 768 * 512 + 2,
 }
 #: Parameters of an inherited block of so many channels.
 BLOCK = {768: 7_087_872, 1024: 12_596_224}
@@ -105,6 +118,27 @@ def test_numbers_of_tvtsv2(name: str) -> None:
     assert f"| `{name}` | {kept} | {parameters:,} | {trained:,} | {gmac} |" in page
 
 
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_contrastive_numbers(name: str) -> None:
+    parameters, gmac, rate, epochs, samples = CONTRASTIVE[name]
+    method, values = method_of(load_recipe(name)), report(name)
+    with torch.device("meta"):
+        assert sum(value.numel() for value in method.architecture.build().parameters()) == parameters
+    assert method.architecture.cost().published / 1e9 == pytest.approx(gmac, abs=0.05)
+    assert float(values["peak"]) == pytest.approx(rate)
+    assert (method.recipe.schedule.epochs, method.recipe.batch.samples) == (epochs, samples)
+    text = (RECIPES.parent / "docs/systems/snclr.md").read_text()
+    assert f"| `{name}` | {parameters:,} | {gmac:g} |" in text
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_projectors_numbers(name: str) -> None:
+    recipe = load_recipe(name)
+    assert count_model(method_of(recipe)).trained == PROJECTORS[name]
+    rate = recipe.optim.base_lr * recipe.batch.samples / recipe.optim.base_batch
+    assert rate == recipe.batch.micro * recipe.batch.ranks / 4096 * 1e-3 and recipe.schedule.steps == 30001
+
+
 def test_accumulation_is_what_deepspeed_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     values = report("vit_b_dual")
@@ -112,7 +146,7 @@ def test_accumulation_is_what_deepspeed_gets(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_recipe_but_the_demo_is_a_row_of_the_table() -> None:
-    assert set(recipe_names()) == {*PUBLISHED, *BOOTSTRAPPED, *TVTSV2, "demo"}
+    assert set(recipe_names()) == {*PUBLISHED, *BOOTSTRAPPED, *CONTRASTIVE, *PROJECTORS, *TVTSV2, "demo"}
 
 
 def test_giant_is_the_published_run() -> None:
@@ -128,5 +162,12 @@ def test_giant_is_the_published_run() -> None:
 
 
 def test_names_follow_the_pattern() -> None:
-    pattern = r"demo|vit_[sblhg]_(dual|v1(_[a-z0-9]+))|sparseformer_btsp_(augreg|openai_clip)_(base|large)"
-    assert all(re.fullmatch(pattern, name) for name in recipe_names())
+    """Model, method, and data where there are several sets."""
+    patterns = (
+        r"demo",
+        r"vit_[sblhg]_(dual|v1(_[a-z0-9]+))",
+        r"sparseformer_btsp_(augreg|openai_clip)_(base|large)",
+        r"(vit_[sblhg]|r50)_snclr(_[a-z0-9]+)?",
+        r"clip_vit_b16_tagalign(_transformer)?",
+    )
+    assert all(any(re.fullmatch(pattern, name) for pattern in patterns) for name in recipe_names())
