@@ -72,7 +72,7 @@ def make_tokenizer(path: Path) -> None:
     from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing
 
-    words = ["[PAD]", "[UNK]", "<start>", "a", "person", "square", *COLOURS, "made", "up", "0", "1", "2", "<end>"]
+    words = ["[PAD]", "[UNK]", "<start>", "a", "person", "square", *COLOURS, "dog", "cat", "0", "1", "2", "<end>"]
     tokenizer = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     marks = [(word, words.index(word)) for word in ("<start>", "<end>")]

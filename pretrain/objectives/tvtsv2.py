@@ -114,7 +114,7 @@ class TVTSv2Method(Method):
 METHOD = TVTSv2Method
 
 
-class ClipLosses(NamedTuple):
+class PairLosses(NamedTuple):
     """Both losses of a batch.
 
     Attributes:
@@ -202,7 +202,7 @@ def compare_batch(
     temperature: float = 0.05,
     sort_weight: float = 2.0,
     gradient: Gradient = "sum",
-) -> ClipLosses:
+) -> PairLosses:
     """Compute the losses over the global batch.
 
     Args:
@@ -220,13 +220,13 @@ def compare_batch(
     count = order.shape[1]
     if count == 1:
         # Part of the loss all the same: what has no gradient keeps that of the step before under ZeRO stage 3.
-        return ClipLosses(contrast + 0 * order.sum(), contrast, {})
+        return PairLosses(contrast + 0 * order.sum(), contrast, {})
     # The head can't tell which text stands where, so they need not be shuffled.
     places = torch.arange(count, device=order.device).expand(len(order), -1)
     sort = sort_weight * F.cross_entropy(order.flatten(0, 1), places.flatten())
     right = (order.argmax(-1) == places).float()
     sorting = {"sort": sort, "placed": right.mean(), "sorted": right.prod(1).mean()}
-    return ClipLosses(contrast + sort, contrast, sorting)
+    return PairLosses(contrast + sort, contrast, sorting)
 
 
 def _write_inference(objective: Any, dest: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pretrain.data.decoders import Decoder, VideoReader, open_video, why_missing
+from pretrain.data.linked_video import Footage
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo, made_up_samples
@@ -141,8 +142,7 @@ class NarratedClips(Samples):
         """Take each part's middle frame and the centre crop; a narrated window depends on the sample's key alone."""
         rng = generator("held out", members.key)
         if not self._texts:
-            with open_video(members.footage(), self._options.decoder, members.stamps) as reader:
-                return {"video": self._cropped(self._frames(reader, 0, reader.num_frames, None), None)[None]}
+            return {"video": self.judged_clip(members.footage(), members.stamps)[None]}
         clip, texts = self._read(members, source.name in self._narrated, rng, training=False)
         return {"video": self._cropped(clip, None)[None]} | self._encoded(texts)
 
@@ -150,8 +150,14 @@ class NarratedClips(Samples):
         options, rng = self._options, generator("made-up clip")
         video = rng.integers(256, size=(1, *options.size, 3), dtype=np.uint8)
         texts = [f"{MADE_UP} {number}" for number in range(options.segments if self._narrated else 1)]
-        arrays = {"video": video} | self._encoded(texts) | self._visible(rng)
+        # Unchecked: a vocabulary of one's own need not have these words.
+        arrays = {"video": video} | _text_arrays(self._tokenizer.encode(texts)) | self._visible(rng)
         return self.collate(made_up_samples(count, lambda place: arrays))
+
+    def judged_clip(self, footage: Footage, stamps: range | None = None) -> Clip:
+        """Make the one clip of a video by which it is judged, uint8 [T, H, W, 3]."""
+        with open_video(footage, self._options.decoder, stamps) as reader:
+            return self._cropped(self._frames(reader, 0, reader.num_frames, None), None)
 
     def captions(self, texts: Sequence[str]) -> torch.Tensor:
         """Encode texts as those of samples are, int64 [len(texts), L]."""
@@ -233,8 +239,7 @@ class NarratedClips(Samples):
         return np.ascontiguousarray(clip[:, rows[:, None], columns])
 
     def _encoded(self, texts: Sequence[str]) -> Arrays:
-        encoded = self._checked(texts)
-        return {"ids": encoded.ids[None], "cut": encoded.cut.sum(keepdims=True)}
+        return _text_arrays(self._checked(texts))
 
     def _checked(self, texts: Sequence[str]) -> Encoded:
         """Encode texts; refuse those of which the tokenizer knows nothing, which would all be one text to the tower."""
@@ -250,6 +255,10 @@ class NarratedClips(Samples):
             return {}
         every, kept = self._patches
         return {"visible": rng.permutation(every)[None, :kept]}
+
+
+def _text_arrays(encoded: Encoded) -> Arrays:
+    return {"ids": encoded.ids[None], "cut": encoded.cut.sum(keepdims=True)}
 
 
 def part_frames(num_frames: int, parts: int, rng: np.random.Generator | None) -> Indices:
@@ -271,8 +280,3 @@ def part_frames(num_frames: int, parts: int, rng: np.random.Generator | None) ->
 def spread_frames(num_frames: int, frames: int) -> Indices:
     """Choose frames for features: equally spaced from the first to the last, rounded down, int64 [T]."""
     return np.linspace(0, num_frames - 1, frames).astype(np.int64)
-
-
-def squashed(clip: Clip, width: int, height: int) -> Clip:
-    """Resize whole frames; their aspect is not kept."""
-    return resize(clip, width, height)

@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 #: Pages whose shell blocks are run as the README's.
-PAGES = ("README.md", "docs/systems/sparseformer_bootstrap.md", "docs/systems/snclr.md", "docs/systems/speed_coaug.md")
+#: Pages whose commands are run, or parsed where they name what a reader has.
+PAGES = (
+    "README.md",
+    *(f"docs/systems/{page}.md" for page in ("sparseformer_bootstrap", "snclr", "speed_coaug", "tvtsv2")),
+)
 
 
 def commands() -> Iterator[list[str]]:
@@ -88,6 +92,8 @@ def parse(script: str, arguments: list[str]) -> None:
         from pretrain.commands.sound_statistics import make_parser
     elif script == "retrieve":
         from pretrain.commands.retrieve import make_parser
+    elif script == "video_text":
+        from pretrain.commands.video_text import make_parser
     else:
         from pretrain.commands.reconstruct import make_parser
     make_parser().parse_args(arguments)

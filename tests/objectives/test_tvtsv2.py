@@ -296,3 +296,29 @@ def test_a_run_from_a_clip_to_export(path: Path, tmp_path: Path) -> None:
     found = fresh.model.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in state.items() if "sorting" not in name)
     assert not torch.equal(state["sorting.head.weight"], found["sorting.head.weight"])
+
+
+@pytest.mark.faults
+def test_two_ranks_killed_and_resumed_are_the_same_run(path: Path, tmp_path: Path) -> None:
+    """Bit for bit on two ranks, and to rounding on one; both sources' turns go on where they were."""
+    driver = ROOT / "tests" / "extensions" / "driver.py"
+
+    def drive(ranks: int, *runs: tuple[str, ...]) -> list[list[float]]:
+        plan = [
+            {"program": "pretrain", "recipe": str(path), "planned": False,
+             "overrides": [f"run.dir={tmp_path / name}", "objective.clip_lr_scale=0.1", *words]}
+            for name, *words in runs
+        ]  # fmt: skip
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        train([driver, tmp_path / "plan.json"], ranks, ROOT, timeout_s=400)
+        lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name, *_ in runs]
+        return [[json.loads(line)["train/loss"] for line in some] for some in lines]
+
+    words = ("schedule.epochs=1", "checkpoint.every_steps=3")
+    half, gradient = "schedule.max_steps=3", "objective.contrastive_grad=official"
+    whole, _, official = drive(2, ("whole", *words), ("halves", *words, half), ("official", *words, gradient))
+    (resumed,) = drive(2, ("halves", *words))
+    (alone,) = drive(1, ("alone", *words))
+    assert len(whole) == 6 and resumed == whole
+    assert alone == pytest.approx(whole, rel=2e-4)
+    assert official[0] == whole[0] and official[1:] != whole[1:], "half of the contrast's gradient"
