@@ -20,6 +20,7 @@ from pretrain.errors import DataError, SampleError
         ("a square table, a square and an orange", ["table", "square", "orange"], [("table", "square")]),
         ("Happy children playing football, quickly", ["child", "football"], [("child", "happy")]),
         ("12 %$ !!", [], []),
+        ("a vegetable and a fashionable goldfish", ["vegetable", "goldfish"], [("goldfish", "fashionable")]),
         ("buildings under a colourful evening sky", ["building", "sky"], [("sky", "colourful"), ("sky", "evening")]),
     ],
 )
