@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 #: Pages whose shell blocks are run as the README's.
-#: Pages whose commands are run, or parsed where they name what a reader has.
 PAGES = (
     "README.md",
     *(f"docs/systems/{page}.md" for page in ("sparseformer_bootstrap", "snclr", "speed_coaug", "tvtsv2")),
