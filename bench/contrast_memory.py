@@ -44,7 +44,7 @@ def measure(anchors: int, candidates: int, dims: int, chunk: int | None) -> None
         leaf.grad = None
     before, begun = resident("VmRSS"), time.perf_counter()
     Path("/proc/self/clear_refs").write_text("5")
-    loss = info_nce(*sides, columns[:, 0], 0.2, soft=columns[:, 1:], weights=weights, chunk=chunk).mean()
+    loss = info_nce(sides[0], sides[1], columns[:, 0], 0.2, soft=columns[:, 1:], weights=weights, chunk=chunk).mean()
     forward, between = resident("VmHWM") - before, time.perf_counter()
     loss.backward()
     ended = time.perf_counter()
