@@ -14,9 +14,10 @@ import torch
 from finetune.coco.category_names import Category, categories_of
 from finetune.coco.instance_drawing import drawn_objects
 from finetune.coco.instance_objective import FoundObjects
-from finetune.held_out_samples import HeldOutSamples, HeldOutSet, held_out_loader, held_out_sets, report_unreadable
+from finetune.held_out_sets import held_out_sets, report_unreadable
 from finetune.recipe import TuneRecipe
 from finetune.tested_checkpoint import NO_SHARDS, choose_checkpoint, load_objective, predictions_of
+from pretrain.data.held_out import HeldOutSamples, HeldOutSet, RowsWithoutChance, held_out_loader
 from pretrain.data.instance_masks import packed_runs, runs_of
 from pretrain.data.samples import Batch
 from pretrain.engine.transfers import to_device
@@ -120,11 +121,12 @@ def judge_instances(
         DataError: more unreadable pictures than data.bad_rate allows, or none that can be read.
     """
     # One at a time: beside larger pictures a small one would be filled up, which attention sees.
-    pictures = HeldOutSamples(sets, samples, ranks.rank, ranks.world_size, 1, recipe.data.deadline_s)
+    rows = RowsWithoutChance(sets, samples)
+    pictures = HeldOutSamples(sets, rows, ranks.rank, ranks.world_size, 1, recipe.data.deadline_s)
     mine = JudgedInstances()
     with objective.evaluated_weights(), torch.no_grad():
         for one in held_out_loader(pictures, recipe.evaluate.workers):
-            mine.unreadable += one.unreadable
+            mine.unreadable += map(str, one.unreadable)
             if one.batch is None:
                 continue
             (found,) = objective.detect(to_device(one.batch, ranks.device))

@@ -19,7 +19,7 @@ from finetune.coco.instance_objective import InstanceObjective
 from finetune.coco.instance_predictor import InstancePredictor
 from finetune.coco.judged_instances import InstanceValidation, run_instance_test
 from finetune.coco.mask_rcnn import MaskRCNN, detector_cost
-from finetune.held_out_samples import held_out_sets
+from finetune.held_out_sets import held_out_sets
 from finetune.picture_maps import map_levels
 from finetune.recipe import TuneRecipe
 from finetune.task_checks import check_token_backbone

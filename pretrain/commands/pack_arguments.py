@@ -31,7 +31,7 @@ SOURCE  a folder, searched at any depth (a video's folder is its label; a folder
         a zip archive (with NAME_map.txt beside NAME.zip, `path label` lines: what that names, as Swin Transformer),
         a list file of the official VideoMAE repositories (see --list-format),
         a csv/jsonl manifest with a column `path` and optionally label, key, start, end, frames, and your own,
-        or an annotation file: Kinetics' or HACS' csv, ActivityNet's json.
+        or an annotation file: Kinetics' or HACS' csv, ActivityNet's json, COCO's json of objects (--with objects).
 DEST    folder for the shards. Both may be local paths or fsspec URLs (s3://, gs://, az://, memory://, ...).
 
 Every video is probed, encoded anew (or kept, --copy), decoded once in full, and read at random with the training
