@@ -142,6 +142,7 @@ def test_a_picture_and_a_film(folder: Path, tmp_path: Path, capsys: pytest.Captu
         (["--query", " ; "], 1, "an empty class name"),
         (["--query", "a", "--query", "a"], 1, "asked twice"),
         (["--query", "a", "--blend", "1.5"], 1, "--blend 1.5"),
+        (["--query", "a", "--window", "32", "--stride", "33"], 1, "--stride 33: allowed"),
         (["--query", "a", "--window", "4"], 1, "at least a patch of 8 pixels"),
         (["--query", "a", "--template", "photo"], 1, "has no {}"),
         (["--set", "own"], 2, "needs --class-names FILE"),
