@@ -3,8 +3,8 @@
     python bench/contrast_memory.py [--anchors 4096] [--candidates 127000] [--chunks 1024 256 64] [--out FILE]
 
 Each row is a process of its own: forward and backward, with 30 soft positives an anchor. Peak: growth of its resident
-memory above what stands before, code and embeddings. The last column: how far loss and norms of gradients are from the
-plain ones.
+memory above what stands before, code and embeddings. Times are processor times. The last column: how far loss and
+norms of gradients are from the plain ones.
 """
 
 import argparse
@@ -42,12 +42,12 @@ def measure(anchors: int, candidates: int, dims: int, chunk: int | None) -> None
     info_nce(sides[0][:2], sides[1][:64], columns[:2, 0] % 64, 0.2, chunk=1).sum().backward()
     for leaf in leaves:
         leaf.grad = None
-    before, begun = resident("VmRSS"), time.perf_counter()
+    before, begun = resident("VmRSS"), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")
-    loss = info_nce(sides[0], sides[1], columns[:, 0], 0.2, soft=columns[:, 1:], weights=weights, chunk=chunk).mean()
-    forward, between = resident("VmHWM") - before, time.perf_counter()
+    loss = info_nce(*sides, columns[:, 0], 0.2, soft=columns[:, 1:], weights=weights, chunk=chunk).mean()
+    forward, between = resident("VmHWM") - before, time.process_time()
     loss.backward()
-    ended = time.perf_counter()
+    ended = time.process_time()
     norms = [float(leaf.grad.norm()) for leaf in (*leaves, weights) if leaf.grad is not None]
     result = {
         "chunk": chunk, "forward_bytes": forward, "bytes": resident("VmHWM") - before,
@@ -73,8 +73,10 @@ def table(rows: list[dict], options: argparse.Namespace) -> str:
         "",
         f"{options.anchors} anchors x {options.candidates} candidates, {options.dims} channels, {SOFT} soft positives "
         f"an anchor, float32 on the CPU, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} thread(s), load average "
-        f"{os.getloadavg()[0]:.0f}; all logits are {logits / 1e9:.2f} GB.",
-        "Peak: growth of the process's resident memory, by the end of the forward pass and of both passes.",
+        f"{os.getloadavg()[0]:.0f};",
+        f"all logits are {logits / 1e9:.2f} GB.",
+        "Peak: growth of the process's resident memory, by the end of the forward pass and of both passes. Times are "
+        "processor times.",
         "",
         "| rows at once | peak, forward | peak | x plain | forward | backward | x plain | loss, gradients |",
         "|---|---|---|---|---|---|---|---|",

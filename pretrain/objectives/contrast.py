@@ -225,14 +225,16 @@ class _ChunkedShares(torch.autograd.Function):
     def forward(
         ctx: Any, scaled: Tensor, candidates: Tensor, columns: Tensor, excluded: Tensor | None, chunk: int
     ) -> Tensor:
-        shares, totals = [], []
+        # Written into place: small results between the pieces would keep the C library from giving their memory again.
+        shares, totals = scaled.new_empty(columns.shape), scaled.new_empty(len(scaled), 1)
         for part in _parts(len(scaled), chunk):
             logits = _logits(scaled[part], candidates, columns[part], _rows(excluded, part))
-            totals.append(logits.logsumexp(1, keepdim=True))
-            shares.append(logits.gather(1, columns[part]) - totals[-1])
-        ctx.save_for_backward(scaled, candidates, columns, torch.cat(totals))
+            totals[part] = logits.logsumexp(1, keepdim=True)
+            shares[part] = logits.gather(1, columns[part]) - totals[part]
+            del logits
+        ctx.save_for_backward(scaled, candidates, columns, totals)
         ctx.excluded, ctx.chunk = excluded, chunk
-        return torch.cat(shares)
+        return shares
 
     @staticmethod
     @once_differentiable
@@ -247,6 +249,7 @@ class _ChunkedShares(torch.autograd.Function):
                 logits.mul_(-gradient.sum(1, keepdim=True)).scatter_add_(1, places, gradient)
                 of_scaled[part] = logits @ candidates
                 of_candidates.addmm_(logits.T, own)
+                del logits
         return of_scaled, of_candidates, None, None, None
 
 
