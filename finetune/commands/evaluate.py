@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune.probe.shots import numbers
 from finetune.recipe import TuneRecipe
+from pretrain.commands.option_types import positive
 from pretrain.commands.program import Program, run_program
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("knn", "linear", "attentive", "few-shot", "features", "windows")
+METHODS = ("knn", "linear", "attentive", "few-shot", "retrieval", "features", "windows")
 
 EXAMPLES = """\
 examples (the recipe says model, clip size and labelled data; the network stays frozen):
@@ -28,12 +30,17 @@ examples (the recipe says model, clip size and labelled data; the network stays 
       a grid of attentive heads over the tokens, trained in one pass; linear: over pooled features
   python launch/evaluate.py --recipe vit_b_k400 --method few-shot --shots 1,5,10 run.init_weights=model.pth
       nearest class mean of k videos a class, mean and spread of 5 draws
+  python launch/evaluate.py --recipe vit_b_ucf101 --method retrieval run.init_weights=runs/vit_b_dual
+      R@k: is one of the k most similar training videos of the same class
   python launch/evaluate.py --recipe vit_b_k400 --method features --tokens run.init_weights=model.pth
       pooled features, or of all tokens, to runs/<name>/features/*.npz
   python launch/evaluate.py --recipe vit_b_k400 --method features --shards run.init_weights=model.pth
       the same to runs/<name>/features/{train,held_out}/*.tar, which webdataset reads: one .npy and .json a video
   python launch/evaluate.py --recipe vit_g_k710 --method windows --step 4 run.init_weights=model.pth
       sliding windows over whole test videos, one .npy each, as published for temporal detection
+  python launch/evaluate.py --run runs/mine --train shards/in1k --val shards/in1k_val --method knn
+      no recipe of fine-tuning: the features that a pre-training run gives by itself, whatever its model; pictures or
+      clips; --run X --help tells more
   python launch/evaluate.py --from-csv detections.csv --truth ava_val_v2.2.csv --labels action_list.pbtxt
       no recipe: mAP of action detections in a file; --from-csv X --help tells more, docs/detection_metrics.md
 
@@ -45,31 +52,28 @@ guide: docs/finetuning.md
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    # Files are scored without a recipe.
-    if any(word.partition("=")[0] == "--from-csv" for word in words):
+    options = {word.partition("=")[0] for word in words}
+    # Files, and the features of a run, are scored without a recipe of fine-tuning.
+    if "--from-csv" in options:
         from finetune.detection import from_csv
 
         return from_csv.main(words)
+    if "--run" in options:
+        from finetune.probe import evaluate_run
+
+        return evaluate_run.main(words)
     return run_program(PROGRAM, argv)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default="knn", help="what to do with the features (default knn)")
-    parser.add_argument("--shots", type=_numbers, default=[1, 5, 10], metavar="1,5,10", help="few-shot: videos a class")
-    parser.add_argument("--epochs", type=int, default=50, help="linear, attentive: passes over the features")
+    parser.add_argument("--shots", type=numbers, default=[1, 5, 10], metavar="1,5,10", help="few-shot: videos a class")
+    parser.add_argument("--epochs", type=positive, default=50, help="linear, attentive: passes over the features")
     parser.add_argument("--tokens", action="store_true", help="features: of all tokens instead of pooled")
     parser.add_argument(
         "--shards", action="store_true", help="features, windows: WebDataset shards instead of .npz and .npy files"
     )
-    parser.add_argument("--step", type=int, default=16, help="windows: frames between two of them")
-
-
-def _numbers(text: str) -> list[int]:
-    """Parse `1,5,10`: one word, because the words behind it are the recipe's."""
-    numbers = [int(number) for number in text.split(",")]
-    if min(numbers) < 1:
-        raise ValueError("at least one video a class")
-    return numbers
+    parser.add_argument("--step", type=positive, default=16, help="windows: frames between two of them")
 
 
 def _run(method: "Method", arguments: argparse.Namespace) -> int:
@@ -112,6 +116,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     from finetune.classification.validation import labelled
     from finetune.probe.features import extract, held_out_sets, training_sets
+    from finetune.probe.scores import scores
 
     if arguments.method == "windows":
         return _windows(objective, recipe, arguments, ranks, folder)
@@ -131,7 +136,7 @@ def _evaluate(
             features.save(folder / "features" / f"{name}.npz")
         logger.info("features in %s", folder / "features")
         return {}
-    return _score(train, held_out, arguments, recipe.run.seed, ranks.device)
+    return scores(train, held_out, arguments, recipe.run.seed, ranks.device)
 
 
 def _feature_shards(objective: Any, recipe: TuneRecipe, kind: Any, ranks: Any, folder: Path) -> dict[str, Any]:
@@ -143,31 +148,6 @@ def _feature_shards(objective: Any, recipe: TuneRecipe, kind: Any, ranks: Any, f
     for name, sets in (("train", training_sets(recipe)), ("held_out", labelled(held_out_sets(recipe)))):
         result[name] = write_shards(folder / name, ranks, rows(objective, recipe, ranks, sets, kind))
         logger.info("%s features of %d videos in %s", kind, result[name], folder / name)
-    return result
-
-
-def _score(train: Any, held_out: Any, arguments: argparse.Namespace, seed: int, device: Any) -> dict[str, Any]:
-    from finetune.probe.few_shot import few_shot
-    from finetune.probe.heads import train_heads
-    from pretrain.metrics.neighbours import knn_scores
-    from pretrain.metrics.ranking import accuracy
-
-    result: dict[str, Any] = {"videos": len(held_out.keys), "chance": 100 / len(train.names)}
-    if arguments.method == "knn":
-        votes = knn_scores(train.values, train.targets, held_out.values, len(train.names))
-        result |= {"top1": accuracy(votes, held_out.targets), "top5": accuracy(votes, held_out.targets, 5)}
-        logger.info("20 nearest neighbours: top1 %.2f, top5 %.2f", result["top1"], result["top5"])
-    elif arguments.method == "few-shot":
-        for shots in arguments.shots:
-            mean, spread = few_shot(train, held_out, shots, seed=seed)
-            result[f"{shots} a class"] = {"top1": mean, "deviation": spread}
-            logger.info("%d a class: top1 %.2f +- %.2f", shots, mean, spread)
-    else:
-        points = train_heads(train, held_out, arguments.method, arguments.epochs, seed=seed, device=device)
-        result["grid"] = [vars(point) for point in points]
-        result |= {"top1": points[0].top1, "top5": points[0].top5}
-        for point in points:
-            logger.info("lr %.0e, wd %.0e: top1 %.2f, top5 %.2f", point.rate, point.decay, point.top1, point.top5)
     return result
 
 

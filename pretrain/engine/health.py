@@ -29,13 +29,18 @@ def open_health(method: Method, ranks: Ranks, objective: Objective) -> "HealthSi
     recipe = method.recipe
     if recipe.health.shards is None:
         return None
-    if type(objective).features is Objective.features:
-        raise RecipeError(f"health.shards: objective {recipe.objective.name} has no `features`; set health.shards=null")
-    if type(method.samples()).without_chance is Samples.without_chance:
-        raise RecipeError(
-            f"health.shards: samples of input.name={recipe.input.name} have no `without_chance`; set health.shards=null"
-        )
+    if lacking := lacking_features(method, objective):
+        raise RecipeError(f"health.shards: {lacking}; set health.shards=null")
     return HealthSignal(method, ranks)
+
+
+def lacking_features(method: Method, objective: Objective) -> str:
+    """Say what keeps a method's features from being judged; empty where nothing does."""
+    if type(objective).features is Objective.features:
+        return f"objective {method.recipe.objective.name} has no `features`"
+    if type(method.samples()).without_chance is Samples.without_chance:
+        return f"samples of input.name={method.recipe.input.name} have no `without_chance`"
+    return ""
 
 
 class HealthSignal:

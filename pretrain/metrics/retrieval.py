@@ -4,12 +4,14 @@ R@k, median and mean rank as in TVTSv2 and the code that it comes from (Frozen i
 systems/tvtsv2.md, section 6. A query is a row, a candidate a column.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pretrain.errors import DataError
 
@@ -18,6 +20,8 @@ from pretrain.errors import DataError
 Ties = Literal["best", "mean", "worst"]
 #: Ranks of which the geometric mean of R@k is taken.
 GEOMETRIC = (1, 5, 10)
+#: Queries compared at once.
+CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def retrieval_scores(
     """
     _check(similarity, truth, similarity.shape[-1], "truth")
     relevant = torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, truth[:, None], True)
-    return _scores(first_ranks(similarity, relevant, ties), at)
+    return scores_of_ranks(first_ranks(similarity, relevant, ties), similarity.shape[1], at)
 
 
 def class_retrieval(
@@ -86,7 +90,8 @@ def class_retrieval(
     if labels.shape != similarity.shape[-1:]:
         raise DataError(f"retrieval: {similarity.shape[-1]} candidates, but labels of shape {list(labels.shape)}")
     _check(similarity, query_labels, None, "query_labels")
-    return _scores(first_ranks(similarity, query_labels[:, None] == labels, ties), at)
+    ranks = first_ranks(similarity, query_labels[:, None] == labels, ties)
+    return scores_of_ranks(ranks, len(labels), at)
 
 
 def first_ranks(similarity: Tensor, relevant: Tensor, ties: Ties = "best") -> Tensor:
@@ -119,6 +124,22 @@ def first_ranks(similarity: Tensor, relevant: Tensor, ties: Ties = "best") -> Te
     return torch.where(usable.any(1), above, float(similarity.shape[1]))
 
 
+def cosine_ranks(
+    queries: Tensor, candidates: Tensor, query_labels: Tensor, labels: Tensor, ties: Ties = "best"
+) -> Tensor:
+    """Find `first_ranks` [Q] by the cosine of embeddings, some queries at a time: for sets too large for one matrix.
+
+    Args:
+        queries: float [Q, D].
+        candidates: float [N, D].
+        query_labels, labels: int64 [Q] and [N]; what has the same belongs together.
+        ties: as for `first_ranks`.
+    """
+    known, unit = F.normalize(candidates.float(), dim=1), F.normalize(queries.float(), dim=1)
+    pairs = zip(unit.split(CHUNK), query_labels.split(CHUNK), strict=True)
+    return torch.cat([first_ranks(some @ known.T, wanted[:, None] == labels, ties) for some, wanted in pairs])
+
+
 def dual_softmax(similarity: Tensor, temperature: float = 1.0) -> Tensor:
     """Weigh similarities [Q, N] by a softmax over queries: a candidate that all queries are near to counts less.
 
@@ -133,20 +154,21 @@ def dual_softmax(similarity: Tensor, temperature: float = 1.0) -> Tensor:
     return similarity * (similarity / temperature).softmax(0)
 
 
-def _scores(ranks: Tensor, at: Sequence[int]) -> RetrievalScores:
-    recall = {k: _recall(ranks, k) for k in at}
-    geometric = torch.tensor([_recall(ranks, k) for k in GEOMETRIC], dtype=torch.float64)
+def scores_of_ranks(ranks: Tensor, candidates: int, at: Sequence[int] = (1, 5, 10, 50)) -> RetrievalScores:
+    """Score queries by their `first_ranks` [Q] among N candidates; a set too large for one matrix is made in pieces."""
+
+    def recall(k: int) -> float:
+        # As officially: first means rank 0 alone, so that a tie in the middle of two is none; among the first five is
+        # 4.5. What is never found has the rank N, and is not among the first 50 of 10 either.
+        found = ranks == 0 if k == 1 else ranks < min(k, candidates)
+        return 100 * float(found.double().mean())
+
+    geometric = math.prod(recall(k) for k in GEOMETRIC) ** (1 / len(GEOMETRIC))
     # Not torch.median, which takes the lower of the two in the middle.
     ordered, count = ranks.sort().values, len(ranks)
     median = float(ordered[(count - 1) // 2] + ordered[count // 2]) / 2
-    mean = float(geometric.prod() ** (1 / len(geometric)))
-    return RetrievalScores(recall, median + 1, float(ranks.mean()) + 1, mean, count)
-
-
-def _recall(ranks: Tensor, k: int) -> float:
-    # As officially: first means rank 0 alone, so that a tie in the middle of two is none; among the first five is 4.5.
-    found = ranks == 0 if k == 1 else ranks < k
-    return 100 * float(found.double().mean())
+    mean = float(ranks.mean())
+    return RetrievalScores({k: recall(k) for k in at}, median + 1, mean + 1, geometric, count)
 
 
 def _check(similarity: Tensor, queries: Tensor, candidates: int | None, name: str) -> None:

@@ -128,12 +128,10 @@ def log_shares(
         # Divided here and not in the logits: the gradient of a temperature then needs no matrix of its own.
         scaled = anchors.to(sum_type(anchors)) / temperature
         candidates = candidates.to(sum_type(candidates))
-        if excluded is not None:
-            excluded = excluded.scatter(1, columns, False)
         if chunk is not None and chunk < len(anchors):
             found: Tensor = _ChunkedShares.apply(scaled, candidates, columns, excluded, chunk)
             return found
-        return _logits(scaled, candidates, excluded).log_softmax(1).gather(1, columns)
+        return _logits(scaled, candidates, columns, excluded).log_softmax(1).gather(1, columns)
 
 
 def both_directions(
@@ -229,7 +227,7 @@ class _ChunkedShares(torch.autograd.Function):
     ) -> Tensor:
         shares, totals = [], []
         for part in _parts(len(scaled), chunk):
-            logits = _logits(scaled[part], candidates, _rows(excluded, part))
+            logits = _logits(scaled[part], candidates, columns[part], _rows(excluded, part))
             totals.append(logits.logsumexp(1, keepdim=True))
             shares.append(logits.gather(1, columns[part]) - totals[-1])
         ctx.save_for_backward(scaled, candidates, columns, torch.cat(totals))
@@ -243,18 +241,19 @@ class _ChunkedShares(torch.autograd.Function):
         of_scaled, of_candidates = torch.empty_like(scaled), torch.zeros_like(candidates)
         with torch.autocast(scaled.device.type, enabled=False):
             for part in _parts(len(scaled), ctx.chunk):
-                own, gradient = scaled[part], gradients[0][part]
+                own, places, gradient = scaled[part], columns[part], gradients[0][part]
                 # In place: softmax, then the gradient of the logits, in the memory of the logits.
-                logits = _logits(own, candidates, _rows(ctx.excluded, part)).sub_(totals[part]).exp_()
-                logits.mul_(-gradient.sum(1, keepdim=True)).scatter_add_(1, columns[part], gradient)
+                logits = _logits(own, candidates, places, _rows(ctx.excluded, part)).sub_(totals[part]).exp_()
+                logits.mul_(-gradient.sum(1, keepdim=True)).scatter_add_(1, places, gradient)
                 of_scaled[part] = logits @ candidates
                 of_candidates.addmm_(logits.T, own)
         return of_scaled, of_candidates, None, None, None
 
 
-def _logits(scaled: Tensor, candidates: Tensor, excluded: Tensor | None) -> Tensor:
+def _logits(scaled: Tensor, candidates: Tensor, columns: Tensor, excluded: Tensor | None) -> Tensor:
     logits = scaled @ candidates.T
-    return logits if excluded is None else logits.masked_fill_(excluded, -math.inf)
+    # What is asked for is a candidate in any case.
+    return logits if excluded is None else logits.masked_fill_(excluded.scatter(1, columns, False), -math.inf)
 
 
 def _parts(rows: int, chunk: int) -> list[slice]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import DataError
-from pretrain.metrics.retrieval import class_retrieval, dual_softmax, first_ranks, retrieval_scores
+from pretrain.metrics.retrieval import class_retrieval, cosine_ranks, dual_softmax, first_ranks, retrieval_scores
 
 NAN, INF = float("nan"), float("inf")
 
@@ -63,8 +63,9 @@ def test_ties_of_two_are_first_middle_or_second() -> None:
 )
 def test_a_broken_network_finds_nothing(row: list[float], right: int, rank: int) -> None:
     for ties in ("best", "mean", "worst"):
-        found = retrieval_scores(torch.tensor([row]), torch.tensor([right]), ties, (1, 3))  # type: ignore[arg-type]
-        assert found.mean_rank == rank + 1 and found.recall == {1: 100.0 * (rank == 0), 3: 100.0 * (rank < 3)}
+        found = retrieval_scores(torch.tensor([row]), torch.tensor([right]), ties, (1, 3, 50))  # type: ignore[arg-type]
+        assert found.mean_rank == rank + 1
+        assert found.recall == {1: 100.0 * (rank == 0), 3: 100.0 * (rank < 3), 50: 100.0 * (rank < 3)}
 
 
 @pytest.mark.parametrize("ties", ["best", "mean", "worst"])
@@ -89,6 +90,14 @@ def test_a_class_is_not_found_by_what_was_taken_out() -> None:
     rows = torch.tensor([[1.0, 0.2, 0.5], [0.2, 1.0, 0.1], [0.5, 0.1, 1.0]]).fill_diagonal_(-INF)
     labels = torch.tensor([0, 0, 1])
     assert class_retrieval(rows, labels, labels, at=(1, 2)).recall == pytest.approx({1: 100 / 3, 2: 200 / 3})
+
+
+def test_pieces_are_the_whole_matrix() -> None:
+    queries, candidates = torch.randn(2500, 6), torch.randn(40, 6) * torch.arange(1, 41)[:, None]
+    labels, wanted = torch.arange(40) % 7, torch.arange(2500) % 7
+    similarity = torch.nn.functional.cosine_similarity(queries[:, None], candidates[None], dim=-1)
+    expected = first_ranks(similarity, wanted[:, None] == labels)
+    assert (cosine_ranks(queries, candidates, wanted, labels) == expected).double().mean() > 0.999, "but for rounding"
 
 
 def test_dual_softmax_takes_back_what_is_near_to_all() -> None:

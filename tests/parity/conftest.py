@@ -42,6 +42,7 @@ SYSTEMS = {
     "TDN": "tdn",
     "SNCLR": "snclr",
     "TVTSv2": "tvtsv2",
+    "TagAlign": "tagalign",
 }
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"

@@ -1,0 +1,1 @@
+"""Segmentation by free text: masks of queries, the published sets' protocols, pictures."""
