@@ -83,19 +83,27 @@ def judge_pictures(
     rows = RowsWithoutChance(sets, samples)
     pictures = HeldOutSamples(sets, rows, ranks.rank, ranks.world_size, 1, recipe.data.deadline_s)
     mine = JudgedPictures(torch.zeros(classes, classes + 1, dtype=torch.int64))
+    # With sharded weights every rank takes part in every pass, also one that has fewer pictures or smaller ones.
+    together = recipe.zero.stage == 3
+    rounds = pictures.batches(evaluate.workers) if together else 0
     with objective.evaluated_weights(), torch.no_grad():
-        for one in held_out_loader(pictures, evaluate.workers):
-            mine.unreadable += map(str, one.unreadable)
-            if one.batch is None:
+        for one, _ in itertools.zip_longest(held_out_loader(pictures, evaluate.workers), range(rounds)):
+            found = None if one is None else one.batch
+            if one is not None:
+                mine.unreadable += map(str, one.unreadable)
+            if together:
+                own = 0 if found is None else objective.passes(*found["video"].shape[2:4])
+                objective.idle(max(gather_objects(ranks, own)) - own)
+            if found is None:
                 continue
-            batch = to_device(one.batch, ranks.device)
+            batch = to_device(found, ranks.device)
             labels = batch["mask"]
-            found = objective.segment(batch["video"], *labels.shape[1:])
-            mine.confusion += segmentation_confusion(labels, found, classes).cpu()
+            answer = objective.segment(batch["video"], *labels.shape[1:])
+            mine.confusion += segmentation_confusion(labels, answer, classes).cpu()
             mine.pictures += 1
             if ranks.first and len(mine.examples) < shown:
                 mine.examples.append((batch["video"][0, 0].cpu().numpy(), labels[0].cpu().numpy(),
-                                      found[0].cpu().numpy()))  # fmt: skip
+                                      answer[0].cpu().numpy()))  # fmt: skip
     parts = gather_objects(ranks, mine)
     judged = JudgedPictures(
         torch.stack([part.confusion for part in parts]).sum(0),

@@ -81,6 +81,20 @@ class SegmentationObjective(TunedObjective):
         scores = resized(scores, (height, width))
         return torch.where(scores.isfinite().all(1), scores.argmax(1), NO_CLASS)
 
+    def passes(self, height: int, width: int) -> int:
+        """Count the passes in which `segment` looks at a picture of this size."""
+        options = self.recipe.objective
+        if options.judge == "whole":
+            return 1
+        return sum(1 for _ in windows(height, width, self.recipe.input.crop_size, options.stride))
+
+    @torch.no_grad()
+    def idle(self, count: int) -> None:
+        """Pass through the network so often on nothing, while other ranks look at larger pictures."""
+        side = self.recipe.input.crop_size
+        for _ in range(count):
+            self._scores(next(self.parameters()).new_zeros(1, 1, side, side, 3))
+
     def take_start(self, path: str, raw: Mapping[str, Tensor]) -> None:
         """Take over an encoder, a classifier or a segmenter; a head of another kind or size is left out."""
         named = self.architecture.own_weights(raw)

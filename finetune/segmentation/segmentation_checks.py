@@ -28,10 +28,6 @@ def check_segmentation(recipe: TuneRecipe) -> list[str]:
             f"objective.stride: found {options.stride}, allowed: 1 to input.crop_size={recipe.input.crop_size}, or "
             "windows would leave pixels out"
         )
-    held_out = any(source.val or source.test for source in recipe.data.sources.values())
-    if recipe.zero.stage == 3 and held_out:
-        found.append("zero.stage: found 3, allowed with held-out pictures: 0 to 2; ranks would take different numbers "
-                     "of passes through sharded weights")  # fmt: skip
     return found + check_held_out(recipe, UNREAD)
 
 

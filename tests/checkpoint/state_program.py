@@ -156,7 +156,7 @@ def holds(engine: Any, ranks: Any) -> dict[str, Any]:
     module = engine.module
     found = {f"live {name}": value for name, value in whole(trained(module.model)).items()}
     # DeepSpeed rounds statistics to bfloat16 in some stages and not in others.
-    found["live level"] = module.model.level.bfloat16()
+    found["live level"] = module.model.level.clone().bfloat16()
     found |= {f"average {name}": value for name, value in together(module.average, ranks).items()}
     found |= {f"momentum {name}": value for name, value in together(module.teacher.average, ranks).items()}
     found |= {f"twin {name}": value for name, value in whole(dict(module.teacher.twin.named_parameters())).items()}
