@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pretrain.errors import TubeletError
+from pretrain.commands.exit_codes import FAILED, USAGE
+from pretrain.errors import RecipeError, TubeletError
 from pretrain.runtime.terminal import take_any_name
 
 DESCRIPTION = """\
@@ -19,6 +20,8 @@ examples:
   python launch/video_text.py retrieve MODEL shards/msrvtt_1k --dual-softmax
   python launch/video_text.py recognize B_16.pth shards/hmdb51 --recipe vit_b16_tvtsv2 --class-names label2id.json
   python launch/video_text.py choose MODEL ssv2_mc.jsonl videos/
+
+exit codes: 0 done, 1 failed, 2 wrong usage
 """
 #: Share of files that may be unreadable, where nothing else is asked for.
 MISSING = 0.01
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         done: int = arguments.do(arguments)
     except TubeletError as error:
         print(f"video_text: {error}", file=sys.stderr)
-        return 1
+        return USAGE if isinstance(error, RecipeError) else FAILED
     return done
 
 
