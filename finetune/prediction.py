@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from pretrain.errors import WeightsError
+from pretrain.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ def ask(predictor: VideoPredictor, task: str, video: str, question: Question) ->
         question: options.
 
     Raises:
-        WeightsError: an option has no meaning for the task.
+        RecipeError: an option has no meaning for the task.
     """
     given = [one.name for one in fields(question) if getattr(question, one.name) is not None and one.name != "out"]
     if foreign := [name for name in given if name not in predictor.understood]:
         options = ", ".join("--" + name.replace("_", "-").removesuffix("-s") for name in foreign)
         allowed = ", ".join("--" + name.replace("_", "-").removesuffix("-s") for name in sorted(predictor.understood))
-        raise WeightsError(f"{options}: without a meaning for the task {task}; allowed with it: {allowed}, --out")
+        raise RecipeError(f"{options}: without a meaning for the task {task}; allowed with it: {allowed}, --out")
     return predictor.answer(video, question)
 
 

@@ -9,7 +9,7 @@ class TubeletError(Exception):
 
 
 class RecipeError(TubeletError):
-    """Error of a wrong recipe or override; `problems` lists everything found at once. Exit code 2."""
+    """Error of a wrong recipe, override or option; `problems` lists everything found at once. Exit code 2."""
 
     def __init__(self, problems: str | list[str]) -> None:
         # A list, so that what several checks find can be gathered and told at once.

@@ -7,6 +7,7 @@ exists, has a session of its own and goes on as `python WORDS` would, so it is a
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import os
@@ -121,6 +122,10 @@ def serve(requests: socket.socket) -> None:
     """Fork what is asked for until nobody is left to ask."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    # DeepSpeed collects garbage several times for each engine, a third of a second each where all libraries are walked
+    # through.
+    gc.collect()
+    gc.freeze()
     while True:
         data, streams, _, _ = socket.recv_fds(requests, 1 << 20, 3)
         if not data:

@@ -12,8 +12,9 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 230), 
 #: Frames a second, and length of a film of four segments of a second and three pauses of a quarter.
 RATE, SECONDS = 12, 5.0
 #: Of a toy model's two towers; the text tower is large enough to have a frozen part.
-MODEL = """{name: tvtsv2, size: custom, image_size: 32, patch_size: 8, dim: 32, depth: 2, heads: 2, embedding: 24, text_dim: 16,
-        text_depth: 4, text_heads: 2, activation: quick_gelu, context: 8, vocabulary: 16, sort_heads: 2, frames: 6}"""
+MODEL = """{name: tvtsv2, size: custom, image_size: 32, patch_size: 8, dim: 32, depth: 2, heads: 2, embedding: 24,
+        text_dim: 16, text_depth: 4, text_heads: 2, activation: quick_gelu, context: 8, vocabulary: 16,
+        sort_heads: 2, frames: 6}"""
 RECIPE = f"""\
 model: {MODEL}
 objective: {{name: tvtsv2}}
@@ -71,7 +72,7 @@ def make_tokenizer(path: Path) -> None:
     from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing
 
-    words = ["[PAD]", "[UNK]", "<start>", "a", "person", "square", *COLOURS, "made", "up", "0", "1", "2", "<end>"]
+    words = ["[PAD]", "[UNK]", "<start>", "a", "person", "square", *COLOURS, "dog", "cat", "0", "1", "2", "<end>"]
     tokenizer = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     marks = [(word, words.index(word)) for word in ("<start>", "<end>")]
@@ -85,7 +86,8 @@ def make_films(folder: Path) -> Path:
         (folder / name).mkdir(parents=True)
     orders = list(itertools.permutations(COLOURS))
     write_shard(folder / "films" / "films-000000.tar", (
-        (f"film{number:02d}", {"narration": narration(order)}, film(order, number)) for number, order in enumerate(orders)
+        (f"film{number:02d}", {"narration": narration(order)}, film(order, number))
+        for number, order in enumerate(orders)
     ))  # fmt: skip
     write_shard(folder / "clips" / "clips-000000.tar", (
         (f"clip{number:02d}", {"caption": f"a {colour} square", "label": colour},

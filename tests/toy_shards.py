@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,9 +38,10 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, Any], bytes]]
 
 
 def index(*folders: Path) -> None:
-    """launch/pack.py --index-only."""
-    words = [sys.executable, str(ROOT / "launch" / "pack.py"), "--index-only", *map(str, folders)]
-    subprocess.run(words, check=True, capture_output=True)
+    """launch/pack.py --index-only, in this process: a start takes longer than the work."""
+    from pretrain.commands.pack import main
+
+    assert main(["--index-only", *map(str, folders)]) == 0
 
 
 def forget_hashes(folder: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from finetune.classification.predictions import INFO, Floats, Predictions, checked, read_predictions, scores
 from finetune.classification.testing import rescore
-from pretrain.errors import DataError
+from pretrain.errors import DataError, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +27,19 @@ def ensemble(places: list[Path], merge: Merge = "probabilities", out: Path | Non
         out: folder that the joint predictions are written to, to be scored again; None: nowhere.
 
     Raises:
-        DataError: a place has no test, is named twice, or the tests are not of the same videos and classes.
+        RecipeError: a test is named twice or alone, or `out` holds predictions already.
+        DataError: a place has no test, or the tests are not of the same videos and classes.
     """
     folders = [predictions_folder(place).resolve() for place in places]
     if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
-        raise DataError(f"{', '.join(twice)}: named twice, which would only weigh it twice; name each test once")
+        raise RecipeError(f"{', '.join(twice)}: named twice, which would only weigh it twice; name each test once")
     tests = [read_predictions(folder) for folder in folders]
     joint = merged_predictions(tests, [str(folder) for folder in folders], merge)
     for folder, test in zip(folders, tests, strict=True):
         logger.info("%s: %s", folder, _line(scores(test)))
     if out is not None:
         if any(out.glob("part_*.npz")):
-            raise DataError(f"{out}: holds predictions already; name another folder")
+            raise RecipeError(f"{out}: holds predictions already; name another folder")
         joint.write_part(out, 0)
         return rescore(out)
     result = scores(joint)
@@ -70,16 +71,17 @@ def merged_predictions(tests: list[Predictions], names: list[str], merge: Merge)
         merge: how.
 
     Raises:
-        DataError: fewer than two, or videos, labels or classes differ.
+        RecipeError: fewer than two, or no classes to be merged in this way.
+        DataError: videos, labels or classes differ.
     """
     if len(tests) < 2:
-        raise DataError("an ensemble needs two tests or more")
+        raise RecipeError("an ensemble needs two tests or more")
     first = tests[0]
     for test, name in zip(tests[1:], names[1:], strict=True):
         if (test.task, test.names) != (first.task, first.names):
             raise DataError(f"{names[0]}, {name}: tests of other tasks or classes; an ensemble has the same outputs")
     if merge == "clamped" and first.task != "single":
-        raise DataError(f"clamped: found a test of task {first.task}, allowed: single; take probabilities")
+        raise RecipeError(f"clamped: found a test of task {first.task}, allowed: single; take probabilities")
     unread = sorted({line for test in tests for line in test.unreadable})
     common = _common_keys(tests, names, {line.partition(": ")[0] for line in unread})
     rows = [_rows(test, common) for test in tests]

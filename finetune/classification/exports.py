@@ -14,7 +14,7 @@ from finetune.classification.frame_facts import facts_of
 from finetune.classification.labels import Task
 from finetune.recipe import TuneRecipe
 from pretrain.data.media import MEAN, STD
-from pretrain.errors import WeightsError
+from pretrain.errors import RecipeError
 from pretrain.models.base import Classifier
 from pretrain.models.classifier_export import export_huggingface
 from pretrain.models.formats import export_official, recipe_text
@@ -67,7 +67,7 @@ def _huggingface(recipe: TuneRecipe, source: Path, objective: Any, dest: str) ->
 
 def _official(objective: Any, dest: str) -> str:
     if any(name == "update" for _, name in attached(objective.model)):
-        raise WeightsError(
+        raise RecipeError(
             "the official layout has no place for low-rank updates, and official code would drop them without a word; "
             "add --merge"
         )

@@ -141,7 +141,8 @@ def scores(predictions: Predictions) -> dict[str, float]:
         result = {"mAP": 100 * float(np.mean(known)) if known else float("nan"), "classes": float(len(known))}
     else:
         picked = np.take_along_axis(merged, targets[:, None], axis=1)
-        result = {f"top{k}": 100 * float((ranks(merged, targets) < k).mean()) for k in (1, 5)}
+        above, counts = ranks(merged, targets), ranking.counts_of(merged.shape[1])
+        result = {f"top{k}": 100 * float((above < k).mean()) for k in counts}
         result["mean_class_accuracy"] = 100 * float(np.nanmean(class_accuracy(predictions)))
         # One probability that was rounded to 0 would make the mean infinite.
         result["loss"] = float(-np.log(np.maximum(picked, 1e-12)).mean())

@@ -23,7 +23,7 @@ from pretrain.data.decoders import open_video
 from pretrain.data.linked_video import Footage, StillImage
 from pretrain.data.media import is_of_kind
 from pretrain.data.motion_tables import Curve
-from pretrain.errors import DataError, SampleError
+from pretrain.errors import DataError, RecipeError, SampleError
 from pretrain.models.pixels import unit_pixels
 from pretrain.runtime import storage
 from pretrain.runtime.pictures import SHEET_FRAMES, contact_sheet
@@ -200,6 +200,7 @@ def predict_video(
         decoder: library that decodes; None: the model's.
 
     Raises:
+        RecipeError: several views of a picture, or no such decoder.
         DataError: a folder, no such file, no video or image that can be read, or the decoder is not installed.
         StorageError: a store does not answer.
     """
@@ -207,7 +208,7 @@ def predict_video(
         found = "a folder" if Path(video).is_dir() else "no such file"
         raise DataError(f"{video}: {found}; one video or image is expected, of many labelled ones: launch/evaluate.py")
     if predictor.rules.picture_filter is not None and clips * crops > 1:
-        raise DataError(
+        raise RecipeError(
             f"{clips} x {crops} views: {predictor.source} takes pictures, which are judged by their middle alone; "
             "leave --clips and --crops out"
         )

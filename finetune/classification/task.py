@@ -25,7 +25,7 @@ from finetune.classification.predictor import Predictor, predictor_of
 from finetune.classification.recipe_checks import check_classification, classification_warnings
 from finetune.classification.testing import run_test
 from finetune.classification.validation import Validation, labelled, video_sets
-from finetune.classification.views import TrainingViews
+from finetune.classification.views import SourceRules, TrainingViews
 from finetune.recipe import TuneRecipe
 from finetune.tested_checkpoint import wants_test
 from finetune.tuned import TunedObjective, build_tuned
@@ -87,13 +87,22 @@ class ClassificationTask(Method):
         return classification_warnings(self.recipe)
 
     def samples(self) -> TrainingViews:
-        rules = source_rules(self.recipe)
-        for line in [*label_report(self.recipe, rules), *motion_report(self.recipe, rules)]:
+        rules, report = self._compared_with_data()
+        for line in report:
             logger.info(line)
+        return TrainingViews(self.recipe, rules)
+
+    def data_report(self) -> list[str]:
+        return self._compared_with_data()[1]
+
+    def _compared_with_data(self) -> tuple[list[SourceRules], list[str]]:
+        """Resolve the rules of the sources, whose labels are what the recipe says, and report on these data."""
+        rules = source_rules(self.recipe)
+        report = [*label_report(self.recipe, rules), *motion_report(self.recipe, rules)]
         if wants_test(self.recipe):
             # Validation opens its shards at the start by itself; a wrong folder or label here ends a trained run.
             labelled(video_sets(self.recipe, test=True, rules=rules))
-        return TrainingViews(self.recipe, rules)
+        return rules, report
 
     def example(self, count: int) -> Batch:
         # Without rules, for which labels would be counted: plan and doctor run where the shards are not.

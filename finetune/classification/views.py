@@ -196,7 +196,7 @@ class VideoSet(HeldOutSet):
 
 
 @dataclass(frozen=True)
-class JudgedVideos(HeldOutRows[dict[str, Any], dict[str, Any]]):
+class VideoRows(HeldOutRows[dict[str, Any], dict[str, Any]]):
     """Videos one by one: `key`, `target`, `views` uint8 [V, T, H, W, 3] of each."""
 
     sets: Sequence[VideoSet]
@@ -217,6 +217,6 @@ class JudgedVideos(HeldOutRows[dict[str, Any], dict[str, Any]]):
 def held_out_videos(
     sets: Sequence[VideoSet], views: EvaluationViews, rank: int, world_size: int, deadline_s: float
 ) -> HeldOutSamples[dict[str, Any]]:
-    """Read a rank's part of the videos, views and not videos filling the batches of a model; see `JudgedVideos`."""
+    """Read a rank's part of the videos, views and not videos filling the batches of a model; see `VideoRows`."""
     motion = [number for number, one in enumerate(sets) if one.rules.choice.needs_motion]
-    return HeldOutSamples(sets, JudgedVideos(sets, views), rank, world_size, 1, deadline_s, motion=motion)
+    return HeldOutSamples(sets, VideoRows(sets, views), rank, world_size, 1, deadline_s, motion=motion)

@@ -85,14 +85,15 @@ def compare(runs: list[Path]) -> list[str]:
     width = max(len(one.name) for one in tested)
     lines = [f"{'run':{width}}  {'start':11}  {'method':11}  {'trained':>11}  {'top-1':>7}  {'top-5':>7}"]
     for one in tested:
-        top1, top5 = (one.scores.get(name, float("nan")) for name in ("top1", "top5"))
+        # A test of fewer than five classes has no top-5.
+        shown = [f"{one.scores[name]:5.1f} %" if name in one.scores else f"{'-':>7}" for name in ("top1", "top5")]
         lines.append(
-            f"{one.name:{width}}  {one.start:11}  {one.recipe.tune.method:11}  {one.trained:11,}"
-            f"  {top1:5.1f} %  {top5:5.1f} %"
+            f"{one.name:{width}}  {one.start:11}  {one.recipe.tune.method:11}  {one.trained:11,}  {'  '.join(shown)}"
         )
     for count in sorted({one.classes for one in tested}):
         guess = f"guessing one of {count} classes"
-        lines.append(f"{guess:{width + 39}}  {100 / count:5.1f} %  {min(500 / count, 100):5.1f} %")
+        top5 = f"{500 / count:5.1f} %" if count >= 5 else f"{'-':>7}"
+        lines.append(f"{guess:{width + 39}}  {100 / count:5.1f} %  {top5}")
     return lines
 
 

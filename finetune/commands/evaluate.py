@@ -12,6 +12,7 @@ import numpy as np
 
 from finetune.probe.shots import numbers
 from finetune.recipe import TuneRecipe
+from pretrain.commands.option_types import positive
 from pretrain.commands.program import Program, run_program
 
 if TYPE_CHECKING:
@@ -67,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default="knn", help="what to do with the features (default knn)")
     parser.add_argument("--shots", type=numbers, default=[1, 5, 10], metavar="1,5,10", help="few-shot: videos a class")
-    parser.add_argument("--epochs", type=int, default=50, help="linear, attentive: passes over the features")
+    parser.add_argument("--epochs", type=positive, default=50, help="linear, attentive: passes over the features")
     parser.add_argument("--tokens", action="store_true", help="features: of all tokens instead of pooled")
     parser.add_argument(
         "--shards", action="store_true", help="features, windows: WebDataset shards instead of .npz and .npy files"
     )
-    parser.add_argument("--step", type=int, default=16, help="windows: frames between two of them")
+    parser.add_argument("--step", type=positive, default=16, help="windows: frames between two of them")
 
 
 def _run(method: "Method", arguments: argparse.Namespace) -> int:

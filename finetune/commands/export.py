@@ -1,13 +1,12 @@
 """Command line of launch/export.py."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pretrain.errors import TubeletError, WeightsError
-from pretrain.runtime.terminal import take_any_name
+from pretrain.commands.exit_codes import run_command
+from pretrain.errors import RecipeError
 
 if TYPE_CHECKING:
     from pretrain.trained.load_run import Trained
@@ -32,19 +31,14 @@ examples:
   python launch/export.py runs/vit_b_dual/checkpoints/step_00100000 weights/vit_b_hf --format huggingface
   python launch/export.py runs/vit_b_k400 weights/vit_b_k400.onnx --format onnx
   python launch/export.py runs/mine_lora weights/mine.pth --format official --merge
+
+exit codes: 0 done, 1 failed, 2 wrong usage
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    take_any_name()
-    arguments = make_parser().parse_args(argv)
-    try:
-        _export(arguments)
-    except TubeletError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("export", make_parser(), argv, _export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -70,7 +64,7 @@ def _merged(trained: "Trained") -> "Trained":
     from pretrain.objectives.base import method_of
 
     if not isinstance(trained.recipe, TuneRecipe):
-        raise WeightsError(
+        raise RecipeError(
             f"{trained.source}: --merge is for fine-tuned weights with low-rank updates (tune.method=lora)"
         )
     merge(trained.objective.model)

@@ -47,7 +47,7 @@ def _read_only(words: list[str]) -> int:
     from finetune.classification.ensemble import ensemble
     from finetune.classification.testing import rescore
     from finetune.commands.compare import compare
-    from pretrain.errors import TubeletError
+    from pretrain.errors import RecipeError, TubeletError
 
     parser = argparse.ArgumentParser(prog="finetune.py", description="Score or compare what was tested.")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -70,7 +70,7 @@ def _read_only(words: list[str]) -> int:
             print("\n".join(compare(arguments.compare)))
     except TubeletError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RecipeError) else 1
     return 0
 
 

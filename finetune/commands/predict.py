@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.errors import TubeletError, WeightsError
-from pretrain.runtime.terminal import take_any_name
+from pretrain.commands.exit_codes import run_command
+from pretrain.commands.option_types import positive
+from pretrain.errors import RecipeError, WeightsError
 
 if TYPE_CHECKING:
     from finetune.prediction import VideoPredictor
@@ -28,19 +28,14 @@ examples:
   python launch/predict.py clip.mp4 --weights runs/vit_b_k400 --keep-rate 0.7
   python launch/predict.py cat.jpg --weights runs/sparseformer_tiny_in1k --regions cat_regions.png
   python launch/predict.py street.mp4 --weights runs/vit_b_ava --persons hog --out street_actions.mp4
+
+exit codes: 0 done, 1 failed, 2 wrong usage
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    take_any_name()
-    arguments = make_parser().parse_args(argv)
-    try:
-        _predict(arguments)
-    except TubeletError as error:
-        print(f"predict: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("predict", make_parser(), argv, _predict)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -61,7 +56,7 @@ def _predictor(arguments: argparse.Namespace) -> "tuple[str, VideoPredictor]":
 
     if Path(arguments.weights).suffix in GRAPHS:
         if arguments.keep_rate is not None:
-            raise WeightsError(
+            raise RecipeError(
                 f"--keep-rate: {arguments.weights} is a graph of one rate; give the run or an export folder"
             )
         return "classification", predictor_of_graph(Path(arguments.weights))
@@ -89,9 +84,9 @@ def make_parser() -> argparse.ArgumentParser:
         ".onnx or a .pt2 file",
     )  # fmt: skip
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line or JSON (default: the run's)")
-    parser.add_argument("--top", type=_count, help="classes to print (default 5); actions at a box (default 3)")
-    parser.add_argument("--clips", type=_count, help="clips of the video (default 1: the middle)")
-    parser.add_argument("--crops", type=_count, help="crops of each clip (default 1: the centre)")
+    parser.add_argument("--top", type=positive, help="classes to print (default 5); actions at a box (default 3)")
+    parser.add_argument("--clips", type=positive, help="clips of the video (default 1: the middle)")
+    parser.add_argument("--crops", type=positive, help="crops of each clip (default 1: the centre)")
     parser.add_argument("--keep-rate", type=float, metavar="R", help="share of tokens that three blocks keep (EViT)")
     parser.add_argument("--decoder", help="decord, pyav or torchcodec (default: the recipe's)")
     parser.add_argument(
@@ -112,10 +107,3 @@ def make_parser() -> argparse.ArgumentParser:
         help="picture or video to write (default: VIDEO's name with _prediction.png or _actions.mp4, here)",
     )  # fmt: skip
     return parser
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError("at least 1")
-    return count

@@ -1,13 +1,12 @@
 """Command line of launch/replay.py."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.errors import TubeletError
-from pretrain.runtime.terminal import take_any_name
+from pretrain.commands.exit_codes import run_command
+from pretrain.commands.option_types import positive
 
 if TYPE_CHECKING:
     from pretrain.trained.replay_step import MicroBatch, StepPlace
@@ -23,6 +22,8 @@ example:
 
 The batch is exactly the run's, for all its ranks in turn. The weights are those of the newest checkpoint before the
 step; the first line says which.
+
+exit codes: 0 done, 1 failed, 2 wrong usage
 """
 
 #: Modules that are shown around the one that went wrong.
@@ -31,16 +32,10 @@ AROUND = 6
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    take_any_name()
-    arguments = make_parser().parse_args(argv)
-    try:
-        return _replay(arguments)
-    except TubeletError as error:
-        print(f"replay: {error}", file=sys.stderr)
-        return 1
+    return run_command("replay", make_parser(), argv, _replay)
 
 
-def _replay(arguments: argparse.Namespace) -> int:
+def _replay(arguments: argparse.Namespace) -> None:
     from finetune.recipe import PROGRAMS
     from pretrain.objectives.base import method_of
     from pretrain.runtime.pictures import save_pictures
@@ -67,7 +62,6 @@ def _replay(arguments: argparse.Namespace) -> int:
             print(f"written: {path}")
     if not shown.clips:
         print("no picture: its batch holds no clips")
-    return 0
 
 
 def _head(place: "StepPlace") -> Iterator[str]:
@@ -122,5 +116,5 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("step", type=int, help="step, counted from 1")
     parser.add_argument("--rank", type=int, help="only this rank's micro-batches (default: all ranks in turn)")
     parser.add_argument("--all", action="store_true", help="go on after the first micro-batch that is not finite")
-    parser.add_argument("--clips", type=int, default=8, help="clips in the picture (default 8)")
+    parser.add_argument("--clips", type=positive, default=8, help="clips in the picture (default 8)")
     return parser

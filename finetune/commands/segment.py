@@ -25,6 +25,7 @@ examples:
 
 sets: %s; own: yours, with --class-names
 A set's background is at the published threshold 0.4; queries have none unless --background says so.
+exit codes: 0 done, 1 failed, 2 wrong usage
 """
 #: Mask of the background in published results.
 THRESHOLD = 0.4

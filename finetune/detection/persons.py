@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.errors import DataError, WeightsError
+from pretrain.errors import DataError, RecipeError, WeightsError
 from pretrain.metrics.overlap import iou_continuous, suppress
 from pretrain.runtime.vision_ops import ensure_torchvision
 
@@ -57,8 +57,9 @@ def person_detector(name: str) -> PersonDetector:
             `MODULE:FUNCTION`, of one's own, which takes a picture uint8 [H, W, 3] in RGB and returns `FoundPersons`.
 
     Raises:
-        DataError: no such detector, or a library that it needs is missing. One of one's own raises it as well where it
-            answers with something else than boxes in shares.
+        RecipeError: no such detector.
+        DataError: a library that it needs is missing. One of one's own raises it as well where it answers with
+            something else than boxes in shares.
         WeightsError: weights that can't be read or don't fit.
     """
     if name == "hog":
@@ -68,14 +69,14 @@ def person_detector(name: str) -> PersonDetector:
         return TorchvisionDetector(model, file)
     module, _, function = name.partition(":")
     if not module or not function:
-        raise DataError(
+        raise RecipeError(
             f"person detector: found {name!r}, allowed: hog, torchvision:MODEL:WEIGHTS_FILE, or MODULE:FUNCTION, one "
             "of your own"
         )
     try:
         found: PersonDetector = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise DataError(f"person detector {name!r}: {error}") from error
+        raise RecipeError(f"person detector {name!r}: {error}") from error
     return partial(_checked, found, name)
 
 
@@ -151,7 +152,7 @@ class TorchvisionDetector:
         import torch
 
         if not model or not Path(file).is_file():
-            raise DataError(
+            raise RecipeError(
                 f"person detector torchvision: found model {model!r} and file {file!r}, allowed: "
                 "torchvision:fasterrcnn_resnet50_fpn_v2:FILE, FILE with weights as torchvision publishes them"
             )
@@ -160,7 +161,7 @@ class TorchvisionDetector:
 
         build = getattr(detection, model, None)
         if build is None:
-            raise DataError(f"person detector torchvision: there is no torchvision.models.detection.{model}")
+            raise RecipeError(f"person detector torchvision: there is no torchvision.models.detection.{model}")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = build(weights=None, weights_backbone=None, num_classes=91)
         try:

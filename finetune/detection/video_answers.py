@@ -20,7 +20,7 @@ from finetune.prediction import Answer, Question, default_out
 from pretrain.data.boxes.action_list import ActionList
 from pretrain.data.decoders import VideoReader, open_video
 from pretrain.data.samples import Batch
-from pretrain.errors import DataError, SampleError
+from pretrain.errors import DataError, RecipeError, SampleError
 from pretrain.runtime import storage
 from pretrain.samples.box_facts import KeyframeFacts
 from pretrain.samples.boxes import BoxSamples, Config
@@ -63,7 +63,8 @@ class DetectionPredictor:
         """Look at a keyframe every so many seconds, and draw what was detected into a copy of the video.
 
         Raises:
-            DataError: the video can't be read, an option has no usable value, or a file can't be written.
+            RecipeError: an option has no usable value.
+            DataError: the video can't be read, or a file can't be written.
         """
         outputs = self.actions.outputs
         own = [self.actions.name(output) for output in range(outputs)]
@@ -72,9 +73,9 @@ class DetectionPredictor:
             raise DataError(f"{question.labels}: {len(names)} names, but the model has {outputs} actions")
         every_s = 1.0 if question.every_s is None else question.every_s
         if not 0 < every_s < math.inf:
-            raise DataError(f"--every: found {every_s:g}, allowed: more than 0 seconds")
+            raise RecipeError(f"--every: found {every_s:g}, allowed: more than 0 seconds")
         if question.person_score is not None and not 0 <= question.person_score <= 1:
-            raise DataError(f"--person-score: found {question.person_score:g}, allowed: from 0 to 1")
+            raise RecipeError(f"--person-score: found {question.person_score:g}, allowed: from 0 to 1")
         content = storage.read_bytes(video)
         try:
             with open_video(content, question.decoder or self.input.decoder) as reader:

@@ -67,9 +67,13 @@ class TextSegmenter:
             raise DataError(f"--blend {options.blend:g}: allowed: a share from 0 to 1")
         patch = objective.model.options.clip.patch_size
         smallest = min(self.short_side, self._window, self._stride)
-        if smallest < 1 or (patch and min(self.short_side, self._window) < patch):
+        # Pixels between windows would be seen by none of them.
+        gaps = self._stride > self._window
+        if smallest < 1 or gaps or (patch and min(self.short_side, self._window) < patch):
             sizes = f"--short-side {self.short_side}, --window {self._window}, --stride {self._stride}"
-            raise DataError(f"{sizes}: allowed: at least a patch of {patch} pixels, and a stride above 0")
+            raise DataError(
+                f"{sizes}: allowed: at least a patch of {patch} pixels, and a stride from 1 to the window's side"
+            )
         # Queries are refused where captions were cut: a user would not know which word is not looked for.
         self._tokenizer = Tokenizer(input.tokenizer, input.context, too_long="refuse")
 

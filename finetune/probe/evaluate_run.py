@@ -8,13 +8,13 @@ of any kind, of pictures or clips.
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.probe.shots import numbers
-from pretrain.errors import TubeletError
+from pretrain.commands.exit_codes import run_command
+from pretrain.commands.option_types import positive
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +36,10 @@ guide: docs/finetuning.md
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        arguments = _parser().parse_args(argv)
-    except SystemExit as leave:  # argparse: --help or wrong usage
-        return int(leave.code or 0)
-    try:
-        return _evaluate(arguments)
-    except TubeletError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    return run_command("evaluate", _parser(), argv, _evaluate)
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _evaluate(arguments: argparse.Namespace) -> None:
     from finetune.probe.run_features import run_features
     from finetune.probe.scores import scores, spread
     from pretrain.runtime.logging import set_up_logging
@@ -61,14 +53,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         train, held_out = run_features(trained, arguments.train, arguments.val, arguments.micro, ranks)
         # Features are equal on all ranks: one of them trains the heads, and scores.
         if not ranks.first:
-            return 0
+            return
         logger.info("%s: %d training and %d held-out samples, %d channels, chance %.2f %%", trained.source,
                     len(train.keys), len(held_out.keys), train.values.shape[1], 100 / len(train.names))  # fmt: skip
         result = {"run": str(trained.source), "method": arguments.method} | spread(train)
         result |= scores(train, held_out, arguments, trained.recipe.run.seed, ranks.device)
         if arguments.out:
             _write(result, Path(arguments.out))
-        return 0
     finally:
         leave(ranks)
 
@@ -91,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--val", required=True, metavar="SHARDS", help="labelled samples to measure on, packed")
     parser.add_argument("--method", choices=METHODS, default="knn", help="what to do with the features (default knn)")
     parser.add_argument("--shots", type=numbers, default=[1, 5, 10], metavar="1,5,10", help="few-shot: samples a class")
-    parser.add_argument("--epochs", type=int, default=50, help="linear: passes over the features (default 50)")
-    parser.add_argument("--micro", type=int, default=64, help="samples in one forward pass (default 64)")
+    parser.add_argument("--epochs", type=positive, default=50, help="linear: passes over the features (default 50)")
+    parser.add_argument("--micro", type=positive, default=64, help="samples in one forward pass (default 64)")
     parser.add_argument("--out", metavar="FILE", help="JSON file for the numbers")
     # The deepspeed launcher's; ranks know their place from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.probe.features import Features
-from pretrain.metrics.ranking import accuracy
+from pretrain.metrics.ranking import accuracies
 
 #: Rates and decays of the grid.
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -41,12 +41,16 @@ class AttentiveHead(nn.Module):
 
 @dataclass(frozen=True)
 class GridPoint:
-    """Head of the grid and how good it became, top-1 and top-5 in percent."""
+    """Head of the grid and how good it became, see `pretrain.metrics.ranking.accuracies`."""
 
     rate: float
     decay: float
-    top1: float
-    top5: float
+    accuracies: dict[str, float]
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return self.accuracies["top1"]
 
 
 def train_heads(
@@ -95,7 +99,7 @@ def train_heads(
         optimizer.step()
     scores = _score(heads, held_out, mean, scale, batch, device)
     points = [
-        GridPoint(rate, decay, accuracy(score, held_out.targets), accuracy(score, held_out.targets, 5))
+        GridPoint(rate, decay, accuracies(score, held_out.targets))
         for (rate, decay), score in zip(grid, scores, strict=True)
     ]
     return sorted(points, key=lambda point: -point.top1)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from finetune.probe.few_shot import few_shot
 from finetune.probe.heads import train_heads
 from pretrain.metrics.collapse import effective_rank, feature_deviation
 from pretrain.metrics.neighbours import knn_scores
-from pretrain.metrics.ranking import accuracy
+from pretrain.metrics.ranking import accuracies
 from pretrain.metrics.retrieval import RetrievalScores, cosine_ranks, scores_of_ranks
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,9 @@ def scores(
     result: dict[str, Any] = {"videos": len(held_out.keys), "chance": 100 / len(train.names)}
     if arguments.method == "knn":
         votes = knn_scores(train.values, train.targets, held_out.values, len(train.names))
-        result |= {"top1": accuracy(votes, held_out.targets), "top5": accuracy(votes, held_out.targets, 5)}
-        logger.info("20 nearest neighbours: top1 %.2f, top5 %.2f", result["top1"], result["top5"])
+        found = accuracies(votes, held_out.targets)
+        result |= found
+        logger.info("20 nearest neighbours: %s", told(found))
     elif arguments.method == "few-shot":
         for shots in arguments.shots:
             mean, spread = few_shot(train, held_out, shots, seed=seed)
@@ -47,14 +49,19 @@ def scores(
     elif arguments.method == "retrieval":
         found = retrieved(train, held_out).named()
         result |= found
-        logger.info("%s", ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        logger.info("%s", told(found))
     else:
         points = train_heads(train, held_out, arguments.method, arguments.epochs, seed=seed, device=device)
-        result["grid"] = [vars(point) for point in points]
-        result |= {"top1": points[0].top1, "top5": points[0].top5}
+        result["grid"] = [{"rate": point.rate, "decay": point.decay} | point.accuracies for point in points]
+        result |= points[0].accuracies
         for point in points:
-            logger.info("lr %.0e, wd %.0e: top1 %.2f, top5 %.2f", point.rate, point.decay, point.top1, point.top5)
+            logger.info("lr %.0e, wd %.0e: %s", point.rate, point.decay, told(point.accuracies))
     return result
+
+
+def told(found: Mapping[str, float]) -> str:
+    """Format numbers with their names."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in found.items())
 
 
 def retrieved(train: Features, held_out: Features) -> RetrievalScores:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from pretrain.commands.pack_arguments import part_of, positive, whole
+from pretrain.commands.option_types import part_of, positive, whole
 from pretrain.data.pack.pack_plan import WHOLE
 from pretrain.errors import RecipeError, TubeletError
 from pretrain.runtime.terminal import take_any_name
@@ -117,9 +117,14 @@ def _index(arguments: argparse.Namespace, folder: str) -> None:
     from pretrain.data.motion_tables import describe_motion
     from pretrain.data.pack.progress_report import progress_bar
     from pretrain.runtime.cores import usable_cores
-    from pretrain.samples.motion_indexing import index_motion
+    from pretrain.samples.motion_indexing import holds_pictures, index_motion
 
     index = load_index(folder)
+    if holds_pictures(index):
+        raise RecipeError(
+            f"{folder}: a data set of pictures, in which nothing moves; allowed: one of videos. Recipes for pictures "
+            "take another data.sources.<name>.sampling than motion"
+        )
     measuring, imported = _measuring(arguments, index)
     if not arguments.again:
         _refuse_mixture(index, measuring)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from pretrain.commands.detection_arguments import misplaced
+from pretrain.commands.exit_codes import DONE, FAILED, USAGE
 from pretrain.commands.pack_arguments import VIDEO_SHORT_SIDE, make_parser
 from pretrain.data.media import kind_of_ending, plural_of
 from pretrain.data.pack.companions import beside
@@ -18,7 +19,6 @@ from pretrain.data.pack.progress_report import progress_bar, report_text
 from pretrain.data.pack.zip_source import is_entry
 from pretrain.errors import RecipeError, TubeletError
 
-DONE, FAILED, USAGE = 0, 1, 2
 SHOWN_PROBLEMS = 50
 
 

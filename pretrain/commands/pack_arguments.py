@@ -5,10 +5,11 @@ import os
 from fractions import Fraction
 
 from pretrain.commands.detection_arguments import add_detection_options
+from pretrain.commands.option_types import part_of, positive, whole
 from pretrain.data.media import KINDS
 from pretrain.data.pack.frame_folders import template_pattern
 from pretrain.data.pack.options import ENCODERS
-from pretrain.data.pack.pack_plan import WHOLE, Part
+from pretrain.data.pack.pack_plan import WHOLE
 
 #: Short side of encoded videos where none is asked for, pixels.
 VIDEO_SHORT_SIDE = 320
@@ -30,7 +31,7 @@ SOURCE  a folder, searched at any depth (a video's folder is its label; a folder
         a zip archive (with NAME_map.txt beside NAME.zip, `path label` lines: what that names, as Swin Transformer),
         a list file of the official VideoMAE repositories (see --list-format),
         a csv/jsonl manifest with a column `path` and optionally label, key, start, end, frames, and your own,
-        or an annotation file: Kinetics' or HACS' csv, ActivityNet's json.
+        or an annotation file: Kinetics' or HACS' csv, ActivityNet's json, COCO's json of objects (--with objects).
 DEST    folder for the shards. Both may be local paths or fsspec URLs (s3://, gs://, az://, memory://, ...).
 
 Every video is probed, encoded anew (or kept, --copy), decoded once in full, and read at random with the training
@@ -256,22 +257,6 @@ def _template(text: str) -> str:
     return text
 
 
-def whole(text: str) -> int:
-    """Read a number of 0 or more."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def positive(text: str) -> int:
-    """Read a number of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: 1 or more")
-    return value
-
-
 def _quality(text: str) -> int:
     value = int(text)
     # Above 95 Pillow leaves out parts of JPEG's compression: large files, hardly any gain.
@@ -303,14 +288,6 @@ def _seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: more than 0 seconds")
     return value
-
-
-def part_of(text: str) -> Part:
-    """Read I/N, a part of a job array."""
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1, e.g. 0/8")
-    return Part(int(index), int(count))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pretrain.commands.option_types import positive
 from pretrain.errors import RecipeError, TubeletError
 from pretrain.plan.feeding import DECODE_MS, VIEW_MS, Resources
 from pretrain.runtime.terminal import take_any_name
@@ -21,6 +22,8 @@ examples:
   python launch/plan.py --recipe vit_g_dual --gpu a100 --sweep gpus=8,16,32,64,128 --plot scaling.png
   python launch/plan.py --recipe vit_b_dual --gpu h100 --rates bench/results/gpu/rates.json compute.compile=true
   python launch/plan.py --recipe demo --gpus 2 --gpu here
+
+exit codes: 0 done, 1 failed, 2 wrong recipe or usage
 """
 
 
@@ -97,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", required=True, metavar="NAME|PATH", help="a file of recipes/ by name, or a path")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a value of the recipe")
-    parser.add_argument("--gpus", type=int, help="accelerators (default: the recipe's batch.ranks, or 8)")
+    parser.add_argument("--gpus", type=positive, help="accelerators (default: the recipe's batch.ranks, or 8)")
     parser.add_argument("--gpu", default="h100", help="v100, a100-40, a100, l40s, h100, h200, b200, or here: measured")
     parser.add_argument("--rates", type=Path, help="JSON with measured rates, as `bench/gpu.py rates` writes")
     parser.add_argument("--recomputation", action="store_true", help="say whether recomputing less fits and pays")

@@ -1,12 +1,11 @@
 """The command line of launch/reconstruct.py."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.errors import TubeletError
-from pretrain.runtime.terminal import take_any_name
+from pretrain.commands.exit_codes import run_command
+from pretrain.commands.option_types import positive
 
 DESCRIPTION = """\
 Show what a pre-trained model makes of clips that it has not seen: original, masked, reconstructed, and the error over
@@ -15,6 +14,8 @@ hidden pixels beside three simple ways to fill them in.
 EPILOG = """\
 example:
   python launch/reconstruct.py runs/demo .cache/demo/shards/held_out --out reconstruction.png
+
+exit codes: 0 done, 1 failed, 2 wrong usage
 """
 
 #: How each way of filling in is called on the screen.
@@ -28,16 +29,10 @@ NAMES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    take_any_name()
-    arguments = make_parser().parse_args(argv)
-    try:
-        return _reconstruct(arguments)
-    except TubeletError as error:
-        print(f"reconstruct: {error}", file=sys.stderr)
-        return 1
+    return run_command("reconstruct", make_parser(), argv, _reconstruct)
 
 
-def _reconstruct(arguments: argparse.Namespace) -> int:
+def _reconstruct(arguments: argparse.Namespace) -> None:
     import torch
 
     from pretrain.checkpoint.restore import local_copy
@@ -61,7 +56,6 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     # It adds .png and .gif itself.
     for path in save_pictures(videos, out.with_suffix(""), arguments.pictures * len(shown)):
         print(f"picture: {path}")
-    return 0
 
 
 def _compared(model: float, other: float) -> str:
@@ -77,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "shards", nargs="+", help="folders (any fsspec URL) of packed shards that the run did not train on"
     )
-    parser.add_argument("--clips", type=int, default=64, help="clips of each folder for the errors (default 64)")
-    parser.add_argument("--pictures", type=int, default=4, help="clips of each folder in the picture (default 4)")
+    parser.add_argument("--clips", type=positive, default=64, help="clips of each folder for the errors (default 64)")
+    parser.add_argument("--pictures", type=positive, default=4, help="clips of each folder in the picture (default 4)")
     parser.add_argument("--out", type=Path, help="picture to write, .png and .gif (default: RUN/pictures/held_out)")
     return parser

@@ -1,13 +1,12 @@
 """The command line of launch/zero_shot.py."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pretrain.errors import TubeletError
-from pretrain.runtime.terminal import take_any_name
+from pretrain.commands.exit_codes import run_command
+from pretrain.commands.option_types import positive
 
 DESCRIPTION = """\
 Compare a bootstrapped student with its teacher on labelled pictures that neither has trained on: how alike they answer,
@@ -20,6 +19,8 @@ examples:
   python launch/zero_shot.py runs/mine shards/birds_val --class-names birds.txt --templates sentences.txt
   python launch/zero_shot.py runs/sparseformer_btsp_augreg_base shards/in1k_val
   python launch/zero_shot.py runs/sparseformer_btsp_openai_clip_base shards/coco_val --captions
+
+exit codes: 0 done, 1 failed, 2 wrong usage
 """
 #: Metrics as they are called on the screen.
 NAMES = {
@@ -31,20 +32,16 @@ NAMES = {
     "similarity": "mean cosine of their answers",
     "alignment": "loss",
 }
+#: Metrics that are no percentages.
+FRACTIONS = ("similarity", "alignment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    take_any_name()
-    arguments = make_parser().parse_args(argv)
-    try:
-        return _compare(arguments)
-    except TubeletError as error:
-        print(f"zero_shot: {error}", file=sys.stderr)
-        return 1
+    return run_command("zero_shot", make_parser(), argv, _compare)
 
 
-def _compare(arguments: argparse.Namespace) -> int:
+def _compare(arguments: argparse.Namespace) -> None:
     import torch
 
     from pretrain.errors import RecipeError, WeightsError
@@ -61,7 +58,8 @@ def _compare(arguments: argparse.Namespace) -> int:
             f"{trained.source}: objective {recipe.objective.name} has no teacher beside it; bootstrap has"
         )
     if arguments.captions is not None:
-        return _retrieve(arguments, trained, device)
+        _retrieve(arguments, trained, device)
+        return
     said: HeldOutPictures = recipe.objective.held_out
     words = {key: getattr(arguments, key) for key in ("class_names", "templates", "tokenizer", "text_weights")}
     zero_shot = replace(said.zero_shot, **{key: value for key, value in words.items() if value is not None})
@@ -74,14 +72,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     assert evaluation is not None, "shards were given"
     found = evaluation(objective.to(device))
     print(f"{arguments.shards}: {found['pictures']:.0f} pictures, {trained.source}")
-    for name, text in NAMES.items():
-        print(
-            f"  {found[name]:9.4f}  {text}" if name in ("similarity", "alignment") else f"  {found[name]:9.2f}  {text}"
-        )
-    return 0
+    for name in [name for name in NAMES if name in found]:  # no top-5 of fewer classes
+        print(f"  {found[name]:9.{4 if name in FRACTIONS else 2}f}  {NAMES[name]}")
 
 
-def _retrieve(arguments: argparse.Namespace, trained: Any, device: Any) -> int:
+def _retrieve(arguments: argparse.Namespace, trained: Any, device: Any) -> None:
     from pretrain.objectives.caption_retrieval import caption_retrieval
 
     recipe, own = trained.recipe, trained.recipe.objective.held_out
@@ -96,7 +91,6 @@ def _retrieve(arguments: argparse.Namespace, trained: Any, device: Any) -> int:
     for (who, direction), one in found.scores.items():
         recall = "  ".join(f"R@{place} {value:6.2f} %" for place, value in one.recall.items())
         print(f"  {who}, {direction.replace('_', ' ')}:  {recall}  median rank {one.median_rank:g}")
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -115,5 +109,5 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--text-weights", help="file or folder with the text tower (default: the run's, or the teacher)"
     )
-    parser.add_argument("--micro", type=int, default=64, help="pictures in one forward pass (default 64)")
+    parser.add_argument("--micro", type=positive, default=64, help="pictures in one forward pass (default 64)")
     return parser

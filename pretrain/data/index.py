@@ -247,8 +247,22 @@ def _parse_index(url: str, where: str, content: Any) -> ShardIndex:
 
 
 def _checked(entry: dict[str, Any]) -> Shard:
-    inner_name(entry["name"])
-    return Shard(**entry)
+    """Make an entry of index.json a shard.
+
+    Raises:
+        TypeError, ValueError: a value is of another type than the packer writes, or less than 0.
+    """
+    shard = Shard(**entry)
+    for name, value in vars(shard).items():
+        expected = int if name in ("samples", "bytes") else str
+        # By the very type: NumPy makes a number of "8", of 8.7 and of true, and the fingerprint would fit.
+        if type(value) is not expected:
+            told = "a whole number" if expected is int else "a text"
+            raise TypeError(f"{name}: found {value!r}, allowed: {told}")
+    if min(shard.samples, shard.bytes) < 0:
+        raise ValueError(f"samples, bytes: found {shard.samples}, {shard.bytes}, allowed: 0 or more")
+    inner_name(shard.name)
+    return shard
 
 
 def write_index(index: ShardIndex) -> None:

@@ -4,7 +4,7 @@ import abc
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,8 @@ class Samples(abc.ABC):
         """Make arrays [views, ...] by name.
 
         Args:
-            place: of the sample in the order; what is random is keyed by its epoch and position.
+            place: of the sample in the order, and where it lies, also a substitute; what is random is keyed by its
+                epoch and position.
             source: data set of the sample.
             members: files of the sample.
 
@@ -205,7 +206,9 @@ class SampleMaker:
                 # Reading stays outside: its deadline is its own, and a slow store must not count as a hung decoder.
                 # Only films in place are read on in here, and for less than the deadline (linked_video.PATIENCE).
                 with self._decoding.of((place.source, shard, row)):
-                    arrays = self._samples(place, self._sources[place.source], parse_sample(raw))
+                    # Where the substitute lies: what is looked up beside the shards would else be another sample's.
+                    there = replace(place, shard=shard, row=row)
+                    arrays = self._samples(there, self._sources[place.source], parse_sample(raw))
                 return Sample(place, raw.key, arrays, bad)
             except SampleError as error:
                 bad.append(self._record(place, shard, row, attempt, error))

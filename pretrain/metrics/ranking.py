@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+#: Answers among which the right one is looked for.
+COUNTS = (1, 5)
+
 
 def ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Count the classes that a model puts before the right one, int64 [n].
@@ -25,6 +28,19 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
 def accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:
     """Compute top-k accuracy in percent."""
     return 100 * (ranks(scores, targets) < k).float().mean().item()
+
+
+def accuracies(scores: Tensor, targets: Tensor) -> dict[str, float]:
+    """Compute top-1 and top-5 accuracy in percent by name, top-5 where there are five classes or more.
+
+    Of fewer every answer would be right, and a table would show 100 % that nobody has earned.
+    """
+    return {f"top{k}": accuracy(scores, targets, k) for k in counts_of(scores.shape[1])}
+
+
+def counts_of(classes: int) -> list[int]:
+    """Tell of how many answers the accuracy of so many classes is measured."""
+    return [k for k in COUNTS if k <= max(classes, 1)]
 
 
 def predicted(scores: Tensor) -> Tensor:

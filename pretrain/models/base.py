@@ -50,6 +50,21 @@ class Cost:
         return sum(count for name, count in self.macs.items() if not name.startswith("skipped"))
 
 
+def side_problems(size: tuple[int, int, int], name: str, least: int, part: str) -> list[str]:
+    """Refuse pictures smaller than a single window of a model's first part: it would train, mostly on padding.
+
+    Args:
+        size: frames, height and width of a clip, pixels.
+        name: of the model.
+        least: side of the window, pixels.
+        part: what it is of, for the message.
+    """
+    frames, height, width = size
+    if min(height, width) >= least:
+        return []
+    return [f"input: found {height} x {width} pixels, allowed with model.name={name}: sides from {least}, {part}"]
+
+
 class Architecture(abc.ABC):
     """A model as a recipe describes it.
 

@@ -64,7 +64,7 @@ class Config:
     """blocks of the text tower"""
     text_heads: int | None = None
     """attention heads of the text tower"""
-    activation: Literal["quick_gelu", "gelu"] | None = None
+    activation: Literal["gelu", "quick_gelu"] | None = None
     """inside the MLPs: x sigmoid(1.702 x) or the exact GELU; null: quick_gelu, for H/14 gelu, where the weights' file
     says the same; most files don't say it: OpenAI, MetaCLIP and DFN need quick_gelu, LAION and DataComp gelu"""
     context: int = 77

@@ -129,10 +129,14 @@ def _kept(rows: Rows | None, layer: int, x: Tensor, count: int, rate: float) -> 
 
 def keep_mask(keys: Tensor, layer: int, count: int, rate: float) -> Tensor:
     """Draw bool [B, count], false with probability `rate`, for rows with keys int64 [B]."""
-    counter = torch.arange(1, count + 1, device=keys.device) * _GOLDEN
-    drawn = _mixed(_mixed(keys ^ layer)[:, None] + counter)
     # Uniform over the signed numbers: the lowest `rate` of them drop.
-    return drawn >= math.floor(rate * 2**64) - 2**63
+    return drawn_numbers(keys, layer, count) >= math.floor(rate * 2**64) - 2**63
+
+
+def drawn_numbers(keys: Tensor, purpose: int, count: int) -> Tensor:
+    """Draw int64 [B, count], uniform over all of them, for rows with keys int64 [B]; `purpose` tells draws apart."""
+    counter = torch.arange(1, count + 1, device=keys.device) * _GOLDEN
+    return _mixed(_mixed(keys ^ purpose)[:, None] + counter)
 
 
 def _mixed(z: Tensor) -> Tensor:

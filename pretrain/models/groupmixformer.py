@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pretrain.errors import RecipeError
 from pretrain.models.backbone import build_head
-from pretrain.models.base import Classifier, Cost, MapLevel
+from pretrain.models.base import Classifier, Cost, MapLevel, side_problems
 from pretrain.models.cubes import Grid
 from pretrain.models.dropout import drop_path_rates
 from pretrain.models.folded_norms import ConvolutionsBeforeNorms, with_folded_norms
@@ -39,6 +39,8 @@ from pretrain.models.weights import official_state
 STAGES = 4
 #: Side of a picture divided by that of the first stage's map.
 FIRST_STRIDE = 4
+#: Side of the window of the stem's two convolutions together, pixels.
+STEM_REACH = 7
 
 #: Published sizes: channels, blocks and MLP ratios of each stage, stochastic depth rate. The file of the official large
 #: model says that its rate needs adjusting (0.1); 0.5 is birder's.
@@ -250,7 +252,7 @@ class GroupMixFormerArchitecture(Classifier):
         found = check(self.config)
         if self.input.size[0] != 1:
             found.append(f"input.frames={self.input.size[0]}: groupmixformer takes single pictures; set input.frames=1")
-        return found
+        return found + side_problems(self.input.size, self.config.name, STEM_REACH, "the stem's window")
 
     def build(self, activation_checkpointing: Recompute = False) -> GroupMixFormer:
         return GroupMixFormer(self.config, activation_checkpointing)

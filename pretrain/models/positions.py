@@ -38,9 +38,8 @@ class SinCosPositions(nn.Module):
     def __init__(self, tokens: int, dim: int) -> None:
         super().__init__()
         self.shape = (tokens, dim)
-        table = self.make_table().to(torch.get_default_device())  # meta, where the model is built there
         # Not in checkpoints: official files have none, so the strict loader would miss it.
-        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("table", self._table_on(torch.get_default_device()), persistent=False)
 
     def make_table(self) -> Tensor:
         """Compute the table, float32 on the CPU."""
@@ -52,8 +51,12 @@ class SinCosPositions(nn.Module):
         Recomputing also fills the buffer when a module built on the meta device is materialised with `to_empty`.
         """
         super()._apply(fn, recurse)
-        self.table = self.make_table().to(self.table.device)
+        self.table = self._table_on(self.table.device)
         return self
+
+    def _table_on(self, device: torch.device) -> Tensor:
+        # A model that is built to be counted takes no memory, however wide it is.
+        return torch.empty(self.shape, device=device) if device.type == "meta" else self.make_table().to(device)
 
     def forward(self, index: Tensor) -> Tensor:
         return self.table[index]

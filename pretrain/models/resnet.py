@@ -14,6 +14,8 @@ from torch.nn import functional as F
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 #: Outputs of a block for each channel inside of it.
 EXPANSION = 4
+#: Side of the stem's window, pixels.
+STEM_WINDOW = 7
 
 
 class FrameConvolution(nn.Conv2d):
@@ -32,7 +34,7 @@ class FrameStem(nn.Module):
 
     def __init__(self, inputs: int, width: int, bias: bool) -> None:
         super().__init__()
-        self.conv = FrameConvolution(inputs, width, 7, 2, bias)
+        self.conv = FrameConvolution(inputs, width, STEM_WINDOW, 2, bias)
         self.bn = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import RecipeError
-from pretrain.models.base import Cost, MapsBackbone, MapsShape
+from pretrain.models.base import Cost, MapsBackbone, MapsShape, side_problems
 from pretrain.models.recompute import Recompute, maybe_recompute
 
 #: Residual blocks of each stage, by depth of the network.
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 #: Side of the pictures divided by that of the maps.
 STRIDE = 16
+#: Side of the stems' windows, pixels.
+STEM_SIDE = 7
 #: First frame of the slow pathway when nothing is drawn.
 SLOW_START = 3
 #: Frames that a lateral convolution sees, and its channels in multiples of the fast pathway's.
@@ -164,7 +166,7 @@ class Pathway(nn.Module):
         self, blocks: Sequence[int], width: int, stem_frames: int, stage_frames: Sequence[int], lateral: Sequence[int]
     ) -> None:
         super().__init__()
-        self.conv1 = Convolution(3, width, (stem_frames, 7, 7), (1, 2, 2))
+        self.conv1 = Convolution(3, width, (stem_frames, STEM_SIDE, STEM_SIDE), (1, 2, 2))
         self.bn1 = FrozenNorm(width)
         self.widths = [width, *(4 * width * 2**stage for stage in range(4))]
         for stage, (inputs, outputs) in enumerate(pairwise(self.widths)):
@@ -279,7 +281,7 @@ class SlowFastArchitecture(MapsBackbone):
             found.append(f"input.frames={frames}: no multiple of model.tau={self.config.tau}")
         if getattr(self.input, "stride", 1) != 1:
             found.append(f"input.stride={self.input.stride}, allowed with slowfast: 1, it takes frames itself")
-        return found
+        return found + side_problems(self.input.size, self.config.name, STEM_SIDE, "the stems' window")
 
     def build(self, activation_checkpointing: Recompute = False) -> SlowFast:
         return SlowFast(self.config, activation_checkpointing)

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 from pretrain.errors import RecipeError
 from pretrain.models import tdn_weights
-from pretrain.models.base import Classifier, Cost
+from pretrain.models.base import Classifier, Cost, side_problems
 from pretrain.models.formats import plain_state
 from pretrain.models.official_names import Renamed
 from pretrain.models.recompute import Recompute
 from pretrain.models.resnet import (
     BLOCKS,
     EXPANSION,
+    STEM_WINDOW,
     FrameBottleneck,
     FrameConvolution,
     FrameStem,
@@ -264,7 +265,8 @@ class TDNArchitecture(Classifier):
         smallest = min(self.input.size[1:])
         if config.long_term and smallest < SMALLEST_SIDE:
             found.append(f"input.height, input.width: found {smallest}, allowed with model.long_term: from 33")
-        return found
+            return found
+        return found + side_problems(self.input.size, config.name, STEM_WINDOW, "the stem's window")
 
     def build(self, activation_checkpointing: Recompute = False) -> TDN:
         return TDN(self.config, self._segments, activation_checkpointing)

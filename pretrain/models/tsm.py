@@ -13,13 +13,14 @@ from torch import Tensor
 
 from pretrain.errors import RecipeError
 from pretrain.models import tsm_weights
-from pretrain.models.base import Classifier, Cost
+from pretrain.models.base import Classifier, Cost, side_problems
 from pretrain.models.formats import plain_state
 from pretrain.models.official_names import Renamed
 from pretrain.models.recompute import Recompute
 from pretrain.models.resnet import (
     BLOCKS,
     EXPANSION,
+    STEM_WINDOW,
     FrameBottleneck,
     FrameStem,
     build_stages,
@@ -125,6 +126,7 @@ class TSMArchitecture(Classifier):
 
     def problems(self) -> list[str]:
         found = check(self.config)
+        found += side_problems(self.input.size, self.config.name, STEM_WINDOW, "the stem's window")
         # Of kinds of clips without windows every frame is a segment already.
         if (window := getattr(self.input, "window", 1)) != 1:
             found.append(f"input.window={window}, allowed with model.name=tsm: 1, a segment is one frame")

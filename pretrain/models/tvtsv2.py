@@ -77,7 +77,8 @@ class TimeTable(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Add the table to patches [B, T, P, C]; for more frames than it has rows it is stretched, linearly."""
-        frames, table = patches.shape[1], self.table
+        frames = patches.shape[1]
+        table: Tensor = self.table
         if frames > len(table):
             # As positions of space are: cell centres aligned, so that the first and last row keep their ends.
             lines = F.interpolate(table.t()[None], size=frames, mode="linear", align_corners=False)
@@ -181,11 +182,12 @@ class VideoTower(VisualTower):
             index = visible[:, None, :, None].expand(-1, frames, -1, patches.shape[-1])
             patches = patches.gather(2, index)
         x = self.norm_pre(torch.cat((first, patches.flatten(1, 2)), dim=1))
-        wanted, kept = [index % len(self.blocks) for index in layers], {}
-        for index, block in enumerate(self.blocks):
+        wanted = [index % len(self.blocks) for index in layers]
+        kept: dict[int, Tensor] = {}
+        for place, block in enumerate(self.blocks):
             x = run_blocks([partial(block, frames=frames)], x, self.activation_checkpointing)
-            if index in wanted:
-                kept[index] = x
+            if place in wanted:
+                kept[place] = x
         return TowerFeatures(x, tuple(kept[index] for index in wanted))
 
     def sorted_by(self, tokens: Tensor) -> Tensor:
@@ -268,8 +270,8 @@ class TVTSv2Architecture(Architecture):
         """
         full = resolved(self.config)
         macs = video_macs(full, self.input.size, kept)
-        text = full.text_depth * block_macs(full.context, full.text_dim, full.mlp_ratio) + full.text_dim * full.embedding
-        macs["text tower"] = float(texts * text)
+        blocks = full.text_depth * block_macs(full.context, full.text_dim, full.mlp_ratio)
+        macs["text tower"] = float(texts * (blocks + full.text_dim * full.embedding))
         tokens = self.input.size[0] * (kept or patches_of(full, self.input.size))
         if texts > 1:
             macs["sorting head"] = float(full.sort_depth * block_macs(tokens + texts, full.embedding, 4))

@@ -1,6 +1,7 @@
 """TVTSv2's video tower with a classifier on its video embedding: linear probes and fine-tuning.
 
-Source: systems/tvtsv2.md, section 6. The embedding is what zero-shot compares, behind norm and projection; not normalised.
+Source: systems/tvtsv2.md, section 6. The embedding is what zero-shot compares, behind norm and projection, not
+normalised.
 """
 
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ class TVTSv2Classifier(OfficialNames):
         return self.forward_head(self.forward_features(video))
 
     def forward_features(self, video: Tensor, pooled: bool = True) -> Tensor:
-        """Compute embeddings [B, E], or with `pooled` false those of all tokens, the class token first, [B, 1+T*P, E]."""
+        """Compute embeddings [B, E], or with `pooled` false those of all tokens, class token first, [B, 1+T*P, E]."""
         return self.tower.forward_head(self.tower.forward_features(video).tokens, pooled)
 
     def forward_head(self, features: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import RecipeError
-from pretrain.models.base import Cost, MapsBackbone, MapsShape
+from pretrain.models.base import Cost, MapsBackbone, MapsShape, side_problems
 from pretrain.models.dropout import drop_path_rates, stochastic_depth
 from pretrain.models.linear import JointProjection, Linear, truncated_normal
 from pretrain.models.recompute import Recompute, run_blocks
@@ -244,7 +244,8 @@ class VideoSwinArchitecture(MapsBackbone):
     """Video Swin as a recipe describes it."""
 
     def problems(self) -> list[str]:
-        return problems_of_sizes(self.config)
+        small = side_problems(self.input.size, self.config.name, PATCH[1], "a patch")
+        return problems_of_sizes(self.config) + small
 
     def build(self, activation_checkpointing: Recompute = False) -> VideoSwin:
         return VideoSwin(self.config, activation_checkpointing)

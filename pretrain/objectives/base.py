@@ -21,7 +21,7 @@ from pretrain.models.base import Architecture, Cost, architecture_of
 from pretrain.models.formats import export_safetensors
 from pretrain.models.frozen import Frozen
 from pretrain.models.weights import load_weights
-from pretrain.recipe.check import check_recipe, recipe_warnings, unusable_numbers
+from pretrain.recipe.check import check_recipe, oversized_model, recipe_warnings, unusable_numbers
 from pretrain.recipe.components import load_component
 from pretrain.recipe.schema import Recipe
 from pretrain.runtime.gradient_cache import Embeddings, GradientCache
@@ -240,6 +240,15 @@ class Method(abc.ABC):
     def cost(self) -> Cost:
         """Count the work of one row's forward pass."""
 
+    def data_report(self) -> list[str]:
+        """Hold the data that are there against the recipe, as the start of a run does; give what is worth knowing.
+
+        Raises:
+            TubeletError: no run would start with them.
+        """
+        self.samples()
+        return []
+
     def example(self, count: int) -> Batch:
         """Make a micro-batch of `count` samples with made-up content; no data are needed."""
         return self.samples().example(count)
@@ -313,7 +322,8 @@ def problems_of(method: Method, ranks: int | None = None) -> list[str]:
         ranks: processes of the run; None: as many as were launched, if any.
     """
     recipe = method.recipe
-    if unusable := unusable_numbers(recipe):
+    # Alone, both: what is built or computed to find other problems would not come back from such numbers.
+    if unusable := unusable_numbers(recipe) or oversized_model(recipe):
         return unusable
     wrong_input = recipe.input.problems()
     problems = check_recipe(recipe, ranks) + _unread_sections(method) + wrong_input

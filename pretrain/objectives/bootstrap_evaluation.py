@@ -9,7 +9,7 @@ from torch import Tensor
 from pretrain.data.held_out import HeldOut
 from pretrain.data.samples import Samples
 from pretrain.errors import DataError
-from pretrain.metrics.ranking import accuracy, predicted
+from pretrain.metrics.ranking import accuracies, predicted
 from pretrain.models import clip
 from pretrain.objectives.zero_shot import (
     class_embeddings,
@@ -40,7 +40,8 @@ class BootstrapEvaluation:
     """Comparison for the engine, equal on all ranks.
 
     Metrics: `similarity`, the mean cosine of what the loss compares; `alignment`, the loss; with labels `top1`, `top5`
-    of the student, `teacher_top1`, `teacher_top5`, and `agreement`, how often both say the same, in percent.
+    of the student, `teacher_top1`, `teacher_top5`, and `agreement`, how often both say the same, in percent; top-5 of
+    five classes or more.
 
     Args:
         recipe: the run, with objective.held_out.shards.
@@ -106,7 +107,7 @@ class BootstrapEvaluation:
         labels = [label for one in judged for label in one.labels]
         targets = torch.tensor(self._targets(labels, student.shape[1]))[order]
         for name, scores in (("", student), ("teacher_", teacher)):
-            found |= {f"{name}top{k}": accuracy(scores, targets, k) for k in (1, 5)}
+            found |= {f"{name}{metric}": value for metric, value in accuracies(scores, targets).items()}
         found["agreement"] = 100 * (predicted(student) == predicted(teacher)).float().mean().item()
         return found
 

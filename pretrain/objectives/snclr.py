@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pretrain.checkpoint.rank_state import RankState
 from pretrain.data.samples import Batch, Samples
+from pretrain.metrics.collapse import effective_rank, weight_entropy
 from pretrain.models.averages import MomentumTeacher
 from pretrain.models.base import Classifier, Cost
 from pretrain.models.contrastive_heads import contrastive_head
@@ -85,6 +85,8 @@ class Config:
     """parameters that decay: all (released code), or those of two or more dimensions (LARS)"""
     chunk: int | None = None
     """anchors whose similarities with all targets stand in memory at once; null: all of a rank"""
+    key_rank: bool = True
+    """effective rank of each step's keys in the log, a sign of collapse; the device is waited for"""
 
 
 class SNCLRMethod(Method):
@@ -200,6 +202,8 @@ class SNCLRObjective(WholeBatchObjective):
         if self.training:
             self._arrived = self._gathered(embeddings["key_1"]), self._gathered(embeddings["file"])
         monitors = {name: torch.stack([one[name] for one in metrics]).mean() for name in metrics[0]}
+        if self.options.key_rank:
+            monitors["key_rank"] = effective_rank(normalized(embeddings["key_1"]))
         return losses[0] + losses[1], monitors | {"queue_random": 1 - self.queue.past.float().mean()}
 
     def neighbours(self, keys: Tensor, files: Tensor) -> Neighbours:
@@ -347,10 +351,9 @@ def _monitors(positiveness: Tensor, found: Neighbours) -> dict[str, Tensor]:
     """Say how far neighbours count and how many of them are no past keys: scalars."""
     if not positiveness.shape[1]:
         return {}
-    shares = F.normalize(positiveness, p=1, dim=1)
     return {
-        "positiveness_entropy": torch.special.entr(shares).sum(1).mean(),
-        "positiveness_largest": shares.amax(1).mean(),
+        "positiveness_entropy": weight_entropy(positiveness).mean(),
+        "positiveness_largest": positiveness.amax(1).mean(),
         "neighbours_random": found.random.float().mean(),
     }
 

@@ -56,7 +56,7 @@ class HeldOutSounds:
         return found
 
 
-class JudgedVideos(NamedTuple):
+class RetrievalRows(NamedTuple):
     """Videos of a batch: numbers in their set, unit vectors of what is seen and of what is heard, labels."""
 
     numbers: list[int]
@@ -119,7 +119,7 @@ class SpeedCoaugEvaluation:
     ) -> tuple[Tensor, Tensor, list[str]]:
         """Compute unit vectors of all videos of all ranks in their order, and their labels."""
         judged = [
-            JudgedVideos(batch.numbers, seen.cpu(), heard.cpu(), batch.labels)
+            RetrievalRows(batch.numbers, seen.cpu(), heard.cpu(), batch.labels)
             for batch in videos.batches()
             for seen, heard in [look(objective, batch.rows)]
         ]

@@ -1,8 +1,8 @@
 """TVTSv2: clips and their texts are contrasted, and texts of a narrated clip are put in the order of time.
 
-Zeng, Ge, et al.: TVTSv2, arXiv 2305.14173; systems/tvtsv2.md, section 4; TencentARC/TVTS @ 290a63e, folder v2. Starts from
-a CLIP, of whose text tower only the last blocks and what surrounds them are trained. Shapes: B clips, K texts of a clip
-in the order of time, E channels of the shared space.
+Zeng, Ge, et al.: TVTSv2, arXiv 2305.14173; systems/tvtsv2.md, section 4; TencentARC/TVTS @ 290a63e, folder v2. Starts
+from a CLIP, of whose text tower only the last blocks and what surrounds them are trained. Shapes: B clips, K texts of a
+clip in the order of time, E channels of the shared space.
 """
 
 from collections.abc import Iterable, Mapping
@@ -55,7 +55,7 @@ class Config:
     """gradient of the contrast: sum: that of one large batch; official: 1 / ranks of it, as the published code's gather
     gives, while sorting keeps its full size"""
     tune_text_blocks: int | None = None
-    """last blocks of the text tower that are trained, with its embeddings, norm and projection; null: the last quarter"""
+    """last blocks of the text tower that are trained, beside embeddings, norm, projection; null: the last quarter"""
     clip_lr_scale: float = 1e-3
     """factor on the learning rate of all that comes from the CLIP, and of the temporal table"""
     held_out: HeldOutClips = field(default_factory=HeldOutClips)
@@ -114,22 +114,19 @@ class TVTSv2Method(Method):
 METHOD = TVTSv2Method
 
 
-class Losses(NamedTuple):
+class PairLosses(NamedTuple):
     """Both losses of a batch.
 
     Attributes:
         total: their sum, a scalar.
         contrast: of both directions together.
-        sort: weighted; None where clips have one text.
-        placed: share of the texts whose place is right.
-        sorted: share of the clips of which all are.
+        sorting: `sort`, the weighted loss, `placed`, the share of the texts whose place is right, and `sorted`, that of
+            the clips of which all are; empty where clips have one text.
     """
 
     total: Tensor
     contrast: Tensor
-    sort: Tensor | None
-    placed: Tensor | None
-    sorted: Tensor | None
+    sorting: dict[str, Tensor]
 
 
 class TVTSv2Objective(WholeBatchObjective):
@@ -171,10 +168,8 @@ class TVTSv2Objective(WholeBatchObjective):
         found = compare_batch(
             video, text, embeddings["order"], options.temperature, options.sort_weight, options.contrastive_grad
         )
-        metrics = {"contrast": found.contrast, "cut": embeddings["cut"].float().mean()}
+        metrics = {"contrast": found.contrast, "cut": embeddings["cut"].float().mean(), **found.sorting}
         metrics["similarity"] = F.cosine_similarity(video.float(), text.float(), dim=-1).mean()
-        if found.sort is not None:
-            metrics |= {"sort": found.sort, "placed": found.placed, "sorted": found.sorted}
         return found.total, {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
@@ -207,7 +202,7 @@ def compare_batch(
     temperature: float = 0.05,
     sort_weight: float = 2.0,
     gradient: Gradient = "sum",
-) -> Losses:
+) -> PairLosses:
     """Compute the losses over the global batch.
 
     Args:
@@ -225,12 +220,13 @@ def compare_batch(
     count = order.shape[1]
     if count == 1:
         # Part of the loss all the same: what has no gradient keeps that of the step before under ZeRO stage 3.
-        return Losses(contrast + 0 * order.sum(), contrast, None, None, None)
+        return PairLosses(contrast + 0 * order.sum(), contrast, {})
     # The head can't tell which text stands where, so they need not be shuffled.
     places = torch.arange(count, device=order.device).expand(len(order), -1)
     sort = sort_weight * F.cross_entropy(order.flatten(0, 1), places.flatten())
     right = (order.argmax(-1) == places).float()
-    return Losses(contrast + sort, contrast, sort, right.mean(), right.prod(1).mean())
+    sorting = {"sort": sort, "placed": right.mean(), "sorted": right.prod(1).mean()}
+    return PairLosses(contrast + sort, contrast, sorting)
 
 
 def _write_inference(objective: Any, dest: str) -> str:

@@ -97,8 +97,8 @@ def tvtsv2_warnings(recipe: Recipe) -> list[str]:
     found = []
     if recipe.run.init_weights is None:
         found.append(
-            "run.init_weights is null: TVTSv2 starts from a CLIP, a file, a folder or hub:owner/name; its learning rates "
-            "are meant for that"
+            "run.init_weights is null: TVTSv2 starts from a CLIP, a file, a folder or hub:owner/name; its learning "
+            "rates are meant for that"
         )
     if not recipe.input.narrated:
         found.append("input.narrated is empty: no source has transcripts, so nothing is sorted")

@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain.data.held_out import HeldOut
 from pretrain.errors import DataError, StorageError
 from pretrain.metrics.ranking import accuracy
-from pretrain.metrics.retrieval import dual_softmax, retrieval_scores
+from pretrain.metrics.retrieval import Ties, dual_softmax, retrieval_scores
 from pretrain.objectives.contrast import normalized
 from pretrain.objectives.zero_shot import MARK, class_names, sentences
 from pretrain.recipe.schema import Recipe
@@ -24,6 +24,8 @@ from pretrain.samples.narrated import NarratedClips
 
 #: Sentences in one forward pass of the text tower.
 SENTENCES = 256
+#: Temperature of the dual softmax over cosines: CLIP's similarities are a hundred times as large.
+DUAL = 0.01
 #: Name of the held-out source.
 HELD_OUT = "held out"
 Measure = Literal["retrieval", "sorting", "recognition"]
@@ -75,7 +77,7 @@ class VideoTextEvaluation:
         options: HeldOutClips = recipe.objective.held_out
         assert options.shards is not None
         self.every_epochs: float = options.every_epochs
-        self.best_by = {"retrieval": "t2v_r1", "sorting": "placed", "recognition": "top1"}[options.measure]
+        self.best_by = {"retrieval": "t2v_R@1", "sorting": "placed", "recognition": "top1"}[options.measure]
         self._options, self._ranks, self._stage = options, ranks, recipe.zero.stage
         narrated = [HELD_OUT] if options.measure == "sorting" else []
         self._samples = NarratedClips(
@@ -130,17 +132,17 @@ def retrieval_metrics(similarity: Tensor, dual: bool = False) -> dict[str, float
 
     Args:
         similarity: cosines of texts and videos [V, V], pairs on the diagonal.
-        dual: multiply them by their softmax over the queries; the usual form (not in the official code), whose
-            temperature of 1 / 100 is CLIP's.
+        dual: multiply them by their softmax over the queries; the usual form (not in the official code).
 
     Returns:
         R@1, 5, 10, 50 in percent, median and mean rank, and the geometric mean of R@1, 5, 10, of text to video (t2v_)
         with the best of tied ranks, and of video to text (v2t_) with their mean, as published.
     """
-    found, truth = {}, torch.arange(len(similarity))
-    for name, matrix, ties in (("t2v", similarity, "best"), ("v2t", similarity.t(), "mean")):
-        scores = retrieval_scores(dual_softmax(matrix, 0.01) if dual else matrix, truth, ties)
-        found |= {f"{name}_{key}": value for key, value in scores.metrics().items()}
+    found: dict[str, float] = {}
+    truth = torch.arange(len(similarity))
+    directions: tuple[tuple[str, Tensor, Ties], ...] = (("t2v", similarity, "best"), ("v2t", similarity.t(), "mean"))
+    for name, matrix, ties in directions:
+        found |= retrieval_scores(dual_softmax(matrix, DUAL) if dual else matrix, truth, ties).named(name)
     return found
 
 
@@ -190,8 +192,8 @@ def class_numbers(labels: Sequence[str], names: Sequence[str], url: str) -> list
     found = [places.get(_plain(label), int(label) if label.isdecimal() else -1) for label in labels]
     if wrong := sorted({label for label, number in zip(labels, found, strict=True) if not 0 <= number < len(names)}):
         raise DataError(
-            f"{url}: {len(wrong)} labels are no class, {wrong[0]!r} for example; allowed: 0 to {len(names) - 1}, or the "
-            "names in class_names"
+            f"{url}: {len(wrong)} labels are no class, {wrong[0]!r} for example; allowed: 0 to {len(names) - 1}, or "
+            "the names in class_names"
         )
     return found
 
@@ -216,7 +218,5 @@ def _in_order(judged: Sequence[JudgedClips]) -> JudgedClips:
 
     video = joined("video")
     assert video is not None
-    places = order.tolist()
-    return JudgedClips(
-        [numbers[place] for place in places], [labels[place] for place in places], video, joined("text"), joined("order")
-    )
+    labels = [labels[place] for place in order.tolist()]
+    return JudgedClips(sorted(numbers), labels, video, joined("text"), joined("order"))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import nn
 
 from pretrain.data.compose import shares
@@ -18,7 +19,7 @@ from pretrain.engine.build import build_on_meta, open_cache
 from pretrain.engine.deepspeed_config import builds_sharded, deepspeed_config
 from pretrain.engine.model_states import ModelSize, checkpoint_bytes, checkpoint_width, model_states, size_of
 from pretrain.engine.schedules import Schedule, build_schedule, every_steps
-from pretrain.errors import StorageError
+from pretrain.errors import StorageError, TubeletError
 from pretrain.models.base import MODEL
 from pretrain.objectives.base import Method, Objective
 from pretrain.plan.indices import epoch_of, find_indices, source_size
@@ -26,6 +27,7 @@ from pretrain.recipe.rates import actual_rates, rate_scales
 from pretrain.recipe.schema import Recipe, Source
 from pretrain.runtime.cores import usable_cores
 from pretrain.runtime.dtypes import DTYPES
+from pretrain.runtime.process_group import present_ranks
 
 #: A forward pass costs one, a backward pass two of it; recomputing activations adds another.
 BACKWARD_COST = 2
@@ -60,11 +62,14 @@ class RunOutline:
 def dry_run(method: Method) -> list[Section]:
     """Make the report, section by section.
 
-    Missing data is reported, not raised: a published recipe is looked at before its data is there.
+    Missing data is reported, not raised: a published recipe is looked at before its data is there. Where all sources
+    are there, what the start of training would find wrong with them is reported in the same way.
     """
     recipe = method.recipe
     objective = build_on_meta(method)
     data, indices = _data_section(recipe)
+    if None not in indices.values():
+        data.rows += _start_rows(method, objective)
     plan = _plan(recipe, objective, indices)
     return [
         _model_section(objective, plan),
@@ -151,6 +156,21 @@ def _data_section(recipe: Recipe) -> tuple[Section, dict[str, ShardIndex | None]
         section.add("  if they lie elsewhere", "data.root=FOLDER_OR_URL, or TUBELET_DATA in the environment")
         section.add("  to do without one", f"data.sources.{unusable[-1][0].strip()}=null")
     return section, indices
+
+
+def _start_rows(method: Method, objective: Objective) -> list[tuple[str, str, str]]:
+    """Do with the data what the start of a run does: tell what it would tell, or why it would end."""
+    from pretrain.engine.health import open_health  # it reads samples, for which webdataset takes a second
+
+    alone = present_ranks(torch.device("cpu"))
+    try:
+        report = method.data_report()
+        method.evaluation(alone)
+        open_health(method, alone, objective)
+    except TubeletError as error:
+        reasons = str(error).splitlines()
+        return [("REFUSED", "training would not start", ""), *(("", line, "") for line in reasons)]
+    return [("looked at", line, "") for line in report]
 
 
 def _workers(recipe: Recipe) -> tuple[str, str]:

@@ -194,13 +194,15 @@ class Planner:
     def _largest_micro(self, gpus: int, states: Memory) -> int:
         """Count the videos whose activations fit beside the states: they grow by the same amount with each one."""
         # Each video's own bytes twice: the next micro-batch is copied while this one is trained on.
-        one, two = (trace.peak_bytes + trace.batch_bytes for trace in (self.trace(1), self.trace(2)))
+        # A batch norm of vectors refuses a single row, which in training has all ranks' beside it.
+        least = 2 if self.objective.cross_rank_batch_norm else 1
+        first, next_ = (trace.peak_bytes + trace.batch_bytes for trace in map(self.trace, (least, least + 1)))
         room = self.gpu.memory * USABLE - OVERHEAD
         if states.total > room:
             return 0
         beside = self._memory(gpus, activations=1e15)  # so many that they decide which moment holds most
-        # What a further video adds is the difference of two traces; what does not grow with them is in `one`.
-        return max(0, int((room - (beside.total - 1e15) - one) // (two - one)) + 1)
+        # What a further video adds is the difference of two traces; what does not grow with them is in `first`.
+        return max(0, int((room - (beside.total - 1e15) - first) // (next_ - first)) + least)
 
     def _choose_micro(self, gpus: int, largest: int, states: Memory) -> tuple[int, list[str]]:
         """Choose the recipe's micro-batch where it divides and fits, else the largest that does; and say why."""

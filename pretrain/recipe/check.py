@@ -17,6 +17,9 @@ from pretrain.recipe.schema import Recipe
 MAX_NAME = 200
 #: Largest whole number that tensors, generators and files hold; Python's own have no end.
 LARGEST_WHOLE = 2**63 - 1
+#: Largest whole number in the model section, and of blocks: of a width beyond it one matrix has 10^12 weights, and more
+#: blocks than that, which are objects even where they have no memory for weights, fill the memory of any host.
+LARGEST_WIDTH, LARGEST_DEPTH = 1 << 20, 10_000
 #: Largest batch.micro that is proposed: every number up to it is tried, and no device holds more samples at once.
 LARGEST_PROPOSAL = 1 << 16
 
@@ -189,6 +192,16 @@ def unusable_numbers(recipe: Recipe) -> list[str]:
                 problems.append(f"{key}: found {found_bits}, allowed: at most 63, up to {LARGEST_WHOLE}")
         elif not math.isfinite(number):
             problems.append(f"{key}: found {number}, allowed: a finite number")
+    return problems
+
+
+def oversized_model(recipe: Recipe) -> list[str]:
+    """Find sizes in the model section that no host could build or count, before one is killed for trying."""
+    problems = []
+    for key, number in _numbers(recipe.model, "model"):
+        most = LARGEST_DEPTH if "depth" in key.rpartition(".")[2] else LARGEST_WIDTH
+        if isinstance(number, int) and number > most:
+            problems.append(f"{key}: found {number}, allowed: up to {most}")
     return problems
 
 

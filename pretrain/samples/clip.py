@@ -19,6 +19,8 @@ from pretrain.data.samples import Arrays, Batch, Draw, Place, Samples, SourceInf
 from pretrain.recipe.schema import Input, Source
 from pretrain.samples import sampling, transforms
 
+#: Most bytes of a clip's pixels: far beyond what is trained, and near what ends a host that only counts tokens.
+LARGEST_CLIP = 1 << 32
 #: What a method draws for one view beside its pixels, mask indices for example: named arrays.
 ViewTensors = Callable[[Draw], dict[str, np.ndarray]]
 
@@ -58,6 +60,11 @@ class Config(Input):
             for name in ("frames", "stride", "fps", "height", "width", "views")
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf
         ]
+        if not found and (size := 3 * self.frames * self.height * self.width) > LARGEST_CLIP:
+            found.append(
+                f"input.frames, input.height, input.width: found {self.frames} x {self.height} x {self.width}, "
+                f"{size / 1e9:,.1f} GB of pixels for each clip, allowed: up to {LARGEST_CLIP / 1e9:.1f} GB"
+            )
         missing = why_missing(self.decoder)
         return [*found, f"input.decoder: {missing}"] if missing else found
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pretrain.data.decoders import Decoder, open_video
 from pretrain.data.fetch import SampleReader
 from pretrain.data.index import Shard, ShardIndex, load_index
+from pretrain.data.linked_video import StillImage
 from pretrain.data.members import parse_sample
 from pretrain.data.motion_tables import (
     Curve,
@@ -30,6 +31,8 @@ from pretrain.samples.motion_curves import MotionMeasure, motion_curve
 #: Called after every video with (videos done, videos of this run, bytes read).
 Progress = Callable[[int, int, int], None]
 DEADLINE_S = 300.0
+#: Shards that are looked into for pictures: sets of both have either in front of some.
+PEEKED = 8
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,20 @@ def index_motion(
         _write(url, index.shards[number], measuring.facts, found)
     report.index = _joined(index, measuring)
     return report
+
+
+def holds_pictures(index: ShardIndex) -> bool:
+    """Tell whether a data set is one of pictures: the first samples of its first shards are, all of them."""
+    reader = SampleReader([index], None, DEADLINE_S, tables=1)
+    first = [number for number, shard in enumerate(index.shards) if shard.samples][:PEEKED]
+    return bool(first) and all(_is_picture(reader, shard) for shard in first)
+
+
+def _is_picture(reader: SampleReader, shard: int) -> bool:
+    try:
+        return isinstance(parse_sample(reader.read(0, shard, 0)).footage(), StillImage)
+    except SampleError:
+        return False  # what it is instead is told of each sample
 
 
 def measure_video(measuring: Measuring, task: MotionTask) -> Measured:

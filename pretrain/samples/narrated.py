@@ -1,8 +1,8 @@
 """Videos with texts for TVTSv2: windows of narrated films with K texts in the order of time, and captioned clips.
 
-Source: systems/tvtsv2.md, section 5; TencentARC/TVTS @ 290a63e, folder v2. Chosen here, where that is silent or its code is
-broken: a window with a text that is too short is drawn anew, a few times, and then another sample takes its place and
-is counted; so is a video with fewer frames than a clip has, for which the official code gives blank ones.
+Source: systems/tvtsv2.md, section 5; TencentARC/TVTS @ 290a63e, folder v2. Chosen here, where that is silent or broken:
+a window with a text that is too short is drawn anew, a few times, and then another sample takes its place
+and is counted; so is a video with fewer frames than a clip has, for which the official code gives blank ones.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pretrain.data.decoders import Decoder, VideoReader, open_video, why_missing
+from pretrain.data.linked_video import Footage
 from pretrain.data.members import Members
 from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Place, Samples, SourceInfo, made_up_samples
@@ -60,8 +61,8 @@ class Config(Input):
     context: int = 77
     """tokens of a text with start and end"""
     too_long: Literal["cut", "refuse"] = "cut"
-    """longer texts: cut: the first tokens are kept, and the metric `cut` counts the others; refuse: another sample takes
-    the place, and is counted"""
+    """longer texts: cut: the first tokens are kept, and the metric `cut` counts the others; refuse: another sample
+    takes the place, and this is counted"""
     decoder: Decoder = "pyav"
     """library that decodes video"""
 
@@ -138,11 +139,10 @@ class NarratedClips(Samples):
         return {"video": self._cropped(clip, rng)[None]} | self._encoded(texts) | self._visible(rng)
 
     def without_chance(self, source: SourceInfo, members: Members) -> Arrays:
-        """Take the middle frame of each part and the centre crop; a narrated window depends on the sample's key alone."""
+        """Take each part's middle frame and the centre crop; a narrated window depends on the sample's key alone."""
         rng = generator("held out", members.key)
         if not self._texts:
-            with open_video(members.footage(), self._options.decoder, members.stamps) as reader:
-                return {"video": self._cropped(self._frames(reader, 0, reader.num_frames, None), None)[None]}
+            return {"video": self.judged_clip(members.footage(), members.stamps)[None]}
         clip, texts = self._read(members, source.name in self._narrated, rng, training=False)
         return {"video": self._cropped(clip, None)[None]} | self._encoded(texts)
 
@@ -150,8 +150,14 @@ class NarratedClips(Samples):
         options, rng = self._options, generator("made-up clip")
         video = rng.integers(256, size=(1, *options.size, 3), dtype=np.uint8)
         texts = [f"{MADE_UP} {number}" for number in range(options.segments if self._narrated else 1)]
-        arrays = {"video": video} | self._encoded(texts) | self._visible(rng)
+        # Unchecked: a vocabulary of one's own need not have these words.
+        arrays = {"video": video} | _text_arrays(self._tokenizer.encode(texts)) | self._visible(rng)
         return self.collate(made_up_samples(count, lambda place: arrays))
+
+    def judged_clip(self, footage: Footage, stamps: range | None = None) -> Clip:
+        """Make the one clip of a video by which it is judged, uint8 [T, H, W, 3]."""
+        with open_video(footage, self._options.decoder, stamps) as reader:
+            return self._cropped(self._frames(reader, 0, reader.num_frames, None), None)
 
     def captions(self, texts: Sequence[str]) -> torch.Tensor:
         """Encode texts as those of samples are, int64 [len(texts), L]."""
@@ -187,7 +193,7 @@ class NarratedClips(Samples):
             content = {name: members.stated(name, "narration") for name in ("subtitles", "denoised")}
             if content["subtitles"] is None:
                 raise SampleError(
-                    "narration", "no transcript: neither a member narration.json, nor narration or subtitles in its json"
+                    "narration", "no transcript: no member narration.json, and no narration or subtitles in its json"
                 )
         return parse_transcript(content)
 
@@ -233,8 +239,7 @@ class NarratedClips(Samples):
         return np.ascontiguousarray(clip[:, rows[:, None], columns])
 
     def _encoded(self, texts: Sequence[str]) -> Arrays:
-        encoded = self._checked(texts)
-        return {"ids": encoded.ids[None], "cut": encoded.cut.sum(keepdims=True)}
+        return _text_arrays(self._checked(texts))
 
     def _checked(self, texts: Sequence[str]) -> Encoded:
         """Encode texts; refuse those of which the tokenizer knows nothing, which would all be one text to the tower."""
@@ -250,6 +255,10 @@ class NarratedClips(Samples):
             return {}
         every, kept = self._patches
         return {"visible": rng.permutation(every)[None, :kept]}
+
+
+def _text_arrays(encoded: Encoded) -> Arrays:
+    return {"ids": encoded.ids[None], "cut": encoded.cut.sum(keepdims=True)}
 
 
 def part_frames(num_frames: int, parts: int, rng: np.random.Generator | None) -> Indices:
@@ -271,8 +280,3 @@ def part_frames(num_frames: int, parts: int, rng: np.random.Generator | None) ->
 def spread_frames(num_frames: int, frames: int) -> Indices:
     """Choose frames for features: equally spaced from the first to the last, rounded down, int64 [T]."""
     return np.linspace(0, num_frames - 1, frames).astype(np.int64)
-
-
-def squashed(clip: Clip, width: int, height: int) -> Clip:
-    """Resize whole frames; their aspect is not kept."""
-    return resize(clip, width, height)

@@ -9,6 +9,7 @@ import numpy as np
 
 from pretrain.recipe.schema import Source
 from pretrain.samples import augmented_clip
+from pretrain.samples.picture_checks import picture_problems
 from pretrain.samples.picture_transforms import evaluated_picture, training_picture
 from pretrain.samples.pixel_augment import PixelAugment
 from pretrain.samples.transforms import Clip
@@ -43,15 +44,8 @@ class Config(augmented_clip.Config):
     def problems(self) -> list[str]:
         """Say what in this section can't work."""
         found = super().problems()
-        if self.frames != 1:
-            found.append(f"input.frames: found {self.frames}, allowed: 1 (of videos: input.name=augmented_clip)")
-        if self.height != self.width:
-            found.append(
-                f"input.height={self.height}, input.width={self.width}: allowed: one number for both; timm's "
-                "transforms make squares"
-            )
-        if not 0 < self.crop_share <= 1:
-            found.append(f"input.crop_share: found {self.crop_share}, allowed: above 0 and at most 1")
+        otherwise = " (of videos: input.name=augmented_clip)"
+        found += picture_problems(self, self.crop_share, "timm's transforms make squares", otherwise)
         if not 0 <= self.colour_jitter < math.inf:
             found.append(f"input.colour_jitter: found {self.colour_jitter}, allowed: 0 or more")
         if self.erase_boxes < 1:

@@ -19,6 +19,7 @@ from pretrain.data.randomness import generator
 from pretrain.data.samples import Arrays, Batch, Draw, Place, Samples, SourceInfo, draws, made_up_samples, stacked
 from pretrain.samples import clip
 from pretrain.samples.augment import resized_crop_box
+from pretrain.samples.picture_checks import picture_problems
 from pretrain.samples.picture_transforms import FILTERS, Picture, evaluated_picture
 
 #: Of the other network; a batch holds it where its size is another one.
@@ -51,21 +52,13 @@ class Config(clip.Config):
 
     def problems(self) -> list[str]:
         """Say what in this section can't work."""
-        found = super().problems()
-        if self.frames != 1:
-            found.append(f"input.frames: found {self.frames}, allowed: 1")
-        if self.height != self.width:
-            found.append(
-                f"input.height={self.height}, input.width={self.width}: allowed: one number for both; crops are squares"
-            )
+        found = super().problems() + picture_problems(self, self.crop_share, "crops are squares")
         if self.second_size is not None and self.second_size < 1:
             found.append(f"input.second_size: found {self.second_size}, allowed: more than 0")
         if not 0 < self.area[0] <= self.area[1] <= 1:
             found.append(f"input.area: found {list(self.area)}, allowed: two shares, above 0 and at most 1, in order")
         if not 0 < self.aspect[0] <= self.aspect[1] < math.inf:
             found.append(f"input.aspect: found {list(self.aspect)}, allowed: two ratios above 0, in order")
-        if not 0 < self.crop_share <= 1:
-            found.append(f"input.crop_share: found {self.crop_share}, allowed: above 0 and at most 1")
         return found
 
     def describe(self) -> list[tuple[str, str, str]]:

@@ -1,7 +1,7 @@
 """Words of a narrated video with the times at which they are spoken, and their alignment with a better transcript.
 
-Sources: systems/tvtsv2.md, section 5 (YT-Temporal's annotations; TencentARC/TVTS @ 290a63e, folder v2). Times are seconds from
-the video's first frame.
+Sources: systems/tvtsv2.md, section 5 (YT-Temporal's annotations; TencentARC/TVTS @ 290a63e, folder v2). Times are
+seconds from the video's first frame.
 """
 
 import math
@@ -62,9 +62,10 @@ def parse_transcript(content: Any) -> Transcript:
                 words, times = better, times[aligned(words, better)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SampleError(
-            "narration", f"no transcript ({type(error).__name__}: {error}); allowed: subtitles, a list of word and time, "
-            "and denoised, a list of cleanasr; or segments, a list of start, end and text"
-        ) from error  # fmt: skip
+            "narration",
+            f"no transcript ({type(error).__name__}: {error}); allowed: subtitles, a list of word and time, and "
+            "denoised, a list of cleanasr; or segments, a list of start, end and text",
+        ) from error
     if not words or not np.isfinite(times).all():
         raise SampleError("narration", "a transcript without words" if not words else "a time that is no number")
     order = np.argsort(times, kind="stable")
@@ -133,7 +134,7 @@ def aligned(spoken: Sequence[str], better: Sequence[str]) -> npt.NDArray[np.int6
 def _warp(
     distances: Costs, row_of: npt.NDArray[np.intp], column_of: npt.NDArray[np.intp], low: Any, high: Any
 ) -> list[npt.NDArray[np.int8]]:
-    """Fill the table row by row; returns where each cell's path comes from: 0 diagonal, 1 from above, 2 from the left."""
+    """Fill the table row by row; returns where each cell's path comes from: 0 diagonal, 1 above, 2 the left."""
     far = np.int64(1 << 40)
     above, above_low, came = np.zeros(0, np.int64), 0, []
     for row in range(len(row_of)):
@@ -170,7 +171,7 @@ def _distances(first: Sequence[str], second: Sequence[str]) -> tuple[Costs, Any,
     found = np.zeros((len(rows), len(columns)), np.int32)
     for letter in range(longest[0] + 1):
         done = lengths == letter
-        found[done] = np.take_along_axis(table[done], np.broadcast_to(sizes[None, :, None], (done.sum(), len(sizes), 1)), 2)[..., 0]
+        found[done] = table[done][:, np.arange(len(sizes)), sizes]
         if letter < longest[0]:
             other = left[:, None, letter, None] != right[None, :, : longest[1]]
             fresh = np.minimum(table[..., 1:] + 1, table[..., :-1] + other)

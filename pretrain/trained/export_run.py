@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pretrain.checkpoint.folders import run_of, step_of
-from pretrain.errors import WeightsError
+from pretrain.errors import RecipeError
 from pretrain.runtime import storage
 from pretrain.runtime.untrusted import parse_json
 from pretrain.trained.load_run import Trained
@@ -22,19 +22,20 @@ def export_run(trained: Trained, dest: str, layout: str) -> str:
         A remark for the user, or nothing.
 
     Raises:
-        WeightsError: there is no such format here, or it can't express this model.
-        RecipeError: layout adapter, where everything was trained.
+        RecipeError: there is no such format here, `dest` is no place for it, or layout adapter, where everything was
+            trained.
+        WeightsError: the format can't express this model.
     """
     method, recipe = trained.method, trained.recipe
     formats = method.exports(trained.source)
     if layout not in formats:
-        raise WeightsError(
+        raise RecipeError(
             f"--format {layout}: found objective {recipe.objective.name} with model {recipe.model.name}, whose weights "
             f"can be written as: {', '.join(formats) or 'nothing'}"
         )
     chosen = formats[layout]
     if not dest.endswith(chosen.suffix):
-        raise WeightsError(f"{dest}: --format {layout} writes a file, give one ending in {chosen.suffix}")
+        raise RecipeError(f"{dest}: --format {layout} writes a file, give one ending in {chosen.suffix}")
     # Before the card: a format that can't express this model refuses, and no folder with a card alone is left behind.
     remark = chosen.write(trained.objective, dest)
     if chosen.usage:

@@ -26,7 +26,7 @@ from pretrain.engine.assemble import open_stream
 from pretrain.engine.schedules import build_schedule
 from pretrain.engine.transfers import to_device
 from pretrain.engine.turns import turns_of
-from pretrain.errors import CheckpointError, TrainingError
+from pretrain.errors import CheckpointError, RecipeError
 from pretrain.guards.first_nonfinite import (
     ROOT,
     Activation,
@@ -97,13 +97,13 @@ def find_place(run: Path, step: int) -> StepPlace:
 
     Raises:
         CheckpointError: no run there.
-        TrainingError: no such step.
+        RecipeError: no such step.
     """
     folder = RunFolder(run)
     if not (run / "recipe.yaml").is_file():
         raise CheckpointError(f"{run}: not a run folder, which has recipe.yaml")
     if step < 1:
-        raise TrainingError(f"step {step}: steps are counted from 1, as in metrics.jsonl")
+        raise RecipeError(f"step {step}: steps are counted from 1, as in metrics.jsonl")
     records = sorted(folder.incidents.glob(f"step_{step:08d}*.json"))
     # The last of several: a step that is run again after a rewind is recorded once more.
     record = parse_json(records[-1].read_text(encoding="utf-8")) if records else {}
@@ -156,11 +156,11 @@ def replay(place: StepPlace, method: Method, rank: int | None = None) -> Iterato
     """Replay the step's micro-batches, of all ranks or one, each through a forward and a backward pass.
 
     Raises:
-        TrainingError: the run has no such rank.
+        RecipeError: the run has no such rank.
         CheckpointError: the weights do not verify.
     """
     if rank is not None and not 0 <= rank < place.world_size:
-        raise TrainingError(f"--rank: found {rank}, allowed: 0 to {place.world_size - 1}, the step's ranks")
+        raise RecipeError(f"--rank: found {rank}, allowed: 0 to {place.world_size - 1}, the step's ranks")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     recipe = method.recipe
     compute_alike(device, recipe.compute.deterministic)

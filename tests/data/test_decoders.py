@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.data.decoders import open_video
 from pretrain.data.pack.media_probe import video_stream
-from pretrain.errors import DataError, SampleError
+from pretrain.errors import RecipeError, SampleError
 from tests.films import skip_without
 
 Encode = Callable[..., bytes]
@@ -126,7 +126,7 @@ def test_frames_beyond_the_end(decoder: str, indices: list[int], encode: Encode)
 
 
 def test_unknown_decoder() -> None:
-    with pytest.raises(DataError, match="decord, pyav, torchcodec"):
+    with pytest.raises(RecipeError, match="decord, pyav, torchcodec"):
         open_video(b"", "opencv")
 
 

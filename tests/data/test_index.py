@@ -51,8 +51,10 @@ def test_an_index_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"name": 5}, {"samples": "many"}, {"bytes": 1 << 70}, {"sha256": None}, {"samples": None}, {"other": 1}]
-)
+    "wrong",
+    [{"name": 5}, {"samples": "many"}, {"bytes": 1 << 70}, {"sha256": None}, {"samples": None}, {"other": 1},
+     {"samples": "1"}, {"samples": 1.0}, {"samples": True}, {"bytes": -1}],
+)  # fmt: skip
 def test_a_damaged_entry_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
     write_index(ShardIndex(str(tmp_path), ShardTable(SHARDS)))
     content = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))

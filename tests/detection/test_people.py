@@ -11,7 +11,7 @@ from finetune.detection.persons import FoundPersons, distinct, person_detector
 from finetune.detection.rendering import Sighting, at_time, draw_persons, render
 from finetune.detection.tracks import link_tracks
 from pretrain.data.decoders import open_video
-from pretrain.errors import DataError, WeightsError
+from pretrain.errors import DataError, RecipeError, WeightsError
 from pretrain.metrics.overlap import iou_continuous
 from tests.toy_shards import encoded
 
@@ -89,7 +89,7 @@ def test_what_a_detector_of_ones_own_must_not_answer(
     ],
 )
 def test_an_unknown_detector_is_told_with_what_is_allowed(name: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(RecipeError, match=message):
         person_detector(name)
 
 

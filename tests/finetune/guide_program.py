@@ -16,7 +16,7 @@ from pretrain.runtime import process_group
 def run(words: list[str]) -> int:
     """Run one command; `step_…` is the newest that there is."""
     script = Path(words[0]).stem
-    package = "finetune" if script in ("finetune", "evaluate", "predict", "export") else "pretrain"
+    package = "finetune" if script in ("finetune", "evaluate", "predict", "export", "segment") else "pretrain"
     main = importlib.import_module(f"{package}.commands.{script}").main
     return int(main([found(word) for word in words[1:]]))
 

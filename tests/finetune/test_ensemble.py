@@ -9,7 +9,7 @@ import pytest
 from finetune.classification.ensemble import ensemble, merged_predictions
 from finetune.classification.predictions import Predictions, read_predictions, scores
 from finetune.commands.finetune import main
-from pretrain.errors import DataError
+from pretrain.errors import DataError, RecipeError
 
 NAMES = ["a", "b", "c"]
 
@@ -69,10 +69,10 @@ def test_other_videos_or_classes_are_refused(changes: dict[str, Any], merge: Any
 
 
 def test_one_test_is_no_ensemble_and_values_are_not_clamped() -> None:
-    with pytest.raises(DataError, match="two tests or more"):
+    with pytest.raises(RecipeError, match="two tests or more"):
         merged_predictions([test_of(0)], ["one"], "probabilities")
     values = [test_of(seed, task="multi", targets=np.eye(4, 3, dtype=np.float32)) for seed in (0, 1)]
-    with pytest.raises(DataError, match="found a test of task multi"):
+    with pytest.raises(RecipeError, match="found a test of task multi"):
         merged_predictions(values, ["a", "b"], "clamped")
     joint = merged_predictions(values, ["a", "b"], "probabilities")
     np.testing.assert_allclose(joint.merged, (values[0].merged + values[1].merged) / 2, rtol=1e-4)
@@ -88,8 +88,8 @@ def test_as_a_user(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: p
     out = tmp_path / "joint"
     assert main(["--ensemble", *runs, "--merge", "clamped", "--out", str(out)]) == 0
     assert (out / "scores.json").is_file() and read_predictions(out).logits.shape == (4, 1, 3)
-    assert main(["--ensemble", *runs, "--out", str(out)]) == 1 and "name another folder" in capsys.readouterr().err
-    assert main(["--ensemble", *runs, runs[0]]) == 1 and "run0" in (told := capsys.readouterr().err)
+    assert main(["--ensemble", *runs, "--out", str(out)]) == 2 and "name another folder" in capsys.readouterr().err
+    assert main(["--ensemble", *runs, runs[0]]) == 2 and "run0" in (told := capsys.readouterr().err)
     assert "named twice" in told
     assert main(["--ensemble", runs[0], str(tmp_path)]) == 1
     assert "no predictions.json and no predictions/" in capsys.readouterr().err

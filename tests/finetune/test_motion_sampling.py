@@ -27,6 +27,7 @@ from pretrain.data.stream_plan import open_plan, open_sources
 from pretrain.engine.assemble import fingerprints
 from pretrain.errors import DataError
 from pretrain.objectives.base import method_of
+from pretrain.plan.dry_run import dry_run
 from pretrain.samples.frame_choice import VideoFacts
 from pretrain.samples.transforms import centre_crop
 from tests.toy_shards import encoded, write_shard
@@ -79,6 +80,21 @@ def test_a_data_set_without_curves_ends_the_start(toy: Any, unmeasured: Path) ->
         method_of(load(toy, unmeasured)).samples()
     with pytest.raises(DataError, match="val has no motion curves"):
         video_sets(load(toy, unmeasured), test=False)
+
+
+def test_a_dry_run_tells_what_the_start_would(toy: Any, unmeasured: Path, folder: Path) -> None:
+    def told(recipe: TuneRecipe) -> str:
+        (data,) = [section for section in dry_run(method_of(recipe)) if section.title == "data"]
+        return "\n".join(" ".join(row) for row in data.rows)
+
+    refused = told(load(toy, unmeasured))
+    assert "REFUSED training would not start" in refused and "train has no motion curves; measure them" in refused
+    assert "val has no motion curves" in told(load(toy, folder, f"data.sources.toy.val={unmeasured / 'val'}"))
+    sound = told(load(toy, folder))
+    assert "REFUSED" not in sound and "looked at data.sources.toy: motion curves (ssim) of 8 of 8 videos" in sound
+    assert "8 labels in 3 classes" in sound
+    few = told(load(toy, folder, "model.classes=2"))
+    assert "3 class names, but model.classes=2" in few and "looked at" not in few
 
 
 def test_curves_of_another_measure_end_the_start(toy: Any, folder: Path) -> None:

@@ -29,7 +29,7 @@ from pretrain.data.fetch import SampleReader
 from pretrain.data.index import load_index
 from pretrain.data.members import parse_sample
 from pretrain.data.samples import Place, SourceInfo
-from pretrain.errors import DataError
+from pretrain.errors import RecipeError
 from pretrain.samples.picture_transforms import evaluated_picture
 from tests.toy_run import train
 from tests.toy_shards import ROOT
@@ -85,7 +85,7 @@ def test_commands_of_the_page(
     assert stored["step"] in (5, 10)
     graph = predictor_of_graph(tmp_path / "weights/digits.pt2")
     assert (graph.rules.picture_filter, graph.rules.short_side) == ("bicubic", 28)
-    with pytest.raises(DataError, match="takes pictures, which are judged by their middle alone"):
+    with pytest.raises(RecipeError, match="takes pictures, which are judged by their middle alone"):
         predict_video(graph, ".cache/pictures/mnist/test/3/00005.png", clips=2)
 
 

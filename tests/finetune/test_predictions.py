@@ -81,7 +81,7 @@ def test_classes_and_confusion() -> None:
 def test_a_model_that_says_nothing_is_no_better_than_chance() -> None:
     # All classes equally likely: argmax alone would give class 0 everything, a strict comparison everybody.
     found = scores(single(np.zeros((30, 2, 3)), [0, 1, 2] * 10))
-    assert found["top1"] == 0 and found["top5"] == 100
+    assert found["top1"] == 0 and "top5" not in found, "of three classes five answers are always right"
 
 
 def test_average_precision() -> None:

@@ -195,13 +195,13 @@ def test_torch_export(run: Path, graphs: Callable[[str], Path]) -> None:
 
 
 def test_files_have_their_suffix(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export.main([str(run), str(tmp_path / "out"), "--format", "onnx"]) == 1
+    assert export.main([str(run), str(tmp_path / "out"), "--format", "onnx"]) == 2
     assert "give one ending in .onnx" in capsys.readouterr().err
 
 
 def test_merged_updates(lora: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dest = str(tmp_path / "out.pth")
-    assert export.main([str(lora), dest, "--format", "official"]) == 1
+    assert export.main([str(lora), dest, "--format", "official"]) == 2
     assert "add --merge" in capsys.readouterr().err
     assert export.main([str(lora), dest, "--format", "official", "--merge"]) == 0
     assert export.main([str(lora), str(tmp_path / "out"), "--merge"]) == 0
@@ -211,7 +211,7 @@ def test_merged_updates(lora: Path, run: Path, tmp_path: Path, capsys: pytest.Ca
     assert folder.recipe.tune.method == "full"
     assert_close(logits(folder), expected, rtol=1e-5, atol=1e-6)
     assert_close(logits(plain(tuned, tmp_path / "out.pth")), expected, rtol=1e-5, atol=1e-6)
-    assert export.main([str(run), str(tmp_path / "again"), "--merge"]) == 1, "nothing to merge"
+    assert export.main([str(run), str(tmp_path / "again"), "--merge"]) == 2, "nothing to merge"
 
 
 def test_unmerged_updates_open_too(lora: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_adapter_fits_its_backbone(lora: Path, run: Path, tmp_path: Path, capsys
     assert not torch.equal(logits(backbone), logits(load_fine_tuned(lora)))
     assert load_adapter(backbone.model, str(path)).method == "lora"
     assert_close(logits(backbone), logits(load_fine_tuned(lora)), rtol=1e-5, atol=1e-6)
-    assert export.main([str(run), str(tmp_path / "full.safetensors"), "--format", "adapter"]) == 1
+    assert export.main([str(run), str(tmp_path / "full.safetensors"), "--format", "adapter"]) == 2
     assert "there is no adapter" in capsys.readouterr().err
 
 
@@ -272,7 +272,7 @@ def test_predict_from_a_graph_file(run: Path, clip: Path, graphs: Callable[[str]
     found = predict_video(judge, str(clip), clips=2, crops=3, decoder="pyav")
     assert judge.names == CLASSES and np.array_equal(found.views, expected.views)
     assert np.allclose(found.values, expected.values, atol=1e-5)
-    assert predict.main([str(clip), "--weights", str(graphs(name)), "--decoder", "pyav", "--keep-rate", "0.5"]) == 1
+    assert predict.main([str(clip), "--weights", str(graphs(name)), "--decoder", "pyav", "--keep-rate", "0.5"]) == 2
 
 
 def test_predict_with_fewer_tokens(run: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,7 +281,7 @@ def test_predict_with_fewer_tokens(run: Path, clip: Path, tmp_path: Path, capsys
     for rate in ("1", "0.3", "0"):
         code = predict.main([*words, "--keep-rate", rate])
         printed.append(capsys.readouterr())
-        assert code == (1 if rate == "0" else 0)
+        assert code == (2 if rate == "0" else 0)
     assert predict.main(words) == 0
     plain = capsys.readouterr().out
     assert printed[0].out == plain != printed[1].out and "keep_rate=0.0" in printed[2].err
@@ -325,7 +325,8 @@ def test_errors_are_one_line(
     Path("two.txt").write_text("one\ntwo\n")
     Path("text.onnx").write_text("no graph")
     Path("text.pt2").write_text("no graph")
-    assert predict.main([str(clip) if video == "clip" else video, "--weights", str(run), *words]) == 1
+    code = predict.main([str(clip) if video == "clip" else video, "--weights", str(run), *words])
+    assert code == (2 if "eyes" in words else 1), "no such decoder is wrong usage, files that can't be used are not"
     error = capsys.readouterr().err
     assert error.startswith("predict: ") and text in error and "Traceback" not in error
 

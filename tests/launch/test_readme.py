@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 #: Pages whose shell blocks are run as the README's.
-PAGES = ("README.md", "docs/systems/sparseformer_bootstrap.md", "docs/systems/snclr.md")
+PAGES = (
+    "README.md",
+    *(f"docs/systems/{page}.md" for page in ("sparseformer_bootstrap", "snclr", "speed_coaug", "tvtsv2")),
+)
 
 
 def commands() -> Iterator[list[str]]:
@@ -40,6 +43,8 @@ def test_command(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     script = Path(words[1]).stem
     if "--check" in arguments:
         assert check(script, arguments) == 0 and "no problems found" in capsys.readouterr().out
+    elif script == "evaluate":
+        assert check(script, [*arguments, "--check"]) == 0 and "no problems found" in capsys.readouterr().out
     elif script in ("pretrain", "finetune"):
         assert plan(script, arguments) == 0, capsys.readouterr().err
         assert "parameters" in capsys.readouterr().out
@@ -60,6 +65,8 @@ def plan(script: str, arguments: list[str]) -> int:
 def check(script: str, arguments: list[str]) -> int:
     if script == "pretrain":
         from pretrain.commands.pretrain import main
+    elif script == "evaluate":
+        from finetune.commands.evaluate import main
     else:
         from finetune.commands.finetune import main
     return main(arguments)
@@ -80,6 +87,12 @@ def parse(script: str, arguments: list[str]) -> None:
         from finetune.commands.predict import make_parser
     elif script == "zero_shot":
         from pretrain.commands.zero_shot import make_parser
+    elif script == "sound_statistics":
+        from pretrain.commands.sound_statistics import make_parser
+    elif script == "retrieve":
+        from pretrain.commands.retrieve import make_parser
+    elif script == "video_text":
+        from pretrain.commands.video_text import make_parser
     else:
         from pretrain.commands.reconstruct import make_parser
     make_parser().parse_args(arguments)

@@ -31,7 +31,7 @@ NEIGHBOURS = {("pretrain.runtime.watchdog", "recipe")}
 #: Rooms of pretrain/ that are given sections of a recipe and never all of it.
 SECTIONS_ONLY = {"data", "guards", "metrics", "runtime", "samples"}
 #: Names that several modules have: contracts, entries of tasks, and what a recipe names in two sections.
-SHARED_MODULES = {"__init__", "base", "task", "config", "videomae", "clip"}
+SHARED_MODULES = {"__init__", "base", "task", "config", "videomae", "clip", "tvtsv2"}
 #: `Config` is what a recipe's component has; a section of the recipe is called as what it describes.
 SHARED_CLASSES = {"Config", "Prompts", "Run", "Schedule", "Watchdog"}
 

@@ -1,6 +1,7 @@
 """SNCLR: what is compared, which neighbours count, what is refused, and runs over ranks, resumes and exports."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.checkpoint.consolidate import consolidated_state
+from pretrain.engine.build import open_cache
 from pretrain.engine.optimiser import parameter_groups
 from pretrain.errors import CheckpointError, WeightsError
 from pretrain.models.image_vit import ImageViT
@@ -199,6 +201,28 @@ def test_state_changes_behind_an_update_alone(own: Toy) -> None:
     assert set(objective.state_dict()) & {"queue.entries", "queue.files"} == set()
 
 
+def test_several_micro_batches_are_compared_as_one(own: Toy) -> None:
+    objective, batches = build(own), [batch_of(number=number) for number in (0, 1)]
+    parts = [objective.embed(batch) for batch in batches]
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    wanted = objective.compare(rows)[0]
+    wanted.backward()
+    weight = objective.predictor[3].weight
+    gradient, weight.grad = weight.grad, None
+    cache = open_cache(objective, 2)
+    assert cache is not None
+    with cache.collecting(objective):
+        for batch in batches:
+            objective(batch)
+    for batch in batches:
+        output = objective(batch)
+        torch.testing.assert_close(output.loss, wanted)
+        (output.loss / 2).backward()
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-6)
+    objective.after_step()
+    assert objective.queue.pointer == 8 and torch.equal(objective.queue.entries[:8], rows["key_1"])
+
+
 def test_the_queue_stays_float32_and_comes_from_meta() -> None:
     queue = KeyQueue(6, 4, 3, of_rank=False)
     before = queue.entries.clone()
@@ -323,15 +347,17 @@ def same_state(own: Toy, first: str, second: str) -> None:
 
 def test_runs_on_two_ranks_go_on_bit_for_bit(own: Toy) -> None:
     """One queue for all: the same training as on one rank. One of each rank: goes on under a rule."""
-    last, of_rank = f"schedule.max_steps={STEPS_PER_EPOCH}", ["objective.queue_of=rank"]
-    kinds = {"all": ["objective.exclude_same_file=true"], "rank": of_rank}
-    runs: dict[str, dict[str, Any]] = {"cached": {"overrides": ["batch.micro=2", last]}}
+    kinds = {"all": ["objective.exclude_same_file=true"], "rank": ["objective.queue_of=rank"]}
+    runs: dict[str, dict[str, Any]] = {}
     for kind, words in kinds.items():
-        runs[f"{kind}_whole"] = {"overrides": words}
-        for part in ("halves", "moved"):
-            runs[f"{kind}_{part}_begun"] = {"overrides": [*words, last, f"run.dir={own.folder / f'{kind}_{part}'}"]}
+        first = [f"schedule.max_steps={STEPS_PER_EPOCH}", f"run.dir={own.folder / f'{kind}_halves'}"]
+        runs |= {f"{kind}_whole": {"overrides": words}, f"{kind}_begun": {"overrides": [*words, *first]}}
         runs[f"{kind}_halves"] = {"overrides": words}
     assert set(own.drive(runs, ranks=2).values()) == {0}
+    for kind in kinds:
+        # As killed behind the checkpoint before the last one, and continued on one rank.
+        shutil.copytree(own.folder / f"{kind}_whole", own.folder / f"{kind}_moved")
+        shutil.rmtree(own.folder / f"{kind}_moved" / "checkpoints" / own.checkpoints(f"{kind}_moved")[-1])
     alone = {f"{kind}_moved": {"overrides": [*words, "batch.micro=8"]} for kind, words in kinds.items()}
     alone["one"] = {"overrides": [*kinds["all"], "batch.micro=8"]}
     assert set(own.drive(alone, ranks=1).values()) == {0}
@@ -343,7 +369,8 @@ def test_runs_on_two_ranks_go_on_bit_for_bit(own: Toy) -> None:
         torch.testing.assert_close(own.losses(name), own.losses("all_whole"), rtol=1e-3, atol=1e-4)
     assert abs(own.losses("rank_whole")[-1] - own.losses("all_whole")[-1]) > 1e-3
     first, final = own.records("one")[0], own.records("one")[-1]
-    assert {f"train/{name}" for name in ("positiveness_entropy", "neighbours_random")} <= set(final)
+    assert 0 < final["train/positiveness_entropy"] < 1 < final["train/key_rank"] < 8
+    assert 1 / 3 < final["train/positiveness_largest"] < 1 and final["train/neighbours_random"] == 0
     assert (first["train/queue_random"], final["train/queue_random"]) == (1, 0)
     trained = load_trained(own.folder / "one")
     trained.method.exports(trained.source)["safetensors"].write(trained.objective, str(own.folder / "out"))

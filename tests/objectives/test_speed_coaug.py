@@ -1,18 +1,21 @@
 """Speed co-augmentation: what its losses are, over ranks too, where gradients go, what a run does, what is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finetune.commands import export
+from finetune.recipe import load_tune_recipe
 from pretrain.checkpoint.consolidate import consolidated_state
+from pretrain.commands import retrieve, sound_statistics
+from pretrain.data.samples import SourceInfo
 from pretrain.errors import WeightsError
+from pretrain.models.initial_weights import read_weights
 from pretrain.objectives.base import method_of, problems_of, warnings_of
 from pretrain.objectives.speed_coaug import SpeedCoaugObjective
 from pretrain.objectives.speed_coaug_evaluation import class_scores, pair_scores
@@ -32,10 +35,11 @@ from pretrain.objectives.speed_coaug_loss import (
 )
 from pretrain.plan.trace import trace_step
 from pretrain.recipe.load import load_recipe
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import Recipe, Source
 from pretrain.runtime.process_group import Ranks
-from tests.talking_films import sine, talking_film
-from tests.toy_run import ROOT, train
+from pretrain.samples.audio_video import AudioVideo
+from tests.talking_films import members_of_film, sine, talking_film
+from tests.toy_run import Toy
 from tests.toy_shards import index, write_shard
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -221,8 +225,9 @@ def test_options_of_the_loss(folder: Path) -> None:
     scaled = float(build(recipe_of(folder, "objective.loss.scale_2tau=true"))(batch).loss.detach())
     assert scaled == pytest.approx(plain * 0.14, rel=1e-5)
     learnt = build(recipe_of(folder, "objective.loss.learnable=true"))
-    assert float(learnt(batch).loss) == pytest.approx(plain, rel=1e-5)
-    learnt(batch).loss.backward()
+    loss = learnt(batch).loss
+    assert loss.item() == pytest.approx(plain, rel=1e-5)
+    loss.backward()
     assert learnt.scale is not None and learnt.scale.logit_scale.grad is not None
     assert not learnt.rule("scale.logit_scale", ()).decays and learnt.rule("model.stem.bn.bias", (8,)).decays
     within = build(recipe_of(folder, "objective.loss.within=0.5"))
@@ -259,11 +264,157 @@ def test_scores() -> None:
     assert class_scores(queries, list("aabb"), queries.clone(), list("bbaa"))["class_R@1"] == 0
 
 
-def run(folder: Path, name: str, *words: str, ranks: int = 1) -> str:
-    script = ROOT / "launch" / "pretrain.py"
-    words = (f"run.dir={folder / name}", *words)
-    return train([script, "--recipe", folder / "toy.yaml", *words], ranks, folder)
+def avid_file(objective: SpeedCoaugObjective) -> dict[str, Tensor]:
+    """The towers under AVID's names, other numbers in each."""
+    rng = torch.Generator().manual_seed(7)
+    seen = {f"video_model.{name}": value for name, value in objective.model.to_official().items()}
+    heard = {f"audio_model.{name}": value for name, value in objective.audio_encoder.state_dict().items()}
+    heads = {f"{kind}_proj.projection.{name}": value for kind in ("video", "audio")
+             for name, value in getattr(objective, f"{kind}_head").state_dict().items()}  # fmt: skip
+    return {f"module.{name}": value + torch.rand(value.shape, generator=rng).to(value.dtype)
+            for name, value in (seen | heard | heads).items()}  # fmt: skip
 
 
-def records(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+def test_avids_weights_come_in_whole_or_not(folder: Path) -> None:
+    objective = build(recipe_of(folder))
+    raw = avid_file(objective)
+    assert {"module.video_model.conv1.0.weight", "module.video_model.conv3x.0.res_conv.weight",
+            "module.video_model.conv5x.0.out_bn.running_var", "module.audio_model.block4.bn2.bias",
+            "module.audio_proj.projection.4.weight"} <= set(raw)  # fmt: skip
+    objective.load_pretrained("avid.pth", raw)
+    theirs = raw["module.video_model.conv2x.0.spt_conv1.weight"]
+    assert torch.equal(objective.model.stages[0][0].space1.weight, theirs)
+    assert torch.equal(objective.audio_head[4].bias, raw["module.audio_proj.projection.4.bias"])
+    assert torch.equal(objective.audio_encoder.block1.bn1.weight, raw["module.audio_model.block1.bn1.weight"])
+    del raw["module.audio_model.block2.conv1.weight"]
+    with pytest.raises(WeightsError, match=r"missing: audio_encoder\.block2\.conv1\.weight"):
+        objective.load_pretrained("avid.pth", raw)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["model.classes=3"], "model.classes: found 3"),
+        (["compute.dtype=bf16"], "compute.dtype: found bf16"),
+        (["input.views=1"], "needs the other speed"),
+        (["input.views=1", "objective.loss.kind=info_nce", "objective.loss.within=1"], "objective.loss.within"),
+        (["objective.loss.temperature=0"], "objective.loss.temperature"),
+        (["objective.loss.soft.alpha=2"], "objective.loss.soft.alpha"),
+        (["objective.loss.soft.neighbours=9", "objective.loss.soft.queue=4"], "objective.loss.soft"),
+        (["objective.head=[]"], "objective.head"),
+        (["objective.sound.kind=vit", "objective.sound.heads=5"], "objective.sound.heads"),
+        (["objective.held_out.gallery=somewhere"], "objective.held_out.gallery"),
+        (["input.name=clip"], "takes audio_video"),
+    ],
+)  # fmt: skip
+def test_what_can_not_work_is_refused(folder: Path, words: list[str], told: str) -> None:
+    text = (folder / "toy.yaml").read_text()
+    if "input.name=clip" in words:
+        start, end = text.index("  sound: {rate"), text.index("data:")
+        (folder / "clip.yaml").write_text(text[:start] + text[end:])
+        found = problems_of(method_of(load_recipe(str(folder / "clip.yaml"), words)))
+    else:
+        found = problems_of(method_of(recipe_of(folder, *words)))
+    assert any(told in line for line in found), found
+
+
+def test_recipes_of_other_encoders(folder: Path, tmp_path: Path) -> None:
+    """Any classifier is the video encoder; the sound's may be a ViT; then half precision is no matter."""
+    assert problems_of(method_of(recipe_of(folder))) == [] == warnings_of(method_of(recipe_of(folder)))
+    text = (folder / "toy.yaml").read_text().split("objective:", 1)[1]
+    model = "model: {name: classifier, size: custom, patch_size: 16, dim: 32, depth: 1, heads: 2, mlp_ratio: 2}\n"
+    (tmp_path / "vit.yaml").write_text(f"{model}objective:{text}")
+    words = ["objective.sound.kind=vit", "objective.sound.dim=16", "objective.sound.depth=1", "objective.sound.heads=2"]
+    recipe = load_recipe(str(tmp_path / "vit.yaml"), [*words, "compute.dtype=bf16", "model.classes=0"])
+    method = method_of(recipe)
+    assert problems_of(method) == []
+    objective = build(recipe).bfloat16()
+    output = objective(batch_of(recipe))
+    assert output.loss.dtype == torch.float32 and torch.isfinite(output.loss)
+    output.loss.backward()
+    assert trace_step(method, 2, on_cpu=True).flops() > 2 * method.cost().executed
+    hard = [f"objective.loss.{word}" for word in ("kind=info_nce", "same_file=negative")]
+    (told,) = warnings_of(method_of(recipe_of(folder, *hard)))
+    assert "hard negative" in told
+
+
+def toy_of(folder: Path, name: str = "toy.yaml") -> Toy:
+    return Toy(folder / name, folder)
+
+
+def test_statistics_of_a_recipes_videos(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured by the command, taken by the recipe: bins are normal over the same windows."""
+    out = str(tmp_path / "statistics.npz")
+    assert sound_statistics.main([out, "--recipe", str(folder / "toy.yaml")]) == 0
+    assert "16 windows, 1 videos left out" in capsys.readouterr().out
+    recipe = recipe_of(folder, f"input.spectrogram.statistics={out}")
+    samples = method_of(recipe).samples()
+    assert isinstance(samples, AudioVideo)
+    film = members_of_film(talking_film(sine(300, 2.0), frames=60))
+    found = samples.without_chance(SourceInfo("toy", [], Source(shards="")), film)["sound"]
+    own = AudioVideo(recipe_of(folder).input, 0).without_chance(SourceInfo("toy", [], Source(shards="")), film)["sound"]
+    assert found.shape == own.shape == (1, 25, 33) and abs(float(own.mean())) < 1e-3 < abs(float((found - own).max()))
+    assert sound_statistics.main([out, "--recipe", "vit_s_dual"]) == 2
+    assert "allowed: audio_video" in capsys.readouterr().err
+
+
+def test_a_run_from_start_to_fine_tuning(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trains, counts the film without sound, retrieves, exports; the video encoder starts a classifier by itself."""
+    shards = folder / "shards"
+    held_out = [f"objective.held_out.{word}" for word in (f"pairs={shards}", f"queries={shards}", "clips=2")]
+    toy = toy_of(folder)
+    output = toy.train("run", *held_out)
+    assert "unusable sample replaced (no_sound" in output and "held_out.pairs: mute can't be used" in output
+    last = [record for record in toy.records("run") if "eval/pairs" in record][-1]
+    assert last["eval/pairs"] == 16 and last["eval/queries"] == 17 and 0 <= last["eval/class_R@1"] <= 100
+    words = ["--pairs", str(shards), "--queries", str(shards), "--clips", "2"]
+    assert retrieve.main([str(folder / "run"), *words]) == 0
+    assert f"{last['eval/video_to_sound_R@5']:9.2f}  video_to_sound_R@5" in capsys.readouterr().out
+    assert retrieve.main([str(folder / "run")]) == 2 and "--pairs or --queries" in capsys.readouterr().err
+    state = consolidated_state(next((folder / "run" / "checkpoints").glob("step_00000006")))
+    towers = str(tmp_path / "towers.safetensors")
+    assert export.main([str(folder / "run"), towers, "--format", "towers"]) == 0
+    parts = {name.partition(".")[0] for name in safetensors.torch.load_file(towers)}
+    assert parts == {"video_encoder", "audio_encoder", "video_head", "audio_head", "affinity"}
+    again = build(recipe_of(folder), seed=9)
+    again.load_pretrained(towers, safetensors.torch.load_file(towers))
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items() if "affinity" not in name)
+    assert export.main([str(folder / "run"), str(tmp_path / "video")]) == 0
+    text = FINE_TUNING.replace("SHARDS", str(folder / "shards"))
+    (tmp_path / "tune.yaml").write_text(text)
+    for start in (str(folder / "run"), str(tmp_path / "video"), towers):
+        recipe = load_tune_recipe(str(tmp_path / "tune.yaml"))
+        assert problems_of(method_of(recipe)) == []
+        classifier = method_of(recipe).build()
+        classifier.load_pretrained(start, read_weights(start))
+        assert torch.equal(classifier.model.stages[3][0].time2.weight, state["model.stages.3.0.time2.weight"]), start
+
+
+FINE_TUNING = """\
+model: {name: r2plus1d, width: 8, blocks: [1, 1, 1, 1], classes: 4}
+objective: {name: classification}
+input: {frames: 4, stride: 2, height: 32, width: 32}
+data: {sources: {toy: {shards: SHARDS, labels: integer, sampling: strided}}, lanes: 4, shuffle_window: 4, workers: 0}
+batch: {samples: 8, micro: 8}
+augment: {randaugment: null, erasing: 0, mixup: 0, cutmix: 0}
+compute: {dtype: fp32}
+"""
+
+
+@pytest.mark.faults
+def test_two_ranks_are_one_and_go_on_after_a_kill(folder: Path) -> None:
+    toy = toy_of(folder)
+    toy.train("one", "batch.micro=8")
+    toy.train("two", "batch.micro=4", ranks=2)
+    # Batch norm, gathers and masks see all rows: only the order of sums differs, which Adam, whose steps have one size
+    # for any gradient, makes larger from step to step.
+    alone, together = toy.losses("one"), toy.losses("two")
+    assert together[0] == pytest.approx(alone[0], rel=1e-5) and together[1] == pytest.approx(alone[1], rel=1e-3)
+    process = toy.start("killed", "batch.micro=4", ranks=2)
+    toy.wait_for("killed", 4, process)
+    toy.kill(process)
+    toy.train("killed", "batch.micro=4", ranks=2)
+    by_step = {record["step"]: record["train/loss"] for record in toy.records("killed") if "train/loss" in record}
+    assert [by_step[step] for step in range(1, 7)] == toy.losses("two"), "bit for bit"
+    ends = [consolidated_state(folder / name / "checkpoints" / "step_00000006") for name in ("two", "killed")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

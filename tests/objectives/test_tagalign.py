@@ -17,7 +17,7 @@ from pretrain.commands.tag import main as tag
 from pretrain.data.index import load_index, load_members
 from pretrain.data.members import Members
 from pretrain.data.samples import Place, Sample, SourceInfo
-from pretrain.data.tags.tag_folder import read_tags, table_path
+from pretrain.data.tags.tag_folder import list_hash, read_table, read_tags, table_path
 from pretrain.engine.optimiser import parameter_groups
 from pretrain.errors import DataError, SampleError, WeightsError
 from pretrain.models.weight_files import read_raw
@@ -29,6 +29,7 @@ from pretrain.recipe.schema import Recipe, Source
 from pretrain.samples.captioned import CaptionedPictures
 from pretrain.trained.load_run import load_trained
 from tests.captioned_pictures import drawn, world
+from tests.streams import training_stream
 from tests.toy_run import Toy
 
 
@@ -172,9 +173,24 @@ def test_pictures_without_tags_are_replaced_or_counted(folder: Path) -> None:
     assert float(metrics["tag"]) == pytest.approx(float(alone["tag"]) / 2), "officially it counts in the mean"
 
 
-def _row(folder: Path, row: int) -> np.ndarray:
-    from pretrain.data.tags.tag_folder import list_hash, read_table
+def test_a_substitute_has_its_own_tags(folder: Path, tmp_path: Path) -> None:
+    """Its table is looked up where it lies, and not where the sample lies that it stands in for."""
+    (tmp_path / "list.txt").write_text("square\nred\n")
+    words = [str(folder / "shards"), "--out", str(tmp_path / "tags"), "--attributes"]
+    assert tag([*words, "--tag-list", str(tmp_path / "list.txt")]) == 0
+    recipe = recipe_of(folder, "input.crop=center", f"input.tags={tmp_path / 'tags'}", "input.tag_count=2")
+    index, replaced = load_index(str(folder / "shards")), 0
+    table = read_table(str(tmp_path / "tags"), index.shards[0], list_hash(["square", "red"]))
+    rows = {key: table.row(row).tolist() for row, key in enumerate(load_members(index.url, index.shards[0]).keys)}
+    assert sorted(map(len, rows.values()))[2:12] != [1] * 10, "some have none, some both"
+    for batch, _ in zip(training_stream(recipe), range(6), strict=False):
+        replaced += len(batch["bad"])
+        for key, tags in zip(batch["key"], batch["tags"], strict=True):
+            assert tags[tags >= 0].tolist() == rows[key] != [], key
+    assert replaced > 1
 
+
+def _row(folder: Path, row: int) -> np.ndarray:
     index = load_index(str(folder / "shards"))
     return read_table(str(folder / "tags"), index.shards[0], list_hash(read_tags(str(folder / "tags")))).row(row)
 
@@ -236,7 +252,7 @@ def test_tagging_goes_on_where_it_stopped(folder: Path, tmp_path: Path, capsys: 
     places = [Path(table_path(str(tmp_path / "tags"), shard)), tmp_path / "tags" / "tags.txt"]
     written = [(place.read_bytes(), place.stat().st_mtime_ns) for place in places]
     assert places[1].read_bytes() == (folder / "tags" / "tags.txt").read_bytes()
-    assert tag(words) == 0 and "0 shards parsed by rules 1" in capsys.readouterr().err
+    assert tag(words) == 0 and "0 shards parsed by rules 2" in capsys.readouterr().err
     assert (places[0].read_bytes(), places[0].stat().st_mtime_ns) == written[0]
     (tmp_path / "list.txt").write_text("bar\nsquare\n")
     (tmp_path / "synonyms.csv").write_text("circle,square\n")

@@ -120,12 +120,14 @@ def test_ava_with_all_its_files(videos: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_faults_are_skipped_when_asked(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = write(tmp_path / "own.csv", OWN + "club/ü,11,0,0,1,1,wave,1\nnone,1,0,0,1,1,wave,1\n")
+    faults = "club/ü,11,0,0,1,1,wave,1\nnone,1,0,0,1,1,wave,1\nclub/ü,-1,0,0,1,1,wave,1\n"
+    own = write(tmp_path / "own.csv", OWN + faults)
     common = ["--annotations", own, "--data-root", videos, tmp_path / "out", "--in-place"]
     text = pack(capsys, *common, code=2)
     assert "own.csv:7: club/ü at second 11" in text and "own.csv:8: none: no such video" in text
+    assert "own.csv:9: club/ü at second -1: its first frame is at 0\n" in text
     text = pack(capsys, *common, "--faulty", "skip")
-    assert len((tmp_path / "out/refused_rows.txt").read_text().splitlines()) == 2 and "2 rows refused" in text
+    assert len((tmp_path / "out/refused_rows.txt").read_text().splitlines()) == 3 and "3 rows refused" in text
 
 
 def test_boxes_are_checked_as_training_reads_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import pickle
 import re
 import shlex
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,27 @@ def test_finished_shards_are_not_measured_again(shards: Path, monkeypatch: pytes
     assert {task.shard for task in looked_at} == {1} and (shards / "motion.json").read_bytes() == first
     run(shards)
     assert len(looked_at) == 3
+
+
+def test_a_set_of_pictures_is_refused_and_one_of_both_is_not(tmp_path: Path, shards: Path, capsys: Any) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 24)).save(picture, "JPEG")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    with tarfile.open(pictures / "a-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("1.jpg", "2.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(picture.getvalue())
+            tar.addfile(info, io.BytesIO(picture.getvalue()))
+    index_folder(str(pictures))
+    run(pictures, code=2)
+    told = capsys.readouterr().err
+    assert f"{pictures}: a data set of pictures, in which nothing moves; allowed: one of videos" in told
+    assert not (pictures / "motion.json").exists()
+    shutil.copy(pictures / "a-000000.tar", shards / "a-000000.tar")
+    index_folder(str(shards))
+    run(shards)
+    assert "(ssim) of 7 of 8 videos" in capsys.readouterr().err
 
 
 def test_parts_share_the_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,8 @@ def test_transcripts_of_both_kinds() -> None:
     said = [{"word": word, "time": time} for word, time in (("b", 2), ("&gt;", 1), ("amp;", 1), ("â€œa", 1.5))]
     mended = parse_transcript({"subtitles": said})
     assert mended.words == ('"a', "b") and mended.times.tolist() == [1.5, 2]
-    spread = parse_transcript({"segments": [{"start": 1, "end": 3, "text": "one two"}, {"start": 3, "end": 4, "text": ""}]})
+    parts = [{"start": 1, "end": 3, "text": "one two"}, {"start": 3, "end": 4, "text": ""}]
+    spread = parse_transcript({"segments": parts})
     assert spread.words == ("one", "two") and spread.times.tolist() == [1.5, 2.5]
     wrong: list[Any] = [{}, [], {"subtitles": [{"word": "a"}]}, {"subtitles": []}, {"segments": [{"text": "a"}]}, 7]
     wrong += [{"subtitles": [{"word": "a", "time": "nan"}]}, {"subtitles": [{"word": "a", "time": "soon"}]}]
@@ -117,8 +118,8 @@ def test_texts_and_frames_are_of_one_window(options: dict[str, Any]) -> None:
         again = made(samples, "films", members(narration=narration(ORDER)), position)
         assert all(np.array_equal(arrays[name], again[name]) for name in arrays)
     assert len(starts) == 6
-    parts = members(meta={"subtitles": narration(ORDER)["subtitles"], "denoised": narration(ORDER)["denoised"]})
-    assert np.array_equal(made(samples, "films", parts)["ids"], made(samples, "films", members(narration=narration(ORDER)))["ids"])
+    packed = made(samples, "films", members(meta=narration(ORDER)))
+    assert np.array_equal(packed["ids"], made(samples, "films", members(narration=narration(ORDER)))["ids"])
 
 
 def test_captions(options: dict[str, Any]) -> None:
@@ -127,10 +128,11 @@ def test_captions(options: dict[str, Any]) -> None:
     again = [made(samples, "clips", members(["a red square square square", "a person"]), p) for p in range(8)]
     assert arrays["ids"].shape == (1, 1, 5) and "visible" not in arrays
     assert {int(one["cut"][0]) for one in again} == {0, 2}, "one of both is drawn, and lost tokens are counted"
-    held_out = samples.without_chance(SourceInfo("held out", [], Source(shards="")), members(["a red square", "a person"]))
+    source = SourceInfo("held out", [], Source(shards=""))
+    held_out = samples.without_chance(source, members(["a red square", "a person"]))
     assert samples._tokenizer.decode(held_out["ids"][0, 0]) == "a red square"
     textless = NarratedClips(Config(**options), 7, texts=False)
-    only = textless.without_chance(SourceInfo("held out", [], Source(shards="")), members())
+    only = textless.without_chance(source, members())
     assert set(only) == {"video"} and np.array_equal(only["video"], held_out["video"])
 
 

@@ -49,7 +49,7 @@ class AnnotatedKeyframe:
 
 @dataclass(frozen=True)
 class Film:
-    """What is known of a video: upright width and height in pixels, and its last frame's time in the unit of the rows.
+    """What is known of a video: upright width and height in pixels; times of last and first frame in the rows' unit.
 
     A width of 0 is one that is not known, which is enough for boxes in shares.
     """
@@ -57,6 +57,7 @@ class Film:
     width: int = 0
     height: int = 0
     end: float = np.inf
+    begin: float = -np.inf
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,9 @@ class _Maker:
             first = video not in self._absent
             self._absent.add(video)
             return f"{video}: no such video below --data-root, nor a folder of its pictures" if first else ""
-        if time < (1 if unit == "frame" else 0) or time > film.end:
+        if time < film.begin:
+            return f"{video} at {unit} {time:g}: its first frame is at {film.begin:g}"
+        if time > film.end:
             return f"{video} at {unit} {time:g}: its last frame is at {film.end:g}"
         return None
 

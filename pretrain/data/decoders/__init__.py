@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pretrain.data.decoders.crops import Boxes, cut, whole
 from pretrain.data.linked_video import Footage, LinkedVideo, StillImage, tell_whole
 from pretrain.data.time_segment import ROUNDING_S, Segment
-from pretrain.errors import DataError, SampleError
+from pretrain.errors import DataError, RecipeError, SampleError
 
 Decoder = Literal["decord", "pyav", "torchcodec", "torchcodec_cuda"]
 
@@ -205,14 +205,15 @@ def open_video(data: Footage, decoder: str = "decord", stamps: range | None = No
 
     Raises:
         SampleError: "empty" without data or frames, "open" for something that is no video, "decode" for damage.
-        DataError: the decoder is unknown or not installed.
+        RecipeError: no such decoder.
+        DataError: the decoder is not installed.
     """
     if isinstance(data, StillImage):
         from pretrain.data.decoders.image import ImageReader
 
         return ImageReader(data.content)
     if decoder not in DECODERS:
-        raise DataError(f"input.decoder={decoder!r}: allowed are {', '.join(DECODERS)}")
+        raise RecipeError(f"input.decoder={decoder!r}: allowed are {', '.join(DECODERS)}")
     try:
         module = importlib.import_module(f"{__name__}.{decoder}_reader")
     except (ImportError, OSError, RuntimeError) as error:

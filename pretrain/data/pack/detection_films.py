@@ -66,9 +66,9 @@ class DetectionFilm:
     def facts(self, unit: str, begins: float) -> Film:
         """Give what annotations are held against."""
         if unit == "frame":
-            return Film(self.width, self.height, self.frames)
+            return Film(self.width, self.height, self.frames, 1)
         ends = self.index.duration if self.index is not None else float((self.frames - 1) / self.fps)
-        return Film(self.width, self.height, begins + ends)
+        return Film(self.width, self.height, begins + ends, begins)
 
     def around(self, seconds: float, span: float | None) -> tuple[dict[str, Any], float]:
         """Choose what is packed of a keyframe.

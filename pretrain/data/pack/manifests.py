@@ -5,6 +5,7 @@ import io
 
 from pretrain.data.media import extension_of
 from pretrain.data.pack.annotations import ID_COLUMN, Row, database_rows
+from pretrain.data.pack.instance_annotations import holds_instances, instance_rows
 from pretrain.runtime.untrusted import parse_json
 
 
@@ -23,6 +24,8 @@ def read_rows(source: str, text: str) -> list[Row] | None:
     """
     if extension_of(source) in ("jsonl", "ndjson"):
         return _jsonl_rows(text)
+    if extension_of(source) == "json" and holds_instances(text):
+        return instance_rows(source, text)
     if extension_of(source) == "json":
         return database_rows(source, text)
     delimiter = _csv_delimiter(text)

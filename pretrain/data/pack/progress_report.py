@@ -1,6 +1,7 @@
 """Progress and summary of packing: a bar, or log lines where there is no terminal, and a report at the end."""
 
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from contextlib import contextmanager
 from pretrain.data.pack.pack_run import Progress, Report
 from pretrain.runtime import storage
 
-#: Seconds between two lines in a log file.
-LOG_EVERY = 30.0
+#: Seconds between two lines in a log file at first; later a twentieth of the time that it has taken, at most so many.
+LOG_EVERY, LOG_EVERY_LATER = 5.0, 60.0
 SHOWN_REASONS = 3
 
 
@@ -23,7 +24,8 @@ def progress_bar(total: int, noun: str = "videos", work: str = "pack") -> Iterat
     console = Console(file=sys.stderr)
     # In a log file a live bar is thousands of lines of control characters.
     if not console.is_terminal:
-        yield _log_lines(noun, work)
+        with _log_lines(total, noun, work) as show:
+            yield show
         return
     from rich.progress import (
         BarColumn,
@@ -47,19 +49,28 @@ def progress_bar(total: int, noun: str = "videos", work: str = "pack") -> Iterat
         yield show
 
 
-def _log_lines(noun: str, work: str) -> Progress:
-    rates = _Rates(noun)
-    last = time.monotonic()
+@contextmanager
+def _log_lines(total: int, noun: str, work: str) -> Iterator[Progress]:
+    """Write a line every few seconds, by a thread: a long film alone would else be silence, as of work that hangs."""
+    rates, state, over = _Rates(noun), [0, total], threading.Event()
 
     def show(done: int, of: int, read: int) -> None:
-        nonlocal last
         rates.update(done, read)
-        now = time.monotonic()
-        if now - last >= LOG_EVERY:
-            last = now
-            sys.stderr.write(f"{work}: {done}/{of} {noun}, {rates}, {rates.left(of)} left\n")
+        state[:] = done, of
 
-    return show
+    def tell() -> None:
+        while not over.wait(min(max(rates.seconds / 20, LOG_EVERY), LOG_EVERY_LATER)):
+            done, of = state
+            left = f"{rates.left(of)} left" if done else f"{rates.seconds:.0f} s"
+            sys.stderr.write(f"{work}: {done}/{of} {noun}, {rates}, {left}\n")
+
+    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield show
+    finally:
+        over.set()
+        teller.join()
 
 
 class _Rates:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from pretrain.data.tags.caption_rules import ParsedCaption, RuleParser, singular
 from pretrain.errors import DataError
 from pretrain.runtime.untrusted import parse_json
+from pretrain.runtime.vision_ops import ensure_torchvision
 
 Backend = Literal["rules", "spacy", "nltk", "llm"]
 
@@ -151,6 +152,7 @@ class _ModelParser:
     name = "llm"
 
     def __init__(self, model: str) -> None:
+        ensure_torchvision()  # which transformers imports, and which may have no operators for this torch
         try:
             import transformers
         except ImportError as error:

@@ -67,6 +67,11 @@ hippopotamus rhinoceros citrus virus campus circus bonus species series tennis n
 scissors glasses binoculars goggles headphones stairs clothes asparagus hibiscus eucalyptus crocus lotus atlas
 compass harness fortress
 """.split())
+#: Nouns that end like adjectives.
+ADJECTIVE_NOUNS = frozenset("""
+vegetable collectible convertible constable spoonful mouthful handful radish rubbish goldfish swordfish jellyfish
+catfish shellfish starfish crayfish angelfish clownfish blowfish cuttlefish
+""".split())
 #: Endings of adjectives; of words that are long enough.
 ADJECTIVE_ENDINGS = ("ful", "ous", "less", "ish", "ical", "able", "ible")
 
@@ -85,7 +90,7 @@ class RuleParser:
 
     name = "rules"
     #: Part of what a list was made of: another version parses anew.
-    version = "rules 1"
+    version = "rules 2"
 
     def __call__(self, captions: Sequence[str]) -> list[ParsedCaption | None]:
         """Parse captions; a parser says None where it has no answer, which this one always has."""
@@ -159,7 +164,10 @@ def _unique(words: Iterable[str]) -> list[str]:
 
 
 def _is_adjective(word: str) -> bool:
-    return word in ADJECTIVES or (len(word) > 5 and word.endswith(ADJECTIVE_ENDINGS))
+    if word in ADJECTIVES:
+        return True
+    # The plural is no adjective anyway: "vegetables" ends otherwise.
+    return len(word) > 5 and word.endswith(ADJECTIVE_ENDINGS) and word not in ADJECTIVE_NOUNS
 
 
 def _is_adverb(word: str) -> bool:

@@ -8,7 +8,7 @@ numbers. Only the first takes long; many machines share it by parts. Nothing is 
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,7 +58,7 @@ class TagWork:
 
     folder: str
     caption: str = ""
-    synonyms: Mapping[str, str] = field(default_factory=dict)
+    synonyms: dict[str, str] = field(default_factory=dict)
     attributes: bool = False
 
 
@@ -160,9 +160,8 @@ def map_shards(work: TagWork, indexes: Sequence[ShardIndex], version: str, tags:
 def tags_of(work: TagWork, parsed: ParsedCaption) -> Iterator[str]:
     """Give the tags of a caption, in one form; one may come twice."""
     words = [*parsed.objects, *(word for _, word in parsed.attributes if work.attributes)]
-    synonyms = dict(work.synonyms)
     for word in words:
-        if (tag := normalised_tag(word, synonyms)) is not None:
+        if (tag := normalised_tag(word, work.synonyms)) is not None:
             yield tag
 
 

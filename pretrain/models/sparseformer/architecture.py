@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from pretrain.models.base import Classifier, Cost, Looking, MapLevel
+from pretrain.models.base import Classifier, Cost, Looking, MapLevel, side_problems
 from pretrain.models.encoder import attention_macs, mlp_macs
 from pretrain.models.recompute import Recompute
 from pretrain.models.sparseformer import sparseformer_config as sizes
 from pretrain.models.sparseformer.region_pictures import looks_of, region_rows, region_sheet
 from pretrain.models.sparseformer.sparseformer_config import Config, UnitShape
-from pretrain.models.sparseformer.sparseformer_model import MAP_STRIDE, SparseFormer
+from pretrain.models.sparseformer.sparseformer_model import MAP_STRIDE, STEM_SIDE, SparseFormer
 from pretrain.models.sparseformer.sparseformer_weights import fitted_weights
 from pretrain.models.sparseformer.units import MLP_RATIO
 
@@ -34,7 +34,8 @@ class SparseFormerArchitecture(Classifier):
         return sizes.resolve(config)
 
     def problems(self) -> list[str]:
-        return sizes.check(self.config, self.input.size[0])
+        small = side_problems(self.input.size, self.config.name, STEM_SIDE, "the stem's window")
+        return sizes.check(self.config, self.input.size[0]) + small
 
     def build(self, activation_checkpointing: Recompute = False) -> SparseFormer:
         return SparseFormer(self.config, activation_checkpointing)

@@ -25,6 +25,8 @@ from pretrain.models.sparseformer.sparseformer_weights import layout_of_names, o
 from pretrain.models.sparseformer.token_maps import token_maps
 from pretrain.models.sparseformer.units import Looks, Table, Unit
 
+#: Side of the stem's window, pixels.
+STEM_SIDE = 7
 #: Side of a picture divided by that of the map of `forward_maps`.
 MAP_STRIDE = 16
 
@@ -33,7 +35,7 @@ class StemConvolution(nn.Conv2d):
     """Convolution over pixels, frame by frame; starts as ReLU networks do."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(3, channels, 7, stride=2, padding=3)
+        super().__init__(3, channels, STEM_SIDE, stride=2, padding=3)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()  # the bias is torch's

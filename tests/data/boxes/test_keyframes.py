@@ -120,6 +120,8 @@ def test_pixels_become_shares_of_the_video(tmp_path: Path) -> None:
         collect_keyframes([records], classes, RowLimits())
     with pytest.raises(RecipeError, match="its last frame is at 5"):
         collect_keyframes([records], classes, RowLimits(), films={"a": Film(320, 240, 5)})
+    with pytest.raises(RecipeError, match=r"a at frame 1: its first frame is at 2$"):
+        collect_keyframes([records], classes, RowLimits(), films={"a": Film(320, 240, 6, 2)})
 
 
 def test_labels_by_name(tmp_path: Path) -> None:
