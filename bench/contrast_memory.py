@@ -35,23 +35,23 @@ def measure(anchors: int, candidates: int, dims: int, chunk: int | None) -> None
 
     generator = torch.Generator().manual_seed(0)
     sides = [normalized(torch.randn(rows, dims, generator=generator)) for rows in (anchors, candidates)]
-    leaves = [side.requires_grad_() for side in sides]
+    first, second = leaves = [side.requires_grad_() for side in sides]
     columns = torch.randint(candidates, (anchors, 1 + SOFT), generator=generator)
     weights = torch.rand(anchors, SOFT, generator=generator).requires_grad_()
     # Once small: code and threads are loaded.
-    info_nce(sides[0][:2], sides[1][:64], columns[:2, 0] % 64, 0.2, chunk=1).sum().backward()
+    info_nce(first[:2], second[:64], columns[:2, 0] % 64, 0.2, chunk=1).sum().backward()
     for leaf in leaves:
         leaf.grad = None
     before, begun = resident("VmRSS"), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")
-    loss = info_nce(*sides, columns[:, 0], 0.2, soft=columns[:, 1:], weights=weights, chunk=chunk).mean()
+    loss = info_nce(first, second, columns[:, 0], 0.2, soft=columns[:, 1:], weights=weights, chunk=chunk).mean()
     forward, between = resident("VmHWM") - before, time.process_time()
     loss.backward()
     ended = time.process_time()
     norms = [float(leaf.grad.norm()) for leaf in (*leaves, weights) if leaf.grad is not None]
     result = {
         "chunk": chunk, "forward_bytes": forward, "bytes": resident("VmHWM") - before,
-        "forward_s": between - begun, "backward_s": ended - between, "loss": float(loss), "norms": norms,
+        "forward_s": between - begun, "backward_s": ended - between, "loss": loss.item(), "norms": norms,
     }  # fmt: skip
     print("RESULT " + json.dumps(result), flush=True)
 
