@@ -406,13 +406,8 @@ def test_two_ranks_are_one_and_go_on_after_a_kill(folder: Path) -> None:
     toy = toy_of(folder)
     toy.train("one", "batch.micro=8")
     toy.train("two", "batch.micro=4", ranks=2)
-<<<<<<< HEAD
-    # Batch norm, gathers and masks see all rows: only the order of sums differs, which Adam, whose steps have one size
-    # for any gradient, makes larger from step to step.
-=======
     # Batch norm, gathers and masks see all rows: only the order of sums differs, which Adam makes larger from step
     # to step: its first ones have one size for any gradient.
->>>>>>> speed
     alone, together = toy.losses("one"), toy.losses("two")
     assert together[0] == pytest.approx(alone[0], rel=1e-5) and together[1] == pytest.approx(alone[1], rel=1e-3)
     process = toy.start("killed", "batch.micro=4", ranks=2)
