@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _features(arguments: argparse.Namespace) -> int:
     from pretrain.errors import DataError
-    from pretrain.trained.video_features import Windows, extract, listed_files, open_model, write_features
+    from pretrain.trained.video_features import FeatureWindows, extract, listed_files, open_model, write_features
 
     paths = [*arguments.videos, *(listed_files(arguments.list) if arguments.list else ())]
     if not paths:
         raise DataError("no videos: name some (--videos), or a file with one a line (--list)")
     objective, recipe = open_model(arguments.model, arguments.recipe)
-    windows = Windows(arguments.frames or recipe.input.frames, arguments.window, arguments.hop)
+    windows = FeatureWindows(arguments.frames or recipe.input.frames, arguments.window, arguments.hop)
     rows, features, missing = extract(objective, recipe, paths, windows, arguments.normalize, _device())
     return _within_budget(missing, len(paths), arguments) or _written(rows, features, arguments, write_features)
 

@@ -15,7 +15,7 @@ from pretrain.samples.narrated import NarratedClips
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """A video, its options, and which of them is right."""
 
     path: str
@@ -23,7 +23,7 @@ class Question:
     answer: int
 
 
-def read_questions(where: str, folder: str) -> list[Question]:
+def read_questions(where: str, folder: str) -> list[ChoiceQuestion]:
     """Read a jsonl of `clip_name`, `options` and `answer`, a number or one of the options.
 
     Args:
@@ -47,7 +47,7 @@ def read_questions(where: str, folder: str) -> list[Question]:
             place = options.index(answer) if isinstance(answer, str) else int(answer)
             if not 0 <= place < len(options) or not all(isinstance(option, str) for option in options):
                 raise ValueError(f"answer {answer!r} is none of {len(options)} options")
-            found.append(Question(_located(folder, str(content["clip_name"])), options, place))
+            found.append(ChoiceQuestion(_located(folder, str(content["clip_name"])), options, place))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{where}:{number}: {type(error).__name__}: {error}; allowed: an object of clip_name, options (a list "
@@ -60,7 +60,7 @@ def read_questions(where: str, folder: str) -> list[Question]:
 
 @torch.no_grad()
 def choose(
-    objective: Any, samples: NarratedClips, questions: Sequence[Question], device: torch.device
+    objective: Any, samples: NarratedClips, questions: Sequence[ChoiceQuestion], device: torch.device
 ) -> tuple[list[bool], list[str]]:
     """Answer questions by the largest cosine; options of several questions are embedded once.
 

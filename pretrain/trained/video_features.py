@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Windows:
+class FeatureWindows:
     """Parts of a video that have a feature each.
 
     Attributes:
@@ -82,7 +82,7 @@ def open_model(source: str, recipe: str | None) -> tuple[TVTSv2Objective, Recipe
     return objective.eval(), found
 
 
-def windows_of(reader: VideoReader, windows: Windows) -> Iterator[tuple[float, float, Any]]:
+def windows_of(reader: VideoReader, windows: FeatureWindows) -> Iterator[tuple[float, float, Any]]:
     """Yield start, end and the frames [T] of each window; the last ends with the video, none is shorter than others."""
     if windows.seconds is None or windows.seconds >= reader.duration:
         yield 0.0, reader.duration, spread_frames(reader.num_frames, windows.frames)
@@ -94,7 +94,7 @@ def windows_of(reader: VideoReader, windows: Windows) -> Iterator[tuple[float, f
         yield start, start + windows.seconds, first + spread_frames(last - first + 1, windows.frames)
 
 
-def clips_of(path: str, windows: Windows, recipe: Recipe) -> Iterator[tuple[FeatureRow, Clip]]:
+def clips_of(path: str, windows: FeatureWindows, recipe: Recipe) -> Iterator[tuple[FeatureRow, Clip]]:
     """Yield the squeezed clip uint8 [T, H, W, 3] of each window of a file, any fsspec URL.
 
     Raises:
@@ -112,7 +112,7 @@ def extract(
     objective: TVTSv2Objective,
     recipe: Recipe,
     paths: Iterable[str],
-    windows: Windows,
+    windows: FeatureWindows,
     normalize: bool = False,
     device: torch.device | str = "cpu",
 ) -> tuple[list[FeatureRow], Tensor, list[str]]:
