@@ -241,7 +241,7 @@ class SpeedCoaugObjective(WholeBatchObjective):
         load_state(self, parts, LoadReport(path, "AVID or both towers"), fresh, ("affinity.*", "scale.*"))
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Give the clips at their speeds, and their spectrograms as grey pictures."""
+        """Give the clips as the encoder sees them, at their speeds."""
         return {"seen": batch["video"]}
 
 
