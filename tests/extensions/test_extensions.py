@@ -255,7 +255,7 @@ OF_CLASSIFICATION = [
     ("evaluate", DETECTION, 2, "objective.name: found tiny_detection, allowed: classification"),
     ("finetune", [*DETECTION, "ema.decay=0.9", "--check"], 2, "ema: objective.name=tiny_detection does not read"),
     ("finetune", [*DETECTION, "tune.lora.rank=4", "--check"], 2, "tune: objective.name=tiny_detection does not"),
-    ("export", ["one/translation", "x", "--format", "map"], 1, "can be written as: safetensors"),
+    ("export", ["one/translation", "x", "--format", "map"], 2, "can be written as: safetensors"),
 ]
 COMMANDS = {
     "replay": [("replay", [f"one/{name}", "6"]) for name in RUNS],

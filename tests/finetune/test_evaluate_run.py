@@ -143,8 +143,10 @@ def test_the_command_on_clips(toy: Any, run: str, method: str, tmp_path: Path) -
 
 
 def test_wrong_usage_and_wrong_places(toy: Any, run: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--run", run]) == 2
-    assert main(["--run", run, "--train", "a", "--val", "b", "--shots", "0"]) == 2
+    for words in ([], ["--train", "a", "--val", "b", "--shots", "0"]):
+        with pytest.raises(SystemExit) as leave:
+            main(["--run", run, *words])
+        assert leave.value.code == 2, words
     assert main(["--run", str(toy.folder / "nothing"), "--train", "a", "--val", "b"]) == 1
     assert "nothing" in capsys.readouterr().err
 
