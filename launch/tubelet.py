@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = commands()
     match words:
         case [] | ["-h" | "--help", *_]:
-            print(USAGE.format(commands="\n".join(f"  {name:<14}{_summary(path)}" for name, path in known.items())))
+            width = max(map(len, known)) + 2
+            lines = [f"  {name:<{width}}{_summary(path)}" for name, path in known.items()]
+            print(USAGE.format(commands="\n".join(lines)))
             return 0 if words else 2
         case ["--version", *_]:
             print(f"tubelet {metadata.version('tubelet')}")

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     take_any_name()
     arguments = make_parser().parse_args(argv)
     try:
+        _check_looks(arguments)
         _evaluate(arguments) if arguments.set else _draw(arguments)
     except RecipeError as error:
         print(f"segment: {error}", file=sys.stderr)
@@ -78,6 +79,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_looks(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that can't be meant, before anything is loaded; NaN is within no bounds."""
+    found = []
+    for name in ("blend", "background"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value <= 1:
+            found.append(f"--{name} {value:g}: allowed: from 0 to 1")
+    for name in ("short_side", "window", "stride"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            found.append(f"--{name.replace('_', '-')} {value}: allowed: 1 or more pixels")
+    if not 0 < arguments.fps < float("inf"):
+        found.append(f"--fps {arguments.fps:g}: allowed: more than 0")
+    if found:
+        raise RecipeError(found)
+
+
 def _open(arguments: argparse.Namespace, device: Any) -> Any:
     from finetune.open_vocabulary.text_segmenter import SegmenterOptions, open_segmenter
     from pretrain.objectives.tag_texts import SIMPLE
@@ -94,11 +112,11 @@ def _draw(arguments: argparse.Namespace) -> None:
 
     from finetune.open_vocabulary.queried_pictures import draw_queries
 
-    if not 0 < arguments.fps < float("inf"):
-        raise DataError(f"--fps {arguments.fps:g}: allowed: more than 0")
     queries = [*arguments.query, *(_names(arguments.class_names) if arguments.class_names else [])]
     if twice := sorted({query for query in queries if queries.count(query) > 1}):
-        raise DataError(f"--query {twice[0]!r}: asked twice; each once")
+        raise RecipeError(f"--query {twice[0]!r}: asked twice; each once")
+    if len(queries) == 1 and arguments.background is None:
+        print("one query and no --background: every pixel is nearest to it; --background 0.4 says where it is not")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = arguments.out or Path(f"{PurePosixPath(arguments.picture).stem}_queries.png")
     segmenter = _open(arguments, device)

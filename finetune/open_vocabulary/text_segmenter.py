@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.open_vocabulary.text_masks import labels_of, sliding_masks
-from pretrain.errors import DataError, WeightsError
+from pretrain.errors import DataError, RecipeError, WeightsError
 from pretrain.models.tag_embeddings import FLOOR
 from pretrain.objectives.contrast import normalized
 from pretrain.objectives.tag_texts import SIMPLE, classes_by_templates
@@ -52,7 +52,7 @@ class TextSegmenter:
         options: how pictures are looked at.
 
     Raises:
-        DataError: options that can't work.
+        RecipeError: options that can't work.
         WeightsError: a tower is missing.
     """
 
@@ -60,18 +60,16 @@ class TextSegmenter:
         self, objective: TagAlignObjective, input: Any, device: torch.device, options: SegmenterOptions
     ) -> None:
         self._objective, self.device, self._options = objective.to(device), device, options
-        self.short_side = options.short_side or 2 * input.height
-        self._window = options.window or self.short_side
-        self._stride = options.stride or max(1, self._window // 2)
-        if not 0 <= options.blend <= 1:
-            raise DataError(f"--blend {options.blend:g}: allowed: a share from 0 to 1")
+        self.short_side = 2 * input.height if options.short_side is None else options.short_side
+        self._window = self.short_side if options.window is None else options.window
+        self._stride = max(1, self._window // 2) if options.stride is None else options.stride
         patch = objective.model.options.clip.patch_size
         smallest = min(self.short_side, self._window, self._stride)
         # Pixels between windows would be seen by none of them.
         gaps = self._stride > self._window
         if smallest < 1 or gaps or (patch and min(self.short_side, self._window) < patch):
             sizes = f"--short-side {self.short_side}, --window {self._window}, --stride {self._stride}"
-            raise DataError(
+            raise RecipeError(
                 f"{sizes}: allowed: at least a patch of {patch} pixels, and a stride from 1 to the window's side"
             )
         # Queries are refused where captions were cut: a user would not know which word is not looked for.

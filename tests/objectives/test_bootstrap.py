@@ -184,10 +184,10 @@ def test_held_out_pictures_are_cut_as_torchvision_does(share: float, interpolati
 
 def test_input_is_checked() -> None:
     wrong = Config(frames=2, width=100, second_size=0, area=(0.5, 0.1), aspect=(0, 1), crop_share=2)
-    assert [line.split(":")[0] for line in wrong.problems()] == [
+    assert {line.split(":")[0] for line in wrong.problems()} == {
         f"input.{name}"
         for name in ("frames", "height=224, input.width=100", "second_size", "area", "aspect", "crop_share")
-    ]
+    }
 
 
 def test_what_is_trained_and_how(folder: Path) -> None:
