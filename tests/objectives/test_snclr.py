@@ -392,3 +392,15 @@ def test_other_encoders_train(own: Toy, toy: Any, name: str, words: list[str]) -
     found = other.drive({name: {"overrides": ["batch.micro=8", "schedule.max_steps=5", *health, *words]}}, ranks=1)
     assert set(found.values()) == {0}
     assert any("health/knn_top1" in record for record in other.records(name))
+
+
+@pytest.mark.faults
+def test_a_killed_run_goes_on(own: Toy) -> None:
+    """Two ranks under the launcher, kill -9 behind the first checkpoint, the same command again."""
+    own.train("untouched", ranks=2)
+    process = own.start("killed", ranks=2)
+    own.wait_for("killed", STEPS_PER_EPOCH, process)
+    own.kill(process)
+    own.train("killed", ranks=2)
+    assert own.losses("killed")[-4:] == own.losses("untouched")[-4:]
+    same_state(own, "untouched", "killed")
