@@ -128,7 +128,7 @@ def _draw(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from finetune.open_vocabulary.set_evaluation import evaluate_set, own_protocol, write_scores
-    from pretrain.runtime.process_group import join
+    from pretrain.runtime.process_group import join, leave
 
     if arguments.query:
         raise RecipeError("--query: of a picture; the classes of a set are its own, or --class-names FILE")
@@ -143,10 +143,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise RecipeError(f"--set {arguments.set}: needs --class-names FILE with {protocol.count} names, in order")
     threshold = THRESHOLD if arguments.background is None else arguments.background
     ranks = join()
-    segmenter = _open(arguments, ranks.device)
-    scores, confusion, every = evaluate_set(
-        segmenter, protocol, names or protocol.names or (), arguments.picture, threshold, ranks
-    )
+    try:
+        segmenter = _open(arguments, ranks.device)
+        scores, confusion, every = evaluate_set(
+            segmenter, protocol, names or protocol.names or (), arguments.picture, threshold, ranks
+        )
+    finally:
+        leave(ranks)
     if not ranks.first:
         return
     print(f"{protocol.what}: {scores['pictures']:.0f} pictures, {len(every)} classes")

@@ -44,7 +44,7 @@ TVTSV2 = {
 #: Encoder parameters, its GMAC of a view, actual learning rate, epochs, rows that are compared: systems/snclr.md, 4.
 CONTRASTIVE = {
     "vit_s_snclr": (21_665_664, 4.6, 2.4e-3, 300, 4096),
-    "vit_s_snclr_k400": (21_879_936, 57.2, 6e-4, 200, 1024),
+    "vit_s_snclr_k400": (21_879_936, 56.9, 6e-4, 200, 1024),
     "r50_snclr": (23_508_032, 4.1, 9.6, 300, 4096),
 }
 #: Parameters of TagAlign's projector with its two scales: four convolutions of 768 channels or one block, last norm and
