@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from filelock import Timeout
@@ -195,7 +196,13 @@ def test_the_file_of_a_replaced_folder_is_another_holders(tmp_path: Path) -> Non
 def test_who_was_taken_over_while_it_stood_still_ends_without_writing(start: Start, tmp_path: Path, what: str) -> None:
     """By the thread that gives its signs of life, and by the check before each step's records."""
     sleeper = start("another", what)
-    sleeper.send_signal(signal.SIGSTOP)
+    # The one that checks stops itself: stopped from here as well, it would stand still again behind SIGCONT.
+    if what == "holds":
+        sleeper.send_signal(signal.SIGSTOP)
+    until = time.monotonic() + 20
+    while psutil.Process(sleeper.pid).status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < until
+        time.sleep(0.01)
     mine = Lease(tmp_path, BEAT_S)
     mine.acquire(timeout=0.1)
     before = sorted(os.listdir(tmp_path))
