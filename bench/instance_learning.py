@@ -11,9 +11,7 @@ sets' test halves are seen in no training. Results go to bench/results/ with the
 import argparse
 import datetime
 import json
-import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:
     sys.path[0] = str(ROOT)
 
+from bench.segmentation_learning import command  # noqa: E402
 from pretrain.data.instance_masks import runs_of  # noqa: E402
 
 SIDE, STAMPS_EACH, SIDES = 64, 3, (20, 40)
@@ -122,18 +121,6 @@ def make_shards(stamps: Path, photographs: Path, folder: Path, counts: dict[str,
         command("launch/pack.py", *source, "--with", "objects", "--workers", "0")
     (shards / "classes.json").write_text(json.dumps({"categories": categories}), encoding="utf-8")
     return shards
-
-
-def command(*words: str) -> None:
-    """Run one of the product's commands.
-
-    Raises:
-        SystemExit: it failed.
-    """
-    print("$", *words, flush=True)
-    environ = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | os.environ
-    if subprocess.run([sys.executable, *words], cwd=ROOT, env=environ).returncode:
-        raise SystemExit(f"failed: {' '.join(words)}")
 
 
 def train(name: str, shards: Path, folder: Path, epochs: int) -> dict[str, Any]:
