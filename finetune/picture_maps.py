@@ -44,3 +44,12 @@ def picture_maps(model: Any, architecture: Classifier, video: Tensor, frames: in
         return maps
     video = video.expand(-1, frames, -1, -1, -1)
     return [feature_map(model, video, architecture.token_grid(*video.shape[1:4]))]
+
+
+def freeze_behind_maps(model: Any, architecture: Classifier) -> None:
+    """Leave parameters behind the maps as they are: without a gradient, weight decay would pull them to zero."""
+    if not architecture.maps():
+        return
+    for name, parameter in model.named_parameters():
+        if name.startswith(architecture.behind_maps):
+            parameter.requires_grad_(False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.coco.mask_rcnn import Target, pasted_masks
 from finetune.detection.roi_head import pad_with_zeros
-from finetune.picture_maps import picture_maps
+from finetune.picture_maps import freeze_behind_maps, picture_maps
 from finetune.recipe import TuneRecipe
 from finetune.tuned import TunedObjective
 from pretrain.data.samples import Batch
@@ -61,7 +61,7 @@ class InstanceObjective(TunedObjective):
 
     def __init__(self, model: Any, recipe: TuneRecipe, architecture: Classifier) -> None:
         super().__init__(model, recipe, architecture)
-        self._freeze_unreached()
+        freeze_behind_maps(self.model, architecture)
 
     def forward(self, batch: Batch) -> Output:
         losses = self.losses(batch)
@@ -93,7 +93,7 @@ class InstanceObjective(TunedObjective):
 
     def load_pretrained(self, path: str, raw: Mapping[str, Tensor]) -> None:
         super().load_pretrained(path, raw)
-        self._freeze_unreached()
+        freeze_behind_maps(self.model, self.architecture)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Give the pictures as they are trained on, and the masks of what is in them, the later ones brighter."""
@@ -108,14 +108,6 @@ class InstanceObjective(TunedObjective):
         # Zeros behind the normalisation, the mean of all pictures.
         pixels = pad_with_zeros(pixels, batch["sizes"])
         return picture_maps(self.model, self.architecture, pixels, self.recipe.input.frames)
-
-    def _freeze_unreached(self) -> None:
-        """Leave parameters behind the maps as they are: without a gradient, weight decay would pull them to zero."""
-        if not self.architecture.maps():
-            return
-        for name, parameter in self.model.named_parameters():
-            if name.startswith(self.architecture.behind_maps):
-                parameter.requires_grad_(False)
 
 
 def _sizes(batch: Batch) -> tuple[tuple[int, int], list[tuple[int, int]]]:

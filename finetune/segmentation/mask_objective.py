@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.detection.roi_head import feature_map
+from finetune.picture_maps import freeze_behind_maps, picture_maps
 from finetune.recipe import TuneRecipe
 from finetune.segmentation.mask_heads import resized
 from finetune.tuned import TunedObjective
@@ -34,7 +34,7 @@ class SegmentationObjective(TunedObjective):
         super().__init__(model, recipe, architecture)
         # Heads have batch norms, and a rank has few pictures; where the backbone's are a rank's own, so are the head's.
         self.cross_rank_batch_norm = architecture.cross_rank_batch_norm is not False
-        self._freeze_unreached()
+        freeze_behind_maps(self.model, architecture)
 
     def forward(self, batch: Batch) -> Output:
         labels = batch["mask"].long()
@@ -48,12 +48,7 @@ class SegmentationObjective(TunedObjective):
 
     def maps(self, video: Tensor) -> list[Tensor]:
         """Compute the backbone's maps of normalised pictures [B, 1, H, W, 3]: all of them, or its tokens' one."""
-        if self.architecture.maps():
-            maps: list[Tensor] = self.model.forward_maps(video)
-            return maps
-        # A model of videos is shown the picture for as long as its tokens are.
-        video = video.expand(-1, self.recipe.input.frames, -1, -1, -1)
-        return [feature_map(self.model, video, self.architecture.token_grid(*video.shape[1:4]))]
+        return picture_maps(self.model, self.architecture, video, self.recipe.input.frames)
 
     @torch.no_grad()
     def segment(self, video: Tensor, height: int, width: int) -> Tensor:
@@ -102,7 +97,7 @@ class SegmentationObjective(TunedObjective):
 
     def load_pretrained(self, path: str, raw: Mapping[str, Tensor]) -> None:
         super().load_pretrained(path, raw)
-        self._freeze_unreached()
+        freeze_behind_maps(self.model, self.architecture)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Give the pictures as they are trained on, and their masks, a grey for each class."""
@@ -128,14 +123,6 @@ class SegmentationObjective(TunedObjective):
     def _normalized(self, video: Tensor) -> Tensor:
         normalized: Tensor = self.normalization(unit_pixels(video))
         return normalized
-
-    def _freeze_unreached(self) -> None:
-        """Leave parameters behind the maps as they are: without a gradient, weight decay would pull them to zero."""
-        if not self.architecture.maps():
-            return
-        for name, parameter in self.model.named_parameters():
-            if name.startswith(self.architecture.behind_maps):
-                parameter.requires_grad_(False)
 
 
 def pixel_loss(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
